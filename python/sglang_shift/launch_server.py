@@ -1,0 +1,102 @@
+"""``python -m sglang_shift.launch_server``: SGLang's server with Shift Parallelism.
+
+Every flag of ``python -m sglang.launch_server`` and ours (``--help``). Without ours, stock SGLang.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from typing import TYPE_CHECKING
+
+from sglang_shift.errors import ShiftError
+
+if TYPE_CHECKING:
+    from sglang_shift.server_args import ShiftServerArgs
+
+
+def run_server(server_args: ShiftServerArgs) -> None:
+    """Serve until stopped.
+
+    Raises:
+        ShiftError: a start-up problem, in one sentence, before any process is started.
+    """
+    from sglang.launch_server import run_server as run_stock_server
+    from sglang.srt.entrypoints.http_server import launch_server
+
+    from sglang_shift import seams
+    from sglang_shift.config import shift_config_of
+    from sglang_shift.scheduler import run_scheduler_process
+
+    resolve(server_args)
+    check_port(server_args.host, server_args.port, server_args.node_rank)
+    if shift_config_of(server_args) is None:
+        run_stock_server(server_args)
+    else:
+        seams.check_sources()
+        launch_server(server_args, run_scheduler_process_func=run_scheduler_process)
+
+
+def resolve(server_args: ShiftServerArgs) -> None:
+    """Resolve the arguments; whatever goes wrong becomes one sentence.
+
+    Raises:
+        ShiftError: with the reason.
+    """
+    path = server_args.model_path
+    if path.startswith(("/", "./", "../", "~")) and not os.path.exists(os.path.expanduser(path)):
+        raise ShiftError(f"--model-path {path} does not exist; give a folder with a config.json, or a hub name")
+    try:
+        server_args.resolve_once()
+    except ShiftError:
+        raise
+    except Exception as error:  # SGLang and transformers raise many kinds; the user needs the reason
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        raise ShiftError(f"cannot serve --model-path {path} with these flags: {reason}") from error
+
+
+def check_port(host: str, port: int, node_rank: int) -> None:
+    """The HTTP port must be free on the node that serves it.
+
+    Raises:
+        ShiftError: it is not, or the host is not this machine's.
+    """
+    if node_rank > 0:
+        return
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host or "127.0.0.1", port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ShiftError(
+            f"cannot listen on --host {host} --port {port}: {error.strerror or error}; choose another --port"
+        ) from error
+
+
+def main(argv: list[str], prog: str = "python -m sglang_shift.launch_server") -> None:
+    """Parse, check, serve; on exit no process is left behind."""
+    try:
+        from sglang_shift import seams
+
+        seams.check_version()
+        from sglang.srt.plugins import load_plugins
+        from sglang.srt.utils import kill_process_tree
+        from sglang.srt.utils.common import suppress_noisy_warnings
+
+        from sglang_shift.server_args import prepare_server_args
+
+        suppress_noisy_warnings()
+        load_plugins()
+        try:
+            run_server(prepare_server_args(argv, prog))
+        finally:
+            kill_process_tree(os.getpid(), include_parent=False)
+    except ShiftError as error:
+        print(f"sglang_shift: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

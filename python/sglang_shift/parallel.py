@@ -1,0 +1,69 @@
+"""The process groups of the base configuration, built beside SGLang's own TP group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from sglang.srt.distributed.parallel_state import GroupCoordinator, init_model_parallel_group
+from sglang.srt.runtime_context import get_device, get_parallel
+
+from sglang_shift.exchange import SequenceExchange
+from sglang_shift.layout import RankLayout
+
+
+@dataclass
+class SequenceParallel:
+    """This rank's place in the base configuration, and the groups it communicates over.
+
+    Attributes:
+        layout: The grid of S by t ranks.
+        rank: This rank, 0 to P - 1.
+        sp_group: S ranks that share a step's tokens.
+        base_tp_group: t contiguous ranks that share the base weights; None where t = 1.
+        exchange: The all-to-all over ``sp_group``.
+    """
+
+    layout: RankLayout
+    rank: int
+    sp_group: GroupCoordinator
+    base_tp_group: GroupCoordinator | None
+    exchange: SequenceExchange
+
+    @property
+    def sp_index(self) -> int:
+        """Which 1/S of the tokens this rank carries in SP mode."""
+        return self.layout.sp_index(self.rank)
+
+    @property
+    def adds_row_bias(self) -> bool:
+        """Whether this rank adds a row-parallel bias: one rank of each base-TP group does."""
+        return self.layout.base_tp_index(self.rank) == 0
+
+    def base_all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum ``x`` over the base-TP group; ``x`` itself where that group is this rank alone."""
+        return x if self.base_tp_group is None else self.base_tp_group.all_reduce(x)
+
+
+def build(layout: RankLayout) -> SequenceParallel:
+    """Build the groups. Collective: every rank calls it, once, after SGLang's groups exist."""
+    tp_group = get_parallel().tp_group
+    rank = tp_group.rank_in_group
+    if layout.base_tp_size == 1:
+        sp_group, base_tp_group = tp_group, None  # S = P: the SP group is SGLang's TP group
+    else:
+        sp_group = _new_group(layout.sp_groups(), tp_group, "shift_sp", custom_all_reduce=False)
+        base_tp_group = _new_group(layout.base_tp_groups(), tp_group, "shift_base_tp", custom_all_reduce=None)
+    return SequenceParallel(layout, rank, sp_group, base_tp_group, SequenceExchange(sp_group))
+
+
+def _new_group(
+    groups: list[list[int]], tp_group: GroupCoordinator, name: str, *, custom_all_reduce: bool | None
+) -> GroupCoordinator:
+    return init_model_parallel_group(
+        [[tp_group.ranks[i] for i in members] for members in groups],
+        get_device().gpu_id,
+        torch.distributed.get_backend(tp_group.device_group),
+        use_custom_allreduce=custom_all_reduce,
+        group_name=name,
+    )

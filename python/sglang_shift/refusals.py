@@ -1,0 +1,128 @@
+"""What is not served, and why. An explicit allowlist of models, a list of features that do not combine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sglang_shift.config import ShiftConfig
+from sglang_shift.errors import Refused
+
+# Dense decoders on SGLang's layer boundaries whose every mode is tested against transformers.
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
+
+# (what the user asked for, whether these settings ask for it, why it cannot be served)
+FEATURES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("--pp-size > 1", lambda a: a.pp_size > 1, "the token-sharded residual stream does not cross pipeline stages"),
+    ("attention DP", lambda a: a.attn_dp_size > 1 or a.enable_dp_attention,
+     "its ranks hold the KV cache of different requests"),
+    ("--dcp-size > 1", lambda a: a.dcp_size > 1, "it shards the KV cache over tokens"),
+    ("context parallelism", lambda a: a.attn_cp_size > 1 or a.enable_prefill_cp,
+     "it shards the sequence in its own layout"),
+    ("--enable-layernorm-sp", lambda a: a.enable_layernorm_sp, "sglang_shift uses the same seam"),
+    ("expert parallelism", lambda a: a.ep_size > 1 or a.moe_a2a_backend not in (None, "none"),
+     "mixture-of-experts models are not served yet"),
+    ("--enable-two-batch-overlap or --enable-single-batch-overlap",
+     lambda a: a.enable_two_batch_overlap or a.enable_single_batch_overlap, "a step has one token-sharded region"),
+    ("--enable-pdmux", lambda a: a.enable_pdmux, "it runs two batches at once"),
+    ("--disaggregation-mode", lambda a: a.disaggregation_mode not in (None, "null"), "it has not been verified yet"),
+    ("speculative decoding", lambda a: a.speculative_algorithm is not None, "it has not been verified yet"),
+    ("LoRA", lambda a: bool(a.enable_lora or a.lora_paths), "SGLang's LoRA layers read TP shards of the weights"),
+    ("--quantization or --torchao-config",
+     lambda a: a.quantization is not None or bool(getattr(a, "torchao_config", "")),
+     "quantized weights are not assembled yet"),
+    ("--enable-torch-compile", lambda a: a.enable_torch_compile, "compiled code is keyed by shape, not by mode"),
+    ("the tc_piecewise prefill graph backend",
+     lambda a: getattr(getattr(a.cuda_graph_config, "prefill", None), "backend", None) == "tc_piecewise",
+     "compiled code is keyed by shape, not by mode"),
+    ("--dllm-algorithm", lambda a: a.dllm_algorithm is not None, "diffusion models are not served"),
+    ("--elastic-ep-backend", lambda a: a.elastic_ep_backend is not None, "ranks must not come and go"),
+    ("--use-ray", lambda a: a.use_ray, "its actors build SGLang's own scheduler"),
+    ("--encoder-only", lambda a: a.encoder_only, "an encoder has no steps to shift"),
+    ("gRPC serving", lambda a: a.smg_grpc_mode or a.grpc_mode, "it starts SGLang's own scheduler"),
+    ("--weight-cache-mode", lambda a: a.weight_cache_mode != "off", "it shares the stock shards between processes"),
+    ("--startup-weight-load-mode", lambda a: a.startup_weight_load_mode not in (None, "serial"),
+     "base weights are assembled right after loading"),
+    ("--load-format sharded_state or remote_instance",
+     lambda a: a.load_format in ("sharded_state", "remote_instance"), "it copies whole parameter buffers"),
+    ("--enable-memory-saver", lambda a: a.enable_memory_saver,
+     "base weights do not live in SGLang's releasable memory yet"),
+    ("weight offloading", lambda a: a.cpu_offload_gb > 0 or a.offload_group_size > 0,
+     "SP mode reads the base weights in place"),
+    ("--is-embedding", lambda a: a.is_embedding, "models with a pooler have no exit from the token-sharded region"),
+    ("--model-impl transformers", lambda a: a.model_impl == "transformers", "its layers have no boundaries"),
+    ("--enable-deterministic-inference with switching",
+     lambda a: a.enable_deterministic_inference and a.enable_shift_parallel and a.shift_policy not in ("tp", "sp"),
+     "sums are ordered differently in the two modes; add --shift-policy tp or sp"),
+    ("--rl-on-policy-target", lambda a: a.rl_on_policy_target is not None, "sums must be those of the trainer"),
+    ("auxiliary hidden states", lambda a: a.enable_return_aux_hidden_states, "they are not gathered yet"),
+    ("megakernels", lambda a: a.enable_nvidia_megakernel or a.enable_amd_monokernel,
+     "they replace the linears that SP mode runs through"),
+)  # fmt: skip
+
+
+def check_flags(settings: Any) -> None:
+    """Check the flags against each other; ``settings`` is a view of the resolved server arguments.
+
+    Raises:
+        Refused: with the reason.
+    """
+    switching, sp_size, world_size = settings.enable_shift_parallel, settings.sp_size, settings.tp_size
+    for flag, value in (("--shift-policy", settings.shift_policy), ("--shift-threshold", settings.shift_threshold)):
+        if value is not None and not switching:
+            raise Refused(f"{flag} {value} needs --enable-shift-parallel; without it no step is switched")
+    if not switching and sp_size is None:
+        return
+    if settings.shift_threshold is not None and settings.shift_threshold < 0:
+        raise Refused(f"--shift-threshold {settings.shift_threshold} must be 0 or more tokens")
+    if settings.shift_threshold is not None and settings.shift_policy in ("tp", "sp"):
+        raise Refused(f"--shift-threshold has no meaning with --shift-policy {settings.shift_policy}; leave one out")
+    if world_size < 2:
+        raise Refused(f"--tp-size {world_size} leaves nothing to shift; give --tp-size 2 or more")
+    if sp_size is not None and sp_size < 2:
+        raise Refused(f"--sp-size {sp_size} is not sequence parallelism; give 2 or more, or leave it out")
+    if sp_size is not None and world_size % sp_size:
+        raise Refused(f"--sp-size {sp_size} does not divide --tp-size {world_size}; choose a divisor of it")
+    for what, asked, why in FEATURES:
+        if asked(settings):
+            raise Refused(f"{what} cannot be combined with sequence parallelism: {why}; leave one of them out")
+
+
+def check_model(model_config: Any, config: ShiftConfig) -> None:
+    """Check that the model is one that every mode serves, at this size.
+
+    Raises:
+        Refused: with the reason.
+    """
+    hf_config = model_config.hf_config
+    name = (getattr(hf_config, "architectures", None) or ["unknown"])[0]
+    if name not in ARCHITECTURES:
+        raise Refused(
+            f"architecture {name} is not served with sequence parallelism; these are: {', '.join(ARCHITECTURES)}"
+        )
+    if model_config.quantization is not None or getattr(hf_config, "quantization_config", None):
+        raise Refused(
+            f"quantized weights ({model_config.quantization or 'quantization_config'}) are not served with "
+            "sequence parallelism yet; use an unquantized checkpoint"
+        )
+    if not model_config.is_generation or model_config.is_multimodal:
+        raise Refused(f"{name} is served for text generation only")
+    world_size = config.world_size
+    heads, kv_heads = model_config.num_attention_heads, model_config.get_total_num_kv_heads()
+    if heads % world_size:
+        raise Refused(
+            f"--tp-size {world_size} does not divide the model's {heads} attention heads; choose a divisor of {heads}"
+        )
+    if kv_heads % world_size and world_size % kv_heads:
+        raise Refused(
+            f"--tp-size {world_size} and the model's {kv_heads} KV heads do not divide each other; choose another size"
+        )
+    intermediate = hf_config.intermediate_size
+    if intermediate % world_size:
+        raise Refused(f"--tp-size {world_size} does not divide the model's intermediate size {intermediate}")

@@ -1,0 +1,113 @@
+"""The model runner: base weights after loading, and each forward in its step's mode."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.model_runner import ModelRunner, ModelRunnerOutput
+from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
+from sglang.srt.runtime_context import get_flags
+
+from sglang_shift import parallel
+from sglang_shift.config import shift_config_of
+from sglang_shift.layout import RankLayout
+from sglang_shift.modes import Mode
+from sglang_shift.region import region
+from sglang_shift.weights import BaseWeights, WeightReport
+
+logger = logging.getLogger(__name__)
+
+
+class ShiftModelRunner(ModelRunner):
+    """SGLang's model runner with a base configuration beside full TP."""
+
+    # Forwards outside of `running_in` (warm-up, graph capture, autotuning) are TP.
+    step_mode: Mode = Mode.TP
+    weight_report: WeightReport
+
+    def load_model(self) -> None:
+        """Load the stock full-TP shards, then assemble the base weights around them."""
+        config = shift_config_of(self.server_args)
+        assert config is not None
+        # Layers built from here on get SGLang's sequence-parallel batch variant.
+        get_flags().sp.enabled = True
+        groups = region.parallel = parallel.build(RankLayout(config.world_size, config.sp_size))
+        super().load_model()
+        self.base_weights = BaseWeights(self.model, groups)
+        self.weight_report = self.base_weights.report()
+        logger.info(
+            "sglang_shift: SP=%d x TP=%d base configuration assembled from %d projections; "
+            "weights %d bytes on this rank, %d bytes beyond the base configuration's%s",
+            config.sp_size,
+            groups.layout.base_tp_size,
+            len(self.base_weights.projections),
+            self.weight_report.total,
+            self.weight_report.beyond_base,
+            " (replicated KV heads)" if self.weight_report.beyond_base else "",
+        )
+
+    def init_weight_updater(self) -> None:
+        """Re-assemble the base weights after every weight update SGLang makes."""
+        super().init_weight_updater()
+        stock = self.weight_updater
+        self.weight_updater = ShiftWeightUpdater(**{f.name: getattr(stock, f.name) for f in fields(stock)})
+
+    @contextmanager
+    def running_in(self, mode: Mode) -> Iterator[None]:
+        """Forwards inside run in ``mode``."""
+        self.step_mode = mode
+        try:
+            yield
+        finally:
+            self.step_mode = Mode.TP
+
+    def _forward_raw(self, forward_batch: ForwardBatch, *args: Any, **kwargs: Any) -> ModelRunnerOutput:
+        with region.step(self.step_mode, forward_batch), self._eager_if(self.step_mode is Mode.SP):
+            return super()._forward_raw(forward_batch, *args, **kwargs)
+
+    @contextmanager
+    def _eager_if(self, eager: bool) -> Iterator[None]:
+        """SP steps run eagerly: the CUDA graphs that SGLang captured are TP's."""
+        graphs = self.decode_cuda_graph_runner, self.prefill_cuda_graph_runner
+        if eager:
+            self.decode_cuda_graph_runner = self.prefill_cuda_graph_runner = None
+        try:
+            yield
+        finally:
+            self.decode_cuda_graph_runner, self.prefill_cuda_graph_runner = graphs
+
+
+class ShiftWeightUpdater(WeightUpdater):
+    """SGLang writes this rank's TP shard; the other ranks' parts of its base weights follow here."""
+
+    __slots__ = ()
+
+    def update_weights_from_disk(self, *args: Any, **kwargs: Any) -> tuple[bool, str]:
+        """As SGLang's, then re-assemble (also after its rollback)."""
+        return self._then_refresh(super().update_weights_from_disk(*args, **kwargs))
+
+    def load_weights_from_distributed(self, *args: Any, **kwargs: Any) -> tuple[bool, str]:
+        """As SGLang's, then re-assemble."""
+        return self._then_refresh(super().load_weights_from_distributed(*args, **kwargs))
+
+    def update_weights_from_tensor(self, *args: Any, **kwargs: Any) -> tuple[bool, str]:
+        """As SGLang's, then re-assemble."""
+        return self._then_refresh(super().update_weights_from_tensor(*args, **kwargs))
+
+    def update_weights_from_ipc(self, *args: Any, **kwargs: Any) -> tuple[bool, str]:
+        """As SGLang's, then re-assemble."""
+        return self._then_refresh(super().update_weights_from_ipc(*args, **kwargs))
+
+    def end_weight_update(self, *args: Any, **kwargs: Any) -> None:
+        """As SGLang's, then re-assemble: an RDMA transfer wrote the parameters directly."""
+        super().end_weight_update(*args, **kwargs)
+        self.get_model_runner().base_weights.refresh()
+
+    def _then_refresh(self, outcome: tuple[bool, str]) -> tuple[bool, str]:
+        self.get_model_runner().base_weights.refresh()
+        return outcome

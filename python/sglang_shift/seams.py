@@ -1,0 +1,218 @@
+"""Every place where sglang_shift meets SGLang's internals: what, why, and the check that it holds.
+
+Nothing else in the package replaces or overrides anything of SGLang's. :func:`install` runs in each
+rank's process before the scheduler is built, :func:`verify` once more before the model loads; the
+launcher calls :func:`check_sources` before it starts any process. ``docs/architecture.md`` carries
+this table for readers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import pkgutil
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from sglang_shift.errors import SeamError
+from sglang_shift.seam_digests import DIGESTS
+
+SGLANG_VERSION = "0.5.23"
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One function or class of SGLang's that this package depends on from the inside.
+
+    Attributes:
+        kind: ``replaces`` (assigned over), ``overrides`` (a method of a subclass of ours) or
+            ``relies on`` (unchanged, but its body is what makes a seam a seam).
+        target: ``module:qualified.name`` in SGLang.
+        ours: Where our part is, ``module:qualified.name``; empty for ``relies on``.
+        why: What it is for.
+    """
+
+    kind: str
+    target: str
+    ours: str
+    why: str
+
+    @property
+    def digest(self) -> str | None:
+        """Digest of the target's source as of :data:`SGLANG_VERSION`; None for a class replaced whole.
+
+        A class is replaced by a subclass of it; its overridden methods have seams of their own.
+        """
+        return DIGESTS.get(self.target)
+
+
+_SP = "sglang.srt.layers.layernorm_sp:"
+_RUNNER = "sglang.srt.model_executor.model_runner:ModelRunner."
+_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater:WeightUpdater."
+_SCHEDULER = "sglang.srt.managers.scheduler:Scheduler."
+
+SEAMS: tuple[Seam, ...] = (
+    Seam("replaces", _SP + "runs_sp", "sglang_shift.region:runs_sp",
+         "the step's mode decides, not the batch kind"),
+    Seam("replaces", _SP + "sp_entry_scatter", "sglang_shift.region:sp_entry_scatter",
+         "a rank's tokens follow its SP index, not its TP rank"),
+    Seam("replaces", _SP + "maybe_exit_gather", "sglang_shift.region:maybe_exit_gather",
+         "gathers over the SP group, and only the rows the LM head reads"),
+    Seam("replaces", _SP + "column_parallel_g_matmul", "sglang_shift.projections:column_parallel_g_matmul",
+         "QKV with its exchange, gate_up without communication"),
+    Seam("replaces", _SP + "row_parallel_gbar_matmul", "sglang_shift.projections:row_parallel_gbar_matmul",
+         "O with its exchange, down; summed over the base-TP group only"),
+    Seam("replaces", "sglang.srt.managers.scheduler:Scheduler", "sglang_shift.scheduler:ShiftScheduler",
+         "SGLang's run_scheduler_process builds the class of this name"),
+    Seam("overrides", _SCHEDULER + "init_tp_model_worker",
+         "sglang_shift.scheduler:ShiftScheduler.init_tp_model_worker", "builds our worker"),
+    Seam("overrides", _SCHEDULER + "run_batch", "sglang_shift.scheduler:ShiftScheduler.run_batch",
+         "chooses the step's mode"),
+    Seam("overrides", _SCHEDULER + "init_internal_state",
+         "sglang_shift.scheduler:ShiftScheduler.init_internal_state", "live counters in /server_info"),
+    Seam("overrides", "sglang.srt.managers.scheduler_components.internal_state:"
+         "SchedulerInternalStateController.get_internal_state",
+         "sglang_shift.scheduler:ShiftInternalState.get_internal_state", "live counters in /server_info"),
+    Seam("overrides", "sglang.srt.managers.tp_worker:TpModelWorker._init_model_runner",
+         "sglang_shift.worker:ShiftTpModelWorker._init_model_runner", "builds our runner"),
+    Seam("overrides", _RUNNER + "load_model", "sglang_shift.runner:ShiftModelRunner.load_model",
+         "assembles the base weights around the loaded shards"),
+    Seam("overrides", _RUNNER + "init_weight_updater",
+         "sglang_shift.runner:ShiftModelRunner.init_weight_updater", "re-assembly after weight updates"),
+    Seam("overrides", _RUNNER + "_forward_raw", "sglang_shift.runner:ShiftModelRunner._forward_raw",
+         "scopes the step's mode to one forward"),
+    *(
+        Seam("overrides", _UPDATER + name, f"sglang_shift.runner:ShiftWeightUpdater.{name}",
+             "re-assembly after weight updates")
+        for name in (
+            "update_weights_from_disk",
+            "load_weights_from_distributed",
+            "update_weights_from_tensor",
+            "update_weights_from_ipc",
+            "end_weight_update",
+        )
+    ),
+    Seam("relies on", "sglang.srt.layers.linear:ColumnParallelLinear.forward", "",
+         "calls column_parallel_g_matmul while sp_active"),
+    Seam("relies on", "sglang.srt.layers.linear:RowParallelLinear.forward", "",
+         "calls row_parallel_gbar_matmul while sp_active"),
+    Seam("relies on", "sglang.srt.layers.layer_boundary.stage:StageBoundary._select", "",
+         "enters the region before the first layer"),
+    Seam("relies on", "sglang.srt.layers.layer_boundary.factories:_active_variants", "",
+         "builds the sequence-parallel variant where flags.sp.enabled"),
+    Seam("relies on", "sglang.srt.layers.logits_processor:LogitsProcessor.forward", "",
+         "leaves the region before the LM head"),
+    Seam("relies on", "sglang.srt.layers.logits_processor:LogitsProcessor._get_pruned_states", "",
+         "which rows the LM head reads"),
+    Seam("relies on", "sglang.srt.managers.scheduler:run_scheduler_process", "",
+         "builds the module's Scheduler"),
+)  # fmt: skip
+
+
+def resolve(path: str) -> Any:
+    """The object at ``module:qualified.name``."""
+    return pkgutil.resolve_name(path)
+
+
+def digest_of(obj: Any) -> str:
+    """First 16 hex digits of the SHA-256 of ``obj``'s source text."""
+    return hashlib.sha256(inspect.getsource(obj).encode()).hexdigest()[:16]
+
+
+def check_version() -> None:
+    """The installed SGLang must be the pinned one.
+
+    Raises:
+        SeamError: it is another, or none.
+    """
+    try:
+        found = version("sglang")
+    except PackageNotFoundError:
+        found = "not installed"
+    if found != SGLANG_VERSION:
+        raise SeamError(
+            f"sglang_shift is written against sglang {SGLANG_VERSION} but sglang here is {found}; "
+            f"run: pip install sglang=={SGLANG_VERSION}"
+        )
+
+
+def check_sources() -> None:
+    """Version and the source of every seam's target must be those this package was written against.
+
+    Raises:
+        SeamError: names the first target that differs.
+    """
+    check_version()
+    for seam in SEAMS:
+        if seam.digest is None:
+            continue
+        try:
+            found = digest_of(resolve(seam.target))
+        except (ImportError, AttributeError, OSError, TypeError) as error:
+            raise SeamError(_changed(seam, f"cannot be read ({error})")) from error
+        if found != seam.digest:
+            raise SeamError(_changed(seam, f"has source {found} instead of {seam.digest}"))
+
+
+def _changed(seam: Seam, how: str) -> str:
+    return (
+        f"{seam.target} of the installed sglang {how}, so sglang_shift cannot trust it; "
+        f"reinstall it (pip install --force-reinstall --no-deps sglang=={SGLANG_VERSION}) "
+        "or remove the plugin that changes it"
+    )
+
+
+def install() -> None:
+    """Check everything, then assign our functions over SGLang's. Once per process, before the scheduler.
+
+    Raises:
+        SeamError: a check failed; nothing was replaced.
+    """
+    check_sources()
+    for seam in SEAMS:
+        if seam.kind == "replaces":
+            module, _, name = seam.target.partition(":")
+            setattr(sys.modules[module], name, resolve(seam.ours))
+    verify()
+
+
+def verify() -> None:
+    """Every seam must really be in place.
+
+    Raises:
+        SeamError: names the first that is not.
+    """
+    for seam in SEAMS:
+        if seam.kind == "relies on":
+            continue
+        ours = resolve(seam.ours)
+        if seam.kind == "replaces":
+            holds = resolve(seam.target) is ours
+        else:
+            owner, _, name = seam.ours.rpartition(".")
+            stock_owner, _, stock_name = seam.target.rpartition(".")
+            holds = name == stock_name and name in vars(resolve(owner))
+            # The stock class may itself have been replaced by our subclass by now.
+            holds = holds and any(c.__name__ == stock_owner.rpartition(":")[2] for c in resolve(owner).__mro__)
+        if not holds:
+            raise SeamError(
+                f"{seam.target} is not served by {seam.ours} in this process: something replaced it after "
+                "sglang_shift did; remove the plugin that changes it"
+            )
+
+
+def main() -> None:
+    """Print ``seam_digests.py`` for the installed SGLang: where a port to another version starts."""
+    print(f'"""Digests of the seams\' sources in sglang {version("sglang")}."""\n')
+    print("# Printed by: python -m sglang_shift.seams")
+    print("DIGESTS = {")
+    for seam in SEAMS:
+        if not inspect.isclass(target := resolve(seam.target)):
+            print(f'    "{seam.target}": "{digest_of(target)}",')
+    print("}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""The TP worker: SGLang's, with our model runner."""
+
+from __future__ import annotations
+
+from sglang.srt.managers.tp_worker import TpModelWorker
+from sglang.srt.runtime_context import get_schedule
+
+from sglang_shift.runner import ShiftModelRunner
+
+
+class ShiftTpModelWorker(TpModelWorker):
+    """SGLang's TP worker whose forwards run in the mode the scheduler chose."""
+
+    def _init_model_runner(self) -> None:
+        self._model_runner = ShiftModelRunner(
+            model_config=self.model_config,
+            mem_fraction_static=get_schedule().mem_fraction_static,
+            gpu_id=self.gpu_id,
+            nccl_port=self.nccl_port,
+            server_args=self.server_args,
+            is_draft_worker=self.is_draft_worker,
+            req_to_token_pool=self.req_to_token_pool,
+            token_to_kv_pool_allocator=self.token_to_kv_pool_allocator,
+            memory_pool_config=self.memory_pool_config,
+            draft_attention_backend=self.draft_attention_backend,
+            draft_model_idx=None,
+            load_group=self.load_group,
+        )
