@@ -142,7 +142,7 @@ def held_out_loss(model: LlamaForCausalLM, stream: torch.Tensor, length: int) ->
 
 
 def train(model: LlamaForCausalLM, stream: torch.Tensor, minutes: float) -> int:
-    """Muon for the matrices, AdamW for the rest; the last eighth at the full context length.
+    """Muon for the matrices, AdamW for the rest; every eighth step at the full context length.
 
     Returns:
         Tokens seen.
@@ -162,7 +162,7 @@ def train(model: LlamaForCausalLM, stream: torch.Tensor, minutes: float) -> int:
         scale = min(done / 0.02 + 0.01, 1.0, (1 - done) / 0.4)
         for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks, strict=True):
             group["lr"] = peak * scale
-        rows, length = (1, 4095) if done > 0.875 else (8, 512)
+        rows, length = (1, 4095) if step % 8 == 7 else (8, 512)
         starts = [generator.randrange(len(stream) - length - 1) for _ in range(rows)]
         loss = cross_entropy(model, torch.stack([stream[s : s + length + 1] for s in starts]))
         loss.backward()
@@ -173,8 +173,11 @@ def train(model: LlamaForCausalLM, stream: torch.Tensor, minutes: float) -> int:
         seen, step = seen + rows * length, step + 1
         if step % 50 == 0:
             elapsed = time.monotonic() - started
-            print(f"{100 * done:5.1f} %  step {step:5d}  {seen / 1e6:6.2f} M tokens"
-                  f"  {seen / elapsed:6.0f} tok/s  loss {loss.item():.3f}", flush=True)
+            print(
+                f"{100 * done:5.1f} %  step {step:5d}  {seen / 1e6:6.2f} M tokens"
+                f"  {seen / elapsed:6.0f} tok/s  loss {loss.item():.3f}",
+                flush=True,
+            )
     return seen
 
 
@@ -200,10 +203,18 @@ def main() -> None:
     print(f"held-out loss in nats a token, by context length: {losses}", flush=True)
 
     args.out.mkdir(parents=True, exist_ok=True)
+    # What a request without sampling parameters gets: at temperature 0 so small a model repeats itself.
+    model.generation_config.update(do_sample=True, temperature=0.5, top_p=0.9)
     model.to(torch.bfloat16).save_pretrained(args.out)
+    (args.out / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(args.out)
-    report = {"parameters": parameters, "tokens_seen": seen, "minutes": args.minutes,
-              "held_out_loss_nats_per_token": losses, "torch": torch.__version__}
+    report = {
+        "parameters": parameters,
+        "tokens_seen": seen,
+        "minutes": args.minutes,
+        "held_out_loss_nats_per_token": losses,
+        "torch": torch.__version__,
+    }
     (args.out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     print(f"saved to {args.out}", flush=True)
 

@@ -29,6 +29,7 @@ def statement(config: ShiftConfig) -> dict[str, Any]:
         "torch": torch.__version__,
         "--tp-size": config.world_size,
         "--sp-size": config.sp_size,
+        "--enable-shift-parallel": config.switching,
         "policy": config.policy,
         "--shift-threshold": config.threshold,
         "--dtype": str(get_model().dtype),

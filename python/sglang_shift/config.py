@@ -19,12 +19,14 @@ class ShiftConfig:
     Attributes:
         world_size: P.
         sp_size: S.
+        switching: Whether steps may differ (``--enable-shift-parallel``).
         policy: Name of the policy that chooses each step's mode.
         threshold: N of the ``tokens`` policy.
     """
 
     world_size: int
     sp_size: int
+    switching: bool
     policy: str
     threshold: int
 
@@ -52,6 +54,7 @@ def shift_config_of(server_args: Any) -> ShiftConfig | None:
     return ShiftConfig(
         world_size=world_size,
         sp_size=world_size if value("sp_size") is None else value("sp_size"),
+        switching=switching,
         policy=(value("shift_policy") or "tokens") if switching else "sp",
         threshold=DEFAULT_THRESHOLD if value("shift_threshold") is None else value("shift_threshold"),
     )

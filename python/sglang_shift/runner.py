@@ -29,6 +29,9 @@ class ShiftModelRunner(ModelRunner):
     # Forwards outside of `running_in` (warm-up, graph capture, autotuning) are TP.
     step_mode: Mode = Mode.TP
     weight_report: WeightReport
+    weight_updater: WeightUpdater
+    decode_cuda_graph_runner: Any
+    prefill_cuda_graph_runner: Any
 
     def load_model(self) -> None:
         """Load the stock full-TP shards, then assemble the base weights around them."""

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from sglang.srt.managers import scheduler as sglang_scheduler
 from sglang.srt.managers.io_struct import GetInternalStateReq, GetInternalStateReqOutput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_components import internal_state
 from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
 from sglang.srt.runtime_context import get_device
 from sglang.srt.utils import rank_consensus_checker
 
 from sglang_shift import agreement, seams
-from sglang_shift.config import shift_config_of
-from sglang_shift.modes import Mode, StepState
+from sglang_shift.config import ShiftConfig, shift_config_of
+from sglang_shift.modes import POLICIES, Mode, StepState
 from sglang_shift.region import region
 from sglang_shift.worker import ShiftTpModelWorker
 
@@ -33,8 +35,7 @@ class ShiftScheduler(Scheduler):
         assert config is not None
         seams.verify()
         agreement.check(config)
-        self.shift_config = config
-        self.shift_policy = config.make_policy()
+        self.set_policy(config)
         self.shift_steps = dict.fromkeys(Mode, 0)
         self.shift_tokens = dict.fromkeys(Mode, 0)
         self.shift_switches = 0
@@ -45,6 +46,11 @@ class ShiftScheduler(Scheduler):
             nccl_port=self.nccl_port,
         )
         logger.info("sglang_shift: %s; policy: %s", config, self.shift_policy.describe())
+
+    def set_policy(self, config: ShiftConfig) -> None:
+        """Choose modes by ``config``'s policy from the next step on."""
+        self.shift_config = config
+        self.shift_policy = config.make_policy()
 
     def run_batch(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:
         """Run one step in the mode that the policy chooses for it."""
@@ -79,9 +85,7 @@ class ShiftScheduler(Scheduler):
 
     def init_internal_state(self) -> None:
         """``/server_info`` carries live counters."""
-        self.internal_state = ShiftInternalState(
-            scheduler=self, record_step_time=sglang_scheduler.RECORD_STEP_TIME
-        )
+        self.internal_state = ShiftInternalState(scheduler=self, record_step_time=sglang_scheduler.RECORD_STEP_TIME)
 
     def shift_state(self) -> dict[str, Any]:
         """Live counters of this rank, for ``/server_info``."""
@@ -102,13 +106,31 @@ class ShiftScheduler(Scheduler):
 
 
 class ShiftInternalState(SchedulerInternalStateController):
-    """SGLang's internal state with a ``shift`` entry."""
+    """SGLang's internal state with a ``shift`` entry, and the policy among what can be updated."""
 
     def get_internal_state(self, recv_req: GetInternalStateReq) -> GetInternalStateReqOutput:
         """SGLang's answer and our counters."""
         output = super().get_internal_state(recv_req)
         output.internal_state["shift"] = self.scheduler.shift_state()
         return output
+
+    def _update_handlers(self) -> dict[str, Any]:
+        handler = internal_state._UpdateHandler(self._validate_policy, self._apply_policy)
+        return {**super()._update_handlers(), "shift_policy": handler, "shift_threshold": handler}
+
+    def _validate_policy(self, key: str, value: Any) -> None:
+        config = self.scheduler.shift_config
+        if not config.switching:
+            raise internal_state.UpdateRejected(f"Updating {key} needs --enable-shift-parallel.")
+        if key == "shift_policy" and value not in POLICIES:
+            raise internal_state.UpdateRejected(f"{key} must be one of {', '.join(POLICIES)}, got {value!r}.")
+        if key == "shift_threshold" and (not isinstance(value, int) or value < 0):
+            raise internal_state.UpdateRejected(f"{key} must be 0 or more tokens, got {value!r}.")
+
+    def _apply_policy(self, key: str, value: Any) -> dict[str, Any]:
+        # Every rank handles the request in the same iteration, so their policies change together.
+        self.scheduler.set_policy(replace(self.scheduler.shift_config, **{key.removeprefix("shift_"): value}))
+        return {key: value}
 
 
 def run_scheduler_process(server_args: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,6 +1,7 @@
 """Digests of the seams' sources in sglang 0.5.23."""
 
 # Printed by: python -m sglang_shift.seams
+# ruff: noqa: E501
 DIGESTS = {
     "sglang.srt.layers.layernorm_sp:runs_sp": "61d271345585cf1a",
     "sglang.srt.layers.layernorm_sp:sp_entry_scatter": "16d9bf08c69ca47e",
@@ -11,6 +12,7 @@ DIGESTS = {
     "sglang.srt.managers.scheduler:Scheduler.run_batch": "4e9bb4d5e649e2f1",
     "sglang.srt.managers.scheduler:Scheduler.init_internal_state": "e456fe7950d61ec2",
     "sglang.srt.managers.scheduler_components.internal_state:SchedulerInternalStateController.get_internal_state": "f01b820545684122",
+    "sglang.srt.managers.scheduler_components.internal_state:SchedulerInternalStateController._update_handlers": "4c829223260efeb0",
     "sglang.srt.managers.tp_worker:TpModelWorker._init_model_runner": "f36d22229ba4aec9",
     "sglang.srt.model_executor.model_runner:ModelRunner.load_model": "bf6781e45efd63b5",
     "sglang.srt.model_executor.model_runner:ModelRunner.init_weight_updater": "fe51fa768d092f08",

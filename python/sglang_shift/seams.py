@@ -52,6 +52,7 @@ _SP = "sglang.srt.layers.layernorm_sp:"
 _RUNNER = "sglang.srt.model_executor.model_runner:ModelRunner."
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater:WeightUpdater."
 _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler."
+_STATE = "sglang.srt.managers.scheduler_components.internal_state:SchedulerInternalStateController."
 
 SEAMS: tuple[Seam, ...] = (
     Seam("replaces", _SP + "runs_sp", "sglang_shift.region:runs_sp",
@@ -72,9 +73,10 @@ SEAMS: tuple[Seam, ...] = (
          "chooses the step's mode"),
     Seam("overrides", _SCHEDULER + "init_internal_state",
          "sglang_shift.scheduler:ShiftScheduler.init_internal_state", "live counters in /server_info"),
-    Seam("overrides", "sglang.srt.managers.scheduler_components.internal_state:"
-         "SchedulerInternalStateController.get_internal_state",
+    Seam("overrides", _STATE + "get_internal_state",
          "sglang_shift.scheduler:ShiftInternalState.get_internal_state", "live counters in /server_info"),
+    Seam("overrides", _STATE + "_update_handlers",
+         "sglang_shift.scheduler:ShiftInternalState._update_handlers", "the policy in /set_internal_state"),
     Seam("overrides", "sglang.srt.managers.tp_worker:TpModelWorker._init_model_runner",
          "sglang_shift.worker:ShiftTpModelWorker._init_model_runner", "builds our runner"),
     Seam("overrides", _RUNNER + "load_model", "sglang_shift.runner:ShiftModelRunner.load_model",
@@ -207,6 +209,7 @@ def main() -> None:
     """Print ``seam_digests.py`` for the installed SGLang: where a port to another version starts."""
     print(f'"""Digests of the seams\' sources in sglang {version("sglang")}."""\n')
     print("# Printed by: python -m sglang_shift.seams")
+    print("# ruff: noqa: E501")
     print("DIGESTS = {")
     for seam in SEAMS:
         if not inspect.isclass(target := resolve(seam.target)):

@@ -47,6 +47,4 @@ def backend() -> ServeBackend:
     """The factory named in the package's entry points."""
     from sglang.cli.serve_backends import SERVE_BACKEND_API_VERSION, ServeBackend
 
-    return ServeBackend(
-        api_version=SERVE_BACKEND_API_VERSION, run=run, detect=detect, requires_model_path=False
-    )
+    return ServeBackend(api_version=SERVE_BACKEND_API_VERSION, run=run, detect=detect, requires_model_path=False)

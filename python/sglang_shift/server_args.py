@@ -20,7 +20,7 @@ FIELDS = ["sp_size", "enable_shift_parallel", "shift_policy", "shift_threshold"]
 FLAGS = ["--" + name.replace("_", "-") for name in FIELDS]
 
 
-class ShiftServerArgs(ServerArgs, dict=True):
+class ShiftServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
     """SGLang's ``ServerArgs`` and the fields of Shift Parallelism. Same constructor keywords."""
 
     # Optional[...] rather than `| None`: SGLang's parser builder reads the annotations.
@@ -36,8 +36,10 @@ class ShiftServerArgs(ServerArgs, dict=True):
     ] = None
     enable_shift_parallel: A[
         bool,
-        "Shift Parallelism: each step runs in full tensor parallelism (TP) or in the base configuration (SP), "
-        "as --shift-policy decides.",
+        Arg(
+            help="Shift Parallelism: each step runs in full tensor parallelism (TP) or in the base configuration "
+            "(SP), as --shift-policy decides."
+        ),
         NS("shift"),
     ] = False
     shift_policy: A[
@@ -107,9 +109,7 @@ def prepare_server_args(argv: list[str], prog: str = "python -m sglang_shift.lau
     if not names_model(argv):
         argv = [*argv, "--model-path", demo_model_path()]
     raw = parser.parse_args(argv)
-    raw._radix_eviction_policy_explicitly_set = any(
-        arg.split("=")[0] == "--radix-eviction-policy" for arg in argv
-    )
+    raw._radix_eviction_policy_explicitly_set = any(arg.split("=")[0] == "--radix-eviction-policy" for arg in argv)
     logging.basicConfig(
         level=getattr(logging, raw.log_level.upper()),
         format="[%(asctime)s] %(message)s",
