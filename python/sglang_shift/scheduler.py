@@ -17,7 +17,7 @@ from sglang.srt.utils import rank_consensus_checker
 
 from sglang_shift import agreement, seams
 from sglang_shift.config import ShiftConfig, shift_config_of
-from sglang_shift.modes import POLICIES, Mode, StepState
+from sglang_shift.modes import Mode, StepState
 from sglang_shift.region import region
 from sglang_shift.worker import ShiftTpModelWorker
 
@@ -106,7 +106,7 @@ class ShiftScheduler(Scheduler):
 
 
 class ShiftInternalState(SchedulerInternalStateController):
-    """SGLang's internal state with a ``shift`` entry, and the policy among what can be updated."""
+    """SGLang's internal state with a ``shift`` entry, and the threshold among what can be updated."""
 
     def get_internal_state(self, recv_req: GetInternalStateReq) -> GetInternalStateReqOutput:
         """SGLang's answer and our counters."""
@@ -115,21 +115,19 @@ class ShiftInternalState(SchedulerInternalStateController):
         return output
 
     def _update_handlers(self) -> dict[str, Any]:
-        handler = internal_state._UpdateHandler(self._validate_policy, self._apply_policy)
-        return {**super()._update_handlers(), "shift_policy": handler, "shift_threshold": handler}
+        # SGLang's request carries numbers only, so the threshold stands for all: 0 is SP, a huge one TP.
+        handler = internal_state._UpdateHandler(self._validate_threshold, self._apply_threshold)
+        return {**super()._update_handlers(), "shift_threshold": handler}
 
-    def _validate_policy(self, key: str, value: Any) -> None:
-        config = self.scheduler.shift_config
-        if not config.switching:
-            raise internal_state.UpdateRejected(f"Updating {key} needs --enable-shift-parallel.")
-        if key == "shift_policy" and value not in POLICIES:
-            raise internal_state.UpdateRejected(f"{key} must be one of {', '.join(POLICIES)}, got {value!r}.")
-        if key == "shift_threshold" and (not isinstance(value, int) or value < 0):
+    def _validate_threshold(self, key: str, value: Any) -> None:
+        if self.scheduler.shift_config.policy != "tokens":
+            raise internal_state.UpdateRejected(f"Updating {key} needs --shift-policy tokens.")
+        if not isinstance(value, int) or value < 0:
             raise internal_state.UpdateRejected(f"{key} must be 0 or more tokens, got {value!r}.")
 
-    def _apply_policy(self, key: str, value: Any) -> dict[str, Any]:
+    def _apply_threshold(self, key: str, value: int) -> dict[str, Any]:
         # Every rank handles the request in the same iteration, so their policies change together.
-        self.scheduler.set_policy(replace(self.scheduler.shift_config, **{key.removeprefix("shift_"): value}))
+        self.scheduler.set_policy(replace(self.scheduler.shift_config, threshold=value))
         return {key: value}
 
 

@@ -76,7 +76,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("overrides", _STATE + "get_internal_state",
          "sglang_shift.scheduler:ShiftInternalState.get_internal_state", "live counters in /server_info"),
     Seam("overrides", _STATE + "_update_handlers",
-         "sglang_shift.scheduler:ShiftInternalState._update_handlers", "the policy in /set_internal_state"),
+         "sglang_shift.scheduler:ShiftInternalState._update_handlers", "the threshold in /set_internal_state"),
     Seam("overrides", "sglang.srt.managers.tp_worker:TpModelWorker._init_model_runner",
          "sglang_shift.worker:ShiftTpModelWorker._init_model_runner", "builds our runner"),
     Seam("overrides", _RUNNER + "load_model", "sglang_shift.runner:ShiftModelRunner.load_model",

@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# Make .venv in the repository root and install sglang_shift into it; at once where that is done.
+#
+#   scripts/setup.sh          what serving needs
+#   scripts/setup.sh test     and what the tests need
+#
+# Uses $PYTHON, else python3. Prints nothing when there is nothing to do, and needs no network then.
+set -euo pipefail
+
+extras=${1:-}
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$root/.venv
+stamp=$venv/sglang_shift.stamp            # what was installed; written last
+unfinished=$venv/sglang_shift.unfinished  # there while an installation runs
+
+say() { echo "sglang_shift: $*" >&2; }
+die() { say "error: $*"; exit 2; }
+
+# What a complete install leaves behind: Python, folder and pyproject.toml it was made for.
+# Empty where .venv cannot run the package.
+installed() {
+    "$venv/bin/python" - "$root" 2>/dev/null <<'PYTHON' || true
+import hashlib, importlib.metadata, pathlib, sys
+root = pathlib.Path(sys.argv[1])
+for package in ("sglang", "sglang_shift"):
+    importlib.metadata.version(package)
+digest = hashlib.sha256((root / "pyproject.toml").read_bytes()).hexdigest()
+print(f"{sys.version_info[0]}.{sys.version_info[1]} {digest} {root}")
+PYTHON
+}
+
+# Is .venv complete? The test extras include what serving needs.
+ready() {
+    local found
+    [[ -f $stamp && ! -e $unfinished ]] || return 1
+    found=$(installed)
+    [[ -n $found ]] || return 1
+    [[ $(cat "$stamp") == "$found test" || $(cat "$stamp") == "$found $extras" ]]
+}
+
+minor_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true; }
+
+# The interpreter to build .venv with: there, of the right age, able to make environments.
+check_python() {
+    local hint="set PYTHON to one that is, for example PYTHON=python3.12"
+    command -v "$python" >/dev/null || die "$python was not found; sglang_shift needs Python 3.11 to 3.13; install it, or name another: PYTHON=python3.12"
+    version=$(minor_of "$python")
+    case $version in
+        3.11 | 3.12 | 3.13) ;;
+        "") die "$python does not run as Python; sglang_shift needs Python 3.11 to 3.13; $hint" ;;
+        2.* | 3.[0-9] | 3.10) die "$python is Python $version, which is too old; sglang_shift needs 3.11 to 3.13; $hint" ;;
+        *) die "$python is Python $version, which is too new; sglang_shift needs 3.11 to 3.13; $hint" ;;
+    esac
+    "$python" -c 'import venv, ensurepip' 2>/dev/null ||
+        die "$python (Python $version) lacks the venv module; on Debian and Ubuntu: apt-get install python$version-venv"
+}
+
+python=${PYTHON:-python3}
+version=
+if [[ -n ${PYTHON:-} ]]; then # asked for by name: check it even where .venv exists
+    check_python
+fi
+if ready && [[ -z $version || $(minor_of "$venv/bin/python") == "$version" ]]; then
+    exit 0
+fi
+
+# One set-up at a time; a second one waits, and then finds the work done.
+if command -v flock >/dev/null; then
+    exec 9<"$root/pyproject.toml"
+    if ! flock --nonblock 9; then
+        say "another set-up is running; waiting for it"
+        flock 9
+        if ready && [[ -z $version || $(minor_of "$venv/bin/python") == "$version" ]]; then
+            exit 0
+        fi
+    fi
+fi
+
+why=
+current=$(minor_of "$venv/bin/python")
+if [[ ! -e $venv ]]; then
+    why="there is none"
+elif [[ -z $current || $current != "${version:-$current}" ]]; then
+    why="the one there has ${current:+Python }${current:-no Python that runs}"
+elif [[ -e $unfinished && $venv/lib/python$current/site-packages -nt $unfinished ]]; then
+    why="its last installation was interrupted" # half-installed packages look installed to pip
+elif ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    why="the one there has no pip"
+fi
+if [[ -n $why ]]; then
+    check_python
+    say "making .venv with Python $version ($why)"
+    "$python" -m venv --clear --without-pip "$venv"
+    touch "$unfinished"
+    "$python" -m venv "$venv"
+    current=$version
+fi
+
+quiet=
+if [[ -d $venv/lib/python$current/site-packages/sglang ]]; then
+    say "bringing .venv up to date"
+    quiet=--quiet
+else
+    say "installing sglang_shift, SGLang and PyTorch: 3 to 4 minutes and about 11 GB, the first time only"
+fi
+rm -f "$stamp"
+touch "$unfinished"
+(cd "$root" && "$venv/bin/python" -m pip install --disable-pip-version-check --no-input $quiet \
+    -e ".${extras:+[$extras]}") >&2 || die "the installation failed, see above; run $0 again to retry"
+found=$(installed)
+[[ -n $found ]] || die "pip reported success, but the package cannot be found in .venv; remove .venv and run $0 again"
+echo "$found $extras" >"$stamp"
+rm "$unfinished"
+say "ready"

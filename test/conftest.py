@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import os
+
+# Nothing may be fetched; set before transformers is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from harness import Answer, ServerPool
+from prompts import prompts
+
+FLOAT32 = ("--dtype", "float32")
+
+
+@pytest.fixture(scope="session")
+def servers():
+    pool = ServerPool()
+    yield pool
+    pool.stop()
+
+
+class Reference:
+    """Answers of stock SGLang at TP=1 in float32, asked once."""
+
+    def __init__(self, servers: ServerPool) -> None:
+        server = servers.get(*FLOAT32, "--tp-size", "1")
+        self.prompts = prompts()
+        self.answers: dict[int, list[Answer]] = {n: server.generate_all(self.prompts, n) for n in (1, 16)}
+        self.tokens_64 = [server.generate(ids, 64) for ids in self.prompts[::8]]
+
+
+@pytest.fixture(scope="session")
+def reference(servers):
+    return Reference(servers)

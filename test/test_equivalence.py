@@ -1,0 +1,69 @@
+"""Every mode gives stock SGLang's tokens: 64 prompts of 1 to 2,000 tokens, float32, real servers."""
+
+from __future__ import annotations
+
+import pytest
+from prompts import assert_same_answers
+
+pytestmark = pytest.mark.server
+
+# (P, S): SP only; SP with TP inside; more ranks than the model's 2 KV heads.
+LAYOUTS = [(2, 2), (4, 4), (4, 2), (8, 8)]
+
+
+@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda p: f"P{p[0]}-S{p[1]}")
+def server(request, reference, servers):
+    world, sp = request.param
+    return servers.get(
+        "--dtype", "float32", "--tp-size", str(world), "--sp-size", str(sp), "--enable-shift-parallel",
+        "--shift-threshold", "64",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("concurrency", [1, 16])
+@pytest.mark.parametrize("policy", ["tp", "sp", "tokens"])
+def test_same_tokens_and_logprobs(server, reference, policy, concurrency):
+    with server.policy(policy, threshold=64) as steps:
+        answers = server.generate_all(reference.prompts, concurrency)
+    assert_same_answers(answers, reference.answers[concurrency])
+    assert (steps["tp"] > 0, steps["sp"] > 0) == {"tp": (True, False), "sp": (False, True), "tokens": (True, True)}[
+        policy
+    ]
+
+
+@pytest.mark.parametrize(("writer", "reader"), [("sp", "tp"), ("tp", "sp")])
+def test_kv_written_in_one_mode_is_read_in_the_other(server, reference, writer, reader):
+    """A second request hits the radix cache that the other mode wrote, and continues it."""
+    prompts = [ids for ids in reference.prompts if len(ids) > 200][::4]
+    expected = [a for ids, a in zip(reference.prompts, reference.answers[1], strict=True) if ids in prompts]
+    server.flush_cache()
+    with server.policy(writer):
+        for ids in prompts:
+            server.generate(ids[: len(ids) // 2], 1)
+    with server.policy(reader) as steps:
+        answers = [server.generate(ids) for ids in prompts]
+    assert all(a.meta["cached_tokens"] > 50 for a in answers)
+    assert steps[writer] == 0 < steps[reader]
+    assert_same_answers(answers, expected)
+
+
+@pytest.mark.parametrize("threshold_mode", ["prefill in SP, decode in TP", "prefill in TP, decode in SP"])
+def test_prompt_prefilled_in_one_mode_and_decoded_in_the_other(server, reference, threshold_mode):
+    """One request whose KV cache both modes write; 64 tokens decoded in the mode that did not prefill."""
+    prompts = reference.prompts[::8]
+    server.flush_cache()
+    if threshold_mode.startswith("prefill in SP"):
+        with server.policy("tokens", threshold=1) as steps:
+            answers = [server.generate(ids, 64) for ids in prompts]
+        assert steps["sp"] == sum(len(ids) > 1 for ids in prompts)
+    else:
+        answers = []
+        with server.policy("tokens", threshold=1) as steps:
+            for ids in prompts:  # prefill all but the last token in TP, the rest is steps of one token in SP
+                server.set_policy("tp")
+                server.generate(ids, 1)
+                server.set_policy("sp")
+                answers.append(server.generate(ids, 64))
+        assert steps["tp"] == len(prompts)
+    assert min(steps.values()) > 0
+    assert_same_answers(answers, reference.tokens_64)
