@@ -35,7 +35,14 @@ from serving import Failure, Load, serving
 
 BASELINE = "stock-tp"
 START_UP = "start-up, s"
-SMOKE = {"rounds": 1, "contenders": [BASELINE, "shift"], "prompts": 8, "lengths": [128], "requests": 3}
+SMOKE = {
+    "rounds": 1,
+    "contenders": [BASELINE, "shift"],
+    "prompts": 8,
+    "lengths": [128],
+    "requests": 3,
+    "extra_flags": ["--sleep-on-idle"],  # an idle server polls: with few cores that slows the start of the client
+}
 STARTED = time.monotonic()
 
 
@@ -86,7 +93,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
                         help="what a server may take to start, and a measurement to end")
     parser.add_argument("--smoke", action="store_true",
                         help="minimal settings (explicit flags still count), to see that everything works")
-    parser.add_argument("extra_flags", nargs="*", metavar="-- FLAG", help="more flags, for every server")  # fmt: skip
+    parser.add_argument("extra_flags", nargs="*", metavar="-- FLAG", help="more flags, for every server")
     if parser.parse_known_args(argv)[0].smoke:
         parser.set_defaults(**SMOKE)
     args = parser.parse_args(argv)
@@ -179,16 +186,16 @@ def markdown(visits: list[Visit], contenders: list[str], command: str, machine: 
     steps = [_steps([v for v in visits if v.contender == c]) for c in contenders]
     lines.append("| steps in TP / in SP | " + " | ".join(steps) + " |")
     rounds = max(v.round for v in visits)
+    ratios = f" **r x**: ratio to `{BASELINE}` in the same round, median." if BASELINE in contenders else ""
     facts = ", ".join(f"{name} {value}" for name, value in machine.items() if value)
-    return "\n".join([
-        *lines,
+    lines += [
         "",
-        f"Median over {rounds} round{'s' * (rounds > 1)} (min to max). **r x**: ratio to `{BASELINE}` in the same "
-        "round, median. Tokens/s: higher is better; times: lower. Steps: all rounds, warm-up included.",
+        f"Median over {rounds} round{'s' * (rounds > 1)} (min to max).{ratios} Tokens/s: higher is better; "
+        "times: lower. Steps: all rounds, warm-up included.",
         "",
         f"Made by `{command}` on: {facts}.",
-        "",
-    ])  # fmt: skip
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _cell(entry: dict[str, float]) -> str:
@@ -207,10 +214,10 @@ def describe_machine() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    gpus: list[str] = []
+    gpus = ""
     if tool := shutil.which("nvidia-smi"):
         query = [tool, "--query-gpu=name", "--format=csv,noheader"]
-        gpus = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+        gpus = " + ".join(subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines())
     return {
         "CPU": (models or [platform.processor()])[0],
         "cores": len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count(),

@@ -15,11 +15,13 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 HOST = "127.0.0.1"
 SHUTDOWN_S = 20
+NO_ANSWER = (OSError, HTTPException)
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 # Offline unless the caller says otherwise: a download is no part of a start-up time.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1"} | os.environ
@@ -82,7 +84,7 @@ class Server:
         """GET ``path``, or POST ``body`` to it; the JSON answered, None for an empty answer.
 
         Raises:
-            OSError: nobody answers, or with an error.
+            OSError, HTTPException: nobody answers, or with an error.
         """
         request = urllib.request.Request(self.url + path, headers={"Content-Type": "application/json"})
         request.data = None if body is None else json.dumps(body).encode()
@@ -98,15 +100,16 @@ class Server:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             self.check_alive("while it started")
-            with suppress(OSError):
-                self.call("/health")
+            with suppress(*NO_ANSWER):
+                self.call("/health", timeout=max(1, deadline - time.monotonic()))
                 return
             time.sleep(0.1)
         raise Failure(f"the server was not healthy after {timeout:.0f} s (--timeout)", self.log)
 
-    def check_alive(self, when: str) -> None:
-        """Raise a Failure if the server has ended."""
-        if (code := self.process.poll()) is not None:
+    def check_alive(self, when: str, patience: float = 0) -> None:
+        """Raise a Failure if the server has ended, or does so within ``patience`` seconds."""
+        with suppress(subprocess.TimeoutExpired):
+            code = self.process.wait(patience)
             raise Failure(f"the server ended with exit code {code} {when}", self.log)
 
     def shift_steps(self) -> dict[str, int] | None:
@@ -124,8 +127,8 @@ class Server:
         prompts = [tokens.choices(range(256), k=load.input_len) for _ in range(load.concurrency or load.requests)]
         try:
             self.call("/generate", {"input_ids": prompts, "sampling_params": load.sampling}, timeout)
-        except OSError as error:
-            self.check_alive(f"while warming up ({load.name})")
+        except NO_ANSWER as error:
+            self.check_alive(f"while warming up ({load.name})", SHUTDOWN_S)
             raise Failure(f"warming up ({load.name}): {error}", self.log) from error
 
     def measure(self, load: Load, seed: int, timeout: float) -> dict[str, Any]:
@@ -153,13 +156,11 @@ class Server:
                     command, stdout=out, stderr=subprocess.STDOUT, env=ENVIRONMENT, timeout=timeout, check=False
                 )
         except subprocess.TimeoutExpired:
-            raise Failure(f"{load.name}: bench_serving was not done after {timeout:.0f} s (--timeout)", self.log) from None
-        self.check_alive(f"under load ({load.name})")
-        if done.returncode != 0:
-            raise Failure(f"{load.name}: bench_serving ended with exit code {done.returncode}", log)
-        result: dict[str, Any] = json.loads(results.read_text())
-        if result["completed"] != load.requests:
-            raise Failure(f"{load.name}: {result['completed']} of {load.requests} requests were served", log)
+            raise Failure(f"{load.name}: not done after {timeout:.0f} s (--timeout)", self.log) from None
+        result: dict[str, Any] = json.loads(results.read_text()) if done.returncode == 0 else {}
+        if result.get("completed") != load.requests:
+            self.check_alive(f"under load ({load.name})", SHUTDOWN_S)
+            raise Failure(f"{load.name}: bench_serving did not get its {load.requests} requests served", log)
         del result["server_info"]
         return result
 

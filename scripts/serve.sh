@@ -38,8 +38,8 @@ for arg in "$@"; do
         -h | --help) sed -n 's/^# \{0,1\}//; 2,7p' "${BASH_SOURCE[0]}"; echo; node=-1 ;;
     esac
 done
-if $add_shift; then set -- --enable-shift-parallel "$@"; fi
-if $add_size; then set -- --tp-size 2 "$@"; fi
+if $add_shift; then set -- "$@" --enable-shift-parallel; fi
+if $add_size; then set -- "$@" --tp-size 2; fi
 
 # An address to listen on is not always one to connect to.
 case $host in

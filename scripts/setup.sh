@@ -80,7 +80,7 @@ why=
 current=$(minor_of "$venv/bin/python")
 if [[ ! -e $venv ]]; then
     why="there is none"
-elif [[ -z $current || $current != "${version:-$current}" ]]; then
+elif [[ ! $current =~ ^3\.1[123]$ || $current != "${version:-$current}" ]]; then
     why="the one there has ${current:+Python }${current:-no Python that runs}"
 elif [[ -e $unfinished && $venv/lib/python$current/site-packages -nt $unfinished ]]; then
     why="its last installation was interrupted" # half-installed packages look installed to pip

@@ -26,6 +26,11 @@ class Reference:
         server = servers.get(*FLOAT32, "--tp-size", "1")
         self.prompts = prompts()
         self.answers: dict[int, list[Answer]] = {n: server.generate_all(self.prompts, n) for n in (1, 16)}
+        self.input_logprobs = [
+            [entry[0] for entry in server.generate(ids, 1, logprob_start_len=0).meta["input_token_logprobs"][1:]]
+            for ids in self.prompts[20::2]
+        ]
+        server.flush_cache()
         self.tokens_64 = [server.generate(ids, 64) for ids in self.prompts[::8]]
 
 

@@ -159,7 +159,8 @@ def run_ranks(size: int, function: Callable[..., None], *args: Any) -> None:
     """Run ``function(rank, size, *args)`` in ``size`` processes of one gloo group; raises what a rank raises."""
     import torch.multiprocessing as mp
 
-    mp.spawn(_rank_main, args=(size, free_port(), function, args), nprocs=size, join=True)
+    # Forked: a spawned rank would import SGLang again, many seconds each on two cores.
+    mp.start_processes(_rank_main, (size, free_port(), function, args), nprocs=size, start_method="fork")
 
 
 def _rank_main(rank: int, size: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:

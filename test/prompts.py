@@ -6,9 +6,8 @@ import argparse
 import inspect
 
 from harness import Answer
-from transformers import AutoTokenizer
-
 from sglang_shift.demo import demo_model_path
+from transformers import AutoTokenizer
 
 LOGPROB_TOLERANCE = 1e-4
 

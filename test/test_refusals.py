@@ -1,0 +1,136 @@
+"""Every refusal: at resolution, before any process is started, in one sentence with its reason."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from sglang.srt.arg_groups.overrides import resolution_result
+from sglang_shift.config import ShiftConfig, shift_config_of
+from sglang_shift.demo import demo_model_path
+from sglang_shift.errors import Refused, ShiftError
+from sglang_shift.launch_server import resolve
+from sglang_shift.refusals import ARCHITECTURES, FEATURES, check_flags, check_model
+from sglang_shift.server_args import ShiftServerArgs, names_model, prepare_server_args
+
+SHIFT = {"tp_size": 2, "enable_shift_parallel": True}
+
+
+def resolved(**fields):
+    args = ShiftServerArgs(**{"model_path": demo_model_path(), **fields})
+    resolve(args)
+    return args
+
+
+def value(args, name):
+    return resolution_result(args, name)
+
+
+def test_without_our_flags_nothing_of_ours_is_set():
+    args = resolved(tp_size=2)
+    assert shift_config_of(args) is None
+    assert [value(args, name) for name in ("sp_size", "shift_policy", "shift_threshold")] == [None] * 3
+
+
+def test_defaults_with_shift():
+    args = resolved(tp_size=4, enable_shift_parallel=True)
+    assert shift_config_of(args) == ShiftConfig(4, 4, True, "tokens", 256)
+    assert [value(args, name) for name in ("sp_size", "shift_policy", "shift_threshold")] == [4, "tokens", 256]
+
+
+def test_sp_size_alone_is_sp_for_every_step():
+    assert shift_config_of(resolved(tp_size=4, sp_size=2)) == ShiftConfig(4, 2, False, "sp", 256)
+
+
+def test_command_line_serves_the_demo_model_by_default():
+    args = prepare_server_args(["--tp-size", "2", "--enable-shift-parallel", "--shift-threshold", "8"])
+    assert args.model_path == demo_model_path()
+    assert args.shift_threshold == 8
+
+
+@pytest.mark.parametrize("argv", [["--model-path", "x"], ["--model=x"], ["x", "--tp-size", "2"], ["--help"]])
+def test_a_named_model_is_kept(argv):
+    assert names_model(argv)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"tp_size": 4, "sp_size": 3}, "--sp-size 3 does not divide --tp-size 4"),
+        ({"tp_size": 2, "sp_size": 4}, "--sp-size 4 does not divide --tp-size 2"),
+        ({"tp_size": 2, "sp_size": 1}, "--sp-size 1 is not sequence parallelism"),
+        ({"tp_size": 1, "enable_shift_parallel": True}, "--tp-size 1 leaves nothing to shift"),
+        ({"tp_size": 2, "sp_size": 2, "shift_policy": "tp"}, "--shift-policy tp needs --enable-shift-parallel"),
+        ({"tp_size": 2, "shift_threshold": 9}, "--shift-threshold 9 needs --enable-shift-parallel"),
+        ({**SHIFT, "shift_threshold": -1}, "--shift-threshold -1 must be 0 or more"),
+        ({**SHIFT, "shift_policy": "sp", "shift_threshold": 9}, "no meaning with --shift-policy sp"),
+        ({"tp_size": 16, "sp_size": 16}, "does not divide the model's 8 attention heads"),
+        ({"tp_size": 2, "sp_size": 2, "quantization": "fp8"}, "quantized weights are not assembled yet"),
+        ({**SHIFT, "is_embedding": True}, "pooler"),
+        ({**SHIFT, "model_path": "/does/not/exist"}, "/does/not/exist does not exist"),
+    ],
+)
+def test_refused_at_resolution(flags, message):
+    with pytest.raises(ShiftError, match=message.replace("(", r"\(")) as refusal:
+        resolved(**flags)
+    assert "\n" not in str(refusal.value)
+
+
+ASKING = {
+    "pp_size": 2, "attn_dp_size": 2, "dcp_size": 2, "attn_cp_size": 2, "enable_layernorm_sp": True, "ep_size": 2,
+    "enable_two_batch_overlap": True, "enable_pdmux": True, "disaggregation_mode": "prefill",
+    "speculative_algorithm": "NGRAM", "enable_lora": True, "quantization": "fp8", "enable_torch_compile": True,
+    "cuda_graph_config": SimpleNamespace(prefill=SimpleNamespace(backend="tc_piecewise")),
+    "dllm_algorithm": "x", "elastic_ep_backend": "mooncake", "use_ray": True, "encoder_only": True,
+    "grpc_mode": True, "weight_cache_mode": "on", "startup_weight_load_mode": "overlap",
+    "load_format": "sharded_state", "enable_memory_saver": True, "cpu_offload_gb": 1, "is_embedding": True,
+    "model_impl": "transformers", "enable_deterministic_inference": True, "rl_on_policy_target": "fsdp",
+    "enable_return_aux_hidden_states": True, "enable_nvidia_megakernel": True,
+}  # fmt: skip
+
+
+def test_every_feature_in_the_list_has_a_case():
+    assert len(ASKING) == len(FEATURES)
+
+
+@pytest.mark.parametrize("field", ASKING)
+def test_features_that_do_not_combine(field):
+    """The settings as SGLang resolves them, with one feature asked for."""
+    plain = resolved(**SHIFT)
+    names = {name: value(plain, name) for name in plain.__struct_fields__}
+    check_flags(SimpleNamespace(**names))
+    with pytest.raises(Refused, match="cannot be combined with sequence parallelism: "):
+        check_flags(SimpleNamespace(**{**names, field: ASKING[field]}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GemmaForCausalLM"]}, "architecture GemmaForCausalLM is not served"),
+        ({"architectures": ["MixtralForCausalLM"]}, "architecture MixtralForCausalLM is not served"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized weights"),
+        ({"num_attention_heads": 6}, "6 attention heads"),
+        ({"num_key_value_heads": 3}, "3 KV heads"),
+        ({"intermediate_size": 770}, "intermediate size 770"),
+    ],
+)
+def test_models_that_are_not_served(changes, message):
+    fields = json.loads(open(demo_model_path() + "/config.json").read())
+    fields.update(changes)
+    config = SimpleNamespace(
+        hf_config=SimpleNamespace(**fields),
+        quantization=None,
+        is_generation=True,
+        is_multimodal=False,
+        num_attention_heads=fields["num_attention_heads"],
+        get_total_num_kv_heads=lambda: fields["num_key_value_heads"],
+    )
+    with pytest.raises(Refused, match=message):
+        check_model(config, ShiftConfig(4, 4, True, "tokens", 256))
+
+
+def test_the_allowlist_is_the_tested_families():
+    from test_architectures import FAMILIES
+
+    assert set(FAMILIES) == set(ARCHITECTURES)

@@ -1,0 +1,88 @@
+"""The seams: complete in the docs, checked at start-up, fatal when something is off."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sglang_shift import seams
+from sglang_shift.errors import SeamError
+
+ARCHITECTURE = Path(__file__).resolve().parent.parent / "docs" / "architecture.md"
+
+
+def test_sources_are_those_this_package_was_written_against():
+    seams.check_sources()
+
+
+def test_every_function_has_a_digest():
+    without = [s.target for s in seams.SEAMS if s.digest is None]
+    assert without == ["sglang.srt.managers.scheduler:Scheduler"], "only a class replaced whole has none"
+
+
+def test_wrong_version_is_fatal(monkeypatch):
+    monkeypatch.setattr(seams, "version", lambda _: "0.5.99")
+    with pytest.raises(SeamError, match=r"written against sglang 0\.5\.23 but sglang here is 0\.5\.99"):
+        seams.check_sources()
+
+
+def test_changed_source_is_fatal(monkeypatch):
+    from sglang.srt.layers import layernorm_sp
+
+    def runs_sp(forward_mode):
+        return False
+
+    monkeypatch.setattr(layernorm_sp, "runs_sp", runs_sp)
+    with pytest.raises(SeamError, match="layernorm_sp:runs_sp of the installed sglang has source"):
+        seams.check_sources()
+
+
+INSTALL = """
+from sglang_shift import seams
+{before}
+seams.install()
+from sglang.srt.layers import layernorm_sp, linear, logits_processor
+from sglang.srt.managers import scheduler
+from sglang_shift import projections, region
+assert linear.layernorm_sp.row_parallel_gbar_matmul is projections.row_parallel_gbar_matmul
+assert logits_processor.layernorm_sp.maybe_exit_gather is region.maybe_exit_gather
+assert scheduler.Scheduler.__name__ == "ShiftScheduler"
+{after}
+print("installed")
+"""
+
+
+def run(before: str = "", after: str = "") -> subprocess.CompletedProcess[str]:
+    code = INSTALL.format(before=before, after=after)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_install_reaches_the_callers():
+    done = run()
+    assert done.stdout.strip().endswith("installed"), done.stderr
+
+
+def test_a_seam_that_is_undone_later_is_noticed():
+    undo = "stock = layernorm_sp.set_sp_num_tokens; layernorm_sp.maybe_exit_gather = stock; seams.verify()"
+    done = run(after=undo)
+    assert "maybe_exit_gather is not served by sglang_shift.region:maybe_exit_gather" in done.stderr
+
+
+def test_a_changed_source_replaces_nothing():
+    before = "seams.DIGESTS['sglang.srt.layers.layernorm_sp:runs_sp'] = '0' * 16"
+    check = (
+        "\nfrom sglang.srt.layers import layernorm_sp\n"
+        "try:\n    seams.install()\nexcept Exception as e:\n"
+        "    assert layernorm_sp.runs_sp.__module__ == 'sglang.srt.layers.layernorm_sp'; raise"
+    )
+    done = run(before=before + check)
+    assert "SeamError" in done.stderr and "layernorm_sp:runs_sp" in done.stderr
+
+
+def test_the_table_in_the_docs_is_the_table_in_the_code():
+    rows = re.findall(r"^\|\s*(replaces|overrides|relies on)\s*\|(.*?)\|(.*?)\|", ARCHITECTURE.read_text(), re.M)
+    documented = {(kind, target.strip(" `"), ours.strip(" `-—")) for kind, target, ours in rows}
+    assert documented == {(s.kind, s.target, s.ours) for s in seams.SEAMS}

@@ -1,0 +1,27 @@
+"""A KV pool that is too small: requests are retracted, and still answered as if they were not."""
+
+from __future__ import annotations
+
+import pytest
+from prompts import assert_same_answers
+
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture(scope="module")
+def server(reference, servers):
+    return servers.get(
+        "--dtype", "float32", "--tp-size", "2", "--enable-shift-parallel", "--shift-threshold", "6",
+        "--max-total-tokens", "1200", "--chunked-prefill-size", "256", "--schedule-conservativeness", "0.01",
+    )  # fmt: skip
+
+
+def test_retraction(server, reference):
+    prompts = [ids for ids in reference.prompts if 100 < len(ids) < 300]
+    server.flush_cache()
+    calm = server.generate_all(prompts, 1, 64)
+    with server.policy("tokens", 6) as steps:
+        crowded = server.generate_all(prompts, len(prompts), 64)
+    assert sum(a.meta["num_retractions"] for a in crowded) > 0, "the pool was not too small"
+    assert min(steps.values()) > 0
+    assert_same_answers(crowded, calm)
