@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
@@ -107,7 +108,7 @@ def test_sglang_serve_and_nodes_started_differently(servers):
     servers.stop()
     rendezvous = f"127.0.0.1:{free_port()}"
     common = ["--tp-size", "2", "--nnodes", "2", "--dist-init-addr", rendezvous, "--enable-shift-parallel"]
-    module = ["-m", "sglang.cli.main", "serve"]
+    module = [str(Path(sys.executable).parent / "sglang"), "serve"]
     nodes = [
         Server([*common, "--node-rank", str(rank), "--shift-threshold", str(100 + rank)], module=module)
         for rank in (0, 1)

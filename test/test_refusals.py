@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -116,7 +117,7 @@ def test_features_that_do_not_combine(field):
     ],
 )
 def test_models_that_are_not_served(changes, message):
-    fields = json.loads(open(demo_model_path() + "/config.json").read())
+    fields = json.loads(Path(demo_model_path(), "config.json").read_text())
     fields.update(changes)
     config = SimpleNamespace(
         hf_config=SimpleNamespace(**fields),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 
 class ShiftError(RuntimeError):
-    """A start-up problem, worded for the user. The launcher prints it and exits with code 2."""
+    """A start-up problem, worded for the user.
+
+    The launcher prints it and exits with code 2; where a rank raises it, SGLang logs it and stops the server.
+    """
 
 
 class Refused(ShiftError):

@@ -16,6 +16,8 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
+from sglang_shift.errors import SeamError
+
 # Collectives whose custom ops SGLang registers, on an out-of-tree platform, for PrivateUse1 only.
 COLLECTIVES = (
     "inplace_all_reduce",
@@ -83,6 +85,23 @@ class ShiftCpuPlatform(CpuDeviceMixin, SRTPlatform):
         runner.adjust_config_with_unaligned_cpu_tp = keep_config  # type: ignore[attr-defined]
 
 
+def verify() -> None:
+    """Where this platform is the active one, its replacement and its collectives must be in place.
+
+    Raises:
+        SeamError: names what is missing.
+    """
+    from sglang.srt.platforms import current_platform
+
+    if not isinstance(current_platform, ShiftCpuPlatform):
+        return
+    runner = sys.modules.get("sglang.srt.model_executor.model_runner")
+    if getattr(runner, "adjust_config_with_unaligned_cpu_tp", None) is not keep_config:
+        raise SeamError("model_runner:adjust_config_with_unaligned_cpu_tp was not replaced on this CPU platform")
+    if missing := [name for name in COLLECTIVES if not has_cpu_kernel(name)]:
+        raise SeamError(f"SGLang's collectives {', '.join(missing)} do not take CPU tensors")
+
+
 def keep_config(model_config: Any, load_config: Any, tp_size: int) -> Any:
     """In place of SGLang's ``adjust_config_with_unaligned_cpu_tp``: the model as it is."""
     return model_config
@@ -94,8 +113,13 @@ def register_collectives() -> None:
     from sglang.srt.utils.common import sglang_lib
 
     for name in COLLECTIVES:
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"sglang::{name}", "CPU"):
+        if not has_cpu_kernel(name):
             sglang_lib.impl(name, getattr(parallel_state, name).__wrapped__, "CPU")
+
+
+def has_cpu_kernel(name: str) -> bool:
+    """Whether SGLang's custom op ``name`` takes CPU tensors."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"sglang::{name}", "CPU")
 
 
 def local_ranks(server_args: Any) -> int:

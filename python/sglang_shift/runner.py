@@ -32,6 +32,7 @@ class ShiftModelRunner(ModelRunner):
     weight_updater: WeightUpdater
     decode_cuda_graph_runner: Any
     prefill_cuda_graph_runner: Any
+    weight_load_mem_usage: float
 
     def load_model(self) -> None:
         """Load the stock full-TP shards, then assemble the base weights around them."""
@@ -41,8 +42,11 @@ class ShiftModelRunner(ModelRunner):
         get_flags().sp.enabled = True
         groups = region.parallel = parallel.build(RankLayout(config.world_size, config.sp_size))
         super().load_model()
+        stock_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
         self.base_weights = BaseWeights(self.model, groups)
         self.weight_report = self.base_weights.report()
+        # What /server_info reports as the memory of the weights, in GiB.
+        self.weight_load_mem_usage += (self.weight_report.total - stock_bytes) / (1 << 30)
         logger.info(
             "sglang_shift: SP=%d x TP=%d base configuration assembled from %d projections; "
             "weights %d bytes on this rank, %d bytes beyond the base configuration's%s",

@@ -15,7 +15,7 @@ from sglang.srt.managers.scheduler_components.internal_state import SchedulerInt
 from sglang.srt.runtime_context import get_device
 from sglang.srt.utils import rank_consensus_checker
 
-from sglang_shift import agreement, seams
+from sglang_shift import agreement, platform, seams
 from sglang_shift.config import ShiftConfig, shift_config_of
 from sglang_shift.modes import Mode, StepState
 from sglang_shift.region import region
@@ -34,6 +34,7 @@ class ShiftScheduler(Scheduler):
         config = shift_config_of(self.server_args)
         assert config is not None
         seams.verify()
+        platform.verify()
         agreement.check(config)
         self.set_policy(config)
         self.shift_steps = dict.fromkeys(Mode, 0)
@@ -122,7 +123,7 @@ class ShiftInternalState(SchedulerInternalStateController):
     def _validate_threshold(self, key: str, value: Any) -> None:
         if self.scheduler.shift_config.policy != "tokens":
             raise internal_state.UpdateRejected(f"Updating {key} needs --shift-policy tokens.")
-        if not isinstance(value, int) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise internal_state.UpdateRejected(f"{key} must be 0 or more tokens, got {value!r}.")
 
     def _apply_threshold(self, key: str, value: int) -> dict[str, Any]:

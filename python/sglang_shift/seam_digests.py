@@ -29,4 +29,5 @@ DIGESTS = {
     "sglang.srt.layers.logits_processor:LogitsProcessor.forward": "cb0c03324bcc376d",
     "sglang.srt.layers.logits_processor:LogitsProcessor._get_pruned_states": "fd309cf7f24f94fe",
     "sglang.srt.managers.scheduler:run_scheduler_process": "f52f0de806e29a75",
+    "sglang.srt.configs.update_config:adjust_config_with_unaligned_cpu_tp": "fcbd518636d151c3",
 }

@@ -1,9 +1,10 @@
 """Every place where sglang_shift meets SGLang's internals: what, why, and the check that it holds.
 
-Nothing else in the package replaces or overrides anything of SGLang's. :func:`install` runs in each
+Nothing else in the package replaces SGLang's code or overrides what steps run through; the CPU
+platform (:mod:`sglang_shift.platform`) has one replacement of its own. :func:`install` runs in each
 rank's process before the scheduler is built, :func:`verify` once more before the model loads; the
 launcher calls :func:`check_sources` before it starts any process. ``docs/architecture.md`` carries
-this table for readers.
+this table for readers, and lists the official extension points beside it.
 """
 
 from __future__ import annotations
@@ -110,6 +111,8 @@ SEAMS: tuple[Seam, ...] = (
          "which rows the LM head reads"),
     Seam("relies on", "sglang.srt.managers.scheduler:run_scheduler_process", "",
          "builds the module's Scheduler"),
+    Seam("relies on", "sglang.srt.configs.update_config:adjust_config_with_unaligned_cpu_tp", "",
+         "what the CPU platform keeps from padding KV heads"),
 )  # fmt: skip
 
 

@@ -17,7 +17,6 @@ from sglang_shift.modes import POLICIES
 from sglang_shift.refusals import check_flags, check_model
 
 FIELDS = ["sp_size", "enable_shift_parallel", "shift_policy", "shift_threshold"]
-FLAGS = ["--" + name.replace("_", "-") for name in FIELDS]
 
 
 class ShiftServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
