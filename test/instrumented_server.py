@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections import Counter
 from typing import Any
 
@@ -38,6 +39,7 @@ def count_collectives() -> None:
     from sglang_shift.runner import ShiftModelRunner
 
     running: list[str] = []
+    scheduler_thread = threading.current_thread()  # the rank-consensus checker communicates from another
     forward = ShiftModelRunner._forward_raw
 
     def counted_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -54,7 +56,7 @@ def count_collectives() -> None:
         function = getattr(dist, name)
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if running:
+            if running and threading.current_thread() is scheduler_thread:
                 COUNTS[running[-1]][name] += 1
             return function(*args, **kwargs)
 

@@ -12,16 +12,16 @@ pytestmark = pytest.mark.server
 def server(reference, servers):
     return servers.get(
         "--dtype", "float32", "--tp-size", "2", "--enable-shift-parallel", "--shift-threshold", "6",
-        "--max-total-tokens", "1200", "--chunked-prefill-size", "256", "--schedule-conservativeness", "0.01",
+        "--max-total-tokens", "1200", "--max-running-requests", "16", "--schedule-conservativeness", "0.01",
     )  # fmt: skip
 
 
 def test_retraction(server, reference):
-    prompts = [ids for ids in reference.prompts if 100 < len(ids) < 300]
+    prompts = [ids for ids in reference.prompts if 40 < len(ids) < 130]
     server.flush_cache()
-    calm = server.generate_all(prompts, 1, 64)
+    calm = server.generate_all(prompts, 1, 128)
     with server.policy("tokens", 6) as steps:
-        crowded = server.generate_all(prompts, len(prompts), 64)
+        crowded = server.generate_all(prompts, len(prompts), 128)
     assert sum(a.meta["num_retractions"] for a in crowded) > 0, "the pool was not too small"
     assert min(steps.values()) > 0
     assert_same_answers(crowded, calm)

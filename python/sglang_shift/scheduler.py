@@ -17,9 +17,10 @@ from sglang.srt.utils import rank_consensus_checker
 
 from sglang_shift import agreement, platform, seams
 from sglang_shift.config import ShiftConfig, shift_config_of
+from sglang_shift.errors import Refused
 from sglang_shift.modes import Mode, StepState
 from sglang_shift.region import region
-from sglang_shift.worker import ShiftTpModelWorker
+from sglang_shift.worker import EXPORT_REFUSED, ShiftTpModelWorker
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,16 @@ class ShiftScheduler(Scheduler):
     def init_internal_state(self) -> None:
         """``/server_info`` carries live counters."""
         self.internal_state = ShiftInternalState(scheduler=self, record_step_time=sglang_scheduler.RECORD_STEP_TIME)
+
+    def save_remote_model(self, **kwargs: Any) -> None:
+        """Refused; SGLang's RPC answers with the reason.
+
+        Raises:
+            Refused: always.
+        """
+        raise Refused(EXPORT_REFUSED)
+
+    save_sharded_model = save_remote_model
 
     def shift_state(self) -> dict[str, Any]:
         """Live counters of this rank, for ``/server_info``."""

@@ -78,6 +78,14 @@ SEAMS: tuple[Seam, ...] = (
          "sglang_shift.scheduler:ShiftInternalState.get_internal_state", "live counters in /server_info"),
     Seam("overrides", _STATE + "_update_handlers",
          "sglang_shift.scheduler:ShiftInternalState._update_handlers", "the threshold in /set_internal_state"),
+    *(
+        Seam("overrides", _SCHEDULER + name, f"sglang_shift.scheduler:ShiftScheduler.{name}",
+             "refused: it would write views of the base weights")
+        for name in ("save_remote_model", "save_sharded_model")
+    ),
+    Seam("overrides", "sglang.srt.managers.tp_worker:TpModelWorker.send_weights_to_remote_instance",
+         "sglang_shift.worker:ShiftTpModelWorker.send_weights_to_remote_instance",
+         "refused: it would send views of the base weights"),
     Seam("overrides", "sglang.srt.managers.tp_worker:TpModelWorker._init_model_runner",
          "sglang_shift.worker:ShiftTpModelWorker._init_model_runner", "builds our runner"),
     Seam("overrides", _RUNNER + "load_model", "sglang_shift.runner:ShiftModelRunner.load_model",

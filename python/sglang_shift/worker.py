@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.runtime_context import get_schedule
 
 from sglang_shift.runner import ShiftModelRunner
 
+# SGLang's exports write whole parameter buffers; ours are views, some of them strided.
+EXPORT_REFUSED = (
+    "weights of a server with sequence parallelism cannot be exported shard by shard, because its TP shards "
+    "are views of larger weights; export them from a server without --sp-size and --enable-shift-parallel"
+)
+
 
 class ShiftTpModelWorker(TpModelWorker):
     """SGLang's TP worker whose forwards run in the mode the scheduler chose."""
+
+    def send_weights_to_remote_instance(self, recv_req: Any) -> tuple[bool, str]:
+        """Refused, with the reason."""
+        return False, EXPORT_REFUSED
 
     def _init_model_runner(self) -> None:
         self._model_runner = ShiftModelRunner(
