@@ -2,7 +2,7 @@
 
     python test/instrumented_server.py --port N [the flags of launch_server]
 
-The policy is the one thing replaced; the counts come from wrapping torch.distributed in each rank.
+The policy is the one thing replaced; the counts come from wrapping SGLang's groups in each rank.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ class Alternating(ShiftPolicy):
 
 def count_collectives() -> None:
     """Count the collectives of model forwards by mode."""
-    import torch.distributed as dist
-    from sglang_shift.region import region
+    from sglang.srt.distributed.parallel_state import GroupCoordinator
     from sglang_shift.runner import ShiftModelRunner
 
     running: list[str] = []
@@ -53,18 +52,17 @@ def count_collectives() -> None:
     ShiftModelRunner._forward_raw = counted_forward  # type: ignore[method-assign]
 
     def counted(name: str) -> None:
-        function = getattr(dist, name)
+        function = getattr(GroupCoordinator, name)
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             if running and threading.current_thread() is scheduler_thread:
                 COUNTS[running[-1]][name] += 1
             return function(*args, **kwargs)
 
-        setattr(dist, name, wrapper)
+        setattr(GroupCoordinator, name, wrapper)
 
     for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "all_to_all_single", "reduce_scatter_tensor"):
         counted(name)
-    assert region.parallel is None
 
 
 def weights_facts(scheduler: Any) -> dict[str, Any]:

@@ -40,6 +40,14 @@ class TestContractAbortPauseStop(
     # The demo model's context; the kit's 16,000 would be refused.
     abort_all_max_new_tokens = 4000
 
+    def test_finish_stop_regex_str(self):
+        """The kit's, with words that the demo model says: it knows the standard library, not stories."""
+        words = r"name|path"
+        for run in (self._run_completions_generation, self._run_chat_completions_generation):
+            run(max_tokens=1000, stop_regex=words, finish_reason="stop", matched_stop=words)
+        end = r"[.!?]\s*$"
+        self._run_chat_completions_generation(max_tokens=1000, stop_regex=end, finish_reason="stop", matched_stop=end)
+
     def test_finish_stop_eos(self):
         """The kit's, with our end-of-turn token in place of Llama 3's: a chat turn ends by itself."""
         tokenizer = AutoTokenizer.from_pretrained(demo_model_path())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from prompts import assert_same_answers
 
@@ -16,12 +19,23 @@ def server(reference, servers):
     )  # fmt: skip
 
 
+def staggered(server, prompts):
+    """One request after the other, soon: each is admitted while those before it have grown little."""
+    server.flush_cache()
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        futures = []
+        for ids in prompts:
+            futures.append(pool.submit(server.generate, ids, 128))
+            time.sleep(0.06)
+        return [future.result() for future in futures]
+
+
 def test_retraction(server, reference):
     prompts = [ids for ids in reference.prompts if 40 < len(ids) < 130]
     server.flush_cache()
     calm = server.generate_all(prompts, 1, 128)
     with server.policy("tokens", 6) as steps:
-        crowded = server.generate_all(prompts, len(prompts), 128)
+        crowded = staggered(server, prompts)
     assert sum(a.meta["num_retractions"] for a in crowded) > 0, "the pool was not too small"
     assert min(steps.values()) > 0
     assert_same_answers(crowded, calm)
