@@ -79,7 +79,8 @@ def test_refused_at_resolution(flags, message):
 
 
 ASKING = {
-    "pp_size": 2, "attn_dp_size": 2, "dcp_size": 2, "attn_cp_size": 2, "enable_layernorm_sp": True, "ep_size": 2,
+    "pp_size": 2, "attn_dp_size": 2, "dcp_size": 2, "attn_cp_size": 2, "enable_layernorm_sp": True,
+    "enable_attn_tp_input_scattered": True, "ep_size": 2,
     "enable_two_batch_overlap": True, "enable_pdmux": True, "disaggregation_mode": "prefill",
     "speculative_algorithm": "NGRAM", "enable_lora": True, "quantization": "fp8", "enable_torch_compile": True,
     "cuda_graph_config": SimpleNamespace(prefill=SimpleNamespace(backend="tc_piecewise")),
