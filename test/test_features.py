@@ -152,6 +152,18 @@ def test_bench_serving(server, tmp_path):
     assert result["total_output_tokens"] == 6 * 8
 
 
+def test_server_info_and_start_up_log(server):
+    server.flush_cache()
+    server.generate(list(range(100, 150)), 4)
+    info = requests.get(server.url + "/server_info", timeout=60).json()
+    fields = {"sp_size": 2, "enable_shift_parallel": True, "shift_policy": "tokens", "shift_threshold": 20}
+    assert {name: info[name] for name in fields} == fields
+    log = server.log.read_text(errors="replace")
+    assert "'shift_policy': 'tokens', 'shift_threshold': 20" in log
+    for rank in ("TP0", "TP1"):
+        assert re.search(rf"{rank}\] sglang_shift: SP=2 x TP=1 .* 0 bytes beyond the base configuration's", log)
+
+
 def test_profiler(server):
     """Starting and stopping a profile must not take the scheduler down."""
     server.post("/start_profile", {"num_steps": 2, "output_dir": str(server.log) + ".profile"})

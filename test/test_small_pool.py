@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from prompts import assert_same_answers
+from sglang_shift.demo import demo_model_path
 
 pytestmark = pytest.mark.server
 
@@ -15,9 +18,12 @@ NEW_TOKENS = 200  # six requests of about 60 + 200 tokens do not fit a pool of 1
 
 @pytest.fixture(scope="module")
 def server(reference, servers):
+    """Started as `sglang serve`: SGLang's command finds our flags."""
     return servers.get(
         "--dtype", "float32", "--tp-size", "2", "--enable-shift-parallel", "--shift-threshold", "6",
         "--max-total-tokens", "1200", "--max-running-requests", "16", "--schedule-conservativeness", "0.01",
+        "--model-path", demo_model_path(),
+        module=[str(Path(sys.executable).parent / "sglang"), "serve"],
     )  # fmt: skip
 
 
