@@ -38,6 +38,34 @@ ready() {
     [[ $(cat "$stamp") == "$found test" || $(cat "$stamp") == "$found $extras" ]]
 }
 
+pip_install() { "$venv/bin/python" -m pip install --disable-pip-version-check --no-input $quiet "$@"; }
+
+install_all() { pip_install -e ".${extras:+[$extras]}"; }
+
+# SGLang pins an outlines whose core has no wheel for Python 3.13 (it would be compiled, with Rust). It is one of
+# several grammar backends and not the default, so there it is left out and all else installed.
+install_without_outlines() {
+    local needs=$venv/sglang_shift.requirements
+    say "Python 3.13: leaving out outlines, which has no wheel for it; --grammar-backend outlines will not work"
+    pip_install --no-deps -e . &&
+        pip_install --no-deps "$(requirements sglang-shift | grep '^sglang==')" &&
+        { requirements sglang; requirements sglang-shift $extras; } | grep -v -e '^sglang==' -e '^outlines==' >"$needs" &&
+        pip_install -r "$needs"
+}
+
+# requirements PACKAGE [EXTRA]: what an installed package needs in this environment, a line each.
+requirements() {
+    "$venv/bin/python" - "$@" <<'PYTHON'
+import importlib.metadata, sys
+from pip._vendor.packaging.requirements import Requirement
+for line in importlib.metadata.requires(sys.argv[1]) or []:
+    requirement = Requirement(line)
+    if requirement.marker is None or requirement.marker.evaluate({"extra": "".join(sys.argv[2:])}):
+        requirement.marker = None
+        print(requirement)
+PYTHON
+}
+
 minor_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true; }
 
 # The interpreter to build .venv with: there, of the right age, able to make environments.
@@ -105,8 +133,8 @@ else
 fi
 rm -f "$stamp"
 touch "$unfinished"
-(cd "$root" && "$venv/bin/python" -m pip install --disable-pip-version-check --no-input $quiet \
-    -e ".${extras:+[$extras]}") >&2 || die "the installation failed, see above; run $0 again to retry"
+if [[ $current == 3.13 ]]; then install=install_without_outlines; else install=install_all; fi
+(cd "$root" && $install) >&2 || die "the installation failed, see above; run $0 again to retry"
 found=$(installed)
 [[ -n $found ]] || die "pip reported success, but the package cannot be found in .venv; remove .venv and run $0 again"
 echo "$found $extras" >"$stamp"

@@ -43,6 +43,10 @@ class Answer:
         logprobs = [entry[0] for entry in meta.get("output_token_logprobs", [])]
         return cls(body["output_ids"], logprobs, meta, body["text"])
 
+    def first(self, count: int) -> Answer:
+        """The answer as if only ``count`` tokens had been asked for."""
+        return Answer(self.tokens[:count], self.logprobs[:count], self.meta, self.text)
+
 
 @dataclass
 class Server:
