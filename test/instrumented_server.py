@@ -13,7 +13,7 @@ import threading
 from collections import Counter
 from typing import Any
 
-from sglang_shift.modes import FixedMode, Mode, ShiftPolicy, StepState, TokenThreshold
+from sglang_shift.modes import Mode, ShiftPolicy, StepState, TokenThreshold
 
 COUNTS: dict[str, Counter[str]] = {"tp": Counter(), "sp": Counter()}
 
@@ -77,24 +77,15 @@ def weights_facts(scheduler: Any) -> dict[str, Any]:
         mine = whole.narrow(dim, groups.sp_index * weight.shape[dim], weight.shape[dim])
         facts["views"] += weight.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
         facts["values"] += torch.equal(weight, mine)
-    tensors = [*base.model.parameters(), *base.model.buffers()]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    facts["parameter_storage_bytes"] = sum(storages[p.untyped_storage().data_ptr()] for p in _unique(base.model))
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in base.model.parameters()}
+    facts["parameter_storage_bytes"] = sum(storages.values())
     return facts
-
-
-def _unique(model: Any) -> list[Any]:
-    return list({p.untyped_storage().data_ptr(): p for p in model.parameters()}.values())
 
 
 def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
     from sglang_shift import config, scheduler
 
-    if os.environ.get("TEST_POLICY") == "alternating":
-        config.make_policy = lambda name, threshold: Alternating()
-    elif os.environ.get("TEST_POLICY"):
-        fixed = FixedMode(Mode(os.environ["TEST_POLICY"]))
-        config.make_policy = lambda name, threshold: fixed
+    config.make_policy = lambda name, threshold: Alternating()
     count_collectives()
     stock_state = scheduler.ShiftScheduler.shift_state
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def deployment(request, reference, servers):
     world, sp = request.param
     server = servers.get(
         "--dtype", "float32", "--tp-size", str(world), "--sp-size", str(sp), "--enable-shift-parallel",
-        module=[str(TEST_DIR / "instrumented_server.py")], env={"TEST_POLICY": "alternating"},
+        module=[str(TEST_DIR / "instrumented_server.py")],
     )  # fmt: skip
     return server, world, sp
 
@@ -47,8 +48,6 @@ def test_flipping_at_every_step_for_500_steps(deployment, reference):
 
     def ask(prompt):
         ids, count, pause = prompt
-        import time
-
         time.sleep(pause)
         return server.generate(ids, count)
 
