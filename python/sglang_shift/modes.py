@@ -1,4 +1,4 @@
-"""The two modes of a step, and the policies that choose between them."""
+"""The two modes of a step, and the interface of the policies that choose between them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ class Mode(StrEnum):
     SP = "sp"
     """Ulysses sequence parallelism over S ranks, TP over P/S: highest throughput for many."""
 
+    @property
+    def other(self) -> Mode:
+        """The mode that this one is not."""
+        return Mode.SP if self is Mode.TP else Mode.TP
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class StepState:
     """What a policy may look at: state that is identical on every rank.
 
@@ -25,67 +30,49 @@ class StepState:
         num_prefill_tokens: New prompt tokens among them.
         num_running: Requests that hold KV cache and decode.
         num_waiting: Requests in the waiting queue.
+        pending_prefill_tokens: Prompt tokens that wait for a later step: those of the waiting
+            requests (the first 64 of them are counted, cached tokens included) and what is left of a
+            chunked prompt.
+        bucket: ``num_tokens`` padded to the CUDA graph that a decode step replays; else ``num_tokens``.
+        kv_reads: Pairs of a query token and a KV-cache token that attention computes. For a decode
+            step, the sum of the sequence lengths.
+        previous_mode: Mode of the step before; None for the first.
+        steps_since_switch: Steps since the mode last changed.
     """
 
     num_tokens: int
-    num_prefill_tokens: int
-    num_running: int
-    num_waiting: int
+    num_prefill_tokens: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    pending_prefill_tokens: int = 0
+    bucket: int = 0
+    kv_reads: int = 0
+    previous_mode: Mode | None = None
+    steps_since_switch: int = 0
+
+    @property
+    def phase(self) -> str:
+        """``prefill``, ``decode``, or ``mixed`` for a step with both."""
+        if self.num_prefill_tokens == 0:
+            return "decode"
+        return "prefill" if self.num_prefill_tokens == self.num_tokens else "mixed"
 
 
 class ShiftPolicy:
-    """Chooses the mode of a step. A pure function of :class:`StepState`: every rank must agree."""
+    """Chooses the mode of a step: a pure function of :class:`StepState`, since every rank must agree.
+
+    Subclass it for ``--shift-policy module:Class``; the class is constructed without arguments, in each
+    rank. It must not look at clocks, random numbers or anything else that differs between ranks.
+    """
 
     def choose(self, step: StepState) -> Mode:
         """The mode of ``step``."""
         raise NotImplementedError
 
-    def describe(self) -> str:
-        """One line for the start-up log."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class FixedMode(ShiftPolicy):
-    """Every step in one mode (``--shift-policy tp`` or ``sp``)."""
-
-    mode: Mode
-
-    def choose(self, step: StepState) -> Mode:
-        """The fixed mode."""
-        return self.mode
+    def explain(self, step: StepState, mode: Mode) -> str:
+        """Why ``choose(step)`` is ``mode``, in a few words; asked for when the mode changes."""
+        return f"{step.num_tokens} tokens ({step.phase}), {step.num_running} running, {step.num_waiting} waiting"
 
     def describe(self) -> str:
-        """One line for the start-up log."""
-        return f"every step in {self.mode.value.upper()}"
-
-
-@dataclass(frozen=True)
-class TokenThreshold(ShiftPolicy):
-    """The paper's rule (arXiv 2509.16495, section 3.3): SP when the step has more than N tokens."""
-
-    threshold: int
-
-    def choose(self, step: StepState) -> Mode:
-        """SP above the threshold, else TP."""
-        return Mode.SP if step.num_tokens > self.threshold else Mode.TP
-
-    def describe(self) -> str:
-        """One line for the start-up log."""
-        return f"SP for steps of more than {self.threshold} tokens, else TP"
-
-
-POLICIES = ("tokens", "tp", "sp")
-
-
-def make_policy(name: str, threshold: int) -> ShiftPolicy:
-    """The policy that ``--shift-policy name`` stands for.
-
-    Raises:
-        ValueError: ``name`` is none of :data:`POLICIES`.
-    """
-    if name == "tokens":
-        return TokenThreshold(threshold)
-    if name in (Mode.TP.value, Mode.SP.value):
-        return FixedMode(Mode(name))
-    raise ValueError(f"unknown --shift-policy {name!r}; choose from {', '.join(POLICIES)}")
+        """One line for the start-up log and the status page."""
+        return type(self).__name__

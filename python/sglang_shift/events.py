@@ -1,0 +1,213 @@
+"""Step events: what the scheduler publishes of every step, for the metrics, the page and whoever subscribes.
+
+Rank 0 of each replica binds a ZMQ PUB socket, sends without waiting, and drops what nobody takes in
+time, so watching never slows a step. Messages are two frames: a topic (``step`` or ``state``) and a
+MessagePack map of the fields below.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any
+
+import msgspec
+import zmq
+
+ENDPOINT_VARIABLE = "SGLANG_SHIFT_EVENTS"
+"""Environment variable with the endpoint of replica 0; set by the launcher, or by the user before it."""
+
+HIGH_WATER_MARK = 4096
+"""Messages that wait for one subscriber before newer ones are dropped."""
+
+
+class Finished(msgspec.Struct):
+    """A request that finished in a step. Times are the scheduler's: network and tokenizer not included.
+
+    Attributes:
+        prompt_tokens: Length of the prompt.
+        output_tokens: Tokens generated.
+        ttft: Seconds from its arrival at the scheduler to its first token.
+        tpot: Seconds per token after the first; None for a single token.
+        e2e: Seconds from its arrival to its end.
+        tp_steps: Steps it took part in that ran in TP.
+        sp_steps: In SP.
+    """
+
+    prompt_tokens: int
+    output_tokens: int
+    ttft: float
+    tpot: float | None
+    e2e: float
+    tp_steps: int
+    sp_steps: int
+
+
+class StepEvent(msgspec.Struct):
+    """One step.
+
+    Attributes:
+        time: When its result was processed, Unix seconds.
+        step: Its number, from 1, without gaps: a gap means dropped events.
+        mode: ``tp`` or ``sp``.
+        phase: ``prefill``, ``decode`` or ``mixed``.
+        tokens: Tokens it computed.
+        prefill_tokens: New prompt tokens among them.
+        running: Requests decoding.
+        waiting: Requests waiting.
+        pending_tokens: Prompt tokens waiting.
+        seconds: How long it took; None where it could not be timed.
+        predicted: How long the cost model says it takes in its mode; None without one.
+        predicted_other: The same for the other mode.
+        switched: The mode is not that of the step before.
+        reason: Why, for a step that switched; else empty.
+        exchanged_bytes: Bytes this rank has sent in exchanges since the start.
+        exchanges: Exchanges since the start.
+        finished: Requests that finished in it.
+        replica: Data-parallel replica.
+    """
+
+    time: float
+    step: int
+    mode: str
+    phase: str
+    tokens: int
+    prefill_tokens: int
+    running: int
+    waiting: int
+    pending_tokens: int
+    seconds: float | None = None
+    predicted: float | None = None
+    predicted_other: float | None = None
+    switched: bool = False
+    reason: str = ""
+    exchanged_bytes: int = 0
+    exchanges: int = 0
+    finished: list[Finished] = []
+    replica: int = 0
+
+
+class StateEvent(msgspec.Struct):
+    """What changes rarely: sent at the start, at every change, and about once a second for late subscribers.
+
+    Attributes:
+        time: Unix seconds.
+        world_size: P.
+        sp_size: S.
+        model: What is served.
+        policy: Name of the policy.
+        policy_text: The policy in words.
+        calibration: ``sglang_shift.calibration.Calibration.to_json()``, or None without one.
+        calibration_text: Where the calibration came from, in words.
+        drift: By mode, the median of actual over predicted step time of late; None before it is known.
+        weight_bytes: Bytes of weights on this rank.
+        weight_bytes_beyond_base: Of these, bytes beyond the base configuration's.
+        steps: Steps by mode since the start.
+        tokens: Tokens by mode since the start.
+        switches: Changes of mode since the start.
+        running: Requests decoding.
+        waiting: Requests waiting.
+        replica: Data-parallel replica.
+    """
+
+    time: float
+    world_size: int
+    sp_size: int
+    model: str
+    policy: str
+    policy_text: str
+    calibration: dict[str, Any] | None
+    calibration_text: str
+    drift: dict[str, float | None]
+    weight_bytes: int
+    weight_bytes_beyond_base: int
+    steps: dict[str, int]
+    tokens: dict[str, int]
+    switches: int
+    running: int = 0
+    waiting: int = 0
+    replica: int = 0
+
+
+_TOPICS: dict[bytes, type[StepEvent] | type[StateEvent]] = {b"step": StepEvent, b"state": StateEvent}
+
+
+def prepare_endpoint() -> str:
+    """Choose the endpoint, once, in the launcher: a socket file that only this user can reach.
+
+    Kept in the environment, where the ranks and HTTP workers that it starts find it.
+    """
+    if not os.environ.get(ENDPOINT_VARIABLE):
+        os.environ[ENDPOINT_VARIABLE] = f"ipc://{tempfile.mkdtemp(prefix='sglang_shift_')}/events"
+    return os.environ[ENDPOINT_VARIABLE]
+
+
+def endpoint_of(replica: int) -> str | None:
+    """Where a replica publishes, or None where nobody asked for events (the offline engine)."""
+    first = os.environ.get(ENDPOINT_VARIABLE)
+    if not first or replica == 0:
+        return first or None
+    if first.startswith("tcp://"):
+        host, _, port = first.rpartition(":")
+        return f"{host}:{int(port) + replica}"
+    return f"{first}.{replica}"
+
+
+class Publisher:
+    """The PUB socket of one replica. All methods return at once.
+
+    Args:
+        replica: Data-parallel replica.
+    """
+
+    def __init__(self, replica: int) -> None:
+        self.replica = replica
+        self._encoder = msgspec.msgpack.Encoder()
+        self._socket: zmq.Socket[bytes] | None = None
+        if endpoint := endpoint_of(replica):
+            self._socket = zmq.Context.instance().socket(zmq.PUB)
+            self._socket.set_hwm(HIGH_WATER_MARK)
+            self._socket.linger = 0
+            self._socket.bind(endpoint)
+
+    def send(self, event: StepEvent | StateEvent) -> None:
+        """Publish ``event`` if anybody could listen. For a subscriber that is too slow, ZMQ drops it."""
+        if self._socket is not None:
+            topic = b"step" if isinstance(event, StepEvent) else b"state"
+            self._socket.send_multipart([topic, self._encoder.encode(event)], zmq.NOBLOCK)
+
+
+class Subscriber:
+    """Receives the events of all replicas.
+
+    Args:
+        replicas: How many there are.
+        timeout_ms: How long :meth:`receive` waits.
+    """
+
+    def __init__(self, replicas: int = 1, timeout_ms: int = 500) -> None:
+        self._decoders = {topic: msgspec.msgpack.Decoder(kind) for topic, kind in _TOPICS.items()}
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
+        self._socket.set_hwm(HIGH_WATER_MARK)
+        self._socket.linger = 0
+        self._socket.rcvtimeo = timeout_ms
+        self._socket.subscribe(b"")
+        for replica in range(replicas):
+            if endpoint := endpoint_of(replica):
+                self._socket.connect(endpoint)
+
+    def receive(self) -> StepEvent | StateEvent | None:
+        """The next event; None if there was none in time.
+
+        Raises:
+            zmq.ZMQError: the socket was closed.
+        """
+        try:
+            topic, payload = self._socket.recv_multipart()
+        except zmq.Again:
+            return None
+        return self._decoders[topic].decode(payload)
+
+    def close(self) -> None:
+        """Close the socket; :meth:`receive` in another thread then raises."""
+        self._socket.close()
