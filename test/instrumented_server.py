@@ -13,7 +13,8 @@ import threading
 from collections import Counter
 from typing import Any
 
-from sglang_shift.modes import Mode, ShiftPolicy, StepState, TokenThreshold
+from sglang_shift.modes import Mode, ShiftPolicy, StepState
+from sglang_shift.policies import TokenThreshold
 
 COUNTS: dict[str, Counter[str]] = {"tp": Counter(), "sp": Counter()}
 
@@ -83,9 +84,9 @@ def weights_facts(scheduler: Any) -> dict[str, Any]:
 
 
 def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
-    from sglang_shift import config, scheduler
+    from sglang_shift import scheduler
 
-    config.make_policy = lambda name, threshold: Alternating()
+    scheduler.make_policy = lambda config, costs, chunk: Alternating()
     count_collectives()
     stock_state = scheduler.ShiftScheduler.shift_state
 

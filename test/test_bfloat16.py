@@ -21,7 +21,7 @@ def errors(server, reference) -> float:
 def test_bfloat16_is_no_further_from_float32_than_stock(reference, servers):
     bf16 = ("--dtype", "bfloat16", "--tp-size", "2")
     stock = errors(servers.get(*bf16), reference)
-    server = servers.get(*bf16, "--enable-shift-parallel")
+    server = servers.get(*bf16, "--enable-shift-parallel", "--shift-policy", "tokens")
     ours = {}
     for policy in ("tp", "sp"):
         server.flush_cache()

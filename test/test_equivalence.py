@@ -16,6 +16,7 @@ def server(request, reference, servers):
     world, sp = request.param
     return servers.get(
         "--dtype", "float32", "--tp-size", str(world), "--sp-size", str(sp), "--enable-shift-parallel",
+        "--shift-policy", "tokens",
         "--shift-threshold", "64",
     )  # fmt: skip
 

@@ -25,6 +25,7 @@ def deployment(request, reference, servers):
     world, sp = request.param
     server = servers.get(
         "--dtype", "float32", "--tp-size", str(world), "--sp-size", str(sp), "--enable-shift-parallel",
+        "--shift-calibration", "off",
         module=[str(TEST_DIR / "instrumented_server.py")],
     )  # fmt: skip
     return server, world, sp

@@ -36,12 +36,34 @@ def test_without_our_flags_nothing_of_ours_is_set():
 
 def test_defaults_with_shift():
     args = resolved(tp_size=4, enable_shift_parallel=True)
-    assert shift_config_of(args) == ShiftConfig(4, 4, True, "tokens", 256)
-    assert [value(args, name) for name in ("sp_size", "shift_policy", "shift_threshold")] == [4, "tokens", 256]
+    assert shift_config_of(args) == ShiftConfig(4, 4, True, "calibrated", calibration="auto")
+    fields = ("sp_size", "shift_policy", "shift_threshold", "shift_calibration")
+    assert [value(args, name) for name in fields] == [4, "calibrated", None, "auto"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"shift_threshold": 20}, ShiftConfig(2, 2, True, "tokens", 20)),
+        ({"shift_calibration": "off"}, ShiftConfig(2, 2, True, "tokens")),
+        ({"shift_calibration": "here.json"}, ShiftConfig(2, 2, True, "calibrated", calibration="here.json")),
+        (
+            {"shift_policy": "queue-depth", "shift_enter_requests": 8, "shift_leave_requests": 8},
+            ShiftConfig(2, 2, True, "queue-depth", enter_requests=8, leave_requests=8),
+        ),
+        ({"shift_policy": "prompts:NotAPolicy"}, None),
+    ],
+)
+def test_policies_and_their_settings(flags, expected):
+    if expected is None:
+        with pytest.raises(Refused, match="cannot be loaded"):
+            resolved(**SHIFT, **flags)
+    else:
+        assert shift_config_of(resolved(**SHIFT, **flags)) == expected
 
 
 def test_sp_size_alone_is_sp_for_every_step():
-    assert shift_config_of(resolved(tp_size=4, sp_size=2)) == ShiftConfig(4, 2, False, "sp", 256)
+    assert shift_config_of(resolved(tp_size=4, sp_size=2)) == ShiftConfig(4, 2, False, "sp")
 
 
 def test_command_line_serves_the_demo_model_by_default():
@@ -66,6 +88,13 @@ def test_a_named_model_is_kept(argv):
         ({"tp_size": 2, "shift_threshold": 9}, "--shift-threshold 9 needs --enable-shift-parallel"),
         ({**SHIFT, "shift_threshold": -1}, "--shift-threshold -1 must be 0 or more"),
         ({**SHIFT, "shift_policy": "sp", "shift_threshold": 9}, "no meaning with --shift-policy sp"),
+        ({**SHIFT, "shift_enter_requests": 9}, "no meaning with --shift-policy calibrated"),
+        ({**SHIFT, "shift_policy": "queue-depth", "shift_leave_tokens": 9000}, "not be above --shift-enter-tokens"),
+        ({**SHIFT, "shift_policy": "fastest"}, "--shift-policy fastest is unknown"),
+        ({**SHIFT, "shift_policy": "json:JSONDecoder"}, "is not a sglang_shift.modes.ShiftPolicy"),
+        ({**SHIFT, "shift_policy": "calibrated", "shift_calibration": "off"}, "needs a calibration"),
+        ({**SHIFT, "shift_policy": "tp", "shift_calibration": "here.json"}, "no meaning with --shift-policy tp"),
+        ({"tp_size": 2, "sp_size": 2, "shift_calibration": "off"}, "--shift-calibration off needs --enable-shift"),
         ({"tp_size": 16, "sp_size": 16}, "does not divide the model's 8 attention heads"),
         ({"tp_size": 2, "sp_size": 2, "quantization": "fp8"}, "quantized weights are not assembled yet"),
         ({**SHIFT, "is_embedding": True}, "pooler"),

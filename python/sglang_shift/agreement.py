@@ -13,7 +13,7 @@ import torch.distributed as dist
 from sglang.srt.runtime_context import get_model, get_parallel
 
 from sglang_shift import __version__
-from sglang_shift.config import ShiftConfig
+from sglang_shift.config import QUEUE_FIELDS, ShiftConfig
 from sglang_shift.errors import ShiftError
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ def statement(config: ShiftConfig) -> dict[str, Any]:
         "--enable-shift-parallel": config.switching,
         "policy": config.policy,
         "--shift-threshold": config.threshold,
+        **{"--shift-" + name.replace("_", "-"): getattr(config, name) for name in QUEUE_FIELDS},
+        "--shift-calibration": config.calibration,
         "--dtype": str(get_model().dtype),
     }
 

@@ -7,9 +7,12 @@ from typing import Any
 
 from sglang.srt.arg_groups.overrides import resolution_result
 
-from sglang_shift.modes import ShiftPolicy, make_policy
+from sglang_shift.policies import QueueDepth
 
 DEFAULT_THRESHOLD = 256
+
+QUEUE_FIELDS = ("enter_requests", "leave_requests", "enter_tokens", "leave_tokens")
+"""Fields of :class:`ShiftConfig` and of :class:`QueueDepth`; the flags are ``--shift-...``."""
 
 
 @dataclass(frozen=True)
@@ -20,19 +23,25 @@ class ShiftConfig:
         world_size: P.
         sp_size: S.
         switching: Whether steps may differ (``--enable-shift-parallel``).
-        policy: Name of the policy that chooses each step's mode.
-        threshold: N of the ``tokens`` policy.
+        policy: Name of the policy that chooses each step's mode, or ``module:Class``.
+        threshold: Tokens of the ``tokens`` policy; prompt tokens of a long prefill for ``queue-depth``.
+        enter_requests: Of ``queue-depth``, as the three that follow.
+        leave_requests: See :class:`QueueDepth`.
+        enter_tokens: See :class:`QueueDepth`.
+        leave_tokens: See :class:`QueueDepth`.
+        calibration: ``auto``, ``off``, or a file.
     """
 
     world_size: int
     sp_size: int
     switching: bool
     policy: str
-    threshold: int
-
-    def make_policy(self) -> ShiftPolicy:
-        """The policy object."""
-        return make_policy(self.policy, self.threshold)
+    threshold: int = DEFAULT_THRESHOLD
+    enter_requests: int = QueueDepth.enter_requests
+    leave_requests: int = QueueDepth.leave_requests
+    enter_tokens: int = QueueDepth.enter_tokens
+    leave_tokens: int = QueueDepth.leave_tokens
+    calibration: str = "off"
 
 
 def shift_config_of(server_args: Any) -> ShiftConfig | None:
@@ -51,10 +60,19 @@ def shift_config_of(server_args: Any) -> ShiftConfig | None:
     if not switching and value("sp_size") is None:
         return None
     world_size = value("tp_size")
+    calibration = value("shift_calibration") or "auto"
+    policy = value("shift_policy")
+    if not switching:
+        policy = "sp"
+    elif policy is None:
+        # Who gives a threshold has made up their mind.
+        policy = "tokens" if calibration == "off" or value("shift_threshold") is not None else "calibrated"
+    given = {name: value("shift_" + name) for name in ("threshold", *QUEUE_FIELDS)}
     return ShiftConfig(
         world_size=world_size,
         sp_size=world_size if value("sp_size") is None else value("sp_size"),
         switching=switching,
-        policy=(value("shift_policy") or "tokens") if switching else "sp",
-        threshold=DEFAULT_THRESHOLD if value("shift_threshold") is None else value("shift_threshold"),
+        policy=policy,
+        calibration=calibration if policy == "calibrated" else "off",
+        **{name: number for name, number in given.items() if number is not None},
     )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from statistics import median
 from typing import Any
 
 from sglang_shift.modes import Mode, StepState
+
+PHASES = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -33,22 +36,22 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Curve:
-    """A monotone piecewise-linear function from tokens to seconds.
+    """A monotone piecewise-linear function of tokens.
 
     Between its points it interpolates, before the first it is constant, and beyond the last it goes
     on with the slope of the line from the first point to the last.
 
     Args:
         tokens: Ascending.
-        seconds: Not descending.
+        values: Not descending.
     """
 
     tokens: tuple[int, ...]
-    seconds: tuple[float, ...]
+    values: tuple[float, ...]
 
     def __call__(self, tokens: int) -> float:
-        """Seconds for ``tokens``."""
-        xs, ys = self.tokens, self.seconds
+        """The value for ``tokens``."""
+        xs, ys = self.tokens, self.values
         i = bisect_right(xs, tokens)
         if i == 0 or len(xs) == 1:
             return ys[0]
@@ -61,26 +64,31 @@ class Curve:
 class CostModel:
     """Predicted step times.
 
-    ``seconds = curve[phase, mode](tokens) + attention[phase] * kv_reads``. Attention works on the same
-    heads, tokens and KV cache in both modes, so its coefficient is shared: it decides nothing between
-    them, but a prediction without it would not be a step's time.
+    ``seconds = curve[phase, mode](tokens) + attention[phase] * max(0, kv_reads - usual[phase](tokens))``.
+    The curves hold the attention of the steps they were measured on: prompts without a cached prefix,
+    decodes at a short context. The second term is the attention beyond that. It works on the same heads,
+    tokens and KV cache in both modes, so its coefficient is shared: it decides nothing between them, but
+    a prediction without it would not be a step's time.
 
     Attributes:
-        curves: By phase (``prefill``, ``decode``) and mode.
-        attention: Seconds per KV read, by phase.
+        curves: Seconds by phase (``prefill``, ``decode``) and mode.
+        usual: KV reads that the curves contain, by phase.
+        attention: Seconds per KV read beyond those, by phase.
         switch_seconds: What the first step after a change of mode costs on top.
     """
 
     curves: dict[tuple[str, Mode], Curve]
+    usual: dict[str, Curve]
     attention: dict[str, float]
     switch_seconds: float = 0.0
 
     def predict(self, mode: Mode, step: StepState) -> float:
         """Seconds that ``step`` takes in ``mode``. A step with any prompt tokens counts as prefill."""
-        if step.num_prefill_tokens:
-            return self.curves["prefill", mode](step.num_tokens) + self.attention["prefill"] * step.kv_reads
-        tokens = max(step.num_tokens, step.bucket)
-        return self.curves["decode", mode](tokens) + self.attention["decode"] * step.kv_reads
+        phase, tokens = "prefill", step.num_tokens
+        if not step.num_prefill_tokens:
+            phase, tokens = "decode", max(step.num_tokens, step.bucket)
+        beyond = max(0.0, step.kv_reads - self.usual[phase](step.num_tokens))
+        return self.curves[phase, mode](tokens) + self.attention[phase] * beyond
 
     def crossovers(self, phase: str) -> list[tuple[int, Mode]]:
         """Where the faster mode changes: ``[(tokens from which on, faster mode), ...]``, the first from 1 on."""
@@ -94,11 +102,15 @@ class CostModel:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value; :meth:`from_json` reads it."""
-        curves = {
-            f"{phase} {mode.value}": {"tokens": list(c.tokens), "seconds": list(c.seconds)}
-            for (phase, mode), c in self.curves.items()
+        return {
+            "curves": {
+                f"{phase} {mode.value}": {"tokens": list(c.tokens), "seconds": list(c.values)}
+                for (phase, mode), c in self.curves.items()
+            },
+            "usual": {phase: {"tokens": list(c.tokens), "kv_reads": list(c.values)} for phase, c in self.usual.items()},
+            "attention": self.attention,
+            "switch_seconds": self.switch_seconds,
         }
-        return {"curves": curves, "attention": self.attention, "switch_seconds": self.switch_seconds}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> CostModel:
@@ -107,53 +119,57 @@ class CostModel:
         Raises:
             KeyError, TypeError, ValueError: ``value`` is something else, or its numbers make no sense.
         """
-        curves = {}
-        for phase in ("prefill", "decode"):
-            for mode in Mode:
-                raw = value["curves"][f"{phase} {mode.value}"]
-                tokens = tuple(int(t) for t in raw["tokens"])
-                seconds = tuple(float(s) for s in raw["seconds"])
-                ascending = all(a < b for a, b in zip(tokens, tokens[1:], strict=False))
-                monotone = all(a <= b for a, b in zip(seconds, seconds[1:], strict=False))
-                if not (tokens and len(tokens) == len(seconds) and ascending and monotone and seconds[0] > 0):
-                    raise ValueError(f"the {phase} {mode.value} curve is not a monotone curve of positive times")
-                curves[phase, mode] = Curve(tokens, seconds)
-        attention = {phase: float(value["attention"][phase]) for phase in ("prefill", "decode")}
-        return CostModel(curves, attention, float(value["switch_seconds"]))
+        curves = {
+            (phase, mode): _curve(value["curves"][f"{phase} {mode.value}"], "seconds")
+            for phase in PHASES
+            for mode in Mode
+        }
+        usual = {phase: _curve(value["usual"][phase], "kv_reads") for phase in PHASES}
+        attention = {phase: float(value["attention"][phase]) for phase in PHASES}
+        switch = float(value["switch_seconds"])
+        if not all(0 <= number < math.inf for number in (switch, *attention.values())):
+            raise ValueError("a coefficient is negative or not a finite number")
+        return CostModel(curves, usual, attention, switch)
+
+
+def _curve(raw: dict[str, Any], what: str) -> Curve:
+    tokens, values = tuple(int(t) for t in raw["tokens"]), tuple(float(v) for v in raw[what])
+    ascending = all(a < b for a, b in pairwise(tokens))
+    monotone = all(a <= b for a, b in pairwise(values))
+    if not (
+        tokens and len(tokens) == len(values) and ascending and monotone and 0 < values[0] <= values[-1] < math.inf
+    ):
+        raise ValueError(f"{what} by tokens are not a monotone curve of positive numbers")
+    return Curve(tokens, values)
 
 
 def fit(measurements: Sequence[Measurement], switch_seconds: float = 0.0) -> CostModel:
     """Fit a cost model.
 
-    The attention coefficient of a phase is the median slope between measurements of the same tokens
-    and mode at different KV reads, at least 0. What remains of each time is made monotone in the
-    tokens by the pool-adjacent-violators algorithm (isotonic least squares; Ayer et al. 1955).
+    A curve goes through the measurements with the fewest KV reads of each number of tokens, made monotone
+    by the pool-adjacent-violators algorithm (isotonic least squares; Ayer et al. 1955). The attention
+    coefficient of a phase is the median slope from those to measurements that differ in KV reads only.
 
     Raises:
         ValueError: a phase and mode without any measurement.
     """
     curves: dict[tuple[str, Mode], Curve] = {}
+    usual: dict[str, Curve] = {}
     attention: dict[str, float] = {}
-    for phase in ("prefill", "decode"):
-        mine = [m for m in measurements if m.phase == phase]
-        slopes = [
-            (b.seconds - a.seconds) / (b.kv_reads - a.kv_reads)
-            for _, same in groupby(sorted(mine, key=_shape), key=lambda m: (m.mode, m.tokens))
-            for a, b in _pairs(list(same))
-        ]
-        attention[phase] = max(0.0, median(slopes)) if slopes else 0.0
+    for phase in PHASES:
+        slopes: list[float] = []
         for mode in Mode:
-            rest: dict[int, list[float]] = {}
-            for m in mine:
-                if m.mode is mode:
-                    rest.setdefault(m.tokens, []).append(m.seconds - attention[phase] * m.kv_reads)
-            if not rest:
+            rows = sorted((m.tokens, m.kv_reads, m.seconds) for m in measurements if (m.phase, m.mode) == (phase, mode))
+            if not rows:
                 raise ValueError(f"no {phase} step was measured in {mode.value.upper()}")
-            tokens = sorted(rest)
-            floor = 1e-3 * min(m.seconds for m in mine)
-            values = [max(floor, median(rest[t])) for t in tokens]
-            curves[phase, mode] = Curve(tuple(tokens), tuple(isotonic(values)))
-    return CostModel(curves, attention, max(0.0, switch_seconds))
+            same = [list(group) for _, group in groupby(rows, key=lambda row: row[0])]
+            first = [group[0] for group in same]
+            tokens = tuple(row[0] for row in first)
+            curves[phase, mode] = Curve(tokens, tuple(isotonic(row[2] for row in first)))
+            usual[phase] = Curve(tokens, tuple(isotonic(float(row[1]) for row in first)))
+            slopes += [(g[-1][2] - g[0][2]) / (g[-1][1] - g[0][1]) for g in same if g[-1][1] > g[0][1]]
+        attention[phase] = max(0.0, median(slopes)) if slopes else 0.0
+    return CostModel(curves, usual, attention, max(0.0, switch_seconds))
 
 
 def isotonic(values: Iterable[float]) -> list[float]:
@@ -166,12 +182,3 @@ def isotonic(values: Iterable[float]) -> list[float]:
             mean, count = (before * size + mean * count) / (size + count), size + count
         blocks.append((mean, count))
     return [mean for mean, count in blocks for _ in range(count)]
-
-
-def _shape(m: Measurement) -> tuple[Mode, int, int]:
-    return m.mode, m.tokens, m.kv_reads
-
-
-def _pairs(same: list[Measurement]) -> list[tuple[Measurement, Measurement]]:
-    """The extremes in KV reads of measurements that differ in nothing else."""
-    return [(same[0], same[-1])] if same[0].kv_reads < same[-1].kv_reads else []

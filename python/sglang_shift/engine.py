@@ -10,6 +10,7 @@ from sglang_shift import seams
 from sglang_shift.demo import demo_model_path
 from sglang_shift.scheduler import run_scheduler_process
 from sglang_shift.server_args import ShiftServerArgs
+from sglang_shift.tokenizer import init_tokenizer_manager
 
 
 class Engine(SglangEngine):
@@ -23,6 +24,7 @@ class Engine(SglangEngine):
 
     server_args_class = ShiftServerArgs
     run_scheduler_process_func = staticmethod(run_scheduler_process)
+    init_tokenizer_manager_func = staticmethod(init_tokenizer_manager)
 
     def __init__(self, **kwargs: Any) -> None:
         seams.check_sources()

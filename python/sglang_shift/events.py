@@ -167,7 +167,7 @@ class Publisher:
         if endpoint := endpoint_of(replica):
             self._socket = zmq.Context.instance().socket(zmq.PUB)
             self._socket.set_hwm(HIGH_WATER_MARK)
-            self._socket.linger = 0
+            self._socket.setsockopt(zmq.LINGER, 0)
             self._socket.bind(endpoint)
 
     def send(self, event: StepEvent | StateEvent) -> None:
@@ -189,8 +189,8 @@ class Subscriber:
         self._decoders = {topic: msgspec.msgpack.Decoder(kind) for topic, kind in _TOPICS.items()}
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
         self._socket.set_hwm(HIGH_WATER_MARK)
-        self._socket.linger = 0
-        self._socket.rcvtimeo = timeout_ms
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RCVTIMEO, timeout_ms)
         self._socket.subscribe(b"")
         for replica in range(replicas):
             if endpoint := endpoint_of(replica):

@@ -34,8 +34,14 @@ def run_server(server_args: ShiftServerArgs) -> None:
     if shift_config_of(server_args) is None:
         run_stock_server(server_args)
     else:
+        from sglang_shift.tokenizer import init_tokenizer_manager
+
         seams.check_sources()
-        launch_server(server_args, run_scheduler_process_func=run_scheduler_process)
+        launch_server(
+            server_args,
+            run_scheduler_process_func=run_scheduler_process,
+            init_tokenizer_manager_func=init_tokenizer_manager,
+        )
 
 
 def resolve(server_args: ShiftServerArgs) -> None:

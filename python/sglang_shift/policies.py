@@ -130,10 +130,15 @@ class Calibrated(ShiftPolicy):
 
     def describe(self) -> str:
         """One line: where each phase changes mode."""
-        return "the faster mode by measured step times: " + "; ".join(
-            f"{phase} " + ", ".join(f"{mode.value.upper()} from {tokens}" for tokens, mode in self.costs.crossovers(phase))
-            for phase in ("prefill", "decode")
-        ) + " tokens on"
+        return (
+            "the faster mode by measured step times: "
+            + "; ".join(
+                f"{phase} "
+                + ", ".join(f"{mode.value.upper()} from {tokens}" for tokens, mode in self.costs.crossovers(phase))
+                for phase in ("prefill", "decode")
+            )
+            + " tokens on"
+        )
 
 
 POLICIES = ("calibrated", "queue-depth", "tokens", "tp", "sp")

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_shift.config import ShiftConfig
+from sglang_shift.config import QUEUE_FIELDS, ShiftConfig
 from sglang_shift.errors import Refused
+from sglang_shift.policies import POLICIES, QueueDepth, load_policy
+
+POLICY_FIELDS = ("shift_policy", "shift_threshold", *("shift_" + name for name in QUEUE_FIELDS), "shift_calibration")
 
 # Dense decoders on SGLang's layer boundaries whose every mode is tested against transformers.
 ARCHITECTURES = (
@@ -77,15 +80,12 @@ def check_flags(settings: Any) -> None:
         Refused: with the reason.
     """
     switching, sp_size, world_size = settings.enable_shift_parallel, settings.sp_size, settings.tp_size
-    for flag, value in (("--shift-policy", settings.shift_policy), ("--shift-threshold", settings.shift_threshold)):
-        if value is not None and not switching:
-            raise Refused(f"{flag} {value} needs --enable-shift-parallel; without it no step is switched")
+    for name in POLICY_FIELDS:
+        if (value := getattr(settings, name)) is not None and not switching:
+            raise Refused(f"{_flag(name)} {value} needs --enable-shift-parallel; without it no step is switched")
     if not switching and sp_size is None:
         return
-    if settings.shift_threshold is not None and settings.shift_threshold < 0:
-        raise Refused(f"--shift-threshold {settings.shift_threshold} must be 0 or more tokens")
-    if settings.shift_threshold is not None and settings.shift_policy in ("tp", "sp"):
-        raise Refused(f"--shift-threshold has no meaning with --shift-policy {settings.shift_policy}; leave one out")
+    check_policy(settings)
     if world_size < 2:
         raise Refused(f"--tp-size {world_size} leaves nothing to shift; give --tp-size 2 or more")
     if sp_size is not None and sp_size < 2:
@@ -95,6 +95,46 @@ def check_flags(settings: Any) -> None:
     for what, asked, why in FEATURES:
         if asked(settings):
             raise Refused(f"{what} cannot be combined with sequence parallelism: {why}; leave one of them out")
+
+
+def check_policy(settings: Any) -> None:
+    """Check the flags of the policy against each other.
+
+    Raises:
+        Refused: with the reason.
+    """
+    policy, calibration = settings.shift_policy, settings.shift_calibration
+    numbers = {
+        name: getattr(settings, name) for name in POLICY_FIELDS if name not in ("shift_policy", "shift_calibration")
+    }
+    numbers = {name: value for name, value in numbers.items() if value is not None}
+    for name, value in numbers.items():
+        if value < 0:
+            raise Refused(f"{_flag(name)} {value} must be 0 or more")
+        takers = ("tokens", "queue-depth") if name == "shift_threshold" else ("queue-depth",)
+        if policy not in takers and not (policy is None and name == "shift_threshold"):
+            raise Refused(f"{_flag(name)} has no meaning with --shift-policy {policy or 'calibrated'}; leave it out, "
+                          f"or give --shift-policy {' or '.join(takers)}")  # fmt: skip
+    for what in ("requests", "tokens"):
+        enter, leave = (
+            numbers.get(f"shift_{side}_{what}", getattr(QueueDepth, f"{side}_{what}")) for side in ("enter", "leave")
+        )
+        if leave > enter:
+            raise Refused(f"--shift-leave-{what} {leave} must not be above --shift-enter-{what} {enter}")
+    if policy is not None and policy not in POLICIES:
+        if ":" not in policy:
+            raise Refused(
+                f"--shift-policy {policy} is unknown; choose from {', '.join(POLICIES)}, or give module:Class"
+            )
+        load_policy(policy)
+    if policy == "calibrated" and calibration == "off":
+        raise Refused("--shift-policy calibrated needs a calibration; leave out --shift-calibration off")
+    if calibration not in (None, "auto", "off") and policy not in (None, "calibrated"):
+        raise Refused(f"--shift-calibration {calibration} has no meaning with --shift-policy {policy}; leave one out")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def check_model(model_config: Any, config: ShiftConfig) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
+import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunner, ModelRunnerOutput
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
@@ -73,8 +74,14 @@ class ShiftModelRunner(ModelRunner):
         finally:
             self.step_mode = Mode.TP
 
+    def decode_bucket(self, requests: int) -> int:
+        """``requests`` padded to the CUDA graph that a decode step of so many replays; itself without one."""
+        sizes = getattr(self.decode_cuda_graph_runner, "capture_bs", None) or ()
+        return min((size for size in sizes if size >= requests), default=requests)
+
     def _forward_raw(self, forward_batch: ForwardBatch, *args: Any, **kwargs: Any) -> ModelRunnerOutput:
-        with region.step(self.step_mode, forward_batch), self._eager_if(self.step_mode is Mode.SP):
+        span = torch.profiler.record_function(f"sglang_shift {self.step_mode.value} step")
+        with span, region.step(self.step_mode, forward_batch), self._eager_if(self.step_mode is Mode.SP):
             return super()._forward_raw(forward_batch, *args, **kwargs)
 
     @contextmanager

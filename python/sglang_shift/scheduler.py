@@ -3,32 +3,55 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+import time
+from itertools import islice
 from typing import Any
 
 from sglang.srt.managers import scheduler as sglang_scheduler
-from sglang.srt.managers.io_struct import GetInternalStateReq, GetInternalStateReqOutput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
-from sglang.srt.managers.scheduler_components import internal_state
-from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
-from sglang.srt.runtime_context import get_device
+from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+from sglang.srt.runtime_context import get_device, get_model, get_parallel, get_serving
 from sglang.srt.utils import rank_consensus_checker
 
 from sglang_shift import agreement, platform, seams
+from sglang_shift.calibrator import Calibrator
 from sglang_shift.config import ShiftConfig, shift_config_of
 from sglang_shift.errors import Refused
+from sglang_shift.events import Publisher, StateEvent
+from sglang_shift.internal_state import ShiftInternalState
+from sglang_shift.measuring import kv_reads
 from sglang_shift.modes import Mode, StepState
+from sglang_shift.policies import FixedMode
 from sglang_shift.region import region
+from sglang_shift.reporter import ShiftOutputStreamer, StepReporter
+from sglang_shift.selector import Choice, ModeSelector, make_policy
 from sglang_shift.worker import EXPORT_REFUSED, ShiftTpModelWorker
 
 logger = logging.getLogger(__name__)
+
+PENDING_REQUESTS = 64
+"""Waiting requests whose tokens are counted: a queue of thousands must not cost a step its time."""
 
 
 class ShiftScheduler(Scheduler):
     """SGLang's scheduler that runs each step in TP or in SP."""
 
     tp_worker: ShiftTpModelWorker
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.shift_chunk = min(
+            self.chunked_prefill_size or self.max_prefill_tokens, self.max_prefill_tokens, self.max_total_num_tokens
+        )
+        self.shift_calibrator = Calibrator(self, self.shift_config, self.shift_chunk)
+        self.shift_selector.calibration = self.shift_calibrator.start()
+        self.set_policy(self.shift_config)
+        self.shift_reporter: StepReporter | None = None
+        if get_parallel().tp_rank == 0:
+            publisher = Publisher(get_parallel().dp_rank or 0)
+            self.shift_reporter = StepReporter(self.shift_selector, publisher, self.shift_event, region.groups.exchange)
+        logger.info("sglang_shift: %s; policy: %s", self.shift_config, self.shift_selector.policy.describe())
 
     def init_tp_model_worker(self) -> None:
         """Agree with the other ranks on versions and settings, then build our worker."""
@@ -37,53 +60,99 @@ class ShiftScheduler(Scheduler):
         seams.verify()
         platform.verify()
         agreement.check(config)
-        self.set_policy(config)
-        self.shift_steps = dict.fromkeys(Mode, 0)
-        self.shift_tokens = dict.fromkeys(Mode, 0)
-        self.shift_switches = 0
-        self.shift_last_mode: Mode | None = None
+        self.shift_config = config
+        # Fixed until everything is built: SGLang runs no steps before.
+        self.shift_selector = ModeSelector(FixedMode(Mode.TP))
         self.tp_worker = ShiftTpModelWorker(
             server_args=self.server_args,
             gpu_id=get_device().gpu_id,
             nccl_port=self.nccl_port,
         )
-        logger.info("sglang_shift: %s; policy: %s", config, self.shift_policy.describe())
 
     def set_policy(self, config: ShiftConfig) -> None:
         """Choose modes by ``config``'s policy from the next step on."""
         self.shift_config = config
-        self.shift_policy = config.make_policy()
+        selector, broken = self.shift_selector, self.shift_calibrator.broken
+        costs = None if selector.calibration is None else selector.calibration.costs
+        if broken is not None and config.policy == "calibrated":
+            selector.policy = FixedMode(broken.other)
+        else:
+            selector.policy = make_policy(config, costs, self.shift_chunk)
+        if config.policy == "calibrated" and costs is None:
+            logger.warning("sglang_shift: without a calibration, the policy is: %s", selector.policy.describe())
 
     def run_batch(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:
         """Run one step in the mode that the policy chooses for it."""
-        mode = self.choose_mode(batch)
-        with self.tp_worker.model_runner.running_in(mode):
+        choice = self.choose_mode(batch)
+        if choice is None:
             return super().run_batch(batch, *args, **kwargs)
+        with self.tp_worker.model_runner.running_in(choice.mode):
+            result = super().run_batch(batch, *args, **kwargs)
+        if self.shift_reporter is not None:
+            self.shift_reporter.launched(batch.forward_iter, choice, self.tp_worker.last_lap)
+        return result
 
-    def choose_mode(self, batch: ScheduleBatch) -> Mode:
-        """The step's mode. Steps without tokens run no model and stay TP."""
+    def choose_mode(self, batch: ScheduleBatch) -> Choice | None:
+        """The step's mode. Steps without tokens run no model, and have none."""
         step = self.step_state(batch)
         if step.num_tokens == 0:
-            return Mode.TP
-        mode = self.shift_policy.choose(step)
-        rank_consensus_checker.assert_same("sglang_shift step %s in %s", step, mode)
-        self.shift_steps[mode] += 1
-        self.shift_tokens[mode] += step.num_tokens
-        self.shift_switches += self.shift_last_mode not in (None, mode)
-        self.shift_last_mode = mode
-        return mode
+            return None
+        choice = self.shift_selector.choose(step)
+        rank_consensus_checker.assert_same("sglang_shift step %s in %s", choice.step, choice.mode)
+        return choice
 
     def step_state(self, batch: ScheduleBatch) -> StepState:
         """What the policy sees; only what is identical on every rank may enter."""
         mode = batch.forward_mode
+        reads = 0
         if mode.is_idle() or mode.is_prebuilt():
             tokens = prefill = 0
         elif mode.is_extend():
             tokens = batch.extend_num_tokens
             prefill = tokens - len(batch.decoding_reqs or ())  # a mixed step decodes these, a token each
+            reads = sum(map(kv_reads, batch.prefix_lens, batch.extend_lens))
         else:
             tokens, prefill = batch.batch_size(), 0
-        return StepState(tokens, prefill, self.running_batch.batch_size(), len(self.waiting_queue))
+            reads = int(batch.seq_lens_cpu.sum())
+        pending = sum(req.seqlen for req in islice(self.waiting_queue, PENDING_REQUESTS))
+        if self.chunked_req is not None:
+            pending += max(0, len(self.chunked_req.origin_input_ids) - (self.chunked_req.extend_end or 0))
+        return StepState(
+            num_tokens=tokens,
+            num_prefill_tokens=prefill,
+            num_running=self.running_batch.batch_size(),
+            num_waiting=len(self.waiting_queue),
+            pending_prefill_tokens=pending,
+            bucket=self.tp_worker.model_runner.decode_bucket(tokens) if prefill == 0 else tokens,
+            kv_reads=reads,
+        )
+
+    def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
+        """As SGLang's; before and after it the step is reported."""
+        reporter = self.shift_reporter
+        if reporter is None:
+            return super().process_batch_result(batch, result)
+        reporter.processing(batch)
+        super().process_batch_result(batch, result)
+        return reporter.processed(batch)
+
+    def on_idle(self) -> None:
+        """As SGLang's; a drifted calibration is renewed meanwhile, a step shape at a time."""
+        reporter, selector = self.shift_reporter, self.shift_selector
+        if not self.waiting_queue and self.running_batch.is_empty() and self.chunked_req is None:
+            drifted = reporter is not None and reporter.drift.drifted
+            if calibration := self.shift_calibrator.idle(sum(selector.steps.values()), drifted):
+                selector.calibration = calibration
+                self.set_policy(self.shift_config)
+                if reporter is not None:
+                    reporter.changed()
+        if reporter is not None:
+            reporter.tick()
+        super().on_idle()
+
+    def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
+        """SGLang's with each request's steps by mode; SGLang's Rust server takes no additions."""
+        return ShiftOutputStreamer if self.rust_server is None else super().get_output_streamer_class()
 
     def init_internal_state(self) -> None:
         """``/server_info`` carries live counters."""
@@ -99,48 +168,47 @@ class ShiftScheduler(Scheduler):
 
     save_sharded_model = save_remote_model
 
+    def shift_event(self) -> StateEvent:
+        """What changes rarely, for subscribers; on rank 0."""
+        selector, report, reporter = self.shift_selector, self.tp_worker.model_runner.weight_report, self.shift_reporter
+        return StateEvent(
+            time=time.time(),
+            world_size=self.shift_config.world_size,
+            sp_size=self.shift_config.sp_size,
+            model=get_serving().served_model_name or get_model().model_path,
+            policy=self.shift_config.policy,
+            policy_text=selector.policy.describe(),
+            calibration=None if selector.calibration is None else selector.calibration.to_json(),
+            calibration_text=self.shift_calibrator.text,
+            drift={mode.value: reporter.drift.ratio(mode) if reporter else None for mode in Mode},
+            weight_bytes=report.total,
+            weight_bytes_beyond_base=report.beyond_base,
+            steps={mode.value: n for mode, n in selector.steps.items()},
+            tokens={mode.value: n for mode, n in selector.tokens.items()},
+            switches=selector.switches,
+            running=self.running_batch.batch_size(),
+            waiting=len(self.waiting_queue),
+            replica=get_parallel().dp_rank or 0,
+        )
+
     def shift_state(self) -> dict[str, Any]:
         """Live counters of this rank, for ``/server_info``."""
-        exchange = region.groups.exchange
-        report = self.tp_worker.model_runner.weight_report
+        selector, exchange = self.shift_selector, region.groups.exchange
+        report, calibration = self.tp_worker.model_runner.weight_report, selector.calibration
         return {
             "sp_size": self.shift_config.sp_size,
             "base_tp_size": region.groups.layout.base_tp_size,
-            "policy": self.shift_policy.describe(),
-            "steps": {mode.value: n for mode, n in self.shift_steps.items()},
-            "tokens": {mode.value: n for mode, n in self.shift_tokens.items()},
-            "switches": self.shift_switches,
+            "policy": selector.policy.describe(),
+            "calibration": self.shift_calibrator.text,
+            "costs": None if calibration is None else calibration.costs.to_json(),
+            "steps": {mode.value: n for mode, n in selector.steps.items()},
+            "tokens": {mode.value: n for mode, n in selector.tokens.items()},
+            "switches": selector.switches,
             "exchanges": exchange.calls,
             "exchanged_bytes": exchange.bytes_sent,
             "weight_bytes": report.total,
             "weight_bytes_beyond_base": report.beyond_base,
         }
-
-
-class ShiftInternalState(SchedulerInternalStateController):
-    """SGLang's internal state with a ``shift`` entry, and the threshold among what can be updated."""
-
-    def get_internal_state(self, recv_req: GetInternalStateReq) -> GetInternalStateReqOutput:
-        """SGLang's answer and our counters."""
-        output = super().get_internal_state(recv_req)
-        output.internal_state["shift"] = self.scheduler.shift_state()
-        return output
-
-    def _update_handlers(self) -> dict[str, Any]:
-        # SGLang's request carries numbers only, so the threshold stands for all: 0 is SP, a huge one TP.
-        handler = internal_state._UpdateHandler(self._validate_threshold, self._apply_threshold)
-        return {**super()._update_handlers(), "shift_threshold": handler}
-
-    def _validate_threshold(self, key: str, value: Any) -> None:
-        if self.scheduler.shift_config.policy != "tokens":
-            raise internal_state.UpdateRejected(f"Updating {key} needs --shift-policy tokens.")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise internal_state.UpdateRejected(f"{key} must be 0 or more tokens, got {value!r}.")
-
-    def _apply_threshold(self, key: str, value: int) -> dict[str, Any]:
-        # Every rank handles the request in the same iteration, so their policies change together.
-        self.scheduler.set_policy(replace(self.scheduler.shift_config, threshold=value))
-        return {key: value}
 
 
 def run_scheduler_process(server_args: Any, *args: Any, **kwargs: Any) -> None:

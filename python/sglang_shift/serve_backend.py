@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sglang.cli.serve_backends import ServeBackend, ServeBackendDetection, ServeRequest
 
-FLAGS = ("--sp-size", "--sequence-parallel-size", "--enable-shift-parallel", "--shift-policy", "--shift-threshold")
+FLAGS = (
+    "--sp-size",
+    "--sequence-parallel-size",
+    "--enable-shift-parallel",
+    "--shift-policy",
+    "--shift-threshold",
+    "--shift-enter-requests",
+    "--shift-leave-requests",
+    "--shift-enter-tokens",
+    "--shift-leave-tokens",
+    "--shift-calibration",
+)
 
 
 def asks_for_us(argv: tuple[str, ...]) -> bool:

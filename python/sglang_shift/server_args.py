@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import argparse
 import logging
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from sglang.srt.arg_groups.arg_utils import NS, A, Arg, add_cli_args_from_dataclass
 from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
 from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 from sglang.srt.server_args import ServerArgs
 
-from sglang_shift.config import DEFAULT_THRESHOLD, shift_config_of
+from sglang_shift.config import DEFAULT_THRESHOLD, QUEUE_FIELDS, shift_config_of
 from sglang_shift.demo import demo_model_path
-from sglang_shift.modes import POLICIES
+from sglang_shift.policies import POLICIES, QueueDepth
 from sglang_shift.refusals import check_flags, check_model
+from sglang_shift.sizing import AUTO, auto_sp_size, check_sp_size, parse_sp_size
+from sglang_shift.step_sizes import suit_chunk_size
 
-FIELDS = ["sp_size", "enable_shift_parallel", "shift_policy", "shift_threshold"]
+logger = logging.getLogger(__name__)
+
+FIELDS = [
+    "sp_size",
+    "enable_shift_parallel",
+    "shift_policy",
+    "shift_threshold",
+    *("shift_" + name for name in QUEUE_FIELDS),
+    "shift_calibration",
+]
 
 
 class ShiftServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
@@ -24,11 +35,13 @@ class ShiftServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
 
     # Optional[...] rather than `| None`: SGLang's parser builder reads the annotations.
     sp_size: A[
-        Optional[int],  # noqa: UP045
+        Optional[Union[int, str]],  # noqa: UP007, UP045
         Arg(
             help="Ulysses sequence parallelism over S ranks; S divides --tp-size P and the base configuration "
-            "is SP=S, TP=P/S. Alone: every step runs in it. Default with --enable-shift-parallel: P.",
+            "is SP=S, TP=P/S. auto: the largest S whose weights fit beside the KV pool. Alone: every step runs in "
+            "it. Default with --enable-shift-parallel: P.",
             aliases=["--sequence-parallel-size"],
+            type_parser=parse_sp_size,
             resolvable=True,
         ),
         NS("shift"),
@@ -44,9 +57,10 @@ class ShiftServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
     shift_policy: A[
         Optional[str],  # noqa: UP045
         Arg(
-            help="With --enable-shift-parallel, how a step's mode is chosen. tokens (default): SP when the step "
-            "has more than --shift-threshold tokens. tp, sp: that mode for every step.",
-            choices=list(POLICIES),
+            help=f"With --enable-shift-parallel, how a step's mode is chosen: {', '.join(POLICIES)}, or a class of "
+            "your own as module:Class. calibrated (default): the faster mode by step times measured at start-up. "
+            "queue-depth: SP while the queue is deep. tokens: SP when the step has more than --shift-threshold "
+            "tokens. tp, sp: that mode for every step.",
             resolvable=True,
         ),
         NS("shift"),
@@ -54,11 +68,59 @@ class ShiftServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
     shift_threshold: A[
         Optional[int],  # noqa: UP045
         Arg(
-            help=f"Tokens in a step above which the tokens policy runs it in SP. Default: {DEFAULT_THRESHOLD}.",
+            help="Tokens in a step above which the tokens policy runs it in SP, and prompt tokens above which "
+            f"queue-depth does. Default: {DEFAULT_THRESHOLD}. Given alone, it selects the tokens policy.",
             resolvable=True,
         ),
         NS("shift"),
     ] = None
+    shift_enter_requests: A[
+        Optional[int],  # noqa: UP045
+        Arg(
+            help="queue-depth: requests, waiting and running, from which on the queue is deep. "
+            f"Default: {QueueDepth.enter_requests}."
+        ),
+        NS("shift"),
+    ] = None
+    shift_leave_requests: A[
+        Optional[int],  # noqa: UP045
+        Arg(help=f"queue-depth: requests below which the queue is short again. Default: {QueueDepth.leave_requests}."),
+        NS("shift"),
+    ] = None
+    shift_enter_tokens: A[
+        Optional[int],  # noqa: UP045
+        Arg(
+            help="queue-depth: pending prompt tokens from which on the queue is deep. "
+            f"Default: {QueueDepth.enter_tokens}."
+        ),
+        NS("shift"),
+    ] = None
+    shift_leave_tokens: A[
+        Optional[int],  # noqa: UP045
+        Arg(
+            help="queue-depth: pending prompt tokens below which the queue is short again. "
+            f"Default: {QueueDepth.leave_tokens}."
+        ),
+        NS("shift"),
+    ] = None
+    shift_calibration: A[
+        Optional[str],  # noqa: UP045
+        Arg(
+            help="Where the calibrated policy has its step times from. auto (default): saved ones for this model, "
+            "hardware and versions, else measured now and saved. off: none, so the default policy is tokens. FILE: "
+            "that file; it is measured and written if it does not exist.",
+            resolvable=True,
+        ),
+        NS("shift"),
+    ] = None
+
+    def get_tokenizer_worker_class(self) -> Any:
+        """What SGLang runs in each worker process with ``--tokenizer-worker-num`` above 1."""
+        if shift_config_of(self) is None:
+            return super().get_tokenizer_worker_class()
+        from sglang_shift.tokenizer import ShiftTokenizerWorker
+
+        return ShiftTokenizerWorker
 
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> None:
@@ -79,17 +141,32 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
     if not isinstance(server_args, ShiftServerArgs):
         return
     settings = resolving_view(server_args)
+    check_sp_size(settings.sp_size)
+    auto = settings.sp_size == AUTO
+    if auto:  # until the model is known to be one that is served, the largest candidate
+        declare_resolution(server_args, "sglang_shift", sp_size=settings.tp_size)
     check_flags(settings)
     config = shift_config_of(server_args)
     if config is None:
         return
     check_model(model_config_of(server_args), config)
+    sp_size = config.sp_size
+    if auto:
+        choice = auto_sp_size(server_args)
+        sp_size = choice.sp_size
+        logger.info("sglang_shift: --sp-size auto: %s", choice.reason)
+    if config.policy != "tp":
+        suited = suit_chunk_size(server_args, sp_size)
+        declare_resolution(server_args, "sglang_shift", **suited.fields)
+        if auto or suited.fields:
+            logger.info("sglang_shift: %s", suited.reason)
     declare_resolution(
         server_args,
         "sglang_shift",
-        sp_size=config.sp_size,
+        sp_size=sp_size,
         shift_policy=config.policy,
-        shift_threshold=config.threshold if config.policy == "tokens" else None,
+        shift_threshold=config.threshold if config.policy in ("tokens", "queue-depth") else None,
+        shift_calibration=config.calibration,
     )
 
 

@@ -1,4 +1,4 @@
-"""The TP worker: SGLang's, with our model runner."""
+"""The TP worker: SGLang's, with our model runner, and a stopwatch around each step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.runtime_context import get_schedule
 
 from sglang_shift.runner import ShiftModelRunner
+from sglang_shift.stopwatch import Lap, Stopwatch
 
 # SGLang's exports write whole parameter buffers; ours are views, some of them strided.
 EXPORT_REFUSED = (
@@ -17,13 +18,25 @@ EXPORT_REFUSED = (
 
 
 class ShiftTpModelWorker(TpModelWorker):
-    """SGLang's TP worker whose forwards run in the mode the scheduler chose."""
+    """SGLang's TP worker whose forwards run in the mode the scheduler chose.
+
+    Attributes:
+        last_lap: The time of the last step, once it is known.
+    """
+
+    last_lap: Lap | None = None
+
+    def forward_batch_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """As SGLang's, timed: model, LM head and sampling."""
+        with self.stopwatch.lap() as self.last_lap:
+            return super().forward_batch_generation(*args, **kwargs)
 
     def send_weights_to_remote_instance(self, recv_req: Any) -> tuple[bool, str]:
         """Refused, with the reason."""
         return False, EXPORT_REFUSED
 
     def _init_model_runner(self) -> None:
+        self.stopwatch = Stopwatch()
         self._model_runner = ShiftModelRunner(
             model_config=self.model_config,
             mem_fraction_static=get_schedule().mem_fraction_static,

@@ -1,0 +1,58 @@
+#!/usr/bin/env python3
+"""Make a model to measure with: a Llama with random weights and the demo model's tokenizer.
+
+    python benchmark/make_model.py DIR [--layers 8] [--hidden-size 1024] ...
+
+What it says means nothing. Its steps cost what steps of a model of that size cost: with the defaults
+(100 million parameters) a step is dominated by matrix products and communication, as on GPUs, where
+the demo model's is by the time it takes to call things.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dir", type=Path, help="folder to write")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden-size", type=int, default=1024)
+    parser.add_argument("--intermediate-size", type=int, default=2816)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--context", type=int, default=32768, help="longest sequence, tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    import torch
+    from sglang_shift.demo import demo_model_path
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    demo = Path(demo_model_path())
+    torch.manual_seed(args.seed)
+    config = LlamaConfig(
+        vocab_size=LlamaConfig.from_pretrained(demo).vocab_size,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.intermediate_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
+        max_position_embeddings=args.context,
+        dtype=torch.bfloat16,
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(args.dir)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (demo / name).exists():
+            shutil.copy(demo / name, args.dir / name)
+    print(f"{args.dir}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} million parameters")
+
+
+if __name__ == "__main__":
+    main()

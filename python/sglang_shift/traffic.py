@@ -1,0 +1,192 @@
+"""Traffic for the simulator: made up with a seed, or read from a public trace."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+Lengths = int | tuple[int, int]
+"""Tokens: one number for all requests, or a range from which each is drawn, uniformly in the logarithm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request to come.
+
+    Attributes:
+        time: When it arrives, in seconds.
+        prompt: Its prompt tokens, at least 1; none of them is cached.
+        output: Tokens it generates, at least 1.
+    """
+
+    time: float
+    prompt: int
+    output: int
+
+    def __post_init__(self) -> None:
+        if self.prompt < 1 or self.output < 1:
+            raise ValueError(f"a request needs at least a token of prompt and one of output: {self}")
+
+
+def steady(rate: float, *, prompt: Lengths, output: Lengths, requests: int, seed: int = 0) -> list[Request]:
+    """Poisson arrivals at a constant rate.
+
+    Args:
+        rate: Requests per second.
+        prompt: Prompt tokens.
+        output: Output tokens.
+        requests: How many.
+        seed: Of the arrivals and the lengths.
+    """
+    rng, time, made = random.Random(seed), 0.0, []
+    for _ in range(requests):
+        time += rng.expovariate(rate)
+        made.append(Request(time, _draw(rng, prompt), _draw(rng, output)))
+    return made
+
+
+def ramp(
+    first_rate: float, last_rate: float, *, prompt: Lengths, output: Lengths, requests: int, seed: int = 0
+) -> list[Request]:
+    """Poisson arrivals at a rate that changes linearly, over the time that so many requests take on average.
+
+    Args:
+        first_rate: Requests per second at the beginning, 0 or more.
+        last_rate: Requests per second at the end, more than 0.
+        prompt: Prompt tokens.
+        output: Output tokens.
+        requests: How many.
+        seed: Of the arrivals and the lengths.
+    """
+    rng, expected, made = random.Random(seed), 0.0, []
+    slope = (last_rate**2 - first_rate**2) / (2 * requests)  # of the rate, per second
+    for _ in range(requests):
+        expected += rng.expovariate(1.0)
+        # The time until which so many are expected: slope / 2 * t^2 + first_rate * t = expected. In this form
+        # of the root nothing cancels where the slope is small. A falling rate never reaches some numbers.
+        root = math.sqrt(max(0.0, first_rate**2 + 2 * slope * expected))
+        made.append(Request(2 * expected / (first_rate + root), _draw(rng, prompt), _draw(rng, output)))
+    return made
+
+
+def bursty(
+    rate: float,
+    *,
+    prompt: Lengths,
+    output: Lengths,
+    seconds: float,
+    burst: int,
+    every: float,
+    burst_seconds: float = 0.0,
+    seed: int = 0,
+) -> list[Request]:
+    """A steady Poisson stream, and bursts on top.
+
+    Args:
+        rate: Requests per second of the stream.
+        prompt: Prompt tokens.
+        output: Output tokens.
+        seconds: How long the stream lasts.
+        burst: Requests in a burst.
+        every: Seconds from one burst to the next; the first comes after half of that.
+        burst_seconds: The time over which the requests of a burst are spread, at random.
+        seed: Of the arrivals and the lengths.
+    """
+    rng, time, times = random.Random(seed), 0.0, []
+    while (time := time + rng.expovariate(rate)) < seconds:
+        times.append(time)
+    start = every / 2
+    while start < seconds:
+        times += [start + rng.random() * burst_seconds for _ in range(burst)]
+        start += every
+    return [Request(t, _draw(rng, prompt), _draw(rng, output)) for t in sorted(times)]
+
+
+def read_azure(path: Path) -> list[Request]:
+    """A trace of Azure's: CSV with the columns TIMESTAMP, ContextTokens and GeneratedTokens.
+
+    Times count from the first request. Rows without a prompt or output are left out.
+
+    Raises:
+        OSError, KeyError, TypeError, ValueError: the file cannot be read, or is something else.
+    """
+    with path.open(newline="") as file:
+        rows = [
+            (_azure_time(row["TIMESTAMP"]), int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+            for row in csv.DictReader(file)
+        ]
+    return _from_rows(rows)
+
+
+def read_mooncake(path: Path) -> list[Request]:
+    """A trace of Mooncake's: lines of JSON with timestamp (milliseconds), input_length and output_length.
+
+    Times count from the first request. Prefixes that requests share are not taken into account. Rows
+    without a prompt or output are left out.
+
+    Raises:
+        OSError, KeyError, TypeError, ValueError: the file cannot be read, or is something else.
+    """
+    entries = [json.loads(line) for line in path.read_text().splitlines() if line]
+    return _from_rows([(e["timestamp"] / 1e3, int(e["input_length"]), int(e["output_length"])) for e in entries])
+
+
+def read_trace(path: Path) -> list[Request]:
+    """A trace, by its suffix: ``.csv`` as :func:`read_azure`, else as :func:`read_mooncake`."""
+    return read_azure(path) if path.suffix == ".csv" else read_mooncake(path)
+
+
+def window(requests: Iterable[Request], start: float, seconds: float) -> list[Request]:
+    """The requests that arrive in ``[start, start + seconds)``; times count from ``start``."""
+    return [Request(r.time - start, r.prompt, r.output) for r in requests if start <= r.time < start + seconds]
+
+
+def scaled(
+    requests: Iterable[Request], time: float = 1.0, length: float = 1.0, context: int | None = None
+) -> list[Request]:
+    """The same requests in another time and of other lengths.
+
+    Args:
+        requests: They stay as they are.
+        time: Factor on the times: below 1 they come faster.
+        length: Factor on prompt and output, which stay at least 1 token.
+        context: Tokens that prompt and output have together at most: the output is cut to half of that,
+            then the prompt to what is left.
+
+    Raises:
+        ValueError: a context of less than 2 tokens.
+    """
+    if context is not None and context < 2:
+        raise ValueError("a context of less than 2 tokens has no room for a prompt and an output")
+    made = []
+    for r in requests:
+        prompt, output = max(1, round(length * r.prompt)), max(1, round(length * r.output))
+        if context is not None:
+            output = min(output, context // 2)
+            prompt = min(prompt, context - output)
+        made.append(Request(time * r.time, prompt, output))
+    return made
+
+
+def _draw(rng: random.Random, lengths: Lengths) -> int:
+    if isinstance(lengths, int):
+        return lengths
+    low, high = lengths
+    return min(high, int(math.exp(rng.uniform(math.log(low), math.log(high + 1)))))
+
+
+def _azure_time(text: str) -> float:
+    # Seven digits of a second: datetime takes six.
+    whole, _, fraction = text.partition(".")
+    return datetime.fromisoformat(whole + "+00:00").timestamp() + float(f"0.{fraction or 0}")
+
+
+def _from_rows(rows: Sequence[tuple[float, int, int]]) -> list[Request]:
+    rows = sorted((row for row in rows if row[1] > 0 and row[2] > 0), key=lambda row: row[0])
+    return [Request(time - rows[0][0], prompt, output) for time, prompt, output in rows]
