@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 
 # Nothing may be fetched; set before transformers is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Calibrations of these tests are no one else's.
 os.environ["SGLANG_SHIFT_CACHE_DIR"] = tempfile.mkdtemp(prefix="sglang_shift_test_")
+atexit.register(shutil.rmtree, os.environ["SGLANG_SHIFT_CACHE_DIR"], ignore_errors=True)
 
 import pytest
 from harness import Answer, ServerPool

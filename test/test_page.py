@@ -33,7 +33,7 @@ def load_script():
 def calibration() -> dict:
     """TP is faster up to 255 tokens (prefill), and at every size (decode)."""
     measurements = [
-        Measurement(phase, mode, tokens, 0, seconds)
+        Measurement(phase, mode, tokens, tokens, seconds)
         for phase, sp in (("prefill", 0.002), ("decode", 0.9))
         for mode, at_1, at_511 in ((Mode.TP, 0.001, 0.003), (Mode.SP, sp, sp))
         for tokens, seconds in ((1, at_1), (511, at_511))
@@ -41,7 +41,7 @@ def calibration() -> dict:
     return {
         "format": 1,
         "measurements": [
-            {"phase": m.phase, "mode": m.mode.value, "tokens": m.tokens, "kv_reads": 0, "seconds": m.seconds}
+            {"phase": m.phase, "mode": m.mode.value, "tokens": m.tokens, "kv_reads": m.kv_reads, "seconds": m.seconds}
             for m in measurements
         ],
         "costs": fit(measurements).to_json(),

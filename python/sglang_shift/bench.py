@@ -14,6 +14,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_shift.measuring import Shape
 from sglang_shift.modes import Mode
+from sglang_shift.region import region
 
 
 class SchedulerBench:
@@ -54,9 +55,11 @@ class SchedulerBench:
         batch.prefill_input_ids_cpu = None
         worker = self.scheduler.tp_worker
 
+        exchange = region.groups.exchange
+
         def run(mode: Mode) -> float:
             batch.input_ids = input_ids
-            with torch.no_grad(), worker.model_runner.running_in(mode):
+            with torch.no_grad(), worker.model_runner.running_in(mode), exchange.uncounted():
                 worker.forward_batch_generation(batch)
             if worker.stopwatch.on_gpu:
                 torch.cuda.synchronize()

@@ -8,7 +8,9 @@ MessagePack map of the fields below.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,6 +19,7 @@ import zmq
 ENDPOINT_VARIABLE = "SGLANG_SHIFT_EVENTS"
 """Environment variable with the endpoint of replica 0; set by the launcher, or by the user before it."""
 
+FOLDER_PREFIX = "sglang_shift_"
 HIGH_WATER_MARK = 4096
 """Messages that wait for one subscriber before newer ones are dropped."""
 
@@ -138,8 +141,16 @@ def prepare_endpoint() -> str:
     Kept in the environment, where the ranks and HTTP workers that it starts find it.
     """
     if not os.environ.get(ENDPOINT_VARIABLE):
-        os.environ[ENDPOINT_VARIABLE] = f"ipc://{tempfile.mkdtemp(prefix='sglang_shift_')}/events"
+        folder = tempfile.mkdtemp(prefix=FOLDER_PREFIX)
+        os.environ[ENDPOINT_VARIABLE] = f"ipc://{folder}/events"
     return os.environ[ENDPOINT_VARIABLE]
+
+
+def remove_endpoint() -> None:
+    """Remove the folder that :func:`prepare_endpoint` made, if it did."""
+    folder = Path(os.environ.get(ENDPOINT_VARIABLE, "").removeprefix("ipc://")).parent
+    if folder.name.startswith(FOLDER_PREFIX):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def endpoint_of(replica: int) -> str | None:

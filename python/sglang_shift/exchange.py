@@ -6,6 +6,8 @@ Ulysses sequence parallelism is arXiv 2309.14509; both directions move the same 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -63,6 +65,15 @@ class SequenceExchange:
         tokens, width = x.shape[0] // size, x.shape[1]
         received = self._all_to_all(x.view(size, tokens, width))
         return received.transpose(0, 1).reshape(tokens, size * width)
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Exchanges inside do not count: they serve no request."""
+        counts = self.bytes_sent, self.calls
+        try:
+            yield
+        finally:
+            self.bytes_sent, self.calls = counts
 
     def _all_to_all(self, blocks: torch.Tensor) -> torch.Tensor:
         received = torch.empty_like(blocks)

@@ -37,11 +37,23 @@ def run_server(server_args: ShiftServerArgs) -> None:
         from sglang_shift.tokenizer import init_tokenizer_manager
 
         seams.check_sources()
+        if server_args.node_rank == 0:
+            observe(server_args)
         launch_server(
             server_args,
             run_scheduler_process_func=run_scheduler_process,
             init_tokenizer_manager_func=init_tokenizer_manager,
         )
+
+
+def observe(server_args: ShiftServerArgs) -> None:
+    """Have the status page and the metrics on SGLang's HTTP server."""
+    from sglang.srt.arg_groups.overrides import resolution_result
+
+    from sglang_shift import http
+
+    name = resolution_result(server_args, "served_model_name") or server_args.model_path
+    http.start(server_args.dp_size, {"model_name": name} if server_args.enable_metrics else None)
 
 
 def resolve(server_args: ShiftServerArgs) -> None:
@@ -91,6 +103,7 @@ def main(argv: list[str], prog: str = "python -m sglang_shift.launch_server") ->
         from sglang.srt.utils import kill_process_tree
         from sglang.srt.utils.common import suppress_noisy_warnings
 
+        from sglang_shift.events import remove_endpoint
         from sglang_shift.server_args import prepare_server_args
 
         suppress_noisy_warnings()
@@ -99,6 +112,7 @@ def main(argv: list[str], prog: str = "python -m sglang_shift.launch_server") ->
             run_server(prepare_server_args(argv, prog))
         finally:
             kill_process_tree(os.getpid(), include_parent=False)
+            remove_endpoint()
     except ShiftError as error:
         print(f"sglang_shift: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -1,0 +1,271 @@
+#!/usr/bin/env python3
+"""Policies side by side in the simulator, on the step times of a calibration.
+
+    python benchmark/policies.py --calibration FILE                     # made-up traffic
+    python benchmark/policies.py --calibration FILE --trace FILE.csv    # and a window of a trace
+    python benchmark/policies.py --calibration FILE --noise 0.05        # measured with 5 % error
+
+FILE is JSON: {"measurements": [{"phase", "mode", "tokens", "kv_reads", "seconds"}, ...], "costs": {...}}; without
+"costs", they are fitted to the measurements. The costs are what steps take. They are also what the
+``calibrated`` policy believes, unless --noise gives it a model fitted to perturbed measurements.
+
+The rates follow from the costs, so that any calibration sees an idle and a saturated server: the
+capacity of a traffic is what the better fixed mode serves of the same requests when all are there at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from sglang_shift.cost_model import CostModel, Measurement, fit
+from sglang_shift.modes import Mode, ShiftPolicy
+from sglang_shift.policies import Calibrated, FixedMode, QueueDepth, TokenThreshold
+from sglang_shift.simulator import Server, simulate
+from sglang_shift.traffic import Lengths, Request, bursty, ramp, read_trace, scaled, steady, window
+
+THRESHOLDS = (0, *(2**i for i in range(14)))
+LOWER_IS_BETTER = {"mean_ttft": True, "mean_tpot": True, "throughput": False, "mean_e2e": True, "p99_e2e": True}
+LOW, HIGH = 0.1, 0.85  # of the capacity, in steady traffic
+RAMP = (0.05, 1.1)
+STREAM, BURSTS = 0.15, 0.35  # of the capacity on average, in bursty traffic
+BURST_RATE = 1.5  # of the capacity: more than can be served, while a burst lasts
+TRACE = 0.5  # of the capacity on average: its own swings go beyond the capacity and down to nothing
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The made-up traffic.
+
+    Attributes:
+        prompt: Prompt tokens.
+        output: Output tokens.
+        requests: In a steady load and in the ramp; half as many come between bursts.
+        burst: Requests in a burst.
+        seeds: Each load is made with as many seeds, and its metrics are means over them: a single run is
+            chaotic, since every step's time decides which requests are there for the next one.
+        seed: The first of the seeds.
+    """
+
+    prompt: Lengths = (16, 1024)
+    output: Lengths = (64, 1024)
+    requests: int = 2000
+    burst: int = 400
+    seeds: int = 3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """A load to compare policies under.
+
+    Attributes:
+        name: How reports call it.
+        text: What it is, in words.
+        samples: The requests, once per seed.
+    """
+
+    name: str
+    text: str
+    samples: list[list[Request]]
+
+
+def capacity(requests: Sequence[Request], costs: CostModel, server: Server) -> tuple[float, Mode]:
+    """Requests per second of the better fixed mode when all of ``requests`` are there at once, and that mode."""
+    at_once = scaled(requests, time=0.0)
+    return max((len(at_once) / simulate(at_once, FixedMode(mode), costs, server).makespan, mode) for mode in Mode)
+
+
+def made_up(costs: CostModel, server: Server, shape: Shape) -> list[Traffic]:
+    """Steady low, steady high, ramp and bursty traffic for a server of these costs."""
+    lengths: dict[str, Any] = {"prompt": shape.prompt, "output": shape.output}
+    seeds = range(shape.seed, shape.seed + shape.seeds)
+    most, mode = capacity(steady(1.0, requests=shape.requests, seed=shape.seed, **lengths), costs, server)
+    of = f"of the capacity of {mode.value.upper()}, {most:.4g} requests/s"
+    common = {"requests": shape.requests, **lengths}
+    loads = [
+        Traffic(
+            f"steady {name}",
+            f"{share:.0%} {of}: {shape.requests} requests at {share * most:.4g}/s",
+            [steady(share * most, seed=seed, **common) for seed in seeds],
+        )
+        for name, share in (("low", LOW), ("high", HIGH))
+    ]
+    first, last = RAMP
+    samples = [ramp(first * most, last * most, seed=seed, **common) for seed in seeds]
+    loads.append(Traffic("ramp", f"{first:.0%} to {last:.0%} {of}: {shape.requests} requests", samples))
+    lengths["burst"] = shape.burst
+    lengths["every"] = every = shape.burst / (BURSTS * most)
+    lengths["burst_seconds"] = shape.burst / (BURST_RATE * most)
+    seconds = shape.requests / 2 / (STREAM * most)
+    samples = [bursty(STREAM * most, seconds=seconds, seed=seed, **lengths) for seed in seeds]
+    text = f"{STREAM:.0%} {of}; every {every:.4g} s, {shape.burst} requests on top at {BURST_RATE:.0%}"
+    return [*loads, Traffic("bursty", text, samples)]
+
+
+def from_trace(path: Path, costs: CostModel, server: Server, part: tuple[float, float], context: int) -> Traffic:
+    """A window of a trace, at a pace at which the better fixed mode is busy half of the time."""
+    start, seconds = part
+    requests = scaled(window(read_trace(path), start, seconds), context=context)
+    most, mode = capacity(requests, costs, server)
+    pace = len(requests) / seconds / (TRACE * most)
+    text = (
+        f"{len(requests)} requests of {path.name} from second {start:g} to {start + seconds:g}, in {pace:.4g} times "
+        f"their time: {TRACE:.0%} of the capacity of {mode.value.upper()}, {most:.4g} requests/s"
+    )
+    return Traffic("bursty (trace)", text, [scaled(requests, time=pace)])
+
+
+def policies(believed: CostModel, server: Server) -> dict[str, ShiftPolicy]:
+    """All policies by name: fixed modes, fixed thresholds, queue depth, calibrated."""
+    return {
+        **{mode.value: FixedMode(mode) for mode in Mode},
+        **{f"tokens {n}": TokenThreshold(n) for n in THRESHOLDS},
+        "queue-depth": QueueDepth(),
+        "calibrated": Calibrated(believed, server.chunk),
+    }
+
+
+def compare(traffic: Traffic, costs: CostModel, believed: CostModel, server: Server) -> dict[str, Metrics]:
+    """The metrics of each policy on this traffic."""
+    results = {}
+    for name, policy in policies(believed, server).items():
+        runs = [simulate(requests, policy, costs, server).metrics() for requests in traffic.samples]
+        results[name] = {metric: fmean(run[metric] for run in runs) for metric in runs[0]}
+    return results
+
+
+def ratios(results: dict[str, Metrics], names: Sequence[str]) -> Metrics:
+    """``calibrated`` over the best of ``names``, for each metric over the best in that metric."""
+    return {
+        metric: results["calibrated"][metric] / (min if lower else max)(results[name][metric] for name in names)
+        for metric, lower in LOWER_IS_BETTER.items()
+    }
+
+
+def best_ratios(results: dict[str, Metrics]) -> dict[str, Metrics]:
+    """``calibrated`` over the best fixed mode, and over the best fixed threshold."""
+    return {
+        "calibrated / best fixed mode": ratios(results, [mode.value for mode in Mode]),
+        "calibrated / best threshold": ratios(results, [f"tokens {n}" for n in THRESHOLDS]),
+    }
+
+
+def table(results: dict[str, Metrics]) -> str:
+    """The results and ratios as a Markdown table."""
+    lines = [
+        "| Policy | Mean TTFT, ms | Mean TPOT, ms | Tokens/s | Mean E2E, s | p99 E2E, s | Switches |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, m in results.items():
+        lines.append(
+            f"| {name} | {1e3 * m['mean_ttft']:.2f} | {1e3 * m['mean_tpot']:.3f} | {m['throughput']:.1f} "
+            f"| {m['mean_e2e']:.4f} | {m['p99_e2e']:.3f} | {m['switches']:.0f} |"
+        )
+    for name, by_metric in best_ratios(results).items():
+        lines.append(f"| **{name}** | " + " | ".join(f"{by_metric[metric]:.4f}" for metric in LOWER_IS_BETTER) + " | |")
+    return "\n".join(lines)
+
+
+def read_calibration(path: Path, noise: float = 0.0, seed: int = 0) -> tuple[CostModel, CostModel]:
+    """What steps take, and what ``calibrated`` believes.
+
+    Args:
+        path: The calibration.
+        noise: Standard deviation of the logarithm of the error of each measurement that is believed.
+        seed: Of the noise.
+    """
+    content = json.loads(path.read_text())
+    measured = [Measurement(**{**m, "mode": Mode(m["mode"])}) for m in content["measurements"]]
+    costs = CostModel.from_json(content["costs"]) if "costs" in content else fit(measured)
+    if not noise:
+        return costs, costs
+    rng = random.Random(seed)
+    wrong = [replace(m, seconds=m.seconds * rng.lognormvariate(0.0, noise)) for m in measured]
+    return costs, fit(wrong, costs.switch_seconds)
+
+
+def crossovers(costs: CostModel) -> str:
+    """Where each phase changes mode, in words."""
+    modes = {p: [f"{m.value.upper()} from {n}" for n, m in costs.crossovers(p)] for p in ("prefill", "decode")}
+    return "; ".join(f"{phase} {', '.join(texts)}" for phase, texts in modes.items())
+
+
+def lengths(text: str) -> Lengths:
+    """``N`` or ``LOW-HIGH`` of the command line."""
+    low, _, high = text.partition("-")
+    return (int(low), int(high)) if high else int(low)
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that :func:`server_of` reads."""
+    parser.add_argument("--calibration", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--chunk", type=int, default=Server.chunk, help="prompt tokens in a step (%(default)s)")
+    parser.add_argument("--pool", type=int, default=Server.pool, help="tokens in the KV pool (%(default)s)")
+    parser.add_argument("--max-running", type=int, default=Server.max_running, help="requests (%(default)s)")
+
+
+def server_of(arguments: argparse.Namespace) -> Server:
+    """The server that the arguments describe."""
+    return Server(arguments.chunk, arguments.pool, arguments.max_running)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_server_arguments(parser)
+    shape = Shape()
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="Azure's (.csv) or Mooncake's (.jsonl)")
+    parser.add_argument("--window", type=float, nargs=2, default=(1080.0, 900.0), metavar=("START", "SECONDS"))
+    parser.add_argument("--context", type=int, default=32_768, help="longest request of the trace (%(default)s)")
+    parser.add_argument("--prompt", type=lengths, default=shape.prompt, metavar="N|LOW-HIGH", help="made-up prompts")
+    parser.add_argument("--output", type=lengths, default=shape.output, metavar="N|LOW-HIGH", help="their outputs")
+    parser.add_argument("--requests", type=int, default=shape.requests, help="in each made-up load (%(default)s)")
+    parser.add_argument("--burst", type=int, default=shape.burst, help="requests in a burst (%(default)s)")
+    parser.add_argument("--noise", type=float, default=0.0, metavar="SIGMA", help="error of what the policy believes")
+    parser.add_argument("--seeds", type=int, default=shape.seeds, help="runs of each made-up load (%(default)s)")
+    parser.add_argument("--seed", type=int, default=shape.seed, help="the first one (%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write policies.json and policies.md there")
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    arguments = parse()
+    costs, believed = read_calibration(arguments.calibration, arguments.noise, arguments.seed)
+    server = server_of(arguments)
+    shape = Shape(**{name: getattr(arguments, name) for name in asdict(Shape())})
+    traffics = made_up(costs, server, shape)
+    if arguments.trace is not None:
+        traffics.append(from_trace(arguments.trace, costs, server, tuple(arguments.window), arguments.context))
+    text = [
+        f"# Policies on {arguments.calibration.name}\n",
+        f"Faster mode: {crossovers(costs)} tokens on. A switch costs {1e3 * costs.switch_seconds:g} ms.",
+        f"The policy believes: {crossovers(believed)} (noise {arguments.noise:g}).",
+        f"Server: {asdict(server)}. Made-up requests: {asdict(shape)}.",
+    ]
+    print("\n".join(text), flush=True)
+    report: dict[str, Any] = {}
+    for traffic in traffics:
+        results = compare(traffic, costs, believed, server)
+        report[traffic.name] = {"text": traffic.text, "policies": results, "ratios": best_ratios(results)}
+        text.append(f"\n## {traffic.name}\n\n{traffic.text}\n\n{table(results)}")
+        print(text[-1], flush=True)
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
+        content = {"settings": settings, "costs": costs.to_json(), "believed": believed.to_json(), "traffics": report}
+        (arguments.out / "policies.json").write_text(json.dumps(content, indent=1) + "\n")
+        (arguments.out / "policies.md").write_text("\n".join(text) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+#!/usr/bin/env python3
+"""What it costs to choose a step's mode: microseconds per ``policy.choose(step)``.
+
+    python benchmark/selection.py --calibration FILE
+
+The steps are those that each policy meets itself, in the bursty traffic of benchmark/policies.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from itertools import repeat
+from statistics import median
+from time import perf_counter_ns
+
+from policies import Shape, add_server_arguments, made_up, policies, read_calibration, server_of
+from sglang_shift.cost_model import CostModel
+from sglang_shift.modes import ShiftPolicy, StepState
+from sglang_shift.simulator import Server, simulate
+
+LIMIT_US = 50.0
+
+
+def microseconds(policy: ShiftPolicy, steps: Sequence[StepState], repeats: int = 21) -> tuple[float, float]:
+    """Of one choice: the median over the steps, and the 99th percentile, each step timed at its median of repeats.
+
+    The timer's own cost is included.
+    """
+    choose = policy.choose
+    times = []
+    for step in steps:
+        taken = []
+        for _ in repeat(None, repeats):
+            start = perf_counter_ns()
+            choose(step)
+            taken.append(perf_counter_ns() - start)
+        times.append(median(taken) / 1e3)
+    times.sort()
+    return times[len(times) // 2], times[int(0.99 * len(times))]
+
+
+def met(policy: ShiftPolicy, costs: CostModel, server: Server, most: int) -> list[StepState]:
+    """Steps that the policy meets in bursty traffic, evenly spread over the run."""
+    steps: list[StepState] = []
+    [bursty] = [t for t in made_up(costs, server, Shape(requests=1000, seeds=1)) if t.name == "bursty"]
+    simulate(bursty.samples[0], policy, costs, server, lambda step, _mode, _seconds: steps.append(step))
+    return steps[:: max(1, len(steps) // most)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_server_arguments(parser)
+    parser.add_argument("--steps", type=int, default=2000, help="steps to time (%(default)s)")
+    arguments = parser.parse_args()
+    costs, _ = read_calibration(arguments.calibration)
+    server = server_of(arguments)
+    print("| Policy | Median, us | p99, us |\n|---|--:|--:|")
+    slowest = 0.0
+    for name, policy in policies(costs, server).items():
+        if name.startswith("tokens ") and name != "tokens 256":
+            continue  # the threshold makes no difference
+        middle, high = microseconds(policy, met(policy, costs, server, arguments.steps))
+        slowest = max(slowest, middle)
+        print(f"| {name} | {middle:.2f} | {high:.2f} |", flush=True)
+    print(f"\nThe slowest takes {slowest:.2f} us; the limit is {LIMIT_US:.0f} us.")
+    return slowest > LIMIT_US
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""How ``python -m sglang_shift.status`` looks."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+NAMES = {"tp": "TP", "sp": "SP"}
+STYLES = {"tp": "blue", "sp": "yellow"}
+PERCENTILES = ("p50", "p90", "p99")
+BAR = 28
+"""Characters of a bar; with it, the lines fit into 80 columns."""
+
+
+def plain(value: object, style: str = "") -> Text:
+    """``value`` as it is: no markup, and no control characters that could reach the terminal."""
+    return Text("".join(c if c.isprintable() else " " for c in str(value)), style)
+
+
+def seconds(value: float | None) -> str:
+    """A time with its unit."""
+    if value is None:
+        return "-"
+    if value >= 100:
+        return f"{value:.0f} s"
+    return f"{_digits(value)} s" if value >= 1 else f"{_digits(1e3 * value)} ms"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def sparkline(values: Sequence[float | None], unicode: bool) -> str:
+    """One character for each value, as high as it is beside the largest."""
+    marks = " ▁▂▃▄▅▆▇█" if unicode else " .:-=+*#@"
+    top = max((v for v in values if v), default=0)
+    return "".join(marks[math.ceil((v or 0) / top * 8) if top else 0] for v in values)
+
+
+def view(data: dict[str, Any], url: str, problem: str = "", switches: int = 8, unicode: bool = True) -> RenderableType:
+    """What the terminal shows.
+
+    Args:
+        data: The server's snapshot.
+        url: The server's address.
+        problem: Why ``data`` is old; empty if it is not.
+        switches: How many of the last switches to show.
+        unicode: Whether the terminal can show block characters.
+    """
+    base = data["world_size"] // data["sp_size"]
+    ranks = f"{data['world_size']} ranks: TP {data['world_size']} or SP {data['sp_size']}"
+    title = Text.assemble(
+        plain(data["model"], "bold"), f", {ranks}{f' x TP {base}' if base > 1 else ''}  ", plain(url, "dim")
+    )
+    policy = Text.assemble(plain(data["policy"], "bold"), ": ", plain(data["policy_text"]))
+    parts: list[RenderableType] = [title, policy, Text(), _now(data, unicode), Text(), _step_times(data), Text()]
+    parts += [_requests(data), Text(), _switches(data, switches)]
+    if dropped := data["events"]["dropped"]:
+        parts.append(Text(f"{dropped:,} events dropped: these steps are missing here", "red"))
+    if problem:
+        parts.append(plain(f"{problem}; what is shown is old", "bold red"))
+    elif (age := data["events"]["age"] or 0) > 10:
+        parts.append(Text(f"no event has arrived from the scheduler for {seconds(age)}", "bold red"))
+    return Group(*parts)
+
+
+def _grid() -> Table:
+    return Table(box=None, pad_edge=False, header_style="dim", show_edge=False, padding=(0, 2, 0, 0))
+
+
+def _now(data: dict[str, Any], unicode: bool) -> Table:
+    minute, history, queue, totals = data["minute"], data["history"], data["queue"], data["totals"]
+    steps, busy = sum(minute["steps"].values()), sum(minute["busy_seconds"].values())
+    by = minute["busy_seconds"] if busy else minute["steps"]
+    share = by["sp"] / (busy or steps) if steps else None
+    filled = round(BAR * (share or 0))
+    bar = Text(" " * BAR, "dim") if share is None else Text.assemble(
+        (("█" if unicode else "T") * (BAR - filled), STYLES["tp"]), (("▒" if unicode else "S") * filled, STYLES["sp"])
+    )  # fmt: skip
+    said = "no step in the last minute"
+    if share is not None:
+        said = f"SP {share:.0%} of the time, {minute['steps']['sp']:,} of {steps:,} steps"
+    tokens = [tp + sp for tp, sp in zip(history["tokens"]["tp"], history["tokens"]["sp"], strict=True)]
+    rate = {mode: sum(history["tokens"][mode][-10:]) / 10 for mode in NAMES}
+    grid = _grid()
+    for _ in range(3):
+        grid.add_column(overflow="fold")
+    waiting = history["max_waiting"][-BAR:]
+    grid.show_header = False
+    grid.add_row("Modes", bar, said)
+    grid.add_row(
+        "Throughput",
+        sparkline(tokens[-BAR:], unicode),
+        f"{sum(rate.values()):,.0f} tokens/s: TP {rate['tp']:,.0f}, SP {rate['sp']:,.0f}",
+    )
+    grid.add_row(
+        "Waiting",
+        sparkline(waiting, unicode),
+        f"{queue['waiting']:,} and {queue['running']:,} running; {queue['pending_tokens']:,} prompt tokens",
+    )
+    grid.add_row("Switches", "", f"{totals['switches']:,} in {sum(totals['steps'].values()):,} steps since the start")
+    return grid
+
+
+def _step_times(data: dict[str, Any]) -> RenderableType:
+    if not data["step_times"]:
+        return Text("Step times: none has been timed yet")
+    grid = _grid()
+    grid.add_column("Step times")
+    for name in ("count", *PERCENTILES, "actual/predicted"):
+        grid.add_column(name, justify="right")
+    for row in data["step_times"]:
+        ratio = row["actual_over_predicted"]
+        grid.add_row(
+            Text(f"{NAMES[row['mode']]} {row['phase']}", STYLES[row["mode"]]),
+            f"{row['count']:,}",
+            *(seconds(row[p]) for p in PERCENTILES),
+            "-" if ratio is None else f"{ratio:.2f}",
+        )
+    return grid
+
+
+def _requests(data: dict[str, Any]) -> RenderableType:
+    requests = data["requests"]
+    if not requests["count"]:
+        return Text("Requests: none has finished yet")
+    grid = _grid()
+    grid.add_column(f"Last {requests['count']:,} requests")
+    for name in PERCENTILES:
+        grid.add_column(name, justify="right")
+    for key, name in (("ttft", "first token"), ("tpot", "each further token"), ("e2e", "whole request")):
+        grid.add_row(name, *(seconds((requests[key] or {}).get(p)) for p in PERCENTILES))
+    return grid
+
+
+def _switches(data: dict[str, Any], count: int) -> RenderableType:
+    if not data["switches"]:
+        return Text("Last switches: the mode has not changed yet")
+    grid = _grid()
+    grid.add_column("Last switches", no_wrap=True, min_width=13)
+    grid.add_column("to", min_width=2)
+    grid.add_column("why", no_wrap=True, overflow="ellipsis", ratio=1)
+    for switch in data["switches"][:count]:
+        when = time.strftime("%H:%M:%S", time.localtime(switch["time"]))
+        mode = NAMES.get(switch["mode"], "?")
+        grid.add_row(when, Text(mode, STYLES.get(switch["mode"], "")), plain(switch["reason"]))
+    return grid
