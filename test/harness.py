@@ -121,7 +121,11 @@ class Server:
     def set_policy(self, policy: str, threshold: int = 256) -> None:
         """``tokens`` with a threshold, or one mode for every step, as thresholds no step can cross."""
         threshold = {"tp": 10**9, "sp": 0, "tokens": threshold}[policy]
-        assert self.post("/set_internal_state", {"server_args": {"shift_threshold": threshold}})
+        self.set(shift_policy="tokens", shift_threshold=threshold)
+
+    def set(self, **values: Any) -> None:
+        """Change settings at run time."""
+        assert self.post("/set_internal_state", {"server_args": values}) == [True]
 
     @property
     def state(self) -> dict[str, Any]:

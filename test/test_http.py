@@ -171,31 +171,34 @@ def test_a_name_in_a_body_that_is_otherwise_wrong(client):
 START = """
 import json, os
 from fastapi.testclient import TestClient
-if {worker}:
-    os.environ["SGLANG_SHIFT_REPLICAS"] = "2"
-    from sglang_shift.http_worker import app, hub
-else:
-    from sglang_shift.http import start
-    from sglang.srt.entrypoints.http_server import app
-    hub = start(2, {{"model_name": "demo"}})
-assert hub.replicas == 2 and len(hub.listeners) == {listeners}
-client = TestClient(app)  # not entered: SGLang's lifespan needs a model
-names = client.post("/set_internal_state", json={{"server_args": {{"shift_policy": "fast"}}}})
-print(json.dumps([client.get("/shift/status").status_code, client.get("/shift").status_code, names.status_code,
-                  names.json(), os.environ.get("SGLANG_HTTP_SERVER_APP_PATH"), os.environ.get("SGLANG_SHIFT_EVENTS")]))
+from sglang_shift.http import start
+hub = start(2, {"model_name": "demo"})
+from sglang.srt.entrypoints.http_server import app
+
+def ask():
+    client = TestClient(app)  # not entered: SGLang's lifespan needs a model
+    name = client.post("/set_internal_state", json={"server_args": {"shift_policy": "fast"}})
+    return [client.get("/shift/status").status_code, client.get("/shift").status_code, name.status_code, name.json()]
+
+launcher = ask()
+from sglang_shift import http_worker  # as a worker does, which has inherited the environment
+assert http_worker.app is app
+print(json.dumps([[hub.replicas, len(hub.listeners)], launcher,
+                  [http_worker.hub.replicas, len(http_worker.hub.listeners)], ask(),
+                  os.environ["SGLANG_HTTP_SERVER_APP_PATH"], os.environ["SGLANG_SHIFT_EVENTS"]]))
 """
 
 
-@pytest.mark.parametrize("worker", [False, True])
-def test_in_sglangs_own_app(worker, tmp_path):
-    """In a process of its own, which also has to end by itself with the hub running."""
+def test_in_sglangs_own_app(tmp_path):
+    """In a process of its own, which also has to end by itself with the hubs running."""
     environment = {k: v for k, v in os.environ.items() if k not in ("SGLANG_SHIFT_EVENTS", http.APP_VARIABLE)}
-    program = START.format(worker=worker, listeners=0 if worker else 1)
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", START],
         env={**environment, "TMPDIR": str(tmp_path)}, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    status, page, unknown, answer, app_path, endpoint = json.loads(done.stdout.splitlines()[-1])
-    assert (status, page, unknown) == (503, 200, 400) and "calibrated" in answer["message"]
-    assert worker or (app_path == "sglang_shift.http_worker:app" and endpoint.startswith("ipc://"))
+    hub, launcher, worker_hub, worker, app_path, endpoint = json.loads(done.stdout.splitlines()[-1])
+    assert hub == [2, 1] and worker_hub == [2, 0], "replicas, and listeners: only the launcher feeds the metrics"
+    for status, page, unknown, answer in (launcher, worker):
+        assert (status, page, unknown) == (503, 200, 400) and "calibrated" in answer["message"]
+    assert app_path == "sglang_shift.http_worker:app" and endpoint.startswith("ipc://")

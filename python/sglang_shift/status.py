@@ -144,8 +144,9 @@ def _print(data: dict[str, Any] | None, url: str, as_json: bool, console: Consol
     if as_json:
         print(json.dumps(data), flush=True)
     else:
-        console.print(_shown(data, url, "", console))
-        console.file.flush()
+        with console.capture() as text:  # printed by ourselves: rich exits with 1 when a pipe's reader leaves
+            console.print(_shown(data, url, "", console))
+        print(text.get(), end="", flush=True)
 
 
 def _unicode(console: Console) -> bool:

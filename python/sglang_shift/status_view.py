@@ -144,10 +144,9 @@ def _switches(data: dict[str, Any], count: int) -> RenderableType:
         return Text("Last switches: the mode has not changed yet")
     grid = _grid()
     grid.add_column("Last switches", no_wrap=True, min_width=13)
-    grid.add_column("to", min_width=2)
-    grid.add_column("why", no_wrap=True, overflow="ellipsis", ratio=1)
+    grid.add_column("why", no_wrap=True, overflow="ellipsis")
     for switch in data["switches"][:count]:
         when = time.strftime("%H:%M:%S", time.localtime(switch["time"]))
-        mode = NAMES.get(switch["mode"], "?")
-        grid.add_row(when, Text(mode, STYLES.get(switch["mode"], "")), plain(switch["reason"]))
+        mode = NAMES[switch["mode"]], STYLES[switch["mode"]]
+        grid.add_row(Text.assemble(f"{when} ", mode), plain(switch["reason"]))
     return grid
