@@ -53,7 +53,8 @@ def observe(server_args: ShiftServerArgs) -> None:
     from sglang_shift import http
 
     name = resolution_result(server_args, "served_model_name") or server_args.model_path
-    http.start(server_args.dp_size, {"model_name": name} if server_args.enable_metrics else None)
+    labels = {"model_name": name, **(server_args.extra_metric_labels or {})}
+    http.start(server_args.dp_size, labels if server_args.enable_metrics else None)
 
 
 def resolve(server_args: ShiftServerArgs) -> None:

@@ -189,12 +189,12 @@ class _Simulation:
             step = self._next_step()
             mode = choose(step.state)
             seconds = predict(mode, step.state)
-            if mode is not self.mode:
-                if self.mode is not None:
-                    switches += 1
-                    seconds += self.truth.switch_seconds
-                self.mode, self.since_switch = mode, 0
             self.since_switch += 1
+            if self.mode not in (None, mode):
+                switches += 1
+                seconds += self.truth.switch_seconds
+                self.since_switch = 0  # as the real selector counts
+            self.mode = mode
             self.clock += seconds
             busy += seconds
             steps[mode] += 1
