@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import atexit
 import os
 import shutil
 import tempfile
@@ -9,13 +8,16 @@ import tempfile
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Calibrations of these tests are no one else's.
 os.environ["SGLANG_SHIFT_CACHE_DIR"] = tempfile.mkdtemp(prefix="sglang_shift_test_")
-atexit.register(shutil.rmtree, os.environ["SGLANG_SHIFT_CACHE_DIR"], ignore_errors=True)
 
 import pytest
 from harness import Answer, ServerPool
 from prompts import prompts
 
 FLOAT32 = ("--dtype", "float32")
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["SGLANG_SHIFT_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

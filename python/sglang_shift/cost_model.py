@@ -86,7 +86,9 @@ class CostModel:
         """Seconds that ``step`` takes in ``mode``. A step with any prompt tokens counts as prefill."""
         phase, tokens = "prefill", step.num_tokens
         if not step.num_prefill_tokens:
-            phase, tokens = "decode", max(step.num_tokens, step.bucket)
+            phase = "decode"
+            if mode is Mode.TP:  # SP steps run eagerly, unpadded
+                tokens = max(step.num_tokens, step.bucket)
         beyond = max(0.0, step.kv_reads - self.usual[phase](step.num_tokens))
         return self.curves[phase, mode](tokens) + self.attention[phase] * beyond
 

@@ -93,10 +93,11 @@ class QueueDepth(ShiftPolicy):
 class Calibrated(ShiftPolicy):
     """The mode with the lower predicted time, where leaving the previous one is worth it.
 
-    A change needs a gain above :data:`NOISE`. With prompts pending, the policy looks one step further:
-    the next step is a prefill of up to a chunk. If that will run in the previous mode again, this step
-    must also gain the cost of two changes; else the change only comes a step early. With an empty queue
-    the mode stays for the steps that follow, so that this step's latency decides alone.
+    A change needs a gain above :data:`NOISE`. In a prefill with more prompts pending, the policy looks one
+    step further: the next step is a prefill of up to a chunk. If that will run in the previous mode
+    again, this step must also gain the cost of two changes; else the change only comes a step early. With
+    an empty queue the mode stays for the steps that follow, so that this step's latency decides alone.
+    (A decode while prompts are pending means that they find no room, so that decodes follow.)
 
     Attributes:
         costs: Predicted times.
@@ -114,7 +115,7 @@ class Calibrated(ShiftPolicy):
         if previous is None or faster is previous:
             return faster
         needed = NOISE * max(tp, sp)
-        if step.pending_prefill_tokens and self.costs.switch_seconds and self._next(step) is previous:
+        if step.num_prefill_tokens and step.pending_prefill_tokens and self._next(step) is previous:
             needed += 2 * self.costs.switch_seconds
         return faster if abs(tp - sp) > needed else previous
 
