@@ -32,7 +32,7 @@ from sglang_shift.traffic import Request, bursty, ramp, read_trace, scaled, stea
 POLICIES: dict[str, dict[str, Any]] = {
     "tp": {"shift_policy": "tp"},
     "sp": {"shift_policy": "sp"},
-    **{f"tokens {n}": {"shift_policy": "tokens", "shift_threshold": n} for n in (8, 32, 128, 256, 512)},
+    **{f"tokens {n}": {"shift_policy": "tokens", "shift_threshold": n} for n in (32, 128, 512)},
     "calibrated": {"shift_policy": "calibrated"},
 }
 FIXED = ("tp", "sp")

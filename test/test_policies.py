@@ -13,7 +13,7 @@ from statistics import fmean
 
 import calibrations
 import pytest
-from sglang_shift.cost_model import CostModel, Curve, Measurement, fit, isotonic
+from sglang_shift.cost_model import CostModel, Curve, Measurement, fit, isotonic, running_median
 from sglang_shift.errors import Refused
 from sglang_shift.modes import Mode, ShiftPolicy, StepState
 from sglang_shift.policies import NOISE, Calibrated, FixedMode, QueueDepth, TokenThreshold, load_policy
@@ -265,7 +265,8 @@ class TestFit:
         model = fit(calibrations.measurements(server))
         for m in calibrations.measurements(server):
             make = prefill if m.phase == "prefill" else decode
-            assert model.predict(m.mode, make(m.tokens, kv_reads=m.kv_reads)) == pytest.approx(m.seconds, rel=1e-6)
+            # The running median of the modes' ratio flattens a peak of it a little.
+            assert model.predict(m.mode, make(m.tokens, kv_reads=m.kv_reads)) == pytest.approx(m.seconds, rel=0.01)
         assert model.attention == pytest.approx(calibrations.ATTENTION)
 
     @pytest.mark.parametrize("seed", range(5))
@@ -280,6 +281,29 @@ class TestFit:
             assert predicted == pytest.approx(exact, rel=0.1)
         for curve in model.curves.values():
             assert all(a <= b for a, b in pairwise(curve.values))
+
+    @pytest.mark.parametrize("disturbed", [1, 8, 64, 512, 2048])
+    def test_one_disturbed_shape_moves_no_crossover(self, disturbed):
+        """One prefill shape whose SP time is a quarter off, either way: a neighbour came in between."""
+        exact = calibrations.measurements("crossovers-differ")
+        [(_, _), (crossover, _)] = fit(exact).crossovers("prefill")
+        for factor in (0.75, 1.25):
+            moved = [
+                replace(m, seconds=m.seconds * factor)
+                if (m.phase, m.mode, m.tokens) == ("prefill", SP, disturbed)
+                else m
+                for m in exact
+            ]
+            found = fit(moved).crossovers("prefill")
+            assert len(found) == 2, found
+            assert crossover / 2 <= found[1][0] <= 2 * crossover
+
+    def test_running_median(self):
+        assert running_median([]) == []
+        assert running_median([1.0, 5.0]) == [1.0, 5.0]
+        assert running_median([1, 2, 3, 4]) == [1, 2, 3, 4]
+        assert running_median([1, 2, 30, 4, 5]) == [1, 2, 4, 5, 5]
+        assert running_median([9, 1, 1, 1]) == [1, 1, 1, 1]
 
     def test_crossovers(self):
         found = {
@@ -317,7 +341,7 @@ class TestFit:
 
     def test_what_was_not_measured_is_named(self):
         measured = [m for m in calibrations.measurements("sp-always") if (m.phase, m.mode) != ("decode", SP)]
-        with pytest.raises(ValueError, match="no decode step was measured in SP"):
+        with pytest.raises(ValueError, match="no decode step was measured in both modes"):
             fit(measured)
 
 

@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -148,30 +148,61 @@ def _curve(raw: dict[str, Any], what: str) -> Curve:
 def fit(measurements: Sequence[Measurement], switch_seconds: float = 0.0) -> CostModel:
     """Fit a cost model.
 
-    A curve goes through the measurements with the fewest KV reads of each number of tokens, made monotone
-    by the pool-adjacent-violators algorithm (isotonic least squares; Ayer et al. 1955). The attention
-    coefficient of a phase is the median slope from those to measurements that differ in KV reads only.
+    What decides between the modes is the ratio of their times, and it is measured better than the times,
+    as the modes take turns. So for each phase the geometric mean of both, and the logarithm of the ratio,
+    are taken over the tokens: the former made monotone (isotonic least squares), the latter smoothed by a
+    running median of three, so that a single shape that was disturbed decides nothing. The curves are
+    made of the two again. They go through the measurements with the fewest KV reads of each number of
+    tokens. The attention coefficient of a phase is the median slope from those to measurements that
+    differ in KV reads only.
 
     Raises:
-        ValueError: a phase and mode without any measurement.
+        ValueError: a phase without a shape that was measured in both modes.
     """
     curves: dict[tuple[str, Mode], Curve] = {}
     usual: dict[str, Curve] = {}
     attention: dict[str, float] = {}
     for phase in PHASES:
-        slopes: list[float] = []
-        for mode in Mode:
-            rows = sorted((m.tokens, m.kv_reads, m.seconds) for m in measurements if (m.phase, m.mode) == (phase, mode))
-            if not rows:
-                raise ValueError(f"no {phase} step was measured in {mode.value.upper()}")
-            same = [list(group) for _, group in groupby(rows, key=lambda row: row[0])]
-            first = [group[0] for group in same]
-            tokens = tuple(row[0] for row in first)
-            curves[phase, mode] = Curve(tokens, tuple(isotonic(row[2] for row in first)))
-            usual[phase] = Curve(tokens, tuple(isotonic(float(row[1]) for row in first)))
-            slopes += [(g[-1][2] - g[0][2]) / (g[-1][1] - g[0][1]) for g in same if g[-1][1] > g[0][1]]
+        rows: dict[int, dict[int, dict[Mode, float]]] = {}
+        for m in sorted((m for m in measurements if m.phase == phase), key=lambda m: (m.tokens, m.kv_reads)):
+            rows.setdefault(m.tokens, {}).setdefault(m.kv_reads, {})[m.mode] = m.seconds
+        shapes = {t: {k: s for k, s in by_reads.items() if len(s) == len(Mode)} for t, by_reads in rows.items()}
+        shapes = {t: by_reads for t, by_reads in shapes.items() if by_reads}
+        if not shapes:
+            raise ValueError(f"no {phase} step was measured in both modes")
+        tokens, first = tuple(shapes), [next(iter(by_reads.items())) for by_reads in shapes.values()]
+        means = isotonic(math.sqrt(s[Mode.TP] * s[Mode.SP]) for _, s in first)
+        ratios = running_median([math.log(s[Mode.SP] / s[Mode.TP]) for _, s in first])
+        for mode, sign in ((Mode.TP, -0.5), (Mode.SP, 0.5)):
+            values = [mean * math.exp(sign * ratio) for mean, ratio in zip(means, ratios, strict=True)]
+            curves[phase, mode] = Curve(tokens, tuple(isotonic(values)))
+        usual[phase] = Curve(tokens, tuple(isotonic(float(reads) for reads, _ in first)))
+        slopes = [
+            (seconds[mode] - start[mode]) / (reads - least)
+            for (least, start), by_reads in zip(first, shapes.values(), strict=True)
+            for reads, seconds in list(by_reads.items())[1:]
+            for mode in Mode
+        ]
         attention[phase] = max(0.0, median(slopes)) if slopes else 0.0
     return CostModel(curves, usual, attention, max(0.0, switch_seconds))
+
+
+def running_median(values: Sequence[float]) -> list[float]:
+    """Medians of three neighbours, with Tukey's rule for the ends (Exploratory Data Analysis, 1977).
+
+    A monotone sequence comes out as it went in, but for its ends where they are not in line.
+    """
+    if len(values) < 3:
+        return list(values)
+    inner = [median(values[i - 1 : i + 2]) for i in range(1, len(values) - 1)]
+    ends = [
+        median((value, near, 3 * near - 2 * far))
+        for value, near, far in (
+            (values[0], inner[0], (inner + inner)[1]),
+            (values[-1], inner[-1], (inner + inner)[-2]),
+        )
+    ]
+    return [ends[0], *inner, ends[1]]
 
 
 def isotonic(values: Iterable[float]) -> list[float]:

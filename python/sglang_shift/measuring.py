@@ -174,11 +174,16 @@ def measure(
 
 
 def _take_turns(bench: Bench, run: Callable[[Mode], float]) -> dict[Mode, float]:
-    """Median agreed times; the first lap of each mode is a warm-up, and says how many there is time for."""
+    """Agreed times: the median, over the rounds, of the modes' mean and of their ratio.
+
+    The first lap of each mode is a warm-up, and says how many there is time for.
+    """
     warm_up = max(_agreed(bench, run, mode) for mode in Mode)
     laps = max(MIN_LAPS, min(MAX_LAPS, int(SECONDS_A_MODE / max(warm_up, 1e-6))))
     rounds = [{mode: _agreed(bench, run, mode) for mode in Mode} for _ in range(laps)]
-    return {mode: median(times[mode] for times in rounds) for mode in Mode}
+    mean = median(math.sqrt(times[Mode.TP] * times[Mode.SP]) for times in rounds)
+    ratio = math.sqrt(median(times[Mode.SP] / times[Mode.TP] for times in rounds))
+    return {Mode.TP: mean / ratio, Mode.SP: mean * ratio}
 
 
 def _switch(bench: Bench, run: Callable[[Mode], float], turns: dict[Mode, float]) -> float:
