@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # Nothing may be fetched; set before transformers is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -45,3 +47,18 @@ class Reference:
 @pytest.fixture(scope="session")
 def reference(servers):
     return Reference(servers)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium, driven as scripts/screenshot.py does."""
+    file = Path(__file__).parent.parent / "scripts" / "screenshot.py"
+    spec = importlib.util.spec_from_file_location("screenshot", file)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    if (binary := script.find_chromium()) is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("no Chromium on PATH")
+        pytest.skip("no Chromium on PATH")
+    with script.Browser(binary) as browser:
+        yield browser

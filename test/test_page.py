@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import socket
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import uvicorn
@@ -18,16 +15,8 @@ from sglang_shift.events import Finished, Publisher, StateEvent, StepEvent
 from sglang_shift.hub import Hub
 from sglang_shift.modes import Mode
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "screenshot.py"
 EVIL = "<img src=x onerror='document.title=\"run\"'><script>document.title='run'</script>&amp;"
 LONG = "a_very_long_name_without_any_place_to_break_it_" * 8
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("screenshot", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def calibration() -> dict:
@@ -92,17 +81,6 @@ class Served:
         self.thread.join(10)
         self.hub.stop()
         self.publisher._socket.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    script = load_script()
-    if (binary := script.find_chromium()) is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("no Chromium on PATH")
-        pytest.skip("no Chromium on PATH")
-    with script.Browser(binary) as browser:
-        yield browser
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ CONTEXT, LONG_CONTEXT = 128, 2048
 """Tokens of KV cache that a request of a decode shape has."""
 MAX_DECODE = 512
 """Requests of the largest decode shape."""
-SECONDS_A_MODE, MIN_LAPS, MAX_LAPS = 0.15, 3, 9
+SECONDS_A_MODE, MIN_LAPS, MAX_LAPS = 0.4, 2, 9
 """How long and how often a shape is timed in one mode."""
 SWITCH_TOKENS = (1, 8)
 """Tokens of the shapes at which a change of mode is timed."""

@@ -104,12 +104,16 @@ class ShiftScheduler(Scheduler):
     def step_state(self, batch: ScheduleBatch) -> StepState:
         """What the policy sees; only what is identical on every rank may enter."""
         mode = batch.forward_mode
-        reads = 0
+        running, reads = self.running_batch.batch_size(), 0
         if mode.is_idle() or mode.is_prebuilt():
             tokens = prefill = 0
         elif mode.is_extend():
             tokens = batch.extend_num_tokens
-            prefill = tokens - len(batch.decoding_reqs or ())  # a mixed step decodes these, a token each
+            if batch.decoding_reqs:  # a mixed step decodes these, a token each; they have left running_batch
+                running = len(batch.decoding_reqs)
+                prefill = tokens - running
+            else:
+                prefill = tokens
             reads = sum(map(kv_reads, batch.prefix_lens, batch.extend_lens))
         else:
             tokens, prefill = batch.batch_size(), 0
@@ -120,7 +124,7 @@ class ShiftScheduler(Scheduler):
         return StepState(
             num_tokens=tokens,
             num_prefill_tokens=prefill,
-            num_running=self.running_batch.batch_size(),
+            num_running=running,
             num_waiting=len(self.waiting_queue),
             pending_prefill_tokens=pending,
             bucket=self.tp_worker.model_runner.decode_bucket(tokens) if prefill == 0 else tokens,
