@@ -37,7 +37,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 FIXED = ("tp", "sp")
 PROMPT, OUTPUT = (32, 1024), (4, 32)
-LOW, HIGH = 0.15, 0.85  # of the capacity
+LOW, HIGH = 0.25, 0.85  # of the capacity
 STREAM, BURST_SHARE = 0.2, 0.4
 
 
@@ -129,12 +129,17 @@ def _rate(client: Client, requests: Sequence[Request], policy: str) -> float:
 
 def table(name: str, rounds: list[dict[str, dict[str, float]]]) -> str:
     """A traffic's figures: medians over the rounds, and ``calibrated`` over each, the median of the rounds."""
-    metrics = list(rounds[0]["tp"])
+    metrics = list(next(iter(rounds[0].values())))
     lines = [f"### {name}", "", "| policy | " + " | ".join(metrics) + " | calibrated / it |",
              "| --- |" + " --: |" * (len(metrics) + 1)]  # fmt: skip
-    for policy in rounds[0]:
+    r0 = rounds[0]
+    for policy in r0:
         values = [f"{median(r[policy][m] for r in rounds) * (1 if m == 'tokens/s' else 1e3):.1f}" for m in metrics]
-        ratios = [f"{m} {median(r['calibrated'][m] / r[policy][m] for r in rounds):.2f}" for m in metrics]
+        ratios = [
+            f"{m} {median(r['calibrated'][m] / r[policy][m] for r in rounds):.2f}"
+            for m in metrics
+            if "calibrated" in r0
+        ]
         lines.append(
             f"| {policy} | " + " | ".join(values) + f" | {'' if policy == 'calibrated' else ', '.join(ratios)} |"
         )
@@ -146,13 +151,13 @@ def compare(server: Server, args: argparse.Namespace) -> dict[str, Any]:
     client = Client(server.url)
     loads = traffics(client, args)
     results: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in loads}
-    names = list(POLICIES)
+    names = args.policies
     for number in range(args.rounds):
         for name, requests in loads.items():
             order = names[number * 3 % len(names) :] + names[: number * 3 % len(names)]
             found = {policy: client.replay(requests, POLICIES[policy]) for policy in order}
             results[name].append({policy: found[policy] for policy in names})
-            print(f"round {number + 1}: {name}, {len(requests)} requests", file=sys.stderr, flush=True)
+            print(f"round {number + 1}:\n{table(name, results[name])}", file=sys.stderr, flush=True)
     state = server.call("/server_info")["internal_states"][0]["shift"]
     return {"machine": describe_machine(), "calibration": state["calibration"], "policy": state["policy"],
             "costs": state["costs"], "requests": {n: len(r) for n, r in loads.items()}, "results": results}  # fmt: skip
@@ -167,6 +172,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20, help="of arrivals in one replay")
     parser.add_argument("--traffic", nargs="+", help="only these of the traffics")
+    parser.add_argument("--policies", nargs="+", choices=list(POLICIES), default=list(POLICIES), metavar="NAME")
     parser.add_argument("--trace", type=Path, help="Azure CSV or Mooncake JSONL: a further traffic")
     parser.add_argument(
         "--window", type=float, nargs=2, default=(0, 60), metavar=("START", "SECONDS"), help="of the trace"

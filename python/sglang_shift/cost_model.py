@@ -150,11 +150,13 @@ def fit(measurements: Sequence[Measurement], switch_seconds: float = 0.0) -> Cos
 
     What decides between the modes is the ratio of their times, and it is measured better than the times,
     as the modes take turns. So for each phase the geometric mean of both, and the logarithm of the ratio,
-    are taken over the tokens: the former made monotone (isotonic least squares), the latter smoothed by a
-    running median of three, so that a single shape that was disturbed decides nothing. The curves are
-    made of the two again. They go through the measurements with the fewest KV reads of each number of
-    tokens. The attention coefficient of a phase is the median slope from those to measurements that
-    differ in KV reads only.
+    are taken over the tokens. Both are made monotone by isotonic least squares, the mean rising and the
+    ratio of SP's time to TP's falling: with more tokens, SP's larger weights matter less, and the
+    communication that it saves more. Before that, a running median of three takes out a single shape
+    that was disturbed. So noise cannot make more than one crossover, and what is measured at one shape
+    counts for its neighbours. The curves are made of the two again. They go through the measurements with
+    the fewest KV reads of each number of tokens. The attention coefficient of a phase is the median slope
+    from those to measurements that differ in KV reads only.
 
     Raises:
         ValueError: a phase without a shape that was measured in both modes.
@@ -172,9 +174,9 @@ def fit(measurements: Sequence[Measurement], switch_seconds: float = 0.0) -> Cos
             raise ValueError(f"no {phase} step was measured in both modes")
         tokens, first = tuple(shapes), [next(iter(by_reads.items())) for by_reads in shapes.values()]
         means = isotonic(math.sqrt(s[Mode.TP] * s[Mode.SP]) for _, s in first)
-        ratios = running_median([math.log(s[Mode.SP] / s[Mode.TP]) for _, s in first])
-        for mode, sign in ((Mode.TP, -0.5), (Mode.SP, 0.5)):
-            values = [mean * math.exp(sign * ratio) for mean, ratio in zip(means, ratios, strict=True)]
+        gains = isotonic(running_median([math.log(s[Mode.TP] / s[Mode.SP]) for _, s in first]))
+        for mode, sign in ((Mode.TP, 0.5), (Mode.SP, -0.5)):
+            values = [mean * math.exp(sign * gain) for mean, gain in zip(means, gains, strict=True)]
             curves[phase, mode] = Curve(tokens, tuple(isotonic(values)))
         usual[phase] = Curve(tokens, tuple(isotonic(float(reads) for reads, _ in first)))
         slopes = [
