@@ -1,4 +1,7 @@
-"""Every mode gives stock SGLang's tokens: 64 prompts of 1 to 2,000 tokens, float32, real servers."""
+"""Every mode gives stock SGLang's tokens: 64 prompts of 1 to 2,000 tokens, float32, real servers.
+
+(On 8 ranks every fourth of them: these share two cores in CI, and a step takes a tenth of a second.)
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def server(request, reference, servers):
 
 @pytest.fixture
 def count(request):
-    """Tokens to ask for: fewer where 8 ranks share two cores and a step takes a tenth of a second."""
+    """Tokens to ask for: 3 on 8 ranks."""
     world, _ = request.node.callspec.params["server"]
     return 8 if world < 8 else 3
 
@@ -31,9 +34,10 @@ def count(request):
 @pytest.mark.parametrize("concurrency", [1, 16])
 @pytest.mark.parametrize("policy", ["tp", "sp", "tokens"])
 def test_same_tokens_and_logprobs(server, reference, policy, concurrency, count):
+    chosen = slice(None, None, 1 if count == 8 else 4)
     with server.policy(policy, threshold=64) as steps:
-        answers = server.generate_all(reference.prompts, concurrency, count)
-    assert_same_answers(answers, [answer.first(count) for answer in reference.answers[concurrency]])
+        answers = server.generate_all(reference.prompts[chosen], concurrency, count)
+    assert_same_answers(answers, [answer.first(count) for answer in reference.answers[concurrency][chosen]])
     assert (steps["tp"] > 0, steps["sp"] > 0) == {"tp": (True, False), "sp": (False, True), "tokens": (True, True)}[
         policy
     ]
