@@ -116,10 +116,14 @@ class StepReporter:
             self._state_due = now + STATE_S
             self.publisher.send(self.state())
 
-    def changed(self) -> None:
-        """The policy or the calibration changed: predictions start afresh, and subscribers hear of it."""
+    def recalibrated(self) -> None:
+        """There is a new calibration: predictions start afresh."""
         self.drift.clear()
         self._drift_logged = False
+        self.changed()
+
+    def changed(self) -> None:
+        """The policy or the calibration changed: subscribers hear of it at once."""
         self._state_due = 0.0
         self.tick()
 

@@ -149,7 +149,7 @@ class ShiftScheduler(Scheduler):
                 selector.calibration = calibration
                 self.set_policy(self.shift_config)
                 if reporter is not None:
-                    reporter.changed()
+                    reporter.recalibrated()
         if reporter is not None:
             reporter.tick()
         super().on_idle()
