@@ -9,9 +9,6 @@ from sglang_shift.cost_model import CostModel
 from sglang_shift.errors import Refused
 from sglang_shift.modes import Mode, ShiftPolicy, StepState
 
-NOISE = 0.02
-"""A predicted gain below this share of a step's time is not worth a change of mode."""
-
 
 @dataclass(frozen=True)
 class FixedMode(ShiftPolicy):
@@ -91,13 +88,16 @@ class QueueDepth(ShiftPolicy):
 
 @dataclass(frozen=True)
 class Calibrated(ShiftPolicy):
-    """The mode with the lower predicted time, where leaving the previous one is worth it.
+    """The mode with the lower predicted time, where leaving the previous one is worth its cost.
 
-    A change needs a gain above :data:`NOISE`. In a prefill with more prompts pending, the policy looks one
-    step further: the next step is a prefill of up to a chunk. If that will run in the previous mode
-    again, this step must also gain the cost of two changes; else the change only comes a step early. With
-    an empty queue the mode stays for the steps that follow, so that this step's latency decides alone.
-    (A decode while prompts are pending means that they find no room, so that decodes follow.)
+    What a change of mode costs was measured; mostly it is nothing, and then the faster mode is taken. Else
+    a change must gain
+
+    - in a prefill, that cost; with more prompts pending, the next step is a prefill of up to a chunk, and
+      if that will run in the previous mode again, the cost of two changes;
+    - in a decode, two changes (another will follow, for the next prefill) over the steps in the previous
+      mode: the longer it has lasted, the longer the next one will (the ski-rental rule). A decode while
+      prompts are pending means that they find no room, so that decodes follow there too.
 
     Attributes:
         costs: Predicted times.
@@ -112,12 +112,15 @@ class Calibrated(ShiftPolicy):
         tp, sp = self.costs.predict(Mode.TP, step), self.costs.predict(Mode.SP, step)
         faster = Mode.SP if sp < tp else Mode.TP
         previous = step.previous_mode
-        if previous is None or faster is previous:
+        if previous is None or faster is previous or not self.costs.switch_seconds:
             return faster
-        needed = NOISE * max(tp, sp)
-        if step.num_prefill_tokens and step.pending_prefill_tokens and self._next(step) is previous:
-            needed += 2 * self.costs.switch_seconds
-        return faster if abs(tp - sp) > needed else previous
+        if not step.num_prefill_tokens:
+            changes = 2 / (1 + step.steps_since_switch)
+        elif step.pending_prefill_tokens and self._next(step) is previous:
+            changes = 2
+        else:
+            changes = 1
+        return faster if abs(tp - sp) > changes * self.costs.switch_seconds else previous
 
     def _next(self, step: StepState) -> Mode:
         tokens = min(step.pending_prefill_tokens, self.chunk)
