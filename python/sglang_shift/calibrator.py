@@ -68,7 +68,7 @@ class Calibrator:
             drifted: Whether this rank, if it measures drift at all, found any.
         """
         if self._running is None:
-            if not self._key or steps < self._next_check:
+            if self.config.calibration == "off" or steps < self._next_check:
                 return None
             self._next_check = steps + self._interval
             if not self.bench.agree([float(drifted)])[0]:
@@ -169,9 +169,7 @@ class Calibrator:
             except Exception as error:  # the other ranks wait for an answer
                 logger.exception("sglang_shift: calibration")
                 outcome = None, f"{type(error).__name__}: {error}", False
-        outcome = self.scheduler.tp_group.broadcast_object(outcome, src=0)
-        self._key = self._key or {"on": "rank 0"}
-        return outcome
+        return self.scheduler.tp_group.broadcast_object(outcome, src=0)
 
     def _log(self, message: str, *args: Any) -> None:
         if self._leads:

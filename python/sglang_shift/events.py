@@ -19,6 +19,9 @@ import zmq
 ENDPOINT_VARIABLE = "SGLANG_SHIFT_EVENTS"
 """Environment variable with the endpoint of replica 0; set by the launcher, or by the user before it."""
 
+META_INFO_KEY = "shift_steps"
+"""Of a request's steps by mode, on their way into its ``meta_info``."""
+
 FOLDER_PREFIX = "sglang_shift_"
 HIGH_WATER_MARK = 4096
 """Messages that wait for one subscriber before newer ones are dropped."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+PENDING_REQUESTS = 64
+"""Waiting requests whose tokens are counted: a queue of thousands must not cost a step its time."""
+
 
 class Mode(StrEnum):
     """How one step (one forward of the model) runs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 
-from sglang_shift.cost_model import CostModel
+from sglang_shift.cost_model import PHASES, CostModel
 from sglang_shift.errors import Refused
 from sglang_shift.modes import Mode, ShiftPolicy, StepState
 
@@ -139,7 +139,7 @@ class Calibrated(ShiftPolicy):
             + "; ".join(
                 f"{phase} "
                 + ", ".join(f"{mode.value.upper()} from {tokens}" for tokens, mode in self.costs.crossovers(phase))
-                for phase in ("prefill", "decode")
+                for phase in PHASES
             )
             + " tokens on"
         )

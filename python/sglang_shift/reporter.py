@@ -9,7 +9,7 @@ from typing import Any
 
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
-from sglang_shift.events import Finished, Publisher, StepEvent
+from sglang_shift.events import META_INFO_KEY, Finished, Publisher, StepEvent
 from sglang_shift.modes import Mode
 from sglang_shift.selector import Choice, Drift, ModeSelector
 from sglang_shift.stopwatch import Lap
@@ -21,8 +21,6 @@ SWITCH_LOG_S = 5.0
 """Seconds between log lines about switches."""
 STATE_S = 1.0
 """Seconds between state events."""
-KEY = "shift_steps"
-"""Of ``meta_info``."""
 IN_FLIGHT = 8
 """Steps whose results may be outstanding; with overlap scheduling there are two."""
 
@@ -203,7 +201,7 @@ class ShiftOutputStreamer(SchedulerOutputStreamer):
 
     def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
         """``shift_steps``, for finished requests: a list, as SGLang wants it, of one ``{"tp": n, "sp": n}``."""
-        return {KEY: [[_steps_of(req)] if req.finished() else [] for req in reqs]}
+        return {META_INFO_KEY: [[_steps_of(req)] if req.finished() else [] for req in reqs]}
 
 
 def _steps_of(req: Any) -> dict[str, int]:

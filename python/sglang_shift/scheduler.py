@@ -21,7 +21,7 @@ from sglang_shift.errors import Refused
 from sglang_shift.events import Publisher, StateEvent
 from sglang_shift.internal_state import ShiftInternalState
 from sglang_shift.measuring import kv_reads
-from sglang_shift.modes import Mode, StepState
+from sglang_shift.modes import PENDING_REQUESTS, Mode, StepState
 from sglang_shift.policies import FixedMode
 from sglang_shift.region import region
 from sglang_shift.reporter import ShiftOutputStreamer, StepReporter
@@ -29,9 +29,6 @@ from sglang_shift.selector import Choice, ModeSelector, make_policy
 from sglang_shift.worker import EXPORT_REFUSED, ShiftTpModelWorker
 
 logger = logging.getLogger(__name__)
-
-PENDING_REQUESTS = 64
-"""Waiting requests whose tokens are counted: a queue of thousands must not cost a step its time."""
 
 
 class ShiftScheduler(Scheduler):
@@ -51,7 +48,7 @@ class ShiftScheduler(Scheduler):
         if get_parallel().tp_rank == 0:
             publisher = Publisher(get_parallel().dp_rank or 0)
             self.shift_reporter = StepReporter(self.shift_selector, publisher, self.shift_event, region.groups.exchange)
-        logger.info("sglang_shift: %s; policy: %s", self.shift_config, self.shift_selector.policy.describe())
+        logger.info("sglang_shift: %s; policy: %s", self.shift_config, self.shift_selector.policy_text)
 
     def init_tp_model_worker(self) -> None:
         """Agree with the other ranks on versions and settings, then build our worker."""
@@ -79,7 +76,7 @@ class ShiftScheduler(Scheduler):
         else:
             selector.policy = make_policy(config, costs, self.shift_chunk)
         if config.policy == "calibrated" and costs is None:
-            logger.warning("sglang_shift: without a calibration, the policy is: %s", selector.policy.describe())
+            logger.warning("sglang_shift: without a calibration, the policy is: %s", selector.policy_text)
 
     def run_batch(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:
         """Run one step in the mode that the policy chooses for it."""
@@ -181,15 +178,13 @@ class ShiftScheduler(Scheduler):
             sp_size=self.shift_config.sp_size,
             model=get_serving().served_model_name or get_model().model_path,
             policy=self.shift_config.policy,
-            policy_text=selector.policy.describe(),
+            policy_text=selector.policy_text,
             calibration=None if selector.calibration is None else selector.calibration.to_json(),
             calibration_text=self.shift_calibrator.text,
             drift={mode.value: reporter.drift.ratio(mode) if reporter else None for mode in Mode},
             weight_bytes=report.total,
             weight_bytes_beyond_base=report.beyond_base,
-            steps={mode.value: n for mode, n in selector.steps.items()},
-            tokens={mode.value: n for mode, n in selector.tokens.items()},
-            switches=selector.switches,
+            **selector.counters(),
             running=self.running_batch.batch_size(),
             waiting=len(self.waiting_queue),
             replica=get_parallel().dp_rank or 0,
@@ -202,12 +197,10 @@ class ShiftScheduler(Scheduler):
         return {
             "sp_size": self.shift_config.sp_size,
             "base_tp_size": region.groups.layout.base_tp_size,
-            "policy": selector.policy.describe(),
+            "policy": selector.policy_text,
             "calibration": self.shift_calibrator.text,
             "costs": None if calibration is None else calibration.costs.to_json(),
-            "steps": {mode.value: n for mode, n in selector.steps.items()},
-            "tokens": {mode.value: n for mode, n in selector.tokens.items()},
-            "switches": selector.switches,
+            **selector.counters(),
             "exchanges": exchange.calls,
             "exchanged_bytes": exchange.bytes_sent,
             "weight_bytes": report.total,

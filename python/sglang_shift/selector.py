@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 from sglang_shift.calibration import Calibration
 from sglang_shift.config import DEFAULT_THRESHOLD, ShiftConfig
@@ -67,6 +68,7 @@ class ModeSelector:
 
     Attributes:
         policy: The policy.
+        policy_text: The policy in words.
         calibration: Where predictions come from, or None.
         steps: Steps so far, by mode.
         tokens: Tokens so far, by mode.
@@ -82,6 +84,25 @@ class ModeSelector:
         self.previous_mode: Mode | None = None
         self.steps_since_switch = 0
 
+    @property
+    def policy(self) -> ShiftPolicy:
+        """The policy."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: ShiftPolicy) -> None:
+        self._policy = policy
+        # Kept: it can take milliseconds, and is asked for every second between steps.
+        self.policy_text = policy.describe()
+
+    def counters(self) -> dict[str, Any]:
+        """Steps and tokens by mode, and switches, as JSON."""
+        return {
+            "steps": {mode.value: n for mode, n in self.steps.items()},
+            "tokens": {mode.value: n for mode, n in self.tokens.items()},
+            "switches": self.switches,
+        }
+
     def choose(self, step: StepState) -> Choice:
         """The mode of ``step``, whose ``previous_mode`` and ``steps_since_switch`` are filled in here.
 
@@ -94,7 +115,7 @@ class ModeSelector:
             reason = self.policy.explain(step, mode) if switched else ""
         except Exception:  # whatever the user's code raises
             fallback = TokenThreshold(DEFAULT_THRESHOLD)
-            logger.exception("%s failed; from now on: %s", self.policy.describe(), fallback.describe())
+            logger.exception("%s failed; from now on: %s", self.policy_text, fallback.describe())
             self.policy = fallback
             return self.choose(step)
         self.steps[mode] += 1

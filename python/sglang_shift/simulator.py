@@ -17,11 +17,8 @@ from math import ceil
 from statistics import fmean
 
 from sglang_shift.cost_model import CostModel
-from sglang_shift.modes import Mode, ShiftPolicy, StepState
+from sglang_shift.modes import PENDING_REQUESTS, Mode, ShiftPolicy, StepState
 from sglang_shift.traffic import Request
-
-PENDING_REQUESTS = 64
-"""Waiting requests that count towards ``StepState.pending_prefill_tokens``."""
 
 Observer = Callable[[StepState, Mode, float], None]
 """Called with each step, its mode and its seconds, before the next one is chosen."""

@@ -9,7 +9,7 @@ from sglang.srt.entrypoints.engine import init_tokenizer_manager as init_stock
 from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
-KEY = "shift_steps"
+from sglang_shift.events import META_INFO_KEY as KEY
 
 
 class ShiftSteps:
