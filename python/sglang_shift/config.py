@@ -15,6 +15,11 @@ QUEUE_FIELDS = ("enter_requests", "leave_requests", "enter_tokens", "leave_token
 """Fields of :class:`ShiftConfig` and of :class:`QueueDepth`; the flags are ``--shift-...``."""
 
 
+def policies_using(field: str) -> tuple[str, ...]:
+    """The policies that a threshold is for; ``field`` is its name in the server arguments."""
+    return ("tokens", "queue-depth") if field == "shift_threshold" else ("queue-depth",)
+
+
 @dataclass(frozen=True)
 class ShiftConfig:
     """A deployment's parallelism, resolved.

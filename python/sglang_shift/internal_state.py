@@ -10,7 +10,7 @@ from sglang.srt.managers.io_struct import GetInternalStateReq, GetInternalStateR
 from sglang.srt.managers.scheduler_components import internal_state
 from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
 
-from sglang_shift.config import QUEUE_FIELDS, ShiftConfig
+from sglang_shift.config import QUEUE_FIELDS, ShiftConfig, policies_using
 from sglang_shift.policies import POLICIES
 
 NUMBERS = ("threshold", *QUEUE_FIELDS)
@@ -70,7 +70,7 @@ class ShiftInternalState(SchedulerInternalStateController):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise internal_state.UpdateRejected(f"{key} must be 0 or more, got {value!r}.")
         wanted = self._wanted()
-        takers = ("tokens", "queue-depth") if key == "shift_threshold" else ("queue-depth",)
+        takers = policies_using(key)
         if wanted.policy not in takers:
             raise internal_state.UpdateRejected(
                 f"Updating {key} needs the policy {' or '.join(takers)}; it is {wanted.policy}."

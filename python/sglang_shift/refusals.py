@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_shift.config import QUEUE_FIELDS, ShiftConfig
+from sglang_shift.config import QUEUE_FIELDS, ShiftConfig, policies_using
 from sglang_shift.errors import Refused
 from sglang_shift.policies import POLICIES, QueueDepth, load_policy
 
@@ -111,7 +111,7 @@ def check_policy(settings: Any) -> None:
     for name, value in numbers.items():
         if value < 0:
             raise Refused(f"{_flag(name)} {value} must be 0 or more")
-        takers = ("tokens", "queue-depth") if name == "shift_threshold" else ("queue-depth",)
+        takers = policies_using(name)
         if policy not in takers and not (policy is None and name == "shift_threshold"):
             raise Refused(f"{_flag(name)} has no meaning with --shift-policy {policy or 'calibrated'}; leave it out, "
                           f"or give --shift-policy {' or '.join(takers)}")  # fmt: skip

@@ -11,7 +11,7 @@ from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of,
 from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 from sglang.srt.server_args import ServerArgs
 
-from sglang_shift.config import DEFAULT_THRESHOLD, QUEUE_FIELDS, shift_config_of
+from sglang_shift.config import DEFAULT_THRESHOLD, QUEUE_FIELDS, policies_using, shift_config_of
 from sglang_shift.demo import demo_model_path
 from sglang_shift.policies import POLICIES, QueueDepth
 from sglang_shift.refusals import check_flags, check_model
@@ -165,7 +165,7 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
         "sglang_shift",
         sp_size=sp_size,
         shift_policy=config.policy,
-        shift_threshold=config.threshold if config.policy in ("tokens", "queue-depth") else None,
+        shift_threshold=config.threshold if config.policy in policies_using("shift_threshold") else None,
         shift_calibration=config.calibration,
     )
 
