@@ -50,7 +50,7 @@ def reference(servers):
 
 
 @pytest.fixture(scope="session")
-def browser():
+def chromium():
     """A headless Chromium, driven as scripts/screenshot.py does."""
     file = Path(__file__).parent.parent / "scripts" / "screenshot.py"
     spec = importlib.util.spec_from_file_location("screenshot", file)
@@ -62,3 +62,11 @@ def browser():
         pytest.skip("no Chromium on PATH")
     with script.Browser(binary) as browser:
         yield browser
+
+
+@pytest.fixture
+def browser(chromium):
+    """An empty tab. The test's page is closed after it, so that no later test sees its errors."""
+    chromium.problems.clear()
+    yield chromium
+    chromium.command("Page.navigate", url="about:blank")

@@ -191,19 +191,18 @@ def test_status_page_and_view(server):
 def test_the_page_in_a_browser_under_load(server, browser, default_policy):
     """The real page of the real server, while requests run: live figures, no console error."""
     server.set(shift_policy="tokens", shift_threshold=8)
-    browser.problems.clear()
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(server.generate, list(range(i, i + 200)), 64) for i in range(12)]
         browser.open(server.url + "/shift", width=360, height=800)
         browser.wait("document.querySelector('#connection')?.textContent === 'live'", 30)
-        browser.wait("document.querySelector('#b-switches').textContent.includes('200 tokens (prefill)')", 30)
+        # How many of the prompts a prefill holds depends on when they arrive.
+        browser.wait(r"/\d+00 tokens \(prefill\)/.test(document.querySelector('#b-switches').textContent)", 30)
         for future in asked:
             future.result()
     browser.wait("/ms/.test(document.querySelector('#t-ttft').textContent)", 30)
     assert browser.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     assert "SP for steps of more than 8 tokens" in browser.evaluate("document.querySelector('#policy').textContent")
     assert browser.problems == []
-    browser.command("Page.navigate", url="about:blank")
 
 
 def test_anyone_can_subscribe_to_the_steps(server, folder, monkeypatch):

@@ -97,15 +97,12 @@ def served(tmp_path, monkeypatch):
 
 @pytest.fixture
 def opened(browser, served):
-    browser.problems.clear()
-
     def open_page(**options):
         browser.open(served.url, **options)
         browser.wait("document.querySelector('#connection')?.textContent === 'live'")
         return browser
 
-    yield open_page
-    browser.command("Page.navigate", url="about:blank")
+    return open_page
 
 
 def words(browser, selector: str) -> str:
