@@ -1,0 +1,151 @@
+"""What a benchmark run leaves on disk: one line of JSON for each visit of a contender by a workload."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RequestRecord:
+    """One request as the client saw it. Times are in seconds.
+
+    Attributes:
+        due: When it was to be sent, from the start of the visit.
+        sent: When it was sent, from the start of the visit.
+        ttft: From sending to its first token.
+        latency: From sending to its last token.
+        itl: Times between its tokens, ``output - 1`` of them; tokens that came together share their time.
+        prompt: Its prompt tokens.
+        output: The tokens it generated.
+        cached: Prompt tokens that the server found in its prefix cache; 0 where it does not say.
+        error: What went wrong; empty if nothing did. Then the other fields but ``due`` mean nothing.
+    """
+
+    due: float
+    sent: float
+    ttft: float
+    latency: float
+    itl: list[float]
+    prompt: int
+    output: int
+    cached: int = 0
+    error: str = ""
+
+    @property
+    def end(self) -> float:
+        """When its last token came, from the start of the visit."""
+        return self.sent + self.latency
+
+    @property
+    def tpot(self) -> float | None:
+        """Time per output token after the first; None where there is only one."""
+        return (self.latency - self.ttft) / (self.output - 1) if self.output > 1 else None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The server's state at a moment. What a server does not tell is None.
+
+    Attributes:
+        time: Seconds from the start of the visit.
+        running: Requests in the running batch.
+        waiting: Requests in the queue.
+        kv_usage: Share of the KV pool in use, 0 to 1.
+        tp_steps: Steps in TP since the start of the visit; None from a server without modes.
+        sp_steps: Steps in SP, likewise.
+    """
+
+    time: float
+    running: float | None = None
+    waiting: float | None = None
+    kv_usage: float | None = None
+    tp_steps: int | None = None
+    sp_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One workload, sent to one contender once.
+
+    Attributes:
+        contender: Its name.
+        workload: Its name, such as ``rate 2.0/s``.
+        kind: The kind of workload: ``single``, ``saturated``, ``rate``, ``bursty``, ``long-mix``, ``azure``
+            or ``mooncake``.
+        x: What a plot over workloads of this kind has on its axis: prompt tokens for ``single``, requests per
+            second for ``rate``; None for other kinds.
+        round: From 1.
+        seconds: From the first request's sending to the last token.
+        requests: In the order in which they were due, warm-up not included.
+        samples: In the order of their times.
+        shift: Changes of our servers' counters over the visit: ``tp_steps``, ``sp_steps``, ``switches``,
+            ``exchanged_bytes``, ``exchanges``; None from other servers.
+        started: Local time, ISO 8601.
+        load_average: Of the machine, over the minute before.
+    """
+
+    contender: str
+    workload: str
+    kind: str
+    x: float | None
+    round: int
+    seconds: float
+    requests: list[RequestRecord]
+    samples: list[Sample] = field(default_factory=list)
+    shift: dict[str, int] | None = None
+    started: str = ""
+    load_average: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """What :meth:`from_json` takes."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Visit:
+        """The visit that :meth:`to_json` wrote.
+
+        Raises:
+            KeyError, TypeError: it is something else.
+        """
+        requests = [RequestRecord(**r) for r in values["requests"]]
+        samples = [Sample(**s) for s in values["samples"]]
+        return cls(**{**values, "requests": requests, "samples": samples})
+
+
+class Visits:
+    """The visits in a file, one JSON object a line, so that an interrupted campaign keeps what it has.
+
+    Args:
+        path: The file; it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[Visit]:
+        """All visits; a last line that was not written to its end is left out.
+
+        Raises:
+            ValueError: a line in the file is no visit.
+        """
+        if not self.path.exists():
+            return []
+        text = self.path.read_text()
+        lines = text.split("\n")
+        try:
+            return [Visit.from_json(json.loads(line)) for line in lines[:-1] if line]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.path} holds a line that is no visit ({error}); choose another --out") from error
+
+    def add(self, visits: Iterable[Visit]) -> None:
+        """Append visits; what an interrupted write left is cut off first."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            for visit in visits:
+                file.write(json.dumps(visit.to_json(), separators=(",", ":")).encode() + b"\n")
