@@ -25,8 +25,8 @@ from statistics import fmean, median, quantiles
 from typing import Any
 
 import aiohttp
-from compare import describe_machine
-from serving import Failure, Server, serving
+from sglang_shift.benchmark.environment import describe_machine
+from sglang_shift.benchmark.servers import Failure, call, serving
 from sglang_shift.traffic import Request, bursty, ramp, read_trace, scaled, steady, window
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -146,9 +146,9 @@ def table(name: str, rounds: list[dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def compare(server: Server, args: argparse.Namespace) -> dict[str, Any]:
+def compare(url: str, args: argparse.Namespace) -> dict[str, Any]:
     """All traffics, rounds and policies."""
-    client = Client(server.url)
+    client = Client(url)
     loads = traffics(client, args)
     results: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in loads}
     names = args.policies
@@ -158,7 +158,7 @@ def compare(server: Server, args: argparse.Namespace) -> dict[str, Any]:
             found = {policy: client.replay(requests, POLICIES[policy]) for policy in order}
             results[name].append({policy: found[policy] for policy in names})
             print(f"round {number + 1}:\n{table(name, results[name])}", file=sys.stderr, flush=True)
-    state = server.call("/server_info")["internal_states"][0]["shift"]
+    state = call(url + "/server_info")["internal_states"][0]["shift"]
     return {"machine": describe_machine(), "calibration": state["calibration"], "policy": state["policy"],
             "costs": state["costs"], "requests": {n: len(r) for n, r in loads.items()}, "results": results}  # fmt: skip
 
@@ -188,7 +188,7 @@ def main(argv: list[str]) -> None:
     flags += ["--model-path", args.model_path] if args.model_path else []
     try:
         with serving(flags, 0, args.out / "policies_live.log", args.timeout) as server:
-            report = compare(server, args)
+            report = compare(server.url, args)
     except Failure as failure:
         sys.exit(f"policies_live: error: {failure}")
     (args.out / "policies_live.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -29,8 +29,8 @@ from typing import Any
 
 import psutil
 import requests
-import serving
-from serving import Failure, Server
+from sglang_shift.benchmark import servers
+from sglang_shift.benchmark.servers import Failure, Server
 
 FLAGS = ["--tp-size", "2", "--enable-shift-parallel", "--dtype", "float32", "--sleep-on-idle", "--enable-metrics"]
 POLICIES: tuple[dict[str, Any], ...] = (
@@ -114,7 +114,7 @@ def run_phase(soak: Soak, phase: str, seconds: float, seed: int) -> None:
 def memory(server: Server) -> dict[str, int]:
     """Resident bytes of the server's processes, by name."""
     sizes: Counter[str] = Counter()
-    root = psutil.Process(server.process.pid)
+    root = psutil.Process(server.processes[0].pid)
     for process in [root, *root.children(recursive=True)]:
         try:
             name = next((w for w in process.cmdline() if w.startswith("sglang::")), "launcher")
@@ -188,9 +188,9 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    serving.ENVIRONMENT["SGLANG_ENABLE_RANK_CONSENSUS_CHECKER"] = "1"
+    servers.ENVIRONMENT["SGLANG_ENABLE_RANK_CONSENSUS_CHECKER"] = "1"
     try:
-        with serving.serving([*FLAGS, *args.extra_flags], 0, args.out / "soak.log", args.timeout) as server:
+        with servers.serving([*FLAGS, *args.extra_flags], 0, args.out / "soak.log", args.timeout) as server:
             report = soak_server(server, args)
     except Failure as failure:
         sys.exit(f"soak: error: {failure}")

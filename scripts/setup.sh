@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Make .venv in the repository root and install sglang_shift into it; at once where that is done.
 #
-#   scripts/setup.sh          what serving needs
-#   scripts/setup.sh test     and what the tests need
+#   scripts/setup.sh             what serving needs
+#   scripts/setup.sh benchmark   and what the benchmark's plots need
+#   scripts/setup.sh test        and what the tests need, all of the above among it
 #
 # Uses $PYTHON, else python3. Prints nothing when there is nothing to do, and needs no network then.
 set -euo pipefail
@@ -29,13 +30,13 @@ print(f"{sys.version_info[0]}.{sys.version_info[1]} {digest} {root}")
 PYTHON
 }
 
-# Is .venv complete? The test extras include what serving needs.
+# Is .venv complete? The test extras include all others, and all include what serving needs.
 ready() {
     local found
     [[ -f $stamp && ! -e $unfinished ]] || return 1
     found=$(installed)
     [[ -n $found ]] || return 1
-    [[ $(cat "$stamp") == "$found test" || $(cat "$stamp") == "$found $extras" ]]
+    [[ $(cat "$stamp") == "$found test" || $(cat "$stamp") == "$found $extras"* ]]
 }
 
 pip_install() { "$venv/bin/python" -m pip install --disable-pip-version-check --no-input $quiet "$@"; }

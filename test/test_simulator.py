@@ -355,7 +355,7 @@ class TestTraffic:
             '{"timestamp": 3000, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1]}\n'
             '{"timestamp": 4500, "input_length": 7322, "output_length": 490, "hash_ids": []}\n\n'
         )
-        assert read_mooncake(file) == [Request(0.0, 6758, 500), Request(1.5, 7322, 490)]
+        assert read_mooncake(file) == [Request(0.0, 6758, 500, (0, 1), 512.0), Request(1.5, 7322, 490)]
         assert read_trace(file) == read_mooncake(file)
         with pytest.raises(ValueError, match="Expecting"):
             file.write_text("a,b\n")

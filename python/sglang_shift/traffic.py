@@ -1,4 +1,4 @@
-"""Traffic for the simulator: made up with a seed, or read from a public trace."""
+"""Traffic for the simulator and the benchmark: made up with a seed, or read from a public trace."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import json
 import math
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 Lengths = int | tuple[int, int]
 """Tokens: one number for all requests, or a range from which each is drawn, uniformly in the logarithm."""
+
+MOONCAKE_BLOCK = 512.0
+"""Tokens that a hash id of a Mooncake trace stands for (its README)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +24,19 @@ class Request:
 
     Attributes:
         time: When it arrives, in seconds.
-        prompt: Its prompt tokens, at least 1; none of them is cached.
+        prompt: Its prompt tokens, at least 1.
         output: Tokens it generates, at least 1.
+        blocks: Names of the blocks that its prompt consists of, from the front; a prompt that is longer ends
+            with tokens of its own. Equal names at the front are a prefix that requests share. The simulator,
+            which caches nothing, takes no notice.
+        block_length: Tokens of a block.
     """
 
     time: float
     prompt: int
     output: int
+    blocks: tuple[int, ...] = ()
+    block_length: float = 0.0
 
     def __post_init__(self) -> None:
         if self.prompt < 1 or self.output < 1:
@@ -118,23 +127,27 @@ def read_azure(path: Path) -> list[Request]:
     """
     with path.open(newline="") as file:
         rows = [
-            (_azure_time(row["TIMESTAMP"]), int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+            (_azure_time(row["TIMESTAMP"]), int(row["ContextTokens"]), int(row["GeneratedTokens"]), ())
             for row in csv.DictReader(file)
         ]
     return _from_rows(rows)
 
 
 def read_mooncake(path: Path) -> list[Request]:
-    """A trace of Mooncake's: lines of JSON with timestamp (milliseconds), input_length and output_length.
+    """A trace of Mooncake's: lines of JSON with timestamp (milliseconds), input_length, output_length and hash_ids.
 
-    Times count from the first request. Prefixes that requests share are not taken into account. Rows
+    Times count from the first request. The hash ids, where there are any, become the requests' blocks. Rows
     without a prompt or output are left out.
 
     Raises:
         OSError, KeyError, TypeError, ValueError: the file cannot be read, or is something else.
     """
     entries = [json.loads(line) for line in path.read_text().splitlines() if line]
-    return _from_rows([(e["timestamp"] / 1e3, int(e["input_length"]), int(e["output_length"])) for e in entries])
+    rows = [
+        (e["timestamp"] / 1e3, int(e["input_length"]), int(e["output_length"]), tuple(map(int, e.get("hash_ids", ()))))
+        for e in entries
+    ]
+    return _from_rows(rows)
 
 
 def read_trace(path: Path) -> list[Request]:
@@ -144,7 +157,7 @@ def read_trace(path: Path) -> list[Request]:
 
 def window(requests: Iterable[Request], start: float, seconds: float) -> list[Request]:
     """The requests that arrive in ``[start, start + seconds)``; times count from ``start``."""
-    return [Request(r.time - start, r.prompt, r.output) for r in requests if start <= r.time < start + seconds]
+    return [replace(r, time=r.time - start) for r in requests if start <= r.time < start + seconds]
 
 
 def scaled(
@@ -155,7 +168,7 @@ def scaled(
     Args:
         requests: They stay as they are.
         time: Factor on the times: below 1 they come faster.
-        length: Factor on prompt and output, which stay at least 1 token.
+        length: Factor on prompt, output and blocks; prompt and output stay at least 1 token.
         context: Tokens that prompt and output have together at most: the output is cut to half of that,
             then the prompt to what is left.
 
@@ -170,7 +183,7 @@ def scaled(
         if context is not None:
             output = min(output, context // 2)
             prompt = min(prompt, context - output)
-        made.append(Request(time * r.time, prompt, output))
+        made.append(replace(r, time=time * r.time, prompt=prompt, output=output, block_length=length * r.block_length))
     return made
 
 
@@ -187,6 +200,9 @@ def _azure_time(text: str) -> float:
     return datetime.fromisoformat(whole + "+00:00").timestamp() + float(f"0.{fraction or 0}")
 
 
-def _from_rows(rows: Sequence[tuple[float, int, int]]) -> list[Request]:
+def _from_rows(rows: Sequence[tuple[float, int, int, tuple[int, ...]]]) -> list[Request]:
     rows = sorted((row for row in rows if row[1] > 0 and row[2] > 0), key=lambda row: row[0])
-    return [Request(time - rows[0][0], prompt, output) for time, prompt, output in rows]
+    return [
+        Request(time - rows[0][0], prompt, output, blocks, MOONCAKE_BLOCK if blocks else 0.0)
+        for time, prompt, output, blocks in rows
+    ]

@@ -1,0 +1,50 @@
+"""What the figures depend on: the machine, the versions, the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, memory, GPUs and versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    gpus = ""
+    if tool := shutil.which("nvidia-smi"):
+        query = [tool, "--query-gpu=name", "--format=csv,noheader"]
+        gpus = " + ".join(subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines())
+    return {
+        "CPU": (models or [platform.processor()])[0],
+        "cores": len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count(),
+        "memory GiB": round(psutil.virtual_memory().total / 2**30, 1),
+        "GPUs": gpus,
+        "Python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "sglang", "sglang_shift")},
+    }
+
+
+def describe_model(path: str) -> dict[str, Any]:
+    """What the workloads need to know of a model, from its config.json; Hugging Face's loader where there is none.
+
+    Returns:
+        ``vocabulary`` and ``context``, in tokens.
+    """
+    file = Path(path, "config.json")
+    if file.exists():
+        config = json.loads(file.read_text())
+    else:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(path).to_dict()
+    config = config.get("text_config", config)
+    return {"vocabulary": int(config["vocab_size"]), "context": int(config["max_position_embeddings"])}

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Measure Shift Parallelism beside stock SGLang: python -m sglang_shift.benchmark. Sets up what is missing.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+"$root/scripts/setup.sh" benchmark
+exec "$root/.venv/bin/python" -m sglang_shift.benchmark "$@"
