@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import uvicorn
@@ -14,7 +15,7 @@ from fastapi.responses import PlainTextResponse, StreamingResponse
 from harness import free_port
 from sglang_shift import traffic
 from sglang_shift.benchmark import __main__ as command
-from sglang_shift.benchmark import options, watch
+from sglang_shift.benchmark import link, link_rate, options, watch
 from sglang_shift.benchmark.campaign import Campaign, Settings
 from sglang_shift.benchmark.contenders import contender, contenders
 from sglang_shift.benchmark.records import Visits
@@ -64,7 +65,7 @@ class TestWorkloads:
         rows = "".join(f"2023-11-16 18:17:{i:02}.0,{1000 + i},20\n" for i in range(50))
         file = tmp_path / "a.csv"
         file.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows)
-        words = ("--workloads", "--azure", str(file), "--azure-window", "10", "31", "--trace-length", "0.1")
+        words = ("--workloads", "--azure", str(file), "--azure-window", "10", "31", "--azure-length", "0.1")
         [at_load] = plan(*words, "--trace-load", "0.5").workloads(200.0)
         assert [r.prompt for r in at_load.requests][:2] == [101, 101]
         assert len(at_load.requests) == 31
@@ -83,7 +84,7 @@ class TestWorkloads:
             json.dumps({"timestamp": 0, "input_length": n, "output_length": 4, "hash_ids": ids}) + "\n"
             for ids, n in rows
         ))  # fmt: skip
-        [made] = plan("--workloads", "--mooncake", str(file), "--trace-length", "0.25").workloads(1.0)
+        [made] = plan("--workloads", "--mooncake", str(file), "--mooncake-length", "0.25").workloads(1.0)
         a, b, c = (prompt_ids(r, i, 7, 4096) for i, r in enumerate(made.requests))
         assert [len(ids) for ids in (a, b, c)] == [375, 375, 275]
         assert a[:256] == b[:256] and a[256:] != b[256:], "two blocks of 512, a quarter of each"
@@ -135,6 +136,20 @@ def test_errors_are_one_sentence(tmp_path, capsys):
     assert "holds no visits" in capsys.readouterr().err
     assert command.main(["--contenders", "nobody", "--out", str(tmp_path)]) == 2
     assert "'nobody' is none of" in capsys.readouterr().err
+
+
+def test_a_campaign_keeps_its_link(tmp_path, monkeypatch):
+    """What a rank computes is never measured alike twice; visits at two rates are not to be compared."""
+    rates = iter([5e8, 6e8, 7e8])
+    monkeypatch.setattr(link, "check", lambda: None)
+    monkeypatch.setattr(link_rate, "chosen_rate", lambda *_: SimpleNamespace(rate=next(rates), text="derived"))
+
+    def rate(*words: str) -> float:
+        return command._link(options.parse([*words, "--kv-tokens", "9", "--out", str(tmp_path)]), "model")[0]
+
+    assert rate("--link", "llama-70b") == rate("--link", "llama-70b") == 5e8
+    assert rate("--link", "llama-70b", "--link-rate", "1e9") == 1e9
+    assert rate("--link", "qwen-32b") == 6e8
 
 
 def test_metrics_of_all_makers():

@@ -16,7 +16,7 @@ from sglang_shift.benchmark.records import Visits
 from sglang_shift.errors import ShiftError
 
 MODULE = "sglang_shift.benchmark"
-HEADING = "heading.json"
+HEADING, LINK = "heading.json", "link.json"
 # A token that ends a sequence is one of the context.
 SPARE_TOKENS = 8
 
@@ -52,13 +52,22 @@ def measure(args: argparse.Namespace, model: str, command: str) -> None:
 
 
 def _link(args: argparse.Namespace, model: str) -> tuple[float, str]:
-    """The rate of the emulated link, and what a report says of it."""
+    """The rate of the emulated link, and what a report says of it.
+
+    A rate depends on what the machine does when it is measured, so a campaign keeps the one it began with.
+    """
     from sglang_shift.benchmark import link, link_rate
 
     link.check()
     if args.link_rate:
         return args.link_rate, f"{args.link_rate / 1e6:.0f} Mbit/s, as given"
+    file = args.out / LINK
+    if file.exists():
+        kept = json.loads(file.read_text())
+        if kept["target"] == args.link:
+            return kept["rate"], kept["text"]
     choice = link_rate.chosen_rate(model, args.tp_size, args.link)
+    file.write_text(json.dumps({"target": args.link, "rate": choice.rate, "text": choice.text}, indent=1) + "\n")
     return choice.rate, choice.text
 
 

@@ -140,7 +140,7 @@ def _workloads(group: argparse._ArgumentGroup) -> None:
             metavar=("START", "SECONDS"),
             help="the part to replay",
         )
-    group.add_argument("--trace-length", type=float, default=1.0, metavar="X", help="factor on the traces' lengths")
+        group.add_argument(f"--{kind}-length", type=float, default=1.0, metavar="X", help="factor on its lengths")
     group.add_argument(
         "--trace-load",
         type=float,
@@ -172,8 +172,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         p.set_defaults(**SMOKE)
     args = p.parse_args(argv)
     counts = ("tp_size", "rounds", "singles", "saturated", "rate_requests", "burst", "bursts", "long_every",
-              "mix_requests", "single_output", "long", "timeout", "trace_length", "trace_load", "mix_rate",
-              "burst_stream", "burst_every", "kv_tokens", "sp_size", "trace_speed", "link_rate")  # fmt: skip
+              "mix_requests", "single_output", "long", "timeout", "azure_length", "mooncake_length", "trace_load",
+              "mix_rate", "burst_stream", "burst_every", "kv_tokens", "sp_size", "trace_speed",
+              "link_rate")  # fmt: skip
     for name in counts:
         if (value := getattr(args, name)) is not None and value <= 0:
             p.error(f"--{name.replace('_', '-')} {value:g} is not positive")
@@ -211,4 +212,4 @@ def _trace(kind: str, args: argparse.Namespace) -> Trace:
         raise ShiftError(f"--{kind} {path} cannot be read as such a trace: {error!r}") from error
     if not requests:
         raise ShiftError(f"--{kind}-window {start:g} {seconds:g}: no request of {path} arrives in that time")
-    return Trace(kind, scaled(requests, length=args.trace_length), args.trace_load, args.trace_speed)
+    return Trace(kind, scaled(requests, length=getattr(args, f"{kind}_length")), args.trace_load, args.trace_speed)

@@ -152,8 +152,10 @@ def start(flags: Sequence[str], port: int, log: Path, link: Link | None = None) 
         url = f"http://{HOST}:{port}"
     else:
         nodes = ["--host", "0.0.0.0", "--nnodes", str(link.ranks), "--dist-init-addr", link.rendezvous]
+        # A calibration over another link, or none, would look as if it were of this one.
+        own = {"SGLANG_SHIFT_CACHE_DIR": str(log.parent.resolve() / "calibrations")}
         commands = [
-            (link.command(r, [*command, *nodes, "--node-rank", str(r)]), ENVIRONMENT | link.environment(r))
+            (link.command(r, [*command, *nodes, "--node-rank", str(r)]), ENVIRONMENT | own | link.environment(r))
             for r in range(link.ranks)
         ]
         url = f"http://{link.server_address}:{port}"
