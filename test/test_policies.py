@@ -307,6 +307,20 @@ class TestFit:
             assert len(found) == 2, found
             assert crossover / 2 <= found[1][0] <= 2 * crossover
 
+    def test_a_single_token_may_differ_from_all_others(self):
+        """As measured over an emulated link: SP cannot divide one token, and from two on the modes are level."""
+        times = {(1, 129): (47.7, 56.1), (1, 2049): (57.6, 63.6), (2, 258): (54.1, 52.1), (4, 516): (47.1, 44.3),
+                 (8, 1032): (56.2, 55.1), (8, 16392): (180.1, 179.6), (16, 2064): (82.3, 84.3)}  # fmt: skip
+        made = [
+            Measurement(phase, mode, tokens, reads, seconds)
+            for phase in ("prefill", "decode")
+            for (tokens, reads), pair in times.items()
+            for mode, seconds in zip((TP, SP), pair, strict=True)
+        ]
+        assert fit(made).crossovers("decode")[0] == (1, TP)
+        without = [m for m in made if m.kv_reads != 2049]
+        assert fit(without).crossovers("decode")[0] == (1, SP), "one measurement alone may be a disturbance"
+
     def test_running_median(self):
         assert running_median([]) == []
         assert running_median([1.0, 5.0]) == [1.0, 5.0]

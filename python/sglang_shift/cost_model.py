@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from sglang_shift.modes import Mode, StepState
@@ -154,9 +154,11 @@ def fit(measurements: Sequence[Measurement], switch_seconds: float = 0.0) -> Cos
     ratio of SP's time to TP's falling: with more tokens, SP's larger weights matter less, and the
     communication that it saves more. Before that, a running median of three takes out a single shape
     that was disturbed. So noise cannot make more than one crossover, and what is measured at one shape
-    counts for its neighbours. The curves are made of the two again. They go through the measurements with
-    the fewest KV reads of each number of tokens. The attention coefficient of a phase is the median slope
-    from those to measurements that differ in KV reads only.
+    counts for its neighbours. The curves are made of the two again. The mean goes through the measurements
+    with the fewest KV reads of each number of tokens. The attention coefficient of a phase is the median
+    slope from those to measurements that differ in KV reads only. The ratio is that of the times without
+    the attention beyond the fewest KV reads, and each measurement counts: two shapes of one token that agree
+    are no disturbance, though all shapes of more tokens differ from them.
 
     Raises:
         ValueError: a phase without a shape that was measured in both modes.
@@ -173,12 +175,6 @@ def fit(measurements: Sequence[Measurement], switch_seconds: float = 0.0) -> Cos
         if not shapes:
             raise ValueError(f"no {phase} step was measured in both modes")
         tokens, first = tuple(shapes), [next(iter(by_reads.items())) for by_reads in shapes.values()]
-        means = isotonic(math.sqrt(s[Mode.TP] * s[Mode.SP]) for _, s in first)
-        gains = isotonic(running_median([math.log(s[Mode.TP] / s[Mode.SP]) for _, s in first]))
-        for mode, sign in ((Mode.TP, 0.5), (Mode.SP, -0.5)):
-            values = [mean * math.exp(sign * gain) for mean, gain in zip(means, gains, strict=True)]
-            curves[phase, mode] = Curve(tokens, tuple(isotonic(values)))
-        usual[phase] = Curve(tokens, tuple(isotonic(float(reads) for reads, _ in first)))
         slopes = [
             (seconds[mode] - start[mode]) / (reads - least)
             for (least, start), by_reads in zip(first, shapes.values(), strict=True)
@@ -186,7 +182,27 @@ def fit(measurements: Sequence[Measurement], switch_seconds: float = 0.0) -> Cos
             for mode in Mode
         ]
         attention[phase] = max(0.0, median(slopes)) if slopes else 0.0
+        means = isotonic(math.sqrt(s[Mode.TP] * s[Mode.SP]) for _, s in first)
+        gains = isotonic(_gains(shapes, attention[phase]))
+        for mode, sign in ((Mode.TP, 0.5), (Mode.SP, -0.5)):
+            values = [mean * math.exp(sign * gain) for mean, gain in zip(means, gains, strict=True)]
+            curves[phase, mode] = Curve(tokens, tuple(isotonic(values)))
+        usual[phase] = Curve(tokens, tuple(isotonic(float(reads) for reads, _ in first)))
     return CostModel(curves, usual, attention, max(0.0, switch_seconds))
+
+
+def _gains(shapes: dict[int, dict[int, dict[Mode, float]]], attention: float) -> list[float]:
+    """The logarithm of TP's time over SP's by tokens, from seconds by tokens, KV reads and mode."""
+    measured: list[tuple[int, float]] = []
+    for tokens, by_reads in shapes.items():
+        least = next(iter(by_reads))
+        for reads, seconds in by_reads.items():
+            without = {mode: s - attention * (reads - least) for mode, s in seconds.items()}
+            # Where nearly all is attention, what is left is its noise.
+            if all(without[mode] > 0.5 * by_reads[least][mode] for mode in Mode):
+                measured.append((tokens, math.log(without[Mode.TP] / without[Mode.SP])))
+    smooth = running_median([gain for _, gain in measured])
+    return [fmean(s for (t, _), s in zip(measured, smooth, strict=True) if t == tokens) for tokens in shapes]
 
 
 def running_median(values: Sequence[float]) -> list[float]:
