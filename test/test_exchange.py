@@ -1,4 +1,4 @@
-"""The exchange against its definition, and the base weights against their closed form, over gloo."""
+"""The exchange against its definition, in parts too, and the base weights against their closed form, over gloo."""
 
 from __future__ import annotations
 
@@ -6,15 +6,29 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from harness import GlooGroup, run_ranks
-from sglang_shift.exchange import SequenceExchange
+from sglang_shift import exchange as exchange_module
+from sglang_shift.exchange import MOST_PARTS, PART_BYTES, SequenceExchange
 from sglang_shift.layout import RankLayout
 from sglang_shift.parallel import SequenceParallel
+from sglang_shift.projections import BaseWeight, OutputProjection, QkvProjection
+from sglang_shift.region import region, sp_entry_scatter
 from sglang_shift.weights import _gather_into, _grown
 
 
+def my_group(groups: list[list[int]]) -> GlooGroup:
+    group = GlooGroup.mine(groups)
+    group.device_group = group.group
+    return group
+
+
+def unchanged(rows: torch.Tensor) -> torch.Tensor:
+    return rows
+
+
 def check_exchange(rank: int, world: int, dtype: torch.dtype) -> None:
-    exchange = SequenceExchange(GlooGroup.mine([list(range(world))]))
+    exchange = SequenceExchange(my_group([list(range(world))]))
     sent = 0
     for tokens, width in ((1, 1), (3, 5), (7, 16), (64, 3)):
         # [tokens of all ranks, column blocks of all ranks, width]; every rank knows the whole.
@@ -22,8 +36,8 @@ def check_exchange(rank: int, world: int, dtype: torch.dtype) -> None:
         mine = slice(rank * tokens, (rank + 1) * tokens)
         local_tokens = whole[mine].reshape(tokens, world * width)
         my_heads = whole[:, rank].contiguous()
-        assert torch.equal(exchange.scatter_heads(local_tokens), my_heads)
-        assert torch.equal(exchange.gather_heads(my_heads), local_tokens)
+        assert torch.equal(exchange.scatter_heads(local_tokens, unchanged, world * width), my_heads)
+        assert torch.equal(exchange.gather_heads(my_heads, unchanged), local_tokens)
         sent += 2 * tokens * (world - 1) * width * dtype.itemsize
     assert exchange.bytes_sent == sent
     assert exchange.calls == 8
@@ -33,6 +47,74 @@ def check_exchange(rank: int, world: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_exchange_over_gloo(world, dtype):
     run_ranks(world, check_exchange, dtype)
+
+
+def check_exchange_in_parts(rank: int, world: int, dtype: torch.dtype) -> None:
+    """The smallest possible parts: the same results from as many matmuls as there may be."""
+    exchange_module.PART_BYTES = 1
+    check_exchange(rank, world, dtype)
+    exchange = SequenceExchange(my_group([list(range(world))]))
+    rows: list[int] = []
+
+    def recording(x: torch.Tensor) -> torch.Tensor:
+        rows.append(len(x))
+        return x
+
+    x = torch.arange(10.0 * world).view(10, world).to(dtype)
+    exchange.gather_heads(exchange.scatter_heads(x, recording, world), recording)
+    assert rows == [3, 3, 2, 2] * 2 and exchange.calls == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("world", [2, 3])
+def test_exchange_in_parts_over_gloo(world, dtype):
+    run_ranks(world, check_exchange_in_parts, dtype)
+
+
+def test_small_exchanges_and_those_of_other_devices_have_one_part():
+    exchange = SequenceExchange(SimpleNamespace(world_size=2))
+    width = PART_BYTES // 64  # elements of 4 bytes, half of which stay
+    rows = {n: exchange._parts(torch.empty(n, 1), n * width) for n in (32, 63, 64, 95, 96, 10**6)}
+    assert rows == {32: 1, 63: 1, 64: 2, 95: 2, 96: 3, 10**6: MOST_PARTS}
+    assert exchange._parts(torch.empty(10**6, 1, device="meta"), 10**6 * width) == 1
+
+
+def check_projections(rank: int, world: int, sp: int, tokens: int) -> None:
+    """QKV and O around an "attention" that doubles, in parts and not, against the whole model's."""
+    layout = RankLayout(world, sp)
+    group = my_group(layout.sp_groups())
+    base_group = GlooGroup.mine(layout.base_tp_groups()) if world > sp else None
+    generator = torch.Generator().manual_seed(0)
+    hidden, block = 16, 5  # a shard's QKV and O have as many columns
+    weights = (
+        torch.randn(world, block, hidden, generator=generator),
+        torch.randn(world, hidden, block, generator=generator),
+    )
+    biases = torch.randn(world, block, generator=generator), torch.randn(hidden, generator=generator)
+    x = torch.randn(tokens, hidden, generator=generator)
+    heads = torch.stack([F.linear(x, w, b) for w, b in zip(weights[0], biases[0], strict=True)])
+    expected = sum(F.linear(2 * h, w) for h, w in zip(heads, weights[1], strict=True)) + biases[1]
+    linear = SimpleNamespace(quant_method=SimpleNamespace(apply=lambda base, x, bias: F.linear(x, base.weight, bias)))
+    members = layout.sp_groups()[layout.base_tp_index(rank)]
+    qkv_base = BaseWeight(weights[0][members].flatten(0, 1), biases[0][members].flatten())
+    o_base = BaseWeight(torch.cat(list(weights[1][members]), 1), biases[1])
+    for exchange_module.PART_BYTES in (1 << 30, 64):
+        exchange = SequenceExchange(group)
+        parallel = SequenceParallel(layout, rank, group, base_group, exchange)  # type: ignore[arg-type]
+        region.parallel, region.embedded = parallel, False
+        local = sp_entry_scatter(x)
+        my_heads = QkvProjection(linear, qkv_base, parallel).forward(local)
+        assert torch.allclose(my_heads, heads[rank], atol=1e-5)
+        y = OutputProjection(linear, o_base, parallel).forward(2 * my_heads)
+        mine = slice(layout.sp_index(rank) * len(local), min(tokens, (layout.sp_index(rank) + 1) * len(local)))
+        assert torch.allclose(y[: len(expected[mine])], expected[mine], atol=1e-4)
+        assert exchange.bytes_sent == (sp - 1) * len(local) * 2 * block * 4
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 37, 64])
+@pytest.mark.parametrize(("world", "sp"), [(2, 2), (4, 4), (4, 2)])
+def test_projections_around_the_exchange(world, sp, tokens):
+    run_ranks(world, check_projections, sp, tokens)
 
 
 def check_assembly(rank: int, world: int, sp: int) -> None:
@@ -66,5 +148,5 @@ def test_one_rank_needs_no_exchange():
     group = SimpleNamespace(world_size=1, rank_in_group=0, all_to_all_single=lambda output, input: output.copy_(input))
     exchange = SequenceExchange(group)
     x = torch.randn(5, 8)
-    assert torch.equal(exchange.gather_heads(exchange.scatter_heads(x)), x)
+    assert torch.equal(exchange.gather_heads(exchange.scatter_heads(x, unchanged, 8), unchanged), x)
     assert exchange.bytes_sent == 0

@@ -1,7 +1,9 @@
-"""Which rows leave the token-sharded region, and that they arrive, over gloo."""
+"""Which rows enter and leave the token-sharded region, and that they arrive, over gloo."""
 
 from __future__ import annotations
 
+from itertools import accumulate
+from random import Random
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +11,22 @@ import torch
 import torch.nn.functional as F
 from harness import GlooGroup, run_ranks
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardMode
+from sglang.srt.runtime_context import get_forward
 from sglang_shift import region as region_module
 from sglang_shift.exchange import SequenceExchange
 from sglang_shift.layout import RankLayout
+from sglang_shift.modes import Mode
 from sglang_shift.parallel import SequenceParallel
-from sglang_shift.region import exit_gather, padded_local_tokens, region, rows_read, sp_entry_scatter
+from sglang_shift.region import (
+    exit_gather,
+    padded_local_tokens,
+    reduce_embedding,
+    region,
+    rows_read,
+    sp_entry_scatter,
+)
+
+VOCABULARY, WIDTH = 24, 6  # of the embedding
 
 
 def batch(**fields):
@@ -29,13 +42,26 @@ def batch(**fields):
 
 
 def test_prefill_reads_the_last_row_of_each_request():
-    assert rows_read(batch()) == [2, 3, 7]
-    assert rows_read(batch(forward_mode=ForwardMode.MIXED)) == [2, 3, 7]
+    assert rows_read(batch()).tolist() == [2, 3, 7]
+    assert rows_read(batch(forward_mode=ForwardMode.MIXED)).tolist() == [2, 3, 7]
 
 
 def test_input_logprobs_read_from_their_start_and_never_no_row():
     # Request 0 starts its logprobs past its chunk, yet samples: its last row is read.
-    assert rows_read(batch(return_logprob=True)) == [2, 3, 6, 7]
+    assert rows_read(batch(return_logprob=True)).tolist() == [2, 3, 6, 7]
+
+
+def test_rows_of_random_batches():
+    random = Random(0)
+    for _ in range(200):
+        lengths = [random.randint(1, 30) for _ in range(random.randint(1, 9))]
+        starts = [random.randint(0, n) for n in lengths]
+        ends = list(accumulate(lengths))
+        firsts = [end - n + min(start, n - 1) for start, n, end in zip(starts, lengths, ends, strict=True)]
+        expected = [row for first, end in zip(firsts, ends, strict=True) for row in range(first, end)]
+        fields = {"extend_seq_lens_cpu": lengths, "extend_logprob_start_lens_cpu": starts}
+        assert rows_read(batch(return_logprob=True, **fields)).tolist() == expected
+        assert rows_read(batch(**fields)).tolist() == [end - 1 for end in ends]
 
 
 @pytest.mark.parametrize(
@@ -69,8 +95,16 @@ def check_entry_and_exit(rank: int, world: int, sp: int) -> None:
         padded = F.pad(full, (0, 0, 0, width * sp - tokens))
         assert torch.equal(local, padded[layout.sp_index(rank) * width :][:width])
         assert torch.equal(exit_gather(local, None), full)
-        for wanted in ([0], [tokens - 1], list(range(tokens)), list(range(0, tokens, 3)), sorted({0, tokens - 1})):
-            got = exit_gather(local, wanted)
+        some = [i for i in range(tokens) if torch.rand((), generator=generator) < 0.3]
+        for wanted in (
+            [0],
+            [tokens - 1],
+            list(range(tokens)),
+            list(range(0, tokens, 3)),
+            [0, tokens - 1][:tokens],
+            some,
+        ):
+            got = exit_gather(local, torch.tensor(wanted, dtype=torch.int64))
             assert torch.equal(got[wanted], full[wanted])
             others = [i for i in range(tokens) if i not in wanted]
             assert got.shape == full.shape
@@ -95,7 +129,7 @@ def check_exit_sends_wanted_rows_only(rank: int, world: int) -> None:
     layout = RankLayout(world, world)
     region.parallel = SequenceParallel(layout, rank, spy, None, SequenceExchange(spy))  # type: ignore[arg-type]
     local = sp_entry_scatter(torch.arange(100.0)[:, None])
-    exit_gather(local, [9, 99])
+    exit_gather(local, torch.tensor([9, 99]))
     exit_gather(local, None)
     assert sent == [1, 50]
 
@@ -107,3 +141,81 @@ def test_exit_sends_wanted_rows_only():
 def test_forwards_outside_of_a_step_are_tp():
     assert not region_module.runs_sp(ForwardMode.EXTEND)
     assert not region_module.runs_sp(ForwardMode.DECODE)
+
+
+def check_embedding(rank: int, world: int, sp: int, dtype: torch.dtype) -> None:
+    everyone = GlooGroup.mine([list(range(world))])
+    region_module.tensor_model_parallel_all_reduce = everyone.all_reduce
+    layout = RankLayout(world, sp)
+    group = GlooGroup.mine(layout.sp_groups())
+    base = GlooGroup.mine(layout.base_tp_groups()) if world > sp else None
+    region.parallel = SequenceParallel(layout, rank, group, base, SequenceExchange(group))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(VOCABULARY, WIDTH, generator=generator).to(dtype)
+    for tokens in (1, 2, 3, 5, 8, 13, 64):
+        ids = torch.randint(VOCABULARY, (tokens,), generator=generator)
+        mine = ids // (VOCABULARY // world) == rank
+
+        def looked_up(ids: torch.Tensor = ids, mine: torch.Tensor = mine) -> torch.Tensor:
+            return table[ids] * mine[:, None].to(dtype)
+
+        with region.step(Mode.TP, SimpleNamespace()):  # type: ignore[arg-type]
+            full = reduce_embedding(looked_up())
+        assert torch.equal(full, table[ids])
+        with region.step(Mode.SP, SimpleNamespace(replace_embeds=None)):  # type: ignore[arg-type]
+            given = sp_entry_scatter(full)  # as with a request's own embeddings: whole on every rank
+        with region.step(Mode.SP, SimpleNamespace(replace_embeds=None)):  # type: ignore[arg-type]
+            rows = reduce_embedding(looked_up())
+            assert region.num_tokens == tokens
+            assert torch.equal(rows, given)
+            assert rows.shape[0] == padded_local_tokens(tokens, sp)
+            assert sp_entry_scatter(rows) is rows, "they are this rank's already"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("world", "sp"), [(2, 2), (3, 3), (4, 4), (4, 2), (6, 3)])
+def test_each_rank_gets_its_rows_of_the_sum(world, sp, dtype):
+    run_ranks(world, check_embedding, sp, dtype)
+
+
+def check_bytes(rank: int, world: int) -> None:
+    sent = []
+
+    class Recording(GlooGroup):
+        def all_to_all_single(self, output, input):
+            sent.append(input.numel() * (self.world_size - 1) // self.world_size)
+            super().all_to_all_single(output, input)
+
+    group = GlooGroup.mine([list(range(world))])
+    spy = Recording(group.ranks, group.group)
+    region.parallel = SequenceParallel(RankLayout(world, world), rank, spy, None, SequenceExchange(spy))  # type: ignore[arg-type]
+    for tokens in (8, 9):
+        with region.step(Mode.SP, SimpleNamespace(replace_embeds=None)):  # type: ignore[arg-type]
+            reduce_embedding(torch.ones(tokens, WIDTH))
+    assert sent == [4 * WIDTH, 5 * WIDTH]
+
+
+def test_a_rank_sends_the_rows_of_the_others_only():
+    run_ranks(2, check_bytes)
+
+
+@pytest.fixture
+def stock(monkeypatch):
+    """SGLang's all-reduce, which here does nothing but to be recognized."""
+    monkeypatch.setattr(region_module, "tensor_model_parallel_all_reduce", lambda x: ("all-reduced", x))
+    return lambda x: ("all-reduced", x)
+
+
+def test_all_rows_are_summed_where_a_request_replaces_some(stock):
+    x = torch.ones(4, WIDTH)
+    with region.step(Mode.SP, SimpleNamespace(replace_embeds=torch.ones(1, WIDTH))):  # type: ignore[arg-type]
+        assert reduce_embedding(x) == stock(x)
+        assert not region.embedded, "the entry keeps this rank's rows"
+
+
+def test_inside_of_the_region_and_outside_of_steps_nothing_changes(stock):
+    x = torch.ones(4, WIDTH)
+    assert reduce_embedding(x) == stock(x)
+    with region.step(Mode.SP, SimpleNamespace(replace_embeds=None)):  # type: ignore[arg-type]
+        get_forward().set("sp_active", True)
+        assert reduce_embedding(x) == stock(x)

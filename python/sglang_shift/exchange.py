@@ -6,12 +6,20 @@ Ulysses sequence parallelism is arXiv 2309.14509; both directions move the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
+
+Matmul = Callable[[torch.Tensor], torch.Tensor]
+
+# On a CPU, a smaller part takes more time to handle than it hides; and the more parts there are, the
+# fewer rows has each one's matmul, which gets slow with few.
+PART_BYTES = 256 << 10
+MOST_PARTS = 4
 
 
 class Group(Protocol):
@@ -19,14 +27,32 @@ class Group(Protocol):
 
     world_size: int
     rank_in_group: int
+    device_group: Any
 
     def all_to_all_single(self, output: torch.Tensor, input: torch.Tensor) -> None:
         """Block i of ``input`` goes to rank i; block j of ``output`` came from rank j."""
 
 
 @dataclass
+class Pending:
+    """Blocks on their way: ``received`` has them once ``work`` is done, or has them already if it is None."""
+
+    received: torch.Tensor
+    work: dist.Work | None
+
+    def wait(self) -> torch.Tensor:
+        """The blocks, arrived."""
+        if self.work is not None:
+            self.work.wait()
+        return self.received
+
+
+@dataclass
 class SequenceExchange:
-    """Exchange over one SP group, by SGLang's ``all_to_all_single`` with a pack or unpack copy.
+    """Exchange over one SP group, by ``all_to_all_single`` with a pack or unpack copy.
+
+    The matmul beside the exchange is given to it, so that a large exchange can be made in parts: one
+    is sent while the next is computed, or received while the one before is.
 
     Attributes:
         group: The SP group of S ranks.
@@ -38,33 +64,42 @@ class SequenceExchange:
     bytes_sent: int = field(default=0, init=False)
     calls: int = field(default=0, init=False)
 
-    def scatter_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """Gather the tokens, scatter the heads.
+    def scatter_heads(self, x: torch.Tensor, project: Matmul, width: int) -> torch.Tensor:
+        """Project, then gather the tokens and scatter the heads.
 
         Args:
-            x: ``[T_local, S * D]``: this rank's tokens; column block i is for SP rank i.
+            x: ``[T_local, h]``: this rank's tokens.
+            project: Some rows of ``x`` to as many of ``S * D`` columns; column block i is for SP rank i.
+            width: ``S * D``.
 
         Returns:
             ``[S * T_local, D]``: the tokens of all ranks in SP order, this rank's columns.
         """
         size = self.group.world_size
-        tokens, width = x.shape[0], x.shape[1] // size
-        packed = x.view(tokens, size, width).transpose(0, 1).contiguous()
-        return self._all_to_all(packed).view(size * tokens, width)
+        parts = x.tensor_split(self._parts(x, x.shape[0] * width))
+        pending = []
+        for part in parts:
+            packed = project(part).view(part.shape[0], size, width // size).transpose(0, 1).contiguous()
+            pending.append(self._start(packed, alone=len(parts) == 1))
+        self.calls += 1
+        return joined([p.wait() for p in pending], dim=1).view(-1, width // size)
 
-    def gather_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """Scatter the tokens, gather the heads: the inverse of :meth:`scatter_heads`.
+    def gather_heads(self, x: torch.Tensor, project: Matmul) -> torch.Tensor:
+        """Scatter the tokens and gather the heads (the inverse of what :meth:`scatter_heads` does), then project.
 
         Args:
             x: ``[S * T_local, D]``: all tokens, this rank's columns; contiguous.
+            project: Some of this rank's tokens in ``S * D`` columns, where column block i came from SP
+                rank i, to as many rows.
 
         Returns:
-            ``[T_local, S * D]``: this rank's tokens; column block i came from SP rank i.
+            ``[T_local, h]``: all of this rank's tokens, projected.
         """
-        size = self.group.world_size
-        tokens, width = x.shape[0] // size, x.shape[1]
-        received = self._all_to_all(x.view(size, tokens, width))
-        return received.transpose(0, 1).reshape(tokens, size * width)
+        size, width = self.group.world_size, x.shape[1]
+        parts = x.view(size, -1, width).tensor_split(self._parts(x, x.numel()), dim=1)
+        pending = [self._start(part.contiguous(), alone=len(parts) == 1) for part in parts]
+        self.calls += 1
+        return joined([project(p.wait().transpose(0, 1).reshape(-1, size * width)) for p in pending])
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
@@ -75,11 +110,32 @@ class SequenceExchange:
         finally:
             self.bytes_sent, self.calls = counts
 
-    def _all_to_all(self, blocks: torch.Tensor) -> torch.Tensor:
-        received = torch.empty_like(blocks)
-        # Flat: PyNccl splits by element count, gloo by the first dimension; both agree on 1-D.
-        self.group.all_to_all_single(received.view(-1), blocks.view(-1))
+    def _parts(self, x: torch.Tensor, elements: int) -> int:
+        """In how many parts to exchange so many elements like ``x``'s: the same on every rank.
+
+        One on a GPU: PyNccl, which SGLang may use there, has nothing to wait for later.
+        """
+        if x.device.type != "cpu":
+            return 1
+        return max(1, min(MOST_PARTS, self._bytes_to_others(elements, x) // PART_BYTES))
+
+    def _bytes_to_others(self, elements: int, like: torch.Tensor) -> int:
         size = self.group.world_size
-        self.bytes_sent += blocks.numel() * blocks.element_size() * (size - 1) // size
-        self.calls += 1
-        return received
+        return elements * like.element_size() * (size - 1) // size
+
+    def _start(self, blocks: torch.Tensor, *, alone: bool) -> Pending:
+        """Send block i to rank i. Only where it is one of several parts, it may not have arrived."""
+        received, work = torch.empty_like(blocks), None
+        # Flat: PyNccl splits by element count, gloo by the first dimension; both agree on 1-D.
+        if alone:
+            self.group.all_to_all_single(received.view(-1), blocks.view(-1))
+        else:
+            flat = received.view(-1), blocks.view(-1)
+            work = dist.all_to_all_single(*flat, group=self.group.device_group, async_op=True)
+        self.bytes_sent += self._bytes_to_others(blocks.numel(), blocks)
+        return Pending(received, work)
+
+
+def joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """The parts, one after the other; no copy of a single one."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from sglang_shift.parallel import SequenceParallel
-from sglang_shift.region import region
+from sglang_shift.region import padded, padded_local_tokens, region
 
 
 @dataclass
@@ -42,9 +41,23 @@ class Projection:
         """From the rows this projection is given to those its consumer takes."""
         raise NotImplementedError
 
-    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """What this rank adds."""
+        return self.base.bias
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
         """``x @ base.T + bias`` by the layer's own method."""
-        return self.linear.quant_method.apply(self.base, x, bias)
+        return self.linear.quant_method.apply(self.base, x, self.bias)
+
+
+class RowProjection(Projection):
+    """A row-parallel linear, whose products are summed over the base-TP group."""
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias counts once per sum: one rank of each base-TP group adds it."""
+        return self.base.bias if self.parallel.adds_row_bias else None
 
 
 class QkvProjection(Projection):
@@ -52,18 +65,19 @@ class QkvProjection(Projection):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[T_local, h]`` to ``[T, q + k + v]``; base rows are interleaved by SP rank."""
-        blocks = self.matmul(x, self.base.bias)
-        return self.parallel.exchange.scatter_heads(blocks)[: region.num_tokens]
+        width = self.base.weight.shape[0]
+        rows = self.parallel.exchange.scatter_heads(x, self.matmul, width)
+        return rows[: region.num_tokens]
 
 
-class OutputProjection(Projection):
+class OutputProjection(RowProjection):
     """All tokens and this rank's heads in, local tokens out."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, d]`` to ``[T_local, h]``, summed over the base-TP group."""
         size = self.parallel.layout.sp_size
-        x = F.pad(x, (0, 0, 0, -x.shape[0] % size)).contiguous()
-        return _complete(self, self.parallel.exchange.gather_heads(x))
+        x = padded(x, size * padded_local_tokens(x.shape[0], size)).contiguous()
+        return self.parallel.base_all_reduce(self.parallel.exchange.gather_heads(x, self.matmul))
 
 
 class GateUpProjection(Projection):
@@ -75,21 +89,15 @@ class GateUpProjection(Projection):
         The shards stand as ``[gate0 up0 | gate1 up1 | ...]``, so each row is one (gate, up) pair.
         """
         shard_width = self.base.weight.shape[0] // self.parallel.layout.sp_size
-        return self.matmul(x, self.base.bias).view(-1, shard_width)
+        return self.matmul(x).view(-1, shard_width)
 
 
-class DownProjection(Projection):
+class DownProjection(RowProjection):
     """The activation's rows in, local tokens out."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[T_local * S, n]`` to ``[T_local, h]``, summed over the base-TP group."""
-        return _complete(self, x.reshape(-1, self.base.weight.shape[1]))
-
-
-def _complete(projection: Projection, x: torch.Tensor) -> torch.Tensor:
-    """A row-parallel product: bias once per base-TP group, then the sum over it."""
-    bias = projection.base.bias if projection.parallel.adds_row_bias else None
-    return projection.parallel.base_all_reduce(projection.matmul(x, bias))
+        return self.parallel.base_all_reduce(self.matmul(x.reshape(-1, self.base.weight.shape[1])))
 
 
 def column_parallel_g_matmul(linear: Any, input_parallel: torch.Tensor, bias: Any) -> torch.Tensor:
@@ -103,6 +111,6 @@ def column_parallel_g_matmul(linear: Any, input_parallel: torch.Tensor, bias: An
 def row_parallel_gbar_matmul(linear: Any, input_: torch.Tensor, bias: Any) -> torch.Tensor:
     """O or down in SP mode (replaces ``layernorm_sp.row_parallel_gbar_matmul``).
 
-    ``bias`` follows full TP's rule (rank 0 adds it) and is not used: see :func:`_complete`.
+    ``bias`` follows full TP's rule (rank 0 adds it) and is not used: see :class:`RowProjection`.
     """
     return linear.ulysses.forward(input_)

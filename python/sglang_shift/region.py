@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from sglang.srt.distributed import tensor_model_parallel_all_reduce
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 from sglang.srt.runtime_context import get_forward
 
@@ -28,17 +29,20 @@ class Region:
         parallel: The groups; None until the model is loaded.
         batch: The forward batch of the SP step that is running; None outside of one.
         num_tokens: Its tokens before padding, set at the entry.
+        embedded: Whether the embedding already kept this rank's tokens only.
     """
 
     parallel: SequenceParallel | None = None
     batch: ForwardBatch | None = None
     num_tokens: int = 0
+    embedded: bool = False
 
     @contextmanager
     def step(self, mode: Mode, batch: ForwardBatch) -> Iterator[None]:
         """Run one forward in ``mode``. Forwards outside of any ``step`` are TP."""
         get_forward().set("sp_active", False)
         self.batch = batch if mode is Mode.SP else None
+        self.embedded = False
         try:
             yield
         finally:
@@ -69,17 +73,51 @@ def sp_entry_scatter(hidden_states: torch.Tensor) -> torch.Tensor:
     """Keep this rank's tokens (replaces ``layernorm_sp.sp_entry_scatter``).
 
     Args:
-        hidden_states: ``[T, h]``, the same on every rank.
+        hidden_states: ``[T, h]``, the same on every rank; returned as it is where it comes from
+            :func:`reduce_embedding`, which kept these rows only.
 
     Returns:
         ``[ceil(T / S), h]``: rows ``sp_index * ceil(T / S)`` onwards, zeros where there are none.
     """
+    if region.embedded:
+        return hidden_states
     groups = region.groups
     region.num_tokens = hidden_states.shape[0]
     local = padded_local_tokens(region.num_tokens, groups.layout.sp_size)
     start = groups.sp_index * local
-    rows = hidden_states[start : start + local]
-    return F.pad(rows, (0, 0, 0, local - rows.shape[0])).contiguous()
+    return padded(hidden_states[start : start + local], local).contiguous()
+
+
+def reduce_embedding(partial: torch.Tensor) -> torch.Tensor:
+    """Sum the rows that SGLang's embedding looked up (replaces the all-reduce in ``vocab_parallel_embedding``).
+
+    Every rank has looked up its part of the vocabulary for all tokens: a token's row comes from one
+    rank, and is zero on all others. In SP mode each rank needs the sum for its own tokens only. An
+    all-to-all over the SP group and a local sum send half of what an all-reduce does; gloo's
+    reduce-scatter is no way to it, as it is an all-reduce inside. The sum is exact in any order.
+
+    Args:
+        partial: ``[T, h]``: this rank's part of the sum.
+
+    Returns:
+        In an SP step ``[ceil(T / S), h]``, what :func:`sp_entry_scatter` would keep of the sum; otherwise ``[T, h]``.
+    """
+    # Where a request replaces the embeddings of some tokens, SGLang writes them into all T rows.
+    if region.batch is None or get_forward().sp_active or region.batch.replace_embeds is not None:
+        return tensor_model_parallel_all_reduce(partial)
+    groups = region.groups
+    size = groups.layout.sp_size
+    region.num_tokens, region.embedded = partial.shape[0], True
+    local = padded_local_tokens(region.num_tokens, size)
+    blocks = padded(partial, size * local).contiguous()
+    received = torch.empty_like(blocks)
+    groups.sp_group.all_to_all_single(received.view(-1), blocks.view(-1))
+    return groups.base_all_reduce(received.view(size, local, -1).sum(0))
+
+
+def padded(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """``[n, h]`` with zeros up to ``rows`` rows; ``x`` itself where it has them."""
+    return x if x.shape[0] == rows else F.pad(x, (0, 0, 0, rows - x.shape[0]))
 
 
 def maybe_exit_gather(
@@ -111,11 +149,11 @@ def maybe_exit_gather(
     return hidden_states, hidden_states_before_norm
 
 
-def rows_read(batch: ForwardBatch) -> list[int] | None:
+def rows_read(batch: ForwardBatch) -> torch.Tensor | None:
     """The rows of a prefill that ``LogitsProcessor._get_pruned_states`` reads; None means all.
 
     The last row of each request, or with input logprobs those from its ``extend_logprob_start_len``
-    on (and never none: a chunk that only samples reads its last row).
+    on (and never none: a chunk that only samples reads its last row). In order, int64, on the CPU.
     """
     mode = batch.forward_mode
     if (
@@ -128,20 +166,17 @@ def rows_read(batch: ForwardBatch) -> list[int] | None:
         or batch.extend_seq_lens_cpu is None
     ):
         return None
-    lengths = [int(n) for n in batch.extend_seq_lens_cpu]
-    if batch.return_logprob:
-        firsts = [min(int(s), n - 1) for s, n in zip(batch.extend_logprob_start_lens_cpu, lengths, strict=True)]
-    else:
-        firsts = [n - 1 for n in lengths]
-    rows: list[int] = []
-    offset = 0
-    for first, length in zip(firsts, lengths, strict=True):
-        rows.extend(range(offset + first, offset + length))
-        offset += length
-    return rows
+    lengths = torch.as_tensor(batch.extend_seq_lens_cpu, dtype=torch.int64)
+    ends = lengths.cumsum(0)
+    if not batch.return_logprob:
+        return ends - 1
+    starts = torch.as_tensor(batch.extend_logprob_start_lens_cpu, dtype=torch.int64)
+    counts = lengths - starts.minimum(lengths - 1)
+    # A row lies as far before its request's end in the step as before that request's end in the result.
+    return torch.arange(int(counts.sum())) + (ends - counts.cumsum(0)).repeat_interleave(counts)
 
 
-def exit_gather(local: torch.Tensor, rows: list[int] | None) -> torch.Tensor:
+def exit_gather(local: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """All-gather the wanted rows over the SP group.
 
     Each rank sends as many rows as the rank with the most wanted ones (an all-gather has equal
@@ -149,29 +184,35 @@ def exit_gather(local: torch.Tensor, rows: list[int] | None) -> torch.Tensor:
 
     Args:
         local: ``[T_local, h]``.
-        rows: Sorted wanted rows of the step's T, the same on every rank; None for all.
+        rows: Sorted wanted rows of the step's T, the same on every rank, on the CPU; None for all.
 
     Returns:
         ``[T, h]``: the wanted rows in their places, zeros elsewhere.
     """
-    groups, total, width = region.groups, region.num_tokens, local.shape[0]
+    if rows is None:
+        return _gather_all(local)
+    groups, width = region.groups, local.shape[0]
     size, me = groups.layout.sp_size, groups.sp_index
-    owned = [[r for r in rows if r // width == k] for k in range(size)] if rows is not None else None
-    most = width if owned is None else max(map(len, owned))
-    if owned is None or most == width:
-        full = local.new_empty((size * width, *local.shape[1:]))
-        groups.sp_group.all_gather_into_tensor(full, local.contiguous())
-        return full[:total]
+    owners = rows // width
+    counts = owners.bincount(minlength=size)
+    most = int(counts.max())
+    if most == width:
+        return _gather_all(local)
+    firsts = counts.cumsum(0) - counts
+    places = torch.arange(len(rows)) + (torch.arange(size) * most - firsts)[owners]
+    mine = slice(int(firsts[me]), int(firsts[me] + counts[me]))
+    rows, places = torch.stack((rows, places)).to(local.device)  # the one copy to the device
     sent = local.new_zeros((most, *local.shape[1:]))
-    if owned[me]:
-        sent[: len(owned[me])] = local[_indices([r - me * width for r in owned[me]], local)]
+    sent[: mine.stop - mine.start] = local[rows[mine] - me * width]
     received = local.new_empty((size * most, *local.shape[1:]))
     groups.sp_group.all_gather_into_tensor(received, sent)
-    places = [k * most + i for k, mine in enumerate(owned) for i in range(len(mine))]
-    out = local.new_zeros((total, *local.shape[1:]))
-    out[_indices([r for mine in owned for r in mine], local)] = received[_indices(places, local)]
+    out = local.new_zeros((region.num_tokens, *local.shape[1:]))
+    out[rows] = received[places]
     return out
 
 
-def _indices(values: list[int], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=like.device)
+def _gather_all(local: torch.Tensor) -> torch.Tensor:
+    groups = region.groups
+    full = local.new_empty((groups.layout.sp_size * local.shape[0], *local.shape[1:]))
+    groups.sp_group.all_gather_into_tensor(full, local.contiguous())
+    return full[: region.num_tokens]

@@ -50,6 +50,7 @@ class Seam:
 
 
 _SP = "sglang.srt.layers.layernorm_sp:"
+_EMBEDDING = "sglang.srt.layers.vocab_parallel_embedding:"
 _RUNNER = "sglang.srt.model_executor.model_runner:ModelRunner."
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater:WeightUpdater."
 _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler."
@@ -66,6 +67,8 @@ SEAMS: tuple[Seam, ...] = (
          "QKV with its exchange, gate_up without communication"),
     Seam("replaces", _SP + "row_parallel_gbar_matmul", "sglang_shift.projections:row_parallel_gbar_matmul",
          "O with its exchange, down; summed over the base-TP group only"),
+    Seam("replaces", _EMBEDDING + "tensor_model_parallel_all_reduce", "sglang_shift.region:reduce_embedding",
+         "each rank completes its own tokens' rows only"),
     Seam("replaces", "sglang.srt.managers.scheduler:Scheduler", "sglang_shift.scheduler:ShiftScheduler",
          "SGLang's run_scheduler_process builds the class of this name"),
     Seam("overrides", _SCHEDULER + "init_tp_model_worker",
@@ -113,6 +116,10 @@ SEAMS: tuple[Seam, ...] = (
             "end_weight_update",
         )
     ),
+    Seam("relies on", _EMBEDDING + "VocabParallelEmbedding.forward", "",
+         "sums its rows by that function alone"),
+    Seam("relies on", _RUNNER + "_extend_forward_kwargs", "",
+         "calls the embedding for all rows where a request replaces some"),
     Seam("relies on", "sglang.srt.layers.linear:ColumnParallelLinear.forward", "",
          "calls column_parallel_g_matmul while sp_active"),
     Seam("relies on", "sglang.srt.layers.linear:RowParallelLinear.forward", "",
