@@ -77,7 +77,7 @@ class Campaign:
         self._state = settings.out / "campaign.json"
         self._servers: dict[str, Server] = {}
         self._clients: dict[str, Client] = {}
-        self._stack: list[Link] = []
+        self._links: list[Link] = []
         self._done = {(v.contender, v.workload, v.round) for v in self.visits.read()}
         self.capacity = self._resume()
 
@@ -108,8 +108,8 @@ class Campaign:
         """End all servers and links."""
         while self._servers:
             self._servers.popitem()[1].stop()
-        while self._stack:
-            self._stack.pop().close()
+        while self._links:
+            self._links.pop().close()
 
     def _tasks(self, workloads: Sequence[Workload]) -> Iterator[tuple[int, Contender, Workload]]:
         """The order of visits rotates, so that a machine that is slower for a while favours no one."""
@@ -148,7 +148,7 @@ class Campaign:
         link = None
         if self.settings.link_rate is not None and contender.ranks > 1:
             link = Link(contender.ranks, self.settings.link_rate)
-            self._stack.append(link)
+            self._links.append(link)
         flags = [*contender.flags, "--enable-metrics", *self.settings.flags]
         log = self.settings.out / f"{contender.name.replace('/', '_').replace(':', '_')}.log"
         server = start(flags, self.settings.port, log, link)

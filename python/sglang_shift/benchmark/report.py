@@ -263,9 +263,12 @@ def markdown(comparison: Comparison, heading: dict[str, Any], limits: Limits | N
 def _facts(heading: dict[str, Any], indent: str = "") -> list[str]:
     lines = []
     for name, value in heading.items():
-        nested = isinstance(value, dict)
-        lines += [f"{indent}- {name}:" + ("" if nested else f" {value}")]
-        lines += _facts(value, indent + "  ") if nested else []
+        if isinstance(value, dict):
+            lines += [f"{indent}- {name}:", *_facts(value, indent + "  ")]
+        elif "\n" in str(value):  # a block of code, which keeps its lines
+            lines += [f"{indent}- {name}:", "", *(f"{indent}      {line}" for line in str(value).splitlines()), ""]
+        else:
+            lines += [f"{indent}- {name}: {value}"]
     return lines
 
 
