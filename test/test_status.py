@@ -170,7 +170,13 @@ def test_bad_interval(capsys):
 
 
 def start(*argv: str, **options) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "sglang_shift.status", *argv], **options)
+    """A view that Ctrl-C ends, though these tests run in the background of a shell, which has SIGINT ignored."""
+    command = [sys.executable, "-m", "sglang_shift.status", *argv]
+    return subprocess.Popen(command, preexec_fn=_heed_sigint, **options)  # noqa: PLW1509 - it takes no lock
+
+
+def _heed_sigint() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(condition, seconds: float = 10) -> None:
