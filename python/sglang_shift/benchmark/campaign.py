@@ -127,13 +127,13 @@ class Campaign:
     def _serving(self, contender: Contender) -> Iterator[Server]:
         """A contender's server, awake."""
         name = contender.name
+        if not self.settings.together and name not in self._servers:
+            self.close()
         if contender.url is not None:
             server = Server([], contender.url, None)
             self._client(contender, server)
             yield server
             return
-        if not self.settings.together and name not in self._servers:
-            self.close()
         if name in self._servers:
             server = self._servers[name]
             if self.settings.together:
@@ -203,9 +203,9 @@ class Campaign:
             if self._done:
                 raise ShiftError(f"{self.settings.out} holds visits, but not of what campaign; choose another --out")
             return None
-        saved = json.loads(self._state.read_text())
-        if saved["facts"] != self._facts():
-            differing = [k for k in self._facts() if saved["facts"].get(k) != self._facts()[k]]
+        saved, facts = json.loads(self._state.read_text()), self._facts()
+        if saved["facts"] != facts:
+            differing = [name for name in facts if saved["facts"].get(name) != facts[name]]
             raise ShiftError(
                 f"{self.settings.out} holds a campaign with other settings ({', '.join(differing)}); "
                 "repeat that command to go on with it, or choose another --out"

@@ -119,9 +119,10 @@ class Server:
         """End the server and everything it started."""
         try:
             self._signal(signal.SIGCONT)
-            self.processes[0].terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self.processes[0].wait(SHUTDOWN_S)
+            for first in self.processes[:1]:  # none if it could not be started
+                first.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    first.wait(SHUTDOWN_S)
         finally:
             self._signal(signal.SIGKILL)
             for process in self.processes:
