@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from math import floor, log10
 from statistics import fmean, median
 
-from sglang_shift.benchmark.records import RequestRecord, Sample, Visit
+from sglang_shift.benchmark.records import KINDS, RequestRecord, Sample, Visit
 from sglang_shift.summaries import percentiles
 
-KINDS = ("single", "saturated", "rate", "bursty", "long-mix", "azure", "mooncake")
 SHIFT = "shift"
 BASELINES = ("stock-tp", "stock-dp", "sp")
 """The contenders that the targets of the project compare ``shift`` with."""
@@ -138,7 +137,7 @@ class Comparison:
     Attributes:
         visits: Those that count.
         contenders: In the order of their first visits.
-        workloads: Name to kind: in the order of :data:`KINDS`, then of ``x``.
+        workloads: Name to kind: in the order of :data:`~sglang_shift.benchmark.records.KINDS`, then of ``x``.
         x: Of the workloads that have one, in the same order.
     """
 

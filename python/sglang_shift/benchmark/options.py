@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from sglang_shift.benchmark.contenders import DEFAULT
+from sglang_shift.benchmark.records import MADE_UP, TRACES
 from sglang_shift.benchmark.workloads import Plan, Sizes, Trace
 from sglang_shift.errors import ShiftError
 from sglang_shift.traffic import Request, read_azure, read_mooncake, scaled, window
 
-KINDS = ("single", "saturated", "rate", "bursty", "long-mix")
 # To see that everything works, in about two minutes.
 SMOKE: dict[str, Any] = {
     "rounds": 1, "contenders": ["stock-tp", "shift:tokens"], "workloads": ["single", "saturated", "rate"],
@@ -83,10 +83,10 @@ def _workloads(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--workloads",
         nargs="*",
-        choices=KINDS,
-        default=list(KINDS),
+        choices=MADE_UP,
+        default=list(MADE_UP),
         metavar="KIND",
-        help=f"of {', '.join(KINDS)}; traces are added by their files",
+        help=f"of {', '.join(MADE_UP)}; traces are added by their files",
     )
     group.add_argument("--prompt", type=int, nargs=2, default=s.prompt, metavar=("FROM", "TO"), help="prompt tokens")
     group.add_argument("--output", type=int, nargs=2, default=s.output, metavar=("FROM", "TO"), help="output tokens")
@@ -195,7 +195,7 @@ def plan(args: argparse.Namespace, context: int) -> Plan:
         ShiftError: a trace cannot be read, or has nothing in its window.
     """
     changes = {name: _tuple(getattr(args, name)) for name in FIELDS}
-    traces = {kind: _trace(kind, args) for kind in ("azure", "mooncake") if getattr(args, kind)}
+    traces = {kind: _trace(kind, args) for kind in TRACES if getattr(args, kind)}
     return Plan([*args.workloads, *traces], replace(Sizes(), **changes), context, traces)
 
 

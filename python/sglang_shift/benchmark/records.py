@@ -8,6 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+MADE_UP = ("single", "saturated", "rate", "bursty", "long-mix")
+TRACES = ("azure", "mooncake")
+KINDS = MADE_UP + TRACES
+"""The kinds of workload, in the order of reports."""
+
 
 @dataclass(frozen=True)
 class RequestRecord:
@@ -74,8 +79,7 @@ class Visit:
     Attributes:
         contender: Its name.
         workload: Its name, such as ``rate 2.0/s``.
-        kind: The kind of workload: ``single``, ``saturated``, ``rate``, ``bursty``, ``long-mix``, ``azure``
-            or ``mooncake``.
+        kind: One of :data:`KINDS`.
         x: What a plot over workloads of this kind has on its axis: prompt tokens for ``single``, requests per
             second for ``rate``; None for other kinds.
         round: From 1.

@@ -12,7 +12,7 @@ from typing import Any
 
 from sglang_shift.benchmark import plots
 from sglang_shift.benchmark.figures import BASELINES, SHIFT, Comparison, Limits, Spread, best_of, digits
-from sglang_shift.benchmark.records import Visit
+from sglang_shift.benchmark.records import TRACES, Visit
 from sglang_shift.errors import ShiftError
 
 _TIMES = ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99", "e2e_p50", "e2e_p99")
@@ -25,7 +25,7 @@ ROWS = {
     "single": ("ttft_p50", "tpot_p50"),
     "saturated": ("total_tokens_per_s", "output_tokens_per_s"),
     "rate": ("ttft_p50", "ttft_p99", "tpot_p50", "total_tokens_per_s", "goodput"),
-    **dict.fromkeys(("bursty", "long-mix", "azure", "mooncake"), _TRAFFIC),
+    **dict.fromkeys(("bursty", "long-mix", *TRACES), _TRAFFIC),
 }
 """The metrics in the table of a kind of workload."""
 
@@ -80,7 +80,7 @@ TARGETS = (
     Target("saturated", "total_tokens_per_s", ("stock-tp",), 1.5),
     Target("saturated", "total_tokens_per_s", ("stock-dp",), 0.9),
     *(Target("rate", metric, BASELINES, 1.03) for metric in ("ttft_p50", "tpot_p50")),
-    *(Target(kind, metric, BASELINES, 1.0) for kind in ("azure", "mooncake") for metric in ("e2e_p50", "e2e_p99")),
+    *(Target(kind, metric, BASELINES, 1.0) for kind in TRACES for metric in ("e2e_p50", "e2e_p99")),
 )
 
 
