@@ -20,6 +20,8 @@ Matmul = Callable[[torch.Tensor], torch.Tensor]
 # fewer rows has each one's matmul, which gets slow with few.
 PART_BYTES = 256 << 10
 MOST_PARTS = 4
+MESSAGE_BYTES = 16 << 10
+"""From blocks of this size on, a CPU's exchange is of single messages."""
 
 
 class Group(Protocol):
@@ -80,7 +82,7 @@ class SequenceExchange:
         pending = []
         for part in parts:
             packed = project(part).view(part.shape[0], size, width // size).transpose(0, 1).contiguous()
-            pending.append(self._start(packed, alone=len(parts) == 1))
+            pending.append(self._start(packed))
         self.calls += 1
         return joined([p.wait() for p in pending], dim=1).view(-1, width // size)
 
@@ -97,7 +99,7 @@ class SequenceExchange:
         """
         size, width = self.group.world_size, x.shape[1]
         parts = x.view(size, -1, width).tensor_split(self._parts(x, x.numel()), dim=1)
-        pending = [self._start(part.contiguous(), alone=len(parts) == 1) for part in parts]
+        pending = [self._start(part.contiguous()) for part in parts]
         self.calls += 1
         return joined([project(p.wait().transpose(0, 1).reshape(-1, size * width)) for p in pending])
 
@@ -123,11 +125,24 @@ class SequenceExchange:
         size = self.group.world_size
         return elements * like.element_size() * (size - 1) // size
 
-    def _start(self, blocks: torch.Tensor, *, alone: bool) -> Pending:
-        """Send block i to rank i. Only where it is one of several parts, it may not have arrived."""
+    def all_to_all(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Send block i to rank i, wait, and get as many; not counted as an exchange.
+
+        Args:
+            blocks: ``[S, ...]``, contiguous.
+
+        Returns:
+            ``[S, ...]``: block j came from rank j.
+        """
+        return self._all_to_all(blocks).wait()
+
+    def _start(self, blocks: torch.Tensor) -> Pending:
         self.bytes_sent += self._bytes_to_others(blocks.numel(), blocks)
+        return self._all_to_all(blocks)
+
+    def _all_to_all(self, blocks: torch.Tensor) -> Pending:
         received = torch.empty_like(blocks)
-        if not alone:
+        if blocks.device.type == "cpu" and blocks.numel() * blocks.element_size() >= MESSAGE_BYTES * len(blocks):
             return Pending(received, self._send_and_receive(blocks, received))
         # Flat: PyNccl splits by element count, gloo by the first dimension; both agree on 1-D.
         self.group.all_to_all_single(received.view(-1), blocks.view(-1))

@@ -110,9 +110,8 @@ def reduce_embedding(partial: torch.Tensor) -> torch.Tensor:
     region.num_tokens, region.embedded = partial.shape[0], True
     local = padded_local_tokens(region.num_tokens, size)
     blocks = padded(partial, size * local).contiguous()
-    received = torch.empty_like(blocks)
-    groups.sp_group.all_to_all_single(received.view(-1), blocks.view(-1))
-    return groups.base_all_reduce(received.view(size, local, -1).sum(0))
+    received = groups.exchange.all_to_all(blocks.view(size, local, -1))
+    return groups.base_all_reduce(received.sum(0))
 
 
 def padded(x: torch.Tensor, rows: int) -> torch.Tensor:
