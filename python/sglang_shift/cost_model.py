@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from statistics import fmean, median
 from typing import Any
 
@@ -183,7 +183,7 @@ def fit(measurements: Sequence[Measurement], switch_seconds: float = 0.0) -> Cos
         ]
         attention[phase] = max(0.0, median(slopes)) if slopes else 0.0
         means = isotonic(math.sqrt(s[Mode.TP] * s[Mode.SP]) for _, s in first)
-        gains = isotonic(_gains(shapes, attention[phase]))
+        gains = _gains(shapes, attention[phase])
         for mode, sign in ((Mode.TP, 0.5), (Mode.SP, -0.5)):
             values = [mean * math.exp(sign * gain) for mean, gain in zip(means, gains, strict=True)]
             curves[phase, mode] = Curve(tokens, tuple(isotonic(values)))
@@ -192,7 +192,7 @@ def fit(measurements: Sequence[Measurement], switch_seconds: float = 0.0) -> Cos
 
 
 def _gains(shapes: dict[int, dict[int, dict[Mode, float]]], attention: float) -> list[float]:
-    """The logarithm of TP's time over SP's by tokens, from seconds by tokens, KV reads and mode."""
+    """The logarithm of TP's time over SP's by tokens, rising, from seconds by tokens, KV reads and mode."""
     measured: list[tuple[int, float]] = []
     for tokens, by_reads in shapes.items():
         least = next(iter(by_reads))
@@ -202,7 +202,22 @@ def _gains(shapes: dict[int, dict[int, dict[Mode, float]]], attention: float) ->
             if all(without[mode] > 0.5 * by_reads[least][mode] for mode in Mode):
                 measured.append((tokens, math.log(without[Mode.TP] / without[Mode.SP])))
     smooth = running_median([gain for _, gain in measured])
-    return [fmean(s for (t, _), s in zip(measured, smooth, strict=True) if t == tokens) for tokens in shapes]
+    gains = isotonic(fmean(s for (t, _), s in zip(measured, smooth, strict=True) if t == tokens) for tokens in shapes)
+    fitted = dict(zip(shapes, gains, strict=True))
+    noise = 1.4826 * median(abs(gain - fitted[tokens]) for tokens, gain in measured)
+    return beyond_noise(gains, noise)
+
+
+def beyond_noise(gains: Sequence[float], noise: float) -> list[float]:
+    """Rising gains, without those above 0 that are less than twice their standard error.
+
+    Args:
+        gains: Not descending; as many equal ones share the noise of their mean.
+        noise: Standard deviation of one. The caller's is 1.4826 times the median absolute residual, which a
+            few disturbed measurements do not move (Rousseeuw and Croux, 1993).
+    """
+    clear = (0.0 if 0 < gain < 2 * noise / math.sqrt(gains.count(gain)) else gain for gain in gains)
+    return list(accumulate(clear, max))
 
 
 def running_median(values: Sequence[float]) -> list[float]:
