@@ -46,6 +46,7 @@ def test_defaults_with_shift():
     [
         ({"shift_threshold": 20}, ShiftConfig(2, 2, True, "tokens", 20)),
         ({"shift_calibration": "off"}, ShiftConfig(2, 2, True, "tokens")),
+        ({"shift_exchange": "collective"}, ShiftConfig(2, 2, True, "calibrated", calibration="auto", exchange="collective")),
         ({"shift_calibration": "here.json"}, ShiftConfig(2, 2, True, "calibrated", calibration="here.json")),
         (
             {"shift_policy": "queue-depth", "shift_enter_requests": 8, "shift_leave_requests": 8},
@@ -97,6 +98,8 @@ def test_a_named_model_is_kept(argv):
         ({"tp_size": 2, "sp_size": 2, "shift_calibration": "off"}, "--shift-calibration off needs --enable-shift"),
         ({"tp_size": 16, "sp_size": 16}, "does not divide the model's 8 attention heads"),
         ({"tp_size": 2, "sp_size": 2, "quantization": "fp8"}, "quantized weights are not assembled yet"),
+        ({"tp_size": 2, "shift_exchange": "auto"}, "--shift-exchange auto needs --sp-size or --enable-shift-parallel"),
+        ({**SHIFT, "shift_exchange": "flashinfer"}, "flashinfer is not possible: it needs CUDA, and the device is cpu"),
         ({**SHIFT, "is_embedding": True}, "pooler"),
         ({**SHIFT, "model_path": "/does/not/exist"}, "/does/not/exist does not exist"),
     ],

@@ -34,6 +34,7 @@ def statement(config: ShiftConfig) -> dict[str, Any]:
         "--shift-threshold": config.threshold,
         **{"--shift-" + name.replace("_", "-"): getattr(config, name) for name in QUEUE_FIELDS},
         "--shift-calibration": config.calibration,
+        "--shift-exchange": config.exchange,
         "--dtype": str(get_model().dtype),
     }
 

@@ -103,6 +103,14 @@ class SequenceExchange:
         self.calls += 1
         return joined([project(p.wait().transpose(0, 1).reshape(-1, size * width)) for p in pending])
 
+    @property
+    def text(self) -> str:
+        """Which backend this is, in a few words."""
+        return "collective"
+
+    def close(self) -> None:
+        """Free what ranks share for this. Collective: all ranks of the group call it, or none."""
+
     @contextmanager
     def uncounted(self) -> Iterator[None]:
         """Exchanges inside do not count: they serve no request."""

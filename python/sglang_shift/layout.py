@@ -50,3 +50,8 @@ class RankLayout:
         """The S groups of t contiguous ranks that all-reduce in SP mode."""
         t = self.base_tp_size
         return [list(range(start, start + t)) for start in range(0, self.world_size, t)]
+
+
+def padded_local_tokens(num_tokens: int, sp_size: int) -> int:
+    """Rows each rank carries of a step in SP: ``ceil(num_tokens / S)``; the last ranks' may be padding."""
+    return -(-num_tokens // sp_size)

@@ -84,6 +84,11 @@ def check_flags(settings: Any) -> None:
         if (value := getattr(settings, name)) is not None and not switching:
             raise Refused(f"{_flag(name)} {value} needs --enable-shift-parallel; without it no step is switched")
     if not switching and sp_size is None:
+        if settings.shift_exchange is not None:
+            raise Refused(
+                f"--shift-exchange {settings.shift_exchange} needs --sp-size or --enable-shift-parallel; without them "
+                "nothing is exchanged"
+            )
         return
     check_policy(settings)
     if world_size < 2:

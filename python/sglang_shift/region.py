@@ -17,6 +17,7 @@ from sglang.srt.distributed import tensor_model_parallel_all_reduce
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 from sglang.srt.runtime_context import get_forward
 
+from sglang_shift.layout import padded_local_tokens
 from sglang_shift.modes import Mode
 from sglang_shift.parallel import SequenceParallel
 
@@ -62,11 +63,6 @@ region = Region()
 def runs_sp(forward_mode: ForwardMode) -> bool:
     """Whether this forward is token-sharded (replaces ``layernorm_sp.runs_sp``)."""
     return region.batch is not None and not forward_mode.is_idle()
-
-
-def padded_local_tokens(num_tokens: int, sp_size: int) -> int:
-    """Rows each rank carries: ``ceil(num_tokens / S)``; the last ranks' may be padding."""
-    return -(-num_tokens // sp_size)
 
 
 def sp_entry_scatter(hidden_states: torch.Tensor) -> torch.Tensor:

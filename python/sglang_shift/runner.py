@@ -12,12 +12,15 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunner, ModelRunnerOutput
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
-from sglang.srt.runtime_context import get_flags
+from sglang.srt.runtime_context import get_flags, get_parallel, get_schedule
 
 from sglang_shift import parallel
-from sglang_shift.config import shift_config_of
+from sglang_shift.config import ShiftConfig, shift_config_of
+from sglang_shift.exchange import SequenceExchange
+from sglang_shift.exchange_backends import Operands, make_exchange
 from sglang_shift.layout import RankLayout
 from sglang_shift.modes import Mode
+from sglang_shift.projections import QkvProjection
 from sglang_shift.region import region
 from sglang_shift.weights import BaseWeights, WeightReport
 
@@ -46,18 +49,31 @@ class ShiftModelRunner(ModelRunner):
         stock_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
         self.base_weights = BaseWeights(self.model, groups)
         self.weight_report = self.base_weights.report()
+        groups.exchange = self._exchange(config)
         # What /server_info reports as the memory of the weights, in GiB.
         self.weight_load_mem_usage += (self.weight_report.total - stock_bytes) / (1 << 30)
         logger.info(
             "sglang_shift: SP=%d x TP=%d base configuration assembled from %d projections; "
-            "weights %d bytes on this rank, %d bytes beyond the base configuration's%s",
+            "weights %d bytes on this rank, %d bytes beyond the base configuration's%s; exchange: %s",
             config.sp_size,
             groups.layout.base_tp_size,
             len(self.base_weights.projections),
             self.weight_report.total,
             self.weight_report.beyond_base,
             " (replicated KV heads)" if self.weight_report.beyond_base else "",
+            groups.exchange.text,
         )
+
+    def _exchange(self, config: ShiftConfig) -> SequenceExchange:
+        """The exchange for this model's projections and the largest step."""
+        schedule = get_schedule()
+        chunk = schedule.chunked_prefill_size or 0
+        operands = Operands(
+            tokens=chunk if chunk > 0 else schedule.max_prefill_tokens,
+            width=max(p.base.weight.shape[0] for p in self.base_weights.projections if isinstance(p, QkvProjection)),
+            dtype=self.dtype,
+        )
+        return make_exchange(config.exchange, region.groups.sp_group, self.device, get_parallel().nnodes, operands)
 
     def init_weight_updater(self) -> None:
         """Re-assemble the base weights after every weight update SGLang makes."""

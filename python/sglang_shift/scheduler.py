@@ -66,6 +66,11 @@ class ShiftScheduler(Scheduler):
             nccl_port=self.nccl_port,
         )
 
+    def release_host_resources(self) -> None:
+        """Close the exchange, while the other ranks still answer; then SGLang's. At an orderly end only."""
+        region.groups.exchange.close()
+        super().release_host_resources()
+
     def set_policy(self, config: ShiftConfig) -> None:
         """Choose modes by ``config``'s policy from the next step on."""
         self.shift_config = config
@@ -201,6 +206,7 @@ class ShiftScheduler(Scheduler):
             "calibration": self.shift_calibrator.text,
             "costs": None if calibration is None else calibration.costs.to_json(),
             **selector.counters(),
+            "exchange": exchange.text,
             "exchanges": exchange.calls,
             "exchanged_bytes": exchange.bytes_sent,
             "weight_bytes": report.total,

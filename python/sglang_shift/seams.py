@@ -79,6 +79,8 @@ SEAMS: tuple[Seam, ...] = (
          "sglang_shift.scheduler:ShiftScheduler.process_batch_result", "reports the step once its result is known"),
     Seam("overrides", _SCHEDULER + "on_idle", "sglang_shift.scheduler:ShiftScheduler.on_idle",
          "renews a drifted calibration"),
+    Seam("overrides", _SCHEDULER + "release_host_resources",
+         "sglang_shift.scheduler:ShiftScheduler.release_host_resources", "closes the exchange on all ranks"),
     Seam("overrides", _SCHEDULER + "init_internal_state",
          "sglang_shift.scheduler:ShiftScheduler.init_internal_state", "live counters in /server_info"),
     Seam("overrides", _STATE + "get_internal_state",

@@ -18,6 +18,7 @@ FLAGS = (
     "--shift-enter-tokens",
     "--shift-leave-tokens",
     "--shift-calibration",
+    "--shift-exchange",
 )
 
 

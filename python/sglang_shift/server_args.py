@@ -13,6 +13,7 @@ from sglang.srt.server_args import ServerArgs
 
 from sglang_shift.config import DEFAULT_THRESHOLD, QUEUE_FIELDS, policies_using, shift_config_of
 from sglang_shift.demo import demo_model_path
+from sglang_shift.exchange_backends import BACKENDS, check_exchange
 from sglang_shift.policies import POLICIES, QueueDepth
 from sglang_shift.refusals import check_flags, check_model
 from sglang_shift.sizing import AUTO, auto_sp_size, check_sp_size, parse_sp_size
@@ -27,6 +28,7 @@ FIELDS = [
     "shift_threshold",
     *("shift_" + name for name in QUEUE_FIELDS),
     "shift_calibration",
+    "shift_exchange",
 ]
 
 
@@ -114,6 +116,17 @@ class ShiftServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
         NS("shift"),
     ] = None
 
+    shift_exchange: A[
+        Optional[str],  # noqa: UP045
+        Arg(
+            help="What exchanges the sequence around attention in SP. flashinfer: its Ulysses communicator, an NVLink "
+            "kernel or NCCL, on the GPUs of one node. collective: all-to-all with a copy before or after it, "
+            "anywhere. auto (default): flashinfer where it is possible.",
+            choices=list(BACKENDS),
+        ),
+        NS("shift"),
+    ] = None
+
     def get_tokenizer_worker_class(self) -> Any:
         """What SGLang runs in each worker process with ``--tokenizer-worker-num`` above 1."""
         if shift_config_of(self) is None:
@@ -155,6 +168,7 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
         choice = auto_sp_size(server_args)
         sp_size = choice.sp_size
         logger.info("sglang_shift: --sp-size auto: %s", choice.reason)
+    check_exchange(config.exchange, settings.device, sp_size, settings.nnodes)
     if config.policy != "tp":
         suited = suit_chunk_size(server_args, sp_size)
         declare_resolution(server_args, "sglang_shift", **suited.fields)

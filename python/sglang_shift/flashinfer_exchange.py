@@ -1,0 +1,78 @@
+"""The exchange by FlashInfer's Ulysses communicator: an NVLink kernel, or NCCL with its own packing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sglang_shift.exchange import Group, Matmul, SequenceExchange
+from sglang_shift.layout import padded_local_tokens
+
+WORLD_SIZES = (2, 4, 6, 8)
+"""Sizes of a group for which FlashInfer has its NVLink kernel (``SUPPORTED_WORLD_SIZES``)."""
+
+
+class FlashInferExchange(SequenceExchange):
+    """One call of ``flashinfer.comm.ulysses.UlyssesCommunicator`` for Q, K and V together, one for O.
+
+    Base weights stand interleaved by rank, so a row of their product already is S blocks of D columns:
+    as many "heads" of size D as there are ranks. Steps above the capacity, and what is not an exchange
+    around attention, go the collective way.
+
+    Args:
+        group: The SP group.
+        max_tokens: Of the largest step that it must serve.
+        width: ``S * D`` of the widest exchange.
+        dtype: Of its operands.
+
+    Raises:
+        ValueError, RuntimeError: FlashInfer's, the same on all ranks.
+    """
+
+    def __init__(self, group: Group, max_tokens: int, width: int, dtype: torch.dtype) -> None:
+        super().__init__(group)
+        self._most_rows = padded_local_tokens(max_tokens, group.world_size)
+        self._communicator = new_communicator(group.device_group, self._most_rows * width, dtype)
+        # The NVLink kernel has staging memory of its own.
+        nccl = self._communicator.backend == "nccl"
+        self._workspace = self._communicator.create_workspace() if nccl else None
+
+    @property
+    def text(self) -> str:
+        """The backend and why FlashInfer took it."""
+        return f"flashinfer, {self._communicator.backend} ({self._communicator.decision.reason})"
+
+    def scatter_heads(self, x: torch.Tensor, project: Matmul, width: int) -> torch.Tensor:
+        """As :meth:`SequenceExchange.scatter_heads`."""
+        if x.shape[0] > self._most_rows:
+            return super().scatter_heads(x, project, width)
+        size = self.group.world_size
+        rows = project(x)
+        self._count(rows)
+        heads = rows.view(1, x.shape[0], size, width // size)
+        return self._communicator.scatter_heads(heads, workspace=self._workspace).view(-1, width // size)
+
+    def gather_heads(self, x: torch.Tensor, project: Matmul) -> torch.Tensor:
+        """As :meth:`SequenceExchange.gather_heads`."""
+        size, width = self.group.world_size, x.shape[1]
+        if x.shape[0] > self._most_rows * size:
+            return super().gather_heads(x, project)
+        self._count(x)
+        tokens = self._communicator.gather_heads(x.view(1, -1, 1, width), workspace=self._workspace)
+        return project(tokens.view(-1, size * width))
+
+    def close(self) -> None:
+        """Give the memory back that ranks map from one another. Collective."""
+        self._communicator.close()
+
+    def _count(self, sent: torch.Tensor) -> None:
+        self.bytes_sent += self._bytes_to_others(sent.numel(), sent)
+        self.calls += 1
+
+
+def new_communicator(group: Any, max_elems: int, dtype: torch.dtype) -> Any:
+    """FlashInfer's communicator; ``auto`` is its choice between NVLink and NCCL by the topology."""
+    from flashinfer.comm.ulysses import UlyssesCommunicator
+
+    return UlyssesCommunicator(group, max_elems=max_elems, dtype=dtype, backend="auto")
