@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import GlooGroup, run_ranks
+from sglang.srt.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from sglang_shift import exchange as exchange_module
 from sglang_shift.exchange import MOST_PARTS, PART_BYTES, SequenceExchange
 from sglang_shift.layout import RankLayout
 from sglang_shift.parallel import SequenceParallel
 from sglang_shift.projections import BaseWeight, OutputProjection, QkvProjection
 from sglang_shift.region import region, sp_entry_scatter
-from sglang_shift.weights import _gather_into, _grown
+from sglang_shift.weights import BaseLinearMethod, _gather_into, _grown
 
 
 def my_group(groups: list[list[int]]) -> GlooGroup:
@@ -119,9 +120,22 @@ def test_projections_around_the_exchange(world, sp, tokens):
     run_ranks(world, check_projections, sp, tokens)
 
 
+class Recording(GlooGroup):
+    """Keeps what it gathered into."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.outputs: list[torch.Tensor] = []
+
+    def all_gather_into_tensor(self, output, input):
+        self.outputs.append(output)
+        super().all_gather_into_tensor(output, input)
+
+
 def check_assembly(rank: int, world: int, sp: int) -> None:
     layout = RankLayout(world, sp)
-    group = GlooGroup.mine(layout.sp_groups())
+    plain = GlooGroup.mine(layout.sp_groups())
+    group = Recording(plain.ranks, plain.group)
     parallel = SequenceParallel(layout, rank, group, None, SequenceExchange(group))  # type: ignore[arg-type]
     members = layout.sp_groups()[layout.base_tp_index(rank)]
 
@@ -133,6 +147,8 @@ def check_assembly(rank: int, world: int, sp: int) -> None:
         base = _grown(param, parallel, dim)
         assert torch.equal(base, torch.cat([shard_of(r) for r in members], dim))
         assert torch.equal(param.data, shard_of(rank))
+        beside = [output.numel() for output in group.outputs if output.data_ptr() != base.data_ptr()]
+        assert all(n <= param.numel() for n in beside), "beside the base weight, no more memory than a shard"
         assert param.data.untyped_storage().data_ptr() == base.untyped_storage().data_ptr(), "the shard is a view"
         # A weight update writes this rank's shard in place; the others' parts follow by gathering again.
         param.data.copy_(shard_of(rank, 0.5))
@@ -152,3 +168,23 @@ def test_one_rank_needs_no_exchange():
     x = torch.randn(5, 8)
     assert torch.equal(exchange.gather_heads(exchange.scatter_heads(x, unchanged, 8), unchanged), x)
     assert exchange.bytes_sent == 0
+
+
+def test_a_weight_is_created_as_a_view_of_its_base_weight(monkeypatch):
+    layout = RankLayout(4, 2)
+    parallel = SequenceParallel(layout, 2, None, None, None)  # type: ignore[arg-type]
+    monkeypatch.setattr(region, "parallel", parallel)
+    for kind, shape in ((ColumnParallelLinear, (6, 5)), (RowParallelLinear, (3, 10))):
+        layer = kind.__new__(kind)
+        torch.nn.Module.__init__(layer)
+        BaseLinearMethod().create_weights(layer, 5, [3], 5, 3, torch.bfloat16, weight_loader=len)
+        weight = layer.weight
+        assert weight.shape == (3, 5) and weight.weight_loader is len and not weight.requires_grad
+        assert weight.ulysses_base.shape == shape and weight.ulysses_base.dtype == torch.bfloat16
+        mine = weight.ulysses_base[3:] if kind is ColumnParallelLinear else weight.ulysses_base[:, 5:]
+        weight.data.copy_(torch.arange(15.0).view(3, 5))
+        assert torch.equal(mine, weight.data), "rank 2 of 4 is the second of its SP group"
+    replicated = ReplicatedLinear.__new__(ReplicatedLinear)
+    torch.nn.Module.__init__(replicated)
+    BaseLinearMethod().create_weights(replicated, 5, [3], 5, 3, torch.bfloat16)
+    assert not hasattr(replicated.weight, "ulysses_base")

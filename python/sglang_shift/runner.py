@@ -9,10 +9,12 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from sglang.srt.constants import GPU_MEMORY_TYPE_WEIGHTS
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunner, ModelRunnerOutput
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
-from sglang.srt.runtime_context import get_flags, get_parallel, get_schedule
+from sglang.srt.runtime_context import get_exec, get_flags, get_parallel, get_schedule
+from sglang.srt.utils import get_available_gpu_memory
 
 from sglang_shift import parallel
 from sglang_shift.config import ShiftConfig, shift_config_of
@@ -46,12 +48,14 @@ class ShiftModelRunner(ModelRunner):
         get_flags().sp.enabled = True
         groups = region.parallel = parallel.build(RankLayout(config.world_size, config.sp_size))
         super().load_model()
-        stock_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        self.base_weights = BaseWeights(self.model, groups)
+        before = self._free_gib() + self.weight_load_mem_usage
+        backup = get_exec().features.enable_weights_cpu_backup
+        with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=backup):
+            self.base_weights = BaseWeights(self.model, groups)
         self.weight_report = self.base_weights.report()
         groups.exchange = self._exchange(config)
         # What /server_info reports as the memory of the weights, in GiB.
-        self.weight_load_mem_usage += (self.weight_report.total - stock_bytes) / (1 << 30)
+        self.weight_load_mem_usage = before - self._free_gib()
         logger.info(
             "sglang_shift: SP=%d x TP=%d base configuration assembled from %d projections; "
             "weights %d bytes on this rank, %d bytes beyond the base configuration's%s; exchange: %s",
@@ -63,6 +67,9 @@ class ShiftModelRunner(ModelRunner):
             " (replicated KV heads)" if self.weight_report.beyond_base else "",
             groups.exchange.text,
         )
+
+    def _free_gib(self) -> float:
+        return get_available_gpu_memory(self.device, self.gpu_id)
 
     def _exchange(self, config: ShiftConfig) -> SequenceExchange:
         """The exchange for this model's projections and the largest step."""

@@ -51,6 +51,7 @@ class Seam:
 
 _SP = "sglang.srt.layers.layernorm_sp:"
 _EMBEDDING = "sglang.srt.layers.vocab_parallel_embedding:"
+_UNQUANTIZED = "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod"
 _RUNNER = "sglang.srt.model_executor.model_runner:ModelRunner."
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater:WeightUpdater."
 _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler."
@@ -71,6 +72,10 @@ SEAMS: tuple[Seam, ...] = (
          "each rank completes its own tokens' rows only"),
     Seam("replaces", "sglang.srt.managers.scheduler:Scheduler", "sglang_shift.scheduler:ShiftScheduler",
          "SGLang's run_scheduler_process builds the class of this name"),
+    Seam("replaces", _UNQUANTIZED, "sglang_shift.weights:BaseLinearMethod",
+         "SGLang's linears build the class of this name"),
+    Seam("overrides", _UNQUANTIZED + ".create_weights", "sglang_shift.weights:BaseLinearMethod.create_weights",
+         "a weight is created as a view of its base weight"),
     Seam("overrides", _SCHEDULER + "init_tp_model_worker",
          "sglang_shift.scheduler:ShiftScheduler.init_tp_model_worker", "builds our worker"),
     Seam("overrides", _SCHEDULER + "run_batch", "sglang_shift.scheduler:ShiftScheduler.run_batch",

@@ -1,6 +1,8 @@
 """One copy of the weights: base weights assembled from the stock TP shards, TP weights as views.
 
-After SGLang has loaded its full-TP shards, the shards of each SP group are all-gathered in SP order:
+When SGLang creates a projection's weight, its base weight is allocated, of which the stock full-TP shard
+is a view: so nothing is held twice, and it lies in the memory that SGLang releases and resumes. After
+SGLang has loaded the shards, those of each SP group are all-gathered in SP order:
 
 - column-parallel (QKV, gate_up): stacked on the output dimension, ``[q0 k0 v0 | q1 k1 v1 | ...]``,
   so this rank's TP shard is a contiguous slice of rows;
@@ -33,6 +35,7 @@ from sglang_shift.projections import (
     Projection,
     QkvProjection,
 )
+from sglang_shift.region import region
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,32 @@ def find_projections(model: torch.nn.Module) -> Iterator[tuple[Any, type[Project
         yield module, roles[module]
 
 
+class BaseLinearMethod(UnquantizedLinearMethod):
+    """SGLang's unquantized linear, whose weight is created as a view of its base weight."""
+
+    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        """As SGLang's, then make room for the base weight."""
+        super().create_weights(layer, *args, **kwargs)
+        if region.parallel is not None and isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+            reserve(layer.weight, region.parallel, _shard_dim(layer))
+
+
+def reserve(param: torch.nn.Parameter, parallel: SequenceParallel, dim: int) -> None:
+    """Allocate the base tensor of ``param``, as ``param.ulysses_base``, and make ``param`` this rank's slice of it.
+
+    Args:
+        param: A stock full-TP shard; its values stay.
+        parallel: The groups.
+        dim: Of the shards: S of them make the base tensor.
+    """
+    shard = param.data
+    shape = list(shard.shape)
+    shape[dim] *= parallel.layout.sp_size
+    base = shard.new_empty(shape)
+    param.data = base.narrow(dim, parallel.sp_index * shard.shape[dim], shard.shape[dim]).copy_(shard)
+    param.ulysses_base = base  # type: ignore[attr-defined]
+
+
 def _problem_with(linear: Any, *, known: bool) -> str | None:
     if not known:
         return "is neither of a QKV/output pair nor of a gate_up/down pair"
@@ -142,23 +171,28 @@ def _assemble(linear: Any, parallel: SequenceParallel) -> BaseWeight:
 
 
 def _grown(param: torch.nn.Parameter, parallel: SequenceParallel, dim: int) -> torch.Tensor:
-    """The base tensor of ``param``, whose data becomes this rank's slice of it."""
-    shard = param.data
-    shape = list(shard.shape)
-    shape[dim] *= parallel.layout.sp_size
-    base = shard.new_empty(shape)
-    _gather_into(base, shard, parallel, dim)
-    param.data = base.narrow(dim, parallel.sp_index * shard.shape[dim], shard.shape[dim])
-    return base
+    """The base tensor of ``param``, with the values of all ranks' shards."""
+    if not hasattr(param, "ulysses_base"):  # a bias, which no method creates
+        reserve(param, parallel, dim)
+    _gather_into(param.ulysses_base, param.data, parallel, dim)
+    return param.ulysses_base
 
 
 def _gather_into(base: torch.Tensor, shard: torch.Tensor, parallel: SequenceParallel, dim: int) -> None:
-    """All-gather ``shard`` over the SP group into ``base``, side by side on ``dim``."""
+    """All-gather ``shard``, a slice of ``base``, over the SP group into ``base``, side by side on ``dim``.
+
+    Besides ``base`` this takes as much memory as one shard: where columns stand side by side, a part of the
+    rows is gathered at a time.
+    """
     size = parallel.layout.sp_size
-    gathered = shard.new_empty((size * shard.shape[0], *shard.shape[1:]))
-    parallel.sp_group.all_gather_into_tensor(gathered, shard.contiguous())
-    for i, block in enumerate(gathered.chunk(size)):
-        base.narrow(dim, i * shard.shape[dim], shard.shape[dim]).copy_(block)
+    if dim == 0:
+        parallel.sp_group.all_gather_into_tensor(base, shard.clone())
+        return
+    for rows, part in zip(base.tensor_split(size), shard.tensor_split(size), strict=True):
+        gathered = shard.new_empty((size * part.shape[0], part.shape[1]))
+        parallel.sp_group.all_gather_into_tensor(gathered, part.contiguous())
+        for i, block in enumerate(gathered.chunk(size) if part.shape[0] else ()):
+            rows.narrow(1, i * part.shape[1], part.shape[1]).copy_(block)
 
 
 def _bytes_beyond_base(projection: Projection, base_tp_size: int) -> int:
