@@ -1,0 +1,59 @@
+"""What packing and unpacking are, in plain PyTorch, on any device. The kernels give the same, bit by bit."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from sglang_shift_kernels.layout import SCALE_BYTES, Layout, check_quantizable, is_quantized
+
+SMALLEST = 2.0**-100
+"""A row whose largest element is smaller is scaled as if it were this: it may become zeros."""
+EXPONENT_BITS = 0x7F800000
+"""Of a float32; alone they are the power of two at or below it."""
+HEADROOM = 2.0**-7
+"""A scaled row's largest element lies in [128, 256): below 448, e4m3's largest."""
+
+
+def pack_heads(x: torch.Tensor, size: int, quantize: bool = False) -> torch.Tensor:
+    """``[n, S * D]`` to ``[S, n, D]``."""
+    layout = Layout.by_heads(x, size)
+    blocks = x.view(layout.rows, size, layout.width).transpose(0, 1)
+    return quantized(blocks, layout) if quantize else blocks.contiguous()
+
+
+def unpack_tokens(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``[S, n, D]`` to ``[S * n, D]``."""
+    return plain(blocks, dtype).flatten(0, 1)
+
+
+def pack_tokens(x: torch.Tensor, size: int, quantize: bool = False) -> torch.Tensor:
+    """``[T, D]`` to ``[S, ceil(T / S), D]``, with zeros at the end."""
+    layout = Layout.by_tokens(x, size)
+    blocks = F.pad(x, (0, 0, 0, size * layout.rows - layout.tokens)).reshape(layout.shape)
+    return quantized(blocks, layout) if quantize else blocks.contiguous()
+
+
+def unpack_heads(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``[S, n, D]`` to ``[n, S * D]``."""
+    return plain(blocks, dtype).transpose(0, 1).flatten(1)
+
+
+def quantized(blocks: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """``[S, n, D]``, any strides, to ``[S, n, D + 16]`` bytes (:mod:`sglang_shift_kernels.fp8`)."""
+    check_quantizable(blocks, layout)
+    x = blocks.float()
+    largest = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
+    scale = (largest.view(torch.int32) & EXPONENT_BITS).view(torch.float32) * HEADROOM
+    elements = (x / scale).to(torch.float8_e4m3fn)
+    scales = scale.expand(*layout.shape[:2], SCALE_BYTES // 4).contiguous()
+    return torch.cat([elements.view(torch.uint8), scales.view(torch.uint8)], -1)
+
+
+def plain(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Blocks as they were before :func:`quantized`, but for its error; others as they are."""
+    if not is_quantized(blocks, dtype):
+        return blocks
+    elements = blocks[..., :-SCALE_BYTES].view(torch.float8_e4m3fn)
+    scale = blocks.view(torch.float32)[..., -1:]
+    return (elements.float() * scale).to(dtype)
