@@ -51,8 +51,9 @@ class TestRule:
         assert BENCH.shards(2) == [(512 + 2 * 64, 1024), (1024, 512), (3584, 1024), (1024, 1792)]
         assert 4 * sum(n * k for n, k in BENCH.shards(4)) == BENCH.parameters
         assert BENCH.shards(8)[0] == (128 + 2 * 32, 1024)  # a whole KV head
+        assert sum(n * k for n, k in BENCH.shards(1)) == BENCH.parameters
 
-    @pytest.mark.parametrize("ranks", [0, 1, 3, 64])
+    @pytest.mark.parametrize("ranks", [0, 3, 64])
     def test_ranks_that_do_not_divide_are_refused(self, ranks):
         with pytest.raises(ShiftError, match=f"{ranks} ranks for 32 heads"):
             BENCH.shards(ranks)
@@ -116,6 +117,8 @@ class TestRule:
         assert TARGETS["qwen-32b"].bus_bandwidth.source in choice.text
         with pytest.raises(ShiftError, match="no target gpt; choose one of llama-70b, qwen-32b"):
             link_rate.chosen_rate(tmp_path, 2, "gpt")
+        with pytest.raises(ShiftError, match="--ranks 1: a rank alone has nothing to send; give 2 or more"):
+            link_rate.chosen_rate(tmp_path, 1, "qwen-32b")
 
     def test_every_rank_is_measured(self):
         assert 1e6 < gemm_flops([(8, 16), (16, 8)], "bfloat16", 2) < 1e15

@@ -110,7 +110,7 @@ def weight_bytes(config: Any, world_size: int, sp_size: int, dtype_bytes: int) -
     mlp = 3 * hidden * (sp_size * config.intermediate_size // world_size)
     norms = 2 * hidden + (2 * _head_dim(config) if architecture == "Qwen3ForCausalLM" else 0)
     embeddings = 1 if config.tie_word_embeddings else 2
-    vocab = embeddings * _padded_vocab(config.vocab_size, world_size) // world_size * hidden
+    vocab = embeddings * padded_vocab(config.vocab_size, world_size) // world_size * hidden
     return (config.num_hidden_layers * (qkv + out + mlp + norms) + hidden + vocab) * dtype_bytes
 
 
@@ -130,7 +130,7 @@ def _kv_heads_of_rank(config: Any, world_size: int) -> int:
     return max(1, kv_heads // world_size)
 
 
-def _padded_vocab(vocab_size: int, world_size: int) -> int:
+def padded_vocab(vocab_size: int, world_size: int) -> int:
     """Rows of the embedding on all ranks, padded as SGLang's VocabParallelEmbedding does."""
     # Not imported from there: the launcher need not load SGLang's layers and their kernels.
     padding = VOCAB_PADDING

@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from threading import Barrier
 
+from sglang_shift.decoder_layer import ELEMENT_BYTES, Layer, layer_of
 from sglang_shift.errors import ShiftError
 
 TOKENS = 1024
@@ -27,8 +28,6 @@ TOKENS = 1024
 
 REPEATS = 15
 START_SECONDS = 120.0
-ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
@@ -39,63 +38,6 @@ class Figure:
     low: float
     high: float
     source: str
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The sizes of a dense decoder layer. Heads are counts, the others elements."""
-
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-    @property
-    def parameters(self) -> int:
-        """Weights of its GEMMs: queries, keys and values; output; gate and up; down."""
-        attention = (2 * self.heads + 2 * self.kv_heads) * self.head_dim
-        return self.hidden * (attention + 3 * self.intermediate)
-
-    def shards(self, ranks: int) -> list[tuple[int, int]]:
-        """Outputs and inputs of a rank's GEMMs in TP. Keys and values are not divided below a head.
-
-        Raises:
-            ShiftError: the layer cannot be divided by ``ranks``.
-        """
-        uneven = ranks < 2 or self.heads % ranks or self.intermediate % ranks
-        if uneven or (self.kv_heads % ranks and ranks % self.kv_heads):
-            raise ShiftError(
-                f"{ranks} ranks for {self.heads} heads, {self.kv_heads} KV heads and an intermediate size of "
-                f"{self.intermediate}; give 2 or more that divide the heads and the size, and that divide the KV heads "
-                "or are divided by them"
-            )
-        queries = self.heads // ranks * self.head_dim
-        values = max(1, self.kv_heads // ranks) * self.head_dim
-        intermediate = self.intermediate // ranks
-        return [
-            (queries + 2 * values, self.hidden),
-            (self.hidden, queries),
-            (2 * intermediate, self.hidden),
-            (self.hidden, intermediate),
-        ]
-
-    def all_reduce_bytes(self, ranks: int, element_bytes: int) -> float:
-        """What a rank sends per token in TP: two ring all-reduces of the hidden states.
-
-        A ring sends ``2 (P - 1) / P`` of its input:
-        https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
-        """
-        return 2 * self.hidden * element_bytes * 2 * (ranks - 1) / ranks
-
-    def exchange_bytes(self, ranks: int, element_bytes: int) -> float:
-        """What a rank sends per token in SP = P: of its share of the tokens, the heads that are others'.
-
-        Queries, keys and values one way, the attention's output the other. KV heads are replicated where
-        there are fewer than ranks.
-        """
-        width = (2 * self.heads + 2 * max(self.kv_heads, ranks)) * self.head_dim
-        return width * element_bytes * (ranks - 1) / ranks**2
 
 
 @dataclass(frozen=True)
@@ -195,25 +137,11 @@ def read_layer(model_path: str | Path) -> tuple[Layer, str]:
     """
     file = Path(model_path) / "config.json"
     try:
-        config = json.loads(file.read_text())
-        if any(config.get(key) for key in EXPERTS):
-            raise ValueError("experts, which not every token goes through")
-        heads = config["num_attention_heads"]
-        layer = Layer(
-            hidden=config["hidden_size"],
-            intermediate=config["intermediate_size"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads", heads),
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        )
-        dtype = config.get("dtype") or config["torch_dtype"]
-        if dtype not in ELEMENT_BYTES:
-            raise ValueError(f"dtype {dtype}")
+        return layer_of(json.loads(file.read_text()))
     except KeyError as error:
         raise ShiftError(f"{file} has no {error}; give the folder of a dense decoder as --model-path") from error
     except (OSError, ValueError, AttributeError) as error:
         raise ShiftError(f"{file}: {error}; give the folder of a dense decoder as --model-path") from error
-    return layer, dtype
 
 
 def rate_for(layer: Layer, ranks: int, element_bytes: int, flops: float, rho: float) -> float:
@@ -263,6 +191,8 @@ def chosen_rate(model_path: str | Path, ranks: int, target: str) -> Choice:
     """
     if target not in TARGETS:
         raise ShiftError(f"there is no target {target}; choose one of {', '.join(TARGETS)}")
+    if ranks < 2:
+        raise ShiftError(f"--ranks {ranks}: a rank alone has nothing to send; give 2 or more")
     goal = TARGETS[target]
     layer, dtype = read_layer(model_path)
     size = ELEMENT_BYTES[dtype]

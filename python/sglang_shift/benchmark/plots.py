@@ -95,7 +95,8 @@ def styles(contenders: Sequence[str]) -> dict[str, Style]:
     return {c: KNOWN[c] if c in KNOWN else OTHERS[others.index(c) % len(OTHERS)] for c in contenders}
 
 
-def _panels(title: str, rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+def panels(title: str, rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure and its axes, row by row; a ShiftError where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -153,7 +154,7 @@ def latency_against_throughput(comparison: Comparison) -> Figure | None:
     if not workloads:
         return None
     named = SHIFT if any(comparison.visited(SHIFT, w) for w in workloads) else comparison.contenders[0]
-    figure, axes = _panels("Latency against throughput, by arrival rate (medians over the rounds)", 1, 2, 4.6)
+    figure, axes = panels("Latency against throughput, by arrival rate (medians over the rounds)", 1, 2, 4.6)
     for ax, latency in zip(axes, ("ttft", "tpot"), strict=True):
         for contender, style in styles(comparison.contenders).items():
             points = []
@@ -187,7 +188,7 @@ def by_prompt_length(comparison: Comparison) -> Figure | None:
     workloads = comparison.of_kind("single")
     if not workloads:
         return None
-    figure, axes = _panels(
+    figure, axes = panels(
         "One request at a time: p50 by prompt length (median, min to max over the rounds)", 1, 3, 4.2
     )
     for ax, (latency, name) in zip(axes, LATENCIES.items(), strict=True):
@@ -210,7 +211,7 @@ def by_prompt_length(comparison: Comparison) -> Figure | None:
 def bars(comparison: Comparison, workload: str) -> Figure | None:
     """p50 and p99 of TTFT, TPOT and E2E as bars, a panel each; None if no request of the workload succeeded."""
     title = f"{workload}: latency (median, min to max over the rounds; lower is better)"
-    figure, axes = _panels(title, 2, 3, 5.4)
+    figure, axes = panels(title, 2, 3, 5.4)
     metrics = [(f"{latency}_{p}", f"{name} {p}, ms") for p in ("p50", "p99") for latency, name in LATENCIES.items()]
     for ax, (metric, label) in zip(axes, metrics, strict=True):
         for i, (contender, style) in enumerate(styles(comparison.contenders).items()):
@@ -240,7 +241,7 @@ def timeline(visit: Visit, other: Visit | None, style: dict[str, Style]) -> Figu
         style: By contender.
     """
     title = f"{visit.workload}: {visit.contender}, second by second (round {visit.round})"
-    figure, axes = _panels(title, 4, 1, 8.0, sharex=True, height_ratios=(1, 1.2, 0.7, 2))
+    figure, axes = panels(title, 4, 1, 8.0, sharex=True, height_ratios=(1, 1.2, 0.7, 2))
     arrivals, queue, modes, latency = axes
     _arrivals(arrivals, visit)
     times = [s.time for s in visit.samples]

@@ -1,0 +1,90 @@
+"""The sizes of a dense decoder layer, and what its matrices and messages are in TP and in SP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_shift.errors import ShiftError
+
+ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The sizes of a dense decoder layer. Heads are counts, the others elements."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def parameters(self) -> int:
+        """Weights of its GEMMs: queries, keys and values; output; gate and up; down."""
+        attention = (2 * self.heads + 2 * self.kv_heads) * self.head_dim
+        return self.hidden * (attention + 3 * self.intermediate)
+
+    def shards(self, ranks: int) -> list[tuple[int, int]]:
+        """Outputs and inputs of a rank's GEMMs in TP. Keys and values are not divided below a head.
+
+        Raises:
+            ShiftError: the layer cannot be divided by ``ranks``.
+        """
+        uneven = ranks < 1 or self.heads % ranks or self.intermediate % ranks
+        if uneven or (self.kv_heads % ranks and ranks % self.kv_heads):
+            raise ShiftError(
+                f"{ranks} ranks for {self.heads} heads, {self.kv_heads} KV heads and an intermediate size of "
+                f"{self.intermediate}; give a number that divides the heads and the size, and that divides the KV heads "
+                "or is divided by them"
+            )
+        queries = self.heads // ranks * self.head_dim
+        values = max(1, self.kv_heads // ranks) * self.head_dim
+        intermediate = self.intermediate // ranks
+        return [
+            (queries + 2 * values, self.hidden),
+            (self.hidden, queries),
+            (2 * intermediate, self.hidden),
+            (self.hidden, intermediate),
+        ]
+
+    def all_reduce_bytes(self, ranks: int, element_bytes: int) -> float:
+        """What a rank sends per token in TP: two ring all-reduces of the hidden states.
+
+        A ring sends ``2 (P - 1) / P`` of its input:
+        https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
+        """
+        return 2 * self.hidden * element_bytes * 2 * (ranks - 1) / ranks
+
+    def exchange_bytes(self, ranks: int, element_bytes: int) -> float:
+        """What a rank sends per token in SP = P: of its share of the tokens, the heads that are others'.
+
+        Queries, keys and values one way, the attention's output the other. KV heads are replicated where
+        there are fewer than ranks.
+        """
+        width = (2 * self.heads + 2 * max(self.kv_heads, ranks)) * self.head_dim
+        return width * element_bytes * (ranks - 1) / ranks**2
+
+
+def layer_of(config: dict[str, Any]) -> tuple[Layer, str]:
+    """The layer's sizes and the dtype of a ``config.json``'s content.
+
+    Raises:
+        AttributeError, KeyError, ValueError: it is not a dense decoder's.
+    """
+    if any(config.get(key) for key in EXPERTS):
+        raise ValueError("experts, which not every token goes through")
+    heads = config["num_attention_heads"]
+    layer = Layer(
+        hidden=config["hidden_size"],
+        intermediate=config["intermediate_size"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads", heads),
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+    )
+    dtype = config.get("dtype") or config["torch_dtype"]
+    if dtype not in ELEMENT_BYTES:
+        raise ValueError(f"dtype {dtype}")
+    return layer, dtype

@@ -1,0 +1,114 @@
+"""``python -m sglang_shift.plan``: how to serve a model on GPUs that are not there, or the cost model checked."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sglang_shift.errors import ShiftError
+from sglang_shift.plan import paper, report
+from sglang_shift.plan.hardware import gpus, parse_gpus
+from sglang_shift.plan.model import Model, read_model
+from sglang_shift.plan.search import search
+from sglang_shift.traffic import Lengths, Request, read_trace, scaled, steady, window
+
+MODULE = "sglang_shift.plan"
+WINDOW = 900.0
+"""Seconds of a trace, where none are given: as long a part as the Shift Parallelism paper replays."""
+
+
+def lengths(given: str) -> Lengths:
+    """``N`` or ``LOW-HIGH`` of the command line.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    low, _, high = given.partition("-")
+    found = (int(low), int(high)) if high else int(low)
+    if min(found if isinstance(found, tuple) else (found,)) < 1 or (isinstance(found, tuple) and found[0] > found[1]):
+        raise ValueError(given)
+    return found
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of the command line."""
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
+    add = parser.add_argument
+    add("--check", action="store_true", help="predict the Shift Parallelism paper's table, and say how far off it is")
+    add("--model", type=Path, metavar="PATH", help="a config.json, or the folder that has one")
+    add("--gpus", metavar="NxKIND", help=f"for example 8xH200; kinds: {', '.join(gpus())}")
+    add("--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help="auto is bfloat16")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--trace", type=Path, metavar="FILE", help="Azure's (.csv) or Mooncake's (.jsonl)")
+    source.add_argument("--rate", type=float, metavar="R", help="made-up traffic instead: requests per second")
+    add("--window", type=float, nargs=2, default=(0.0, WINDOW), metavar=("START", "SECONDS"), help="of the trace")
+    add("--pace", type=float, default=1.0, metavar="F", help="the trace's requests come F times as fast")
+    add("--prompt", type=lengths, default=4096, metavar="N|LOW-HIGH", help="made-up prompts' tokens (%(default)s)")
+    add("--output", type=lengths, default=250, metavar="N|LOW-HIGH", help="their outputs' tokens (%(default)s)")
+    add("--requests", type=int, default=1000, help="made-up ones (%(default)s)")
+    add("--plot", type=Path, metavar="FILE.png", help="also draw latency against throughput")
+    args = parser.parse_args(argv)
+    if not args.check and not (args.model and args.gpus and (args.trace or args.rate)):
+        parser.error("give --model, --gpus and one of --trace and --rate; or --check")
+    if args.pace <= 0 or args.requests < 1 or (args.rate is not None and args.rate <= 0):
+        parser.error("--pace, --requests and --rate must be more than 0")
+    return args
+
+
+def requests_of(args: argparse.Namespace, model: Model) -> tuple[list[Request], str]:
+    """The traffic, and what it is in words.
+
+    Raises:
+        ShiftError: the trace cannot be read, or has nothing in the window.
+    """
+    if args.rate:
+        made = steady(args.rate, prompt=args.prompt, output=args.output, requests=args.requests)
+        words = f"{len(made)} requests at {args.rate:g}/s, prompts of {args.prompt} tokens and outputs of {args.output}"
+        return scaled(made, context=model.context), words
+    start, seconds = args.window
+    try:
+        found = window(read_trace(args.trace), start, seconds)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ShiftError(
+            f"--trace {args.trace} cannot be read ({type(error).__name__}: {error}); give a .csv of Azure's or a "
+            ".jsonl of Mooncake's"
+        ) from error
+    if not found:
+        raise ShiftError(f"--trace {args.trace} has no request from second {start:g} to {start + seconds:g}")
+    words = f"{len(found)} requests of {args.trace.name}, second {start:g} to {start + seconds:g}"
+    words += f", {args.pace:g} times as fast" if args.pace != 1 else ""
+    return scaled(found, time=1 / args.pace, context=model.context), words
+
+
+def plan(args: argparse.Namespace) -> str:
+    """The plan that the arguments ask for, as Markdown; draws it where they say so.
+
+    Raises:
+        ShiftError: there is none.
+    """
+    count, gpu = parse_gpus(args.gpus)
+    model = read_model(args.model)
+    requests, traffic = requests_of(args, model)
+    kv_dtype = "fp8" if args.kv_cache_dtype == "fp8" else "bfloat16"
+    found = search(model, gpu, count, requests, kv_dtype, lambda words: print(words, file=sys.stderr, flush=True))
+    where = f"{count} x {gpu.name}"
+    if args.plot:
+        report.plot(found, f"{model.name} on {where}", args.plot)
+    return report.text(found, model, where, traffic)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print a plan or the check; 2 where it is refused."""
+    args = parse(argv)
+    try:
+        print(paper.table(paper.check()) if args.check else plan(args))
+    except ShiftError as error:
+        print(f"sglang_shift: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""The cost model beside the Shift Parallelism paper's table, to which nothing in it is fitted.
+
+The table (arXiv 2509.16495): 8 x H200, FP8, prompts of 4k tokens, 250 tokens out. Its engine is vLLM 0.10.1, its models are
+RedHatAI/Llama-3.3-70B-Instruct-FP8-dynamic and Qwen/Qwen3-32B-FP8:
+https://github.com/snowflakedb/ArcticInference/blob/main/benchmark/reproducibility/README.md
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import fmean
+
+from sglang_shift.benchmark.link_rate import TARGETS
+from sglang_shift.modes import Mode
+from sglang_shift.plan.hardware import NODE, gpus
+from sglang_shift.plan.memory import memory
+from sglang_shift.plan.model import Model
+from sglang_shift.plan.search import CHUNK, Candidate, serve
+from sglang_shift.plan.step_time import Engine, Layout, StepTimes
+from sglang_shift.traffic import Request
+
+PROMPT, OUTPUT = 4096, 250
+FLOOD = 2000
+"""Requests that are there at once, for the peak."""
+
+GOAL = 0.15
+
+MODELS = {
+    "Llama-70B": Model("Llama-3.3-70B", TARGETS["llama-70b"].layer, 80, 128_256, 131_072, "fp8"),
+    "Qwen-32B": Model(
+        "Qwen3-32B", TARGETS["qwen-32b"].layer, 64, 151_936, 40_960, "fp8_block", architecture="Qwen3ForCausalLM"
+    ),
+}
+KV_DTYPES = {"Llama-70B": "bfloat16", "Qwen-32B": "fp8"}
+
+CONFIGURATIONS = {
+    "DP": Candidate(Layout(1), NODE),
+    "TP": Candidate(Layout(NODE), 1),
+    "SP": Candidate(Layout(NODE, NODE), 1, policy="sp"),
+    "Shift": Candidate(Layout(NODE, NODE), 1, policy="calibrated"),
+}
+METRICS = ("TTFT, ms", "TPOT, ms", "tokens/s")
+
+PUBLISHED: dict[str, dict[str, tuple[float, float, float]]] = {
+    "Llama-70B": {
+        "DP": (614, 22.5, 45_900),
+        "TP": (159, 9.34, 24_700),
+        "SP": (103, 32.5, 37_200),
+        "Shift": (102, 10.1, 37_400),
+    },
+    "Qwen-32B": {
+        "DP": (385, 18.8, 70_100),
+        "TP": (113, 8.68, 38_300),
+        "SP": (79.8, 24.4, 52_300),
+        "Shift": (86.4, 9.48, 53_800),
+    },
+}
+
+VLLM_STEP, VLLM_REQUEST = 0.0012, 0.0182
+"""What vLLM V1 takes besides the GPU, per step and before a request's first token: docs/cost-model.md."""
+
+CUTLASS_BLOCK = {1: 1.25, 512: 1.44}
+"""vLLM 0.10.1's block-wise FP8 products over DeepGEMM's, of which the figures are: docs/cost-model.md."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One of the table's.
+
+    Attributes:
+        model: Its name.
+        configuration: ``DP``, ``TP``, ``SP`` or ``Shift``.
+        metric: One of :data:`METRICS`.
+        predicted: By the cost model.
+        published: By the paper.
+    """
+
+    model: str
+    configuration: str
+    metric: str
+    predicted: float
+    published: float
+
+    @property
+    def error(self) -> float:
+        """Relative to what was published."""
+        return self.predicted / self.published - 1
+
+
+def engine_of(model: Model) -> Engine:
+    """The paper's engine."""
+    factor = CUTLASS_BLOCK if model.weights == "fp8_block" else {1: 1.0}
+    return Engine(VLLM_STEP, VLLM_REQUEST, factor)
+
+
+def predict(name: str, configuration: str) -> tuple[float, float, float]:
+    """TTFT and TPOT of a request that is alone, in ms, and tokens per second of many at once."""
+    model, candidate, gpu = MODELS[name], CONFIGURATIONS[configuration], gpus()["H200"]
+    engine, kv_dtype = engine_of(model), KV_DTYPES[name]
+    costs = StepTimes(model, gpu, candidate.layout, kv_dtype, engine).cost_model()
+    pool = memory(model, gpu, candidate.layout, CHUNK, kv_dtype).tokens
+    alone = serve([Request(0.0, PROMPT, OUTPUT)], candidate, costs, pool).served[0]
+    flood = serve([Request(0.0, PROMPT, OUTPUT)] * FLOOD, candidate, costs, pool)
+    return 1e3 * (alone.ttft + engine.request), 1e3 * (alone.tpot or 0.0), flood.throughput
+
+
+def check() -> list[Cell]:
+    """Every cell of the table."""
+    return [
+        Cell(name, configuration, *numbers)
+        for name, rows in PUBLISHED.items()
+        for configuration, published in rows.items()
+        for numbers in zip(METRICS, predict(name, configuration), published, strict=True)
+    ]
+
+
+def table(cells: list[Cell]) -> str:
+    """The cells as a Markdown table, and how many are as near as they should be."""
+    lines = ["| Model | | Metric | Predicted | Published | Error |", "|---|---|---|--:|--:|--:|"]
+    lines += [
+        f"| {c.model} | {c.configuration} | {c.metric} | {c.predicted:,.4g} | {c.published:,.4g} | {c.error:+.0%} |"
+        if c.predicted < 1e4
+        else f"| {c.model} | {c.configuration} | {c.metric} | {c.predicted:,.0f} | {c.published:,.0f} | {c.error:+.0%} |"
+        for c in cells
+    ]
+    near = sum(abs(c.error) <= GOAL for c in cells)
+    mean = fmean(abs(c.error) for c in cells)
+    return "\n".join([*lines, "", f"{near} of {len(cells)} within {GOAL:.0%}; mean {mean:.1%} off."])
