@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import sglang_shift_kernels as kernels
 import torch
 import torch.distributed as dist
 
@@ -81,8 +82,7 @@ class SequenceExchange:
         parts = x.tensor_split(self._parts(x, x.shape[0] * width))
         pending = []
         for part in parts:
-            packed = project(part).view(part.shape[0], size, width // size).transpose(0, 1).contiguous()
-            pending.append(self._start(packed))
+            pending.append(self._start(kernels.pack_heads(project(part), size)))
         self.calls += 1
         return joined([p.wait() for p in pending], dim=1).view(-1, width // size)
 
@@ -101,7 +101,7 @@ class SequenceExchange:
         parts = x.view(size, -1, width).tensor_split(self._parts(x, x.numel()), dim=1)
         pending = [self._start(part.contiguous()) for part in parts]
         self.calls += 1
-        return joined([project(p.wait().transpose(0, 1).reshape(-1, size * width)) for p in pending])
+        return joined([project(kernels.unpack_heads(p.wait(), x.dtype)) for p in pending])
 
     @property
     def text(self) -> str:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import sglang_shift_kernels as kernels
 import torch
 
 from sglang_shift.parallel import SequenceParallel
-from sglang_shift.region import padded, padded_local_tokens, region
+from sglang_shift.region import region
 
 
 @dataclass
@@ -75,8 +76,7 @@ class OutputProjection(RowProjection):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, d]`` to ``[T_local, h]``, summed over the base-TP group."""
-        size = self.parallel.layout.sp_size
-        x = padded(x, size * padded_local_tokens(x.shape[0], size)).contiguous()
+        x = kernels.pack_tokens(x, self.parallel.layout.sp_size).view(-1, x.shape[1])
         return self.parallel.base_all_reduce(self.parallel.exchange.gather_heads(x, self.matmul))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import sglang_shift_kernels as kernels
 import torch
 import torch.nn.functional as F
 from sglang.srt.distributed import tensor_model_parallel_all_reduce
@@ -102,11 +103,8 @@ def reduce_embedding(partial: torch.Tensor) -> torch.Tensor:
     if region.batch is None or get_forward().sp_active or region.batch.replace_embeds is not None:
         return tensor_model_parallel_all_reduce(partial)
     groups = region.groups
-    size = groups.layout.sp_size
     region.num_tokens, region.embedded = partial.shape[0], True
-    local = padded_local_tokens(region.num_tokens, size)
-    blocks = padded(partial, size * local).contiguous()
-    received = groups.exchange.all_to_all(blocks.view(size, local, -1))
+    received = groups.exchange.all_to_all(kernels.pack_tokens(partial, groups.layout.sp_size))
     return groups.base_all_reduce(received.sum(0))
 
 
