@@ -247,12 +247,12 @@ class TestCommand:
             ({"--gpus": "8xB900"}, "there are no figures for a B900; give H100 or H200"),
             ({"--trace": "nothing.csv"}, "--trace nothing.csv cannot be read"),
             ({"--model": "nowhere"}, "nowhere: .*; give the config.json"),
-            ({"--window": ("5000", "10")}, "has no request from second 5000 to 5010"),
+            ({"--window": "5000 10"}, "has no request from second 5000 to 5010"),
         ],
     )
     def test_refusals_are_one_sentence(self, tmp_path, trace, capsys, changes, problem):
         given = {"--model": str(config(tmp_path)), "--gpus": "2xH100", "--trace": str(trace)} | changes
-        arguments = [word for key, value in given.items() for word in (key, *([value] if isinstance(value, str) else value))]
+        arguments = [word for key, value in given.items() for word in (key, *value.split())]
         assert command.main(arguments) == 2
         error = capsys.readouterr().err
         assert error.startswith("sglang_shift: error: ")

@@ -37,8 +37,8 @@ class Layer:
         if uneven or (self.kv_heads % ranks and ranks % self.kv_heads):
             raise ShiftError(
                 f"{ranks} ranks for {self.heads} heads, {self.kv_heads} KV heads and an intermediate size of "
-                f"{self.intermediate}; give a number that divides the heads and the size, and that divides the KV heads "
-                "or is divided by them"
+                f"{self.intermediate}; give a number that divides the heads and the size, and that divides the KV "
+                "heads or is divided by them"
             )
         queries = self.heads // ranks * self.head_dim
         values = max(1, self.kv_heads // ranks) * self.head_dim

@@ -1,7 +1,7 @@
 """The cost model beside the Shift Parallelism paper's table, to which nothing in it is fitted.
 
-The table (arXiv 2509.16495): 8 x H200, FP8, prompts of 4k tokens, 250 tokens out. Its engine is vLLM 0.10.1, its models are
-RedHatAI/Llama-3.3-70B-Instruct-FP8-dynamic and Qwen/Qwen3-32B-FP8:
+The table (arXiv 2509.16495): 8 x H200, FP8, prompts of 4k tokens, 250 tokens out. Its engine is vLLM 0.10.1, its models
+are RedHatAI/Llama-3.3-70B-Instruct-FP8-dynamic and Qwen/Qwen3-32B-FP8:
 https://github.com/snowflakedb/ArcticInference/blob/main/benchmark/reproducibility/README.md
 """
 
@@ -117,12 +117,9 @@ def check() -> list[Cell]:
 def table(cells: list[Cell]) -> str:
     """The cells as a Markdown table, and how many are as near as they should be."""
     lines = ["| Model | | Metric | Predicted | Published | Error |", "|---|---|---|--:|--:|--:|"]
-    lines += [
-        f"| {c.model} | {c.configuration} | {c.metric} | {c.predicted:,.4g} | {c.published:,.4g} | {c.error:+.0%} |"
-        if c.predicted < 1e4
-        else f"| {c.model} | {c.configuration} | {c.metric} | {c.predicted:,.0f} | {c.published:,.0f} | {c.error:+.0%} |"
-        for c in cells
-    ]
+    for c in cells:
+        numbers = [f"{n:,.0f}" if n >= 1000 else f"{n:.3g}" for n in (c.predicted, c.published)]
+        lines.append(f"| {c.model} | {c.configuration} | {c.metric} | {numbers[0]} | {numbers[1]} | {c.error:+.0%} |")
     near = sum(abs(c.error) <= GOAL for c in cells)
     mean = fmean(abs(c.error) for c in cells)
     return "\n".join([*lines, "", f"{near} of {len(cells)} within {GOAL:.0%}; mean {mean:.1%} off."])

@@ -39,14 +39,14 @@ def text(plan: Plan, model: Model, gpus: str, traffic: str) -> str:
         f"Traffic: {traffic}.\n",
         f"Recommended: {_words(best)}. Each replica is a server of its own, started with\n",
         f"    {' '.join(flags(best))}\n",
-        f"Faster mode by these step times: {_crossovers(plan.best.costs) if best.layout.sp_size > 1 else 'TP, S is 1'}.",
+        f"Faster mode, predicted: {_crossovers(plan.best.costs) if best.layout.sp_size > 1 else 'TP, as S is 1'}.",
     ]
     if model.quantized:
         lines.append("\nsglang_shift does not serve quantized models yet: this plan is for when it does.")
     lines += [
         "\n## Layouts\n",
-        "Memory is of one GPU, in GiB: the full-TP shard, what Shift needs beside it, activations and graphs, KV cache. "
-        "TTFT, TPOT and E2E are means. Peak: all requests at once.\n",
+        "Memory is of one GPU, in GiB: the full-TP shard, what Shift needs beside it, activations and graphs, KV cache."
+        " TTFT, TPOT and E2E are means. Peak: all requests at once.\n",
         table(plan.layouts, plan.best),
         "\n## Chunks and policies of the best layout\n",
         table(plan.settings, plan.best),
