@@ -35,6 +35,7 @@ class ShiftConfig:
         enter_tokens: See :class:`QueueDepth`.
         leave_tokens: See :class:`QueueDepth`.
         calibration: ``auto``, ``off``, or a file.
+        graph_buckets: At most so many CUDA graphs of each phase in SP; None for as many as there is use for.
     """
 
     world_size: int
@@ -47,6 +48,7 @@ class ShiftConfig:
     enter_tokens: int = QueueDepth.enter_tokens
     leave_tokens: int = QueueDepth.leave_tokens
     calibration: str = "off"
+    graph_buckets: int | None = None
 
 
 def shift_config_of(server_args: Any) -> ShiftConfig | None:
@@ -79,5 +81,6 @@ def shift_config_of(server_args: Any) -> ShiftConfig | None:
         switching=switching,
         policy=policy,
         calibration=calibration if policy == "calibrated" else "off",
+        graph_buckets=value("shift_graph_buckets"),
         **{name: number for name, number in given.items() if number is not None},
     )
