@@ -56,6 +56,7 @@ def whole_choice(policy: ShiftPolicy) -> float:
     """Microseconds of ``choose_mode``, on a scheduler that has what it reads and nothing else; median."""
     import torch
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
+    from sglang_shift.graphs import PhaseGraphs
     from sglang_shift.scheduler import ShiftScheduler
     from sglang_shift.selector import ModeSelector
 
@@ -64,7 +65,8 @@ def whole_choice(policy: ShiftPolicy) -> float:
     scheduler.running_batch = SimpleNamespace(batch_size=lambda: 64)
     scheduler.waiting_queue = [SimpleNamespace(seqlen=700) for _ in range(1000)]
     scheduler.chunked_req = None
-    scheduler.tp_worker = SimpleNamespace(model_runner=SimpleNamespace(decode_bucket=lambda requests: requests))
+    graphs = SimpleNamespace(of=lambda prefill: PhaseGraphs())
+    scheduler.tp_worker = SimpleNamespace(model_runner=SimpleNamespace(graphs=graphs))
     lengths = torch.full((64,), 900)
     batch = SimpleNamespace(forward_mode=ForwardMode.DECODE, batch_size=lambda: 64, seq_lens_cpu=lengths)
     times = []

@@ -31,9 +31,9 @@ def state(replica=0, drift=None, **more):
 
 state()
 step(1, seconds=0.0004, predicted=0.0002)
-step(2, seconds=0.004, predicted=0.003)
+step(2, seconds=0.004, predicted=0.003, replayed=True)
 step(3, "sp", "prefill", 300, exchanged=1000, switched=True, seconds=0.2)
-step(7, "sp", "mixed", 20, exchanged=1500, predicted=0.5)
+step(7, "sp", "mixed", 20, exchanged=1500, predicted=0.5, replayed=False)
 step(8, "tp", "decode", 1, exchanged=1500, switched=True, seconds=99.0)
 state(drift={"tp": 1.25, "sp": None}, running=3, waiting=1)
 step(1, "sp", "prefill", 10, exchanged=200)  # the rank restarted
@@ -90,6 +90,11 @@ def test_steps_and_tokens(value):
     assert value("tokens_total", mode="sp", phase="prefill") == 310
     assert value("tokens_total", mode="sp", phase="mixed") == 20
     assert value("steps_total", replica="1", mode="sp", phase="prefill") == 1
+
+
+def test_a_step_that_found_no_graph_counts_and_one_without_graphs_does_not(value):
+    assert value("eager_steps_total", mode="sp", phase="mixed") == 1
+    assert value("eager_steps_total", mode="tp", phase="decode") == value("eager_steps_total", mode="sp", phase="prefill") == 0
 
 
 def test_counters_start_at_zero(value):

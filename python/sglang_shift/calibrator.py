@@ -100,6 +100,8 @@ class Calibrator:
             "page_size": get_schedule().page_size,
             "nodes": get_parallel().nnodes,
         }
+        if captured := scheduler.tp_worker.model_runner.graphs.captured():
+            settings["graphs"] = captured
         self._key = key_of(self.config, scheduler.model_config, settings)
         own_file = self.config.calibration != "auto"
         self._path = Path(self.config.calibration) if own_file else cache_file(self._key)

@@ -36,6 +36,7 @@ class ShiftConfig:
         leave_tokens: See :class:`QueueDepth`.
         calibration: ``auto``, ``off``, or a file.
         exchange: Backend of the exchange: ``auto``, ``flashinfer`` or ``collective``.
+        graph_buckets: At most so many CUDA graphs of each phase in SP; None for as many as there is use for.
     """
 
     world_size: int
@@ -49,6 +50,7 @@ class ShiftConfig:
     leave_tokens: int = QueueDepth.leave_tokens
     calibration: str = "off"
     exchange: str = "auto"
+    graph_buckets: int | None = None
 
 
 def shift_config_of(server_args: Any) -> ShiftConfig | None:
@@ -82,5 +84,6 @@ def shift_config_of(server_args: Any) -> ShiftConfig | None:
         policy=policy,
         calibration=calibration if policy == "calibrated" else "off",
         exchange=value("shift_exchange") or "auto",
+        graph_buckets=value("shift_graph_buckets"),
         **{name: number for name, number in given.items() if number is not None},
     )

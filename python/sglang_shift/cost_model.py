@@ -84,11 +84,8 @@ class CostModel:
 
     def predict(self, mode: Mode, step: StepState) -> float:
         """Seconds that ``step`` takes in ``mode``. A step with any prompt tokens counts as prefill."""
-        phase, tokens = "prefill", step.num_tokens
-        if not step.num_prefill_tokens:
-            phase = "decode"
-            if mode is Mode.TP:  # SP steps run eagerly, unpadded
-                tokens = max(step.num_tokens, step.bucket)
+        phase = "prefill" if step.num_prefill_tokens else "decode"
+        tokens = step.padded_tokens if mode is Mode.TP else max(step.num_tokens, step.sp_bucket)
         beyond = max(0.0, step.kv_reads - self.usual[phase](step.num_tokens))
         return self.curves[phase, mode](tokens) + self.attention[phase] * beyond
 

@@ -71,6 +71,7 @@ class StepEvent(msgspec.Struct):
         exchanges: Exchanges since the start.
         finished: Requests that finished in it.
         replica: Data-parallel replica.
+        replayed: Whether it replayed a CUDA graph; None where none are captured for its phase.
     """
 
     time: float
@@ -91,6 +92,7 @@ class StepEvent(msgspec.Struct):
     exchanges: int = 0
     finished: list[Finished] = []
     replica: int = 0
+    replayed: bool | None = None
 
 
 class StateEvent(msgspec.Struct):

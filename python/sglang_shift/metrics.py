@@ -38,6 +38,9 @@ class Metric(NamedTuple):
 METRICS = {
     "steps_total": Metric("counter", "Steps run.", ("mode", "phase")),
     "tokens_total": Metric("counter", "Tokens computed.", ("mode", "phase")),
+    "eager_steps_total": Metric(
+        "counter", "Steps that no captured CUDA graph served, where some are captured for the phase.", ("mode", "phase")
+    ),
     "switches_total": Metric("counter", "Changes of mode; the label is the new one.", ("mode",)),
     "queue_requests": Metric("gauge", "Requests, running or waiting.", ("state",)),
     "pending_prefill_tokens": Metric("gauge", "Prompt tokens that wait for a later step."),
@@ -108,6 +111,7 @@ class Metrics:
             for phase in PHASES:
                 self._metric("steps_total", replica, mode=mode, phase=phase)
                 self._metric("tokens_total", replica, mode=mode, phase=phase)
+                self._metric("eager_steps_total", replica, mode=mode, phase=phase)
 
     def _metric(self, name: str, replica: int, **labels: str) -> Any:
         return self._metrics[name].labels(**self.labels, replica=str(replica), **labels)
@@ -122,6 +126,8 @@ class Metrics:
         replica, labels = event.replica, {"mode": event.mode, "phase": event.phase}
         self._metric("steps_total", replica, **labels).inc()
         self._metric("tokens_total", replica, **labels).inc(event.tokens)
+        if event.replayed is False:
+            self._metric("eager_steps_total", replica, **labels).inc()
         if event.switched:
             self._metric("switches_total", replica, mode=event.mode).inc()
         self._take_queue(replica, event.running, event.waiting)

@@ -36,11 +36,13 @@ class StepState:
         pending_prefill_tokens: Prompt tokens that wait for a later step: those of the waiting
             requests (the first 64 of them are counted, cached tokens included) and what is left of a
             chunked prompt.
-        bucket: ``num_tokens`` padded to the CUDA graph that a decode step replays; else ``num_tokens``.
+        bucket: ``num_tokens`` padded to a size that CUDA graphs are captured for; ``num_tokens`` where there is none.
         kv_reads: Pairs of a query token and a KV-cache token that attention computes. For a decode
             step, the sum of the sequence lengths.
         previous_mode: Mode of the step before; None for the first.
         steps_since_switch: Steps since the mode last changed.
+        sp_bucket: ``num_tokens`` padded to the CUDA graph that the step would replay in SP; ``num_tokens`` where it
+            would run eagerly.
     """
 
     num_tokens: int
@@ -52,6 +54,12 @@ class StepState:
     kv_reads: int = 0
     previous_mode: Mode | None = None
     steps_since_switch: int = 0
+    sp_bucket: int = 0
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens, padded as SGLang pads them."""
+        return max(self.num_tokens, self.bucket)
 
     @property
     def phase(self) -> str:

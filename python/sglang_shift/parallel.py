@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from sglang.srt.distributed.parallel_state import GroupCoordinator, init_model_parallel_group
+from sglang.srt.distributed.parallel_state import GraphCaptureContext, GroupCoordinator, init_model_parallel_group
 from sglang.srt.runtime_context import get_device, get_parallel
 
 from sglang_shift.exchange import SequenceExchange
@@ -43,6 +46,15 @@ class SequenceParallel:
     def base_all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum ``x`` over the base-TP group; ``x`` itself where that group is this rank alone."""
         return x if self.base_tp_group is None else self.base_tp_group.all_reduce(x)
+
+    @contextmanager
+    def graph_capture(self, stream: Any) -> Iterator[None]:
+        """Inside, the groups communicate as a CUDA graph on ``stream`` can capture it; SGLang sees to its own."""
+        own = [] if self.base_tp_group is None else [self.sp_group, self.base_tp_group]
+        with ExitStack() as stack:
+            for group in own:
+                stack.enter_context(group.graph_capture(GraphCaptureContext(stream)))
+            yield
 
 
 def build(layout: RankLayout) -> SequenceParallel:

@@ -27,13 +27,16 @@ class FixedMode(ShiftPolicy):
 
 @dataclass(frozen=True)
 class TokenThreshold(ShiftPolicy):
-    """The paper's rule (arXiv 2509.16495, section 3.3): SP when the step has more than N tokens."""
+    """The paper's rule (arXiv 2509.16495, section 3.3): SP when the step has more than N tokens.
+
+    Those that pad it to a CUDA graph count, so that each graph is of one mode.
+    """
 
     threshold: int
 
     def choose(self, step: StepState) -> Mode:
         """SP above the threshold, else TP."""
-        return Mode.SP if step.num_tokens > self.threshold else Mode.TP
+        return Mode.SP if step.padded_tokens > self.threshold else Mode.TP
 
     def describe(self) -> str:
         """One line."""

@@ -83,6 +83,7 @@ def check_flags(settings: Any) -> None:
     for name in POLICY_FIELDS:
         if (value := getattr(settings, name)) is not None and not switching:
             raise Refused(f"{_flag(name)} {value} needs --enable-shift-parallel; without it no step is switched")
+    check_graphs(settings)
     if not switching and sp_size is None:
         if settings.shift_exchange is not None:
             raise Refused(
@@ -100,6 +101,23 @@ def check_flags(settings: Any) -> None:
     for what, asked, why in FEATURES:
         if asked(settings):
             raise Refused(f"{what} cannot be combined with sequence parallelism: {why}; leave one of them out")
+
+
+def check_graphs(settings: Any) -> None:
+    """Check the bound of SP's CUDA graphs.
+
+    Raises:
+        Refused: with the reason.
+    """
+    buckets = settings.shift_graph_buckets
+    if buckets is None:
+        return
+    if not settings.enable_shift_parallel and settings.sp_size is None:
+        raise Refused(
+            f"--shift-graph-buckets {buckets} needs --sp-size or --enable-shift-parallel; without them no step is in SP"
+        )
+    if buckets < 0:
+        raise Refused(f"--shift-graph-buckets {buckets} must be 0 or more")
 
 
 def check_policy(settings: Any) -> None:

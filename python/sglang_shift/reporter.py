@@ -30,6 +30,7 @@ class _Running:
     choice: Choice
     predicted: dict[Mode, float] | None
     lap: Lap | None
+    replayed: bool | None
 
 
 class StepReporter:
@@ -53,11 +54,11 @@ class StepReporter:
         self._switches_unlogged = 0
         self._drift_logged = False
 
-    def launched(self, forward_iter: int, choice: Choice, lap: Lap | None) -> None:
-        """A step was launched."""
+    def launched(self, forward_iter: int, choice: Choice, lap: Lap | None, replayed: bool | None) -> None:
+        """A step was launched; ``replayed`` as in :class:`StepEvent`."""
         if len(self._running) >= IN_FLIGHT:
             self._running.pop(next(iter(self._running)))  # a step whose result never came
-        self._running[forward_iter] = _Running(choice, self.selector.predict(choice.step), lap)
+        self._running[forward_iter] = _Running(choice, self.selector.predict(choice.step), lap, replayed)
 
     def processing(self, batch: Any) -> None:
         """SGLang is about to process a step's result, and to send what its requests produced."""
@@ -103,6 +104,7 @@ class StepReporter:
                 exchanged_bytes=self.exchange.bytes_sent,
                 exchanges=self.exchange.calls,
                 finished=finished_in(batch),
+                replayed=running.replayed,
                 replica=self.publisher.replica,
             )
         )

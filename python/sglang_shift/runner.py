@@ -1,4 +1,4 @@
-"""The model runner: base weights after loading, and each forward in its step's mode."""
+"""The model runner: base weights after loading, CUDA graphs of both modes, each forward in its step's mode."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
 from sglang.srt.constants import GPU_MEMORY_TYPE_WEIGHTS
+from sglang.srt.model_executor.cuda_graph_config import Phase
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunner, ModelRunnerOutput
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
@@ -20,6 +22,8 @@ from sglang_shift import parallel
 from sglang_shift.config import ShiftConfig, shift_config_of
 from sglang_shift.exchange import SequenceExchange
 from sglang_shift.exchange_backends import Operands, make_exchange
+from sglang_shift.graph_runners import SpDecodeGraphRunner
+from sglang_shift.graphs import ModeGraphs
 from sglang_shift.layout import RankLayout
 from sglang_shift.modes import Mode
 from sglang_shift.projections import QkvProjection
@@ -32,8 +36,10 @@ logger = logging.getLogger(__name__)
 class ShiftModelRunner(ModelRunner):
     """SGLang's model runner with a base configuration beside full TP."""
 
-    # Forwards outside of `running_in` (warm-up, graph capture, autotuning) are TP.
+    # Forwards outside of `running_in` (warm-up, autotuning) are TP.
     step_mode: Mode = Mode.TP
+    capture_mode: Mode = Mode.TP
+    graphs: ModeGraphs
     weight_report: WeightReport
     weight_updater: WeightUpdater
     decode_cuda_graph_runner: Any
@@ -88,35 +94,34 @@ class ShiftModelRunner(ModelRunner):
         stock = self.weight_updater
         self.weight_updater = ShiftWeightUpdater(**{f.name: getattr(stock, f.name) for f in fields(stock)})
 
+    def init_cuda_graphs(self, *args: Any, **kwargs: Any) -> None:
+        """Capture SGLang's graphs and SP's."""
+        config = shift_config_of(self.server_args)
+        assert config is not None
+        self.graphs = ModeGraphs(self, config)
+        self.graphs.capture(partial(super().init_cuda_graphs, *args, **kwargs))
+
+    def init_decode_cuda_graph(self) -> None:
+        """Capture those of decode steps again, in both modes, where a weight update asks for it."""
+        self.graphs.capture(super().init_decode_cuda_graph, (Phase.DECODE,))
+
+    def _decode_cuda_graph_runner_cls(self) -> type:
+        return SpDecodeGraphRunner if self.capture_mode is Mode.SP else super()._decode_cuda_graph_runner_cls()
+
     @contextmanager
     def running_in(self, mode: Mode) -> Iterator[None]:
-        """Forwards inside run in ``mode``."""
+        """Forwards inside run in ``mode``, and replay its graphs."""
         self.step_mode = mode
         try:
-            yield
+            with self.graphs.used(mode):
+                yield
         finally:
             self.step_mode = Mode.TP
 
-    def decode_bucket(self, requests: int) -> int:
-        """``requests`` padded to the CUDA graph that a decode step of so many replays; itself without one."""
-        sizes = getattr(self.decode_cuda_graph_runner, "capture_bs", None) or ()
-        return min((size for size in sizes if size >= requests), default=requests)
-
     def _forward_raw(self, forward_batch: ForwardBatch, *args: Any, **kwargs: Any) -> ModelRunnerOutput:
         span = torch.profiler.record_function(f"sglang_shift {self.step_mode.value} step")
-        with span, region.step(self.step_mode, forward_batch), self._eager_if(self.step_mode is Mode.SP):
+        with span, region.step(self.step_mode, forward_batch):
             return super()._forward_raw(forward_batch, *args, **kwargs)
-
-    @contextmanager
-    def _eager_if(self, eager: bool) -> Iterator[None]:
-        """SP steps run eagerly: the CUDA graphs that SGLang captured are TP's."""
-        graphs = self.decode_cuda_graph_runner, self.prefill_cuda_graph_runner
-        if eager:
-            self.decode_cuda_graph_runner = self.prefill_cuda_graph_runner = None
-        try:
-            yield
-        finally:
-            self.decode_cuda_graph_runner, self.prefill_cuda_graph_runner = graphs
 
 
 class ShiftWeightUpdater(WeightUpdater):

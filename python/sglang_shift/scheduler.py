@@ -88,10 +88,13 @@ class ShiftScheduler(Scheduler):
         choice = self.choose_mode(batch)
         if choice is None:
             return super().run_batch(batch, *args, **kwargs)
-        with self.tp_worker.model_runner.running_in(choice.mode):
+        runner = self.tp_worker.model_runner
+        with runner.running_in(choice.mode):
             result = super().run_batch(batch, *args, **kwargs)
+        graphs = runner.graphs.of(choice.step.num_prefill_tokens > 0)
+        replayed = graphs.count(choice.mode, result.can_run_cuda_graph)
         if self.shift_reporter is not None:
-            self.shift_reporter.launched(batch.forward_iter, choice, self.tp_worker.last_lap)
+            self.shift_reporter.launched(batch.forward_iter, choice, self.tp_worker.last_lap, replayed)
         return result
 
     def choose_mode(self, batch: ScheduleBatch) -> Choice | None:
@@ -123,14 +126,16 @@ class ShiftScheduler(Scheduler):
         pending = sum(req.seqlen for req in islice(self.waiting_queue, PENDING_REQUESTS))
         if self.chunked_req is not None:
             pending += max(0, len(self.chunked_req.origin_input_ids) - (self.chunked_req.extend_end or 0))
+        bucket, sp_bucket = self.tp_worker.model_runner.graphs.of(prefill > 0).buckets(tokens)
         return StepState(
             num_tokens=tokens,
             num_prefill_tokens=prefill,
             num_running=running,
             num_waiting=len(self.waiting_queue),
             pending_prefill_tokens=pending,
-            bucket=self.tp_worker.model_runner.decode_bucket(tokens) if prefill == 0 else tokens,
+            bucket=bucket,
             kv_reads=reads,
+            sp_bucket=sp_bucket,
         )
 
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
@@ -211,6 +216,7 @@ class ShiftScheduler(Scheduler):
             "exchanged_bytes": exchange.bytes_sent,
             "weight_bytes": report.total,
             "weight_bytes_beyond_base": report.beyond_base,
+            "graphs": self.tp_worker.model_runner.graphs.report(),
         }
 
 

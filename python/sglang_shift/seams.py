@@ -54,6 +54,9 @@ _EMBEDDING = "sglang.srt.layers.vocab_parallel_embedding:"
 _UNQUANTIZED = "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod"
 _RUNNER = "sglang.srt.model_executor.model_runner:ModelRunner."
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater:WeightUpdater."
+_CAPTURE = "sglang.srt.model_executor.model_runner_components.cuda_graph_setup:"
+_DECODE_GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner."
+_PREFILL_GRAPHS = "sglang.srt.model_executor.runner.prefill_cuda_graph_runner:PrefillCudaGraphRunner."
 _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler."
 _STATE = "sglang.srt.managers.scheduler_components.internal_state:SchedulerInternalStateController."
 
@@ -112,6 +115,35 @@ SEAMS: tuple[Seam, ...] = (
          "sglang_shift.runner:ShiftModelRunner.init_weight_updater", "re-assembly after weight updates"),
     Seam("overrides", _RUNNER + "_forward_raw", "sglang_shift.runner:ShiftModelRunner._forward_raw",
          "scopes the step's mode to one forward"),
+    Seam("overrides", _RUNNER + "init_cuda_graphs", "sglang_shift.runner:ShiftModelRunner.init_cuda_graphs",
+         "captures the graphs of both modes"),
+    Seam("overrides", _RUNNER + "init_decode_cuda_graph", "sglang_shift.runner:ShiftModelRunner.init_decode_cuda_graph",
+         "captures them again after a weight update"),
+    Seam("overrides", _RUNNER + "_decode_cuda_graph_runner_cls",
+         "sglang_shift.runner:ShiftModelRunner._decode_cuda_graph_runner_cls",
+         "SGLang builds its decode graph runner of this class"),
+    Seam("replaces", _CAPTURE + "PrefillCudaGraphRunner", "sglang_shift.graph_runners:prefill_graph_runner",
+         "SGLang builds its prefill graph runner by this name"),
+    *(
+        Seam("overrides", _DECODE_GRAPHS + name, f"sglang_shift.graph_runners:SpDecodeGraphRunner.{name}", why)
+        for name, why in (
+            ("_capture_one_stream", "the groups of the base configuration communicate in a graph"),
+            ("capture_one_shape", "captures the forward in SP"),
+            ("execute", "counts the exchanges of a replay"),
+        )
+    ),
+    *(
+        Seam("overrides", _PREFILL_GRAPHS + name, f"sglang_shift.graph_runners:SpPrefillGraphRunner.{name}", why)
+        for name, why in (
+            ("_capture_one_stream", "the groups of the base configuration communicate in a graph"),
+            ("_run_forward", "captures the layers in SP"),
+            ("_execute_body_capture", "tells the exit from the region how many tokens the graph has"),
+        )
+    ),
+    Seam("overrides",
+         "sglang.srt.model_executor.runner.base_cuda_graph_runner:BaseCudaGraphRunner.cuda_graph_output_capacity_rows",
+         "sglang_shift.graph_runners:SpPrefillGraphRunner.cuda_graph_output_capacity_rows",
+         "a rank's rows are fewer than the tokens"),
     *(
         Seam("overrides", _UPDATER + name, f"sglang_shift.runner:ShiftWeightUpdater.{name}",
              "re-assembly after weight updates")
@@ -127,6 +159,13 @@ SEAMS: tuple[Seam, ...] = (
          "sums its rows by that function alone"),
     Seam("relies on", _RUNNER + "_extend_forward_kwargs", "",
          "calls the embedding for all rows where a request replaces some"),
+    Seam("relies on", _CAPTURE + "capture_decode_graph", "", "captures by the class above, and measures"),
+    Seam("relies on", _CAPTURE + "capture_prefill_graph", "", "captures by the name above, and measures"),
+    Seam("relies on", "sglang.srt.model_executor.runner.base_cuda_graph_runner:get_batch_sizes_to_capture", "",
+         "which batch sizes are captured"),
+    Seam("relies on", _PREFILL_GRAPHS + "can_replay_locally", "", "how far a prefill may be padded"),
+    Seam("relies on", "sglang.srt.distributed.parallel_state:graph_capture", "",
+         "lets SGLang's own groups communicate in a graph, with the custom all-reduce"),
     Seam("relies on", "sglang.srt.layers.linear:ColumnParallelLinear.forward", "",
          "calls column_parallel_g_matmul while sp_active"),
     Seam("relies on", "sglang.srt.layers.linear:RowParallelLinear.forward", "",

@@ -29,6 +29,7 @@ FIELDS = [
     *("shift_" + name for name in QUEUE_FIELDS),
     "shift_calibration",
     "shift_exchange",
+    "shift_graph_buckets",
 ]
 
 
@@ -112,6 +113,15 @@ class ShiftServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
             "hardware and versions, else measured now and saved. off: none, so the default policy is tokens. FILE: "
             "that file; it is measured and written if it does not exist.",
             resolvable=True,
+        ),
+        NS("shift"),
+    ] = None
+    shift_graph_buckets: A[
+        Optional[int],  # noqa: UP045
+        Arg(
+            help="CUDA graphs are captured in SP for at most so many batch sizes, and for as many sizes of prefills. "
+            "Where SGLang has more, they are thinned out evenly. 0: SP steps run eagerly. Default: all sizes that the "
+            "policy may run in SP."
         ),
         NS("shift"),
     ] = None

@@ -1,4 +1,4 @@
-"""How many tokens a step should have in SP: the prefill chunk, and the batch sizes of graphs."""
+"""How many tokens a step should have in SP: the prefill chunk, and the sizes of graphs."""
 
 from __future__ import annotations
 
@@ -113,16 +113,11 @@ def lowered_fraction(settings: Any, chunk: int, capacity: float) -> float:
     )
 
 
-def graph_batch_sizes_suit(sizes: Sequence[int], sp_size: int) -> tuple[list[int], str]:
-    """Batch sizes for graphs of SP steps, and in words why: multiples of S, so that no rank is padded.
+def graph_batch_sizes_suit(sizes: Sequence[int], sp_size: int) -> list[int]:
+    """Sizes for graphs of SP steps: multiples of S, so that no rank's rows are padding.
 
-    A size that is no multiple is rounded up: the largest batch stays covered. SGLang's default
-    sizes above S are multiples for S = 2 and 4; for S = 8, 12 is not; ``--cuda-graph-max-bs`` may
-    add one. For graphs of SP steps only: those of TP steps, all that are captured so far, need none
-    of this.
+    A size that is no multiple is rounded up: the largest batch stays covered. SGLang's default batch
+    sizes above S are multiples for S = 2 and 4; for S = 8, 12 is not; ``--cuda-graph-max-bs-decode``
+    may add one.
     """
-    suited = sorted({-(-size // sp_size) * sp_size for size in sizes})
-    changed = [size for size in sizes if size % sp_size]
-    if not changed:
-        return suited, f"every batch size is a multiple of S={sp_size}"
-    return suited, f"batch sizes {', '.join(map(str, changed))} are rounded up to multiples of S={sp_size}"
+    return sorted({-(-size // sp_size) * sp_size for size in sizes})

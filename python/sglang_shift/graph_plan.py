@@ -1,0 +1,76 @@
+"""Which CUDA graphs are captured in which mode: a pure function of what is known before the first step."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sglang_shift.config import ShiftConfig
+from sglang_shift.modes import Mode, StepState
+from sglang_shift.policies import TokenThreshold
+from sglang_shift.step_sizes import graph_batch_sizes_suit
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """The sizes of one phase's graphs, ascending: requests of a decode step, or tokens of a prefill.
+
+    Attributes:
+        ladder: SGLang's sizes. The one that a step is padded to decides its mode.
+        tp: Those of them that are captured in TP.
+        sp: What is captured in SP.
+    """
+
+    ladder: tuple[int, ...] = ()
+    tp: tuple[int, ...] = ()
+    sp: tuple[int, ...] = ()
+
+
+def plan_graphs(ladder: Sequence[int], config: ShiftConfig, exact: bool = False) -> GraphPlan:
+    """Capture each size in the modes that the policy may choose for it, and in no other.
+
+    In SP, sizes are rounded up to multiples of S: a rank's rows are as many, and there are fewer
+    graphs. Of these, ``--shift-graph-buckets`` keeps so many.
+
+    Args:
+        ladder: SGLang's sizes, ascending.
+        config: Policy, threshold, S and the bound. A policy or threshold that is set later, at run
+            time, may ask for a graph that was not captured.
+        exact: A graph serves steps of its own size only (``--disable-cuda-graph-padding``).
+    """
+    wanted = {mode: [size for size in ladder if mode in modes_of(size, config)] for mode in Mode}
+    sp = graph_batch_sizes_suit(wanted[Mode.SP], 1 if exact else config.sp_size)
+    if config.graph_buckets is not None:
+        sp = thinned(sp, config.graph_buckets)
+    return GraphPlan(tuple(ladder), tuple(wanted[Mode.TP]), tuple(sp))
+
+
+def modes_of(size: int, config: ShiftConfig) -> tuple[Mode, ...]:
+    """The modes that the policy may choose for a step that is padded to ``size``.
+
+    Both, where that depends on more than the size: on the queue, on measured times (and measuring runs
+    both), on the user's code.
+    """
+    if config.policy in (Mode.TP.value, Mode.SP.value):
+        return (Mode(config.policy),)
+    if config.policy == "tokens":
+        return (TokenThreshold(config.threshold).choose(StepState(size, bucket=size)),)
+    return tuple(Mode)
+
+
+def thinned(sizes: Sequence[int], most: int) -> list[int]:
+    """At most ``most`` of the ascending ``sizes``: evenly spread, the largest among them."""
+    kept = min(most, len(sizes))
+    return [sizes[(i + 1) * len(sizes) // kept - 1] for i in range(kept)]
+
+
+def padded(tokens: int, sizes: Sequence[int], factor: float = math.inf) -> int:
+    """``tokens`` padded to the smallest of the ascending ``sizes`` that holds them.
+
+    ``tokens`` itself where none does, or where that one is more than ``factor`` times as large: such a
+    step runs without a graph.
+    """
+    i = bisect_left(sizes, tokens)
+    return sizes[i] if i < len(sizes) and sizes[i] <= factor * tokens else tokens
