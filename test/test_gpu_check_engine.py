@@ -42,12 +42,14 @@ def test_a_server_that_does_not_start(servers, tmp_path):
     comparison = Comparison(record, "cpu", ["--model-path", demo_model_path()], vocabulary=4096, tolerance=1e-4)
     comparison.run("three ranks", ["--tp-size", "3"])
     (problem,) = record.problems
-    assert problem.startswith("three ranks: the server ended with exit code 2") and "--tp-size 3 does not divide" in problem
+    assert problem.startswith("three ranks: the server ended with exit code 2")
+    assert "--tp-size 3 does not divide" in problem
     assert (tmp_path / "engine-cpu-three-ranks.log").exists()
 
 
 def test_a_log_is_quoted_by_its_last_line():
-    assert explained(ValueError("it failed; the end of a.log:\nfirst\n  last \n")) == "it failed; the end of a.log: last"
+    error = ValueError("it failed; the end of a.log:\nfirst\n  last \n")
+    assert explained(error) == "it failed; the end of a.log: last"
     assert explained(ValueError("one line")) == "one line" and explained(ValueError()) == "ValueError"
 
 
@@ -62,7 +64,9 @@ class TestOneGpu:
         (entry_point,) = found.entry_points
         assert (entry_point.group, entry_point.name) == ("sglang.srt.platforms", variables["SGLANG_PLATFORM"])
 
-    @pytest.mark.parametrize(("version", "runs"), [((2, 30, 7), True), ((3, 0), True), ((2, 28, 9), False), ((), False)])
+    @pytest.mark.parametrize(
+        ("version", "runs"), [((2, 30, 7), True), ((3, 0), True), ((2, 28, 9), False), ((), False)]
+    )
     def test_nccl_that_can_and_that_cannot(self, version, runs, tmp_path, monkeypatch):
         monkeypatch.setattr(one_gpu, "nccl_version", lambda: version)
         if runs:

@@ -22,7 +22,7 @@ from sglang_shift.gpu_check.timing import Timer, captured
 ROWS = (1, 5, 128, 1024)
 """Tokens of a rank."""
 
-QKV, O = 1280, 1024
+QKV, OUT = 1280, 1024
 """Columns of a rank of Llama-70B on 8."""
 
 
@@ -95,7 +95,7 @@ class Trip:
         self.exchange, self.size, self.local = exchange, exchange.group.world_size, local
         self.sent = torch.empty(local, self.size * QKV, dtype=dtype, device=device)
         self.heads = torch.empty(self.size * local, QKV, dtype=dtype, device=device)
-        self.back = torch.empty(local, self.size * O, dtype=dtype, device=device)
+        self.back = torch.empty(local, self.size * OUT, dtype=dtype, device=device)
         self.fill(seed=0)
 
     def fill(self, seed: int) -> None:
@@ -106,7 +106,7 @@ class Trip:
     def run(self) -> None:
         """There: QKV's columns of this rank for all tokens. Back: O's columns of all ranks for its own tokens."""
         self.heads.copy_(self.exchange.scatter_heads(self.sent, _as_it_is, self.size * QKV))
-        self.back.copy_(self.exchange.gather_heads(self.heads[:, :O].contiguous(), _as_it_is))
+        self.back.copy_(self.exchange.gather_heads(self.heads[:, :OUT].contiguous(), _as_it_is))
 
     def right(self) -> bool:
         """Run, and compare on every rank."""
@@ -119,7 +119,7 @@ class Trip:
         dist.all_gather(everything, self.sent)
         mine = slice(dist.get_rank() * QKV, (dist.get_rank() + 1) * QKV)
         heads = torch.cat([rows[:, mine] for rows in everything])
-        back = self.sent.view(self.local, self.size, QKV)[:, :, :O].reshape(self.local, -1)
+        back = self.sent.view(self.local, self.size, QKV)[:, :, :OUT].reshape(self.local, -1)
         right = torch.equal(heads, self.heads) and torch.equal(back, self.back)
         everywhere = torch.tensor([int(right)], device=self.sent.device)
         dist.all_reduce(everywhere, dist.ReduceOp.MIN)
