@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,28 +29,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    import torch
-    from sglang_shift.demo import demo_model_path
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from sglang_shift.random_model import write_random_model
 
-    demo = Path(demo_model_path())
-    torch.manual_seed(args.seed)
-    config = LlamaConfig(
-        vocab_size=LlamaConfig.from_pretrained(demo).vocab_size,
+    parameters = write_random_model(
+        args.dir,
+        seed=args.seed,
         hidden_size=args.hidden_size,
         intermediate_size=args.intermediate_size,
         num_hidden_layers=args.layers,
         num_attention_heads=args.heads,
         num_key_value_heads=args.kv_heads,
         max_position_embeddings=args.context,
-        dtype=torch.bfloat16,
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(args.dir)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        if (demo / name).exists():
-            shutil.copy(demo / name, args.dir / name)
-    print(f"{args.dir}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} million parameters")
+    print(f"{args.dir}: {parameters / 1e6:.0f} million parameters")
 
 
 if __name__ == "__main__":

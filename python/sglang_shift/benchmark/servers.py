@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.request
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
@@ -134,7 +134,13 @@ class Server:
                 os.killpg(process.pid, number)
 
 
-def start(flags: Sequence[str], port: int, log: Path, link: Link | None = None) -> Server:
+def start(
+    flags: Sequence[str],
+    port: int,
+    log: Path,
+    link: Link | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Server:
     """Start ``sglang_shift.launch_server``, on a link one process a rank.
 
     Args:
@@ -142,31 +148,33 @@ def start(flags: Sequence[str], port: int, log: Path, link: Link | None = None) 
         port: Where to listen; 0 takes a free port.
         log: Where its output goes.
         link: Joins its ranks, each of which then counts as a node.
+        environment: Variables of its own, besides this process's.
 
     Raises:
         Failure: the port is in use.
     """
     port = claim_port(port)
     command = [sys.executable, "-m", "sglang_shift.launch_server", *flags, "--port", str(port)]
+    variables = ENVIRONMENT | dict(environment or {})
     if link is None:
-        commands = [([*command, "--host", HOST], ENVIRONMENT)]
+        commands = [([*command, "--host", HOST], variables)]
         url = f"http://{HOST}:{port}"
     else:
         nodes = ["--host", "0.0.0.0", "--nnodes", str(link.ranks), "--dist-init-addr", link.rendezvous]
         # A calibration over another link, or none, would look as if it were of this one.
         own = {"SGLANG_SHIFT_CACHE_DIR": str(log.parent.resolve() / "calibrations")}
         commands = [
-            (link.command(r, [*command, *nodes, "--node-rank", str(r)]), ENVIRONMENT | own | link.environment(r))
+            (link.command(r, [*command, *nodes, "--node-rank", str(r)]), variables | own | link.environment(r))
             for r in range(link.ranks)
         ]
         url = f"http://{link.server_address}:{port}"
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        for rank, (line, environment) in enumerate(commands):
+        for rank, (line, own_variables) in enumerate(commands):
             with (log if rank == 0 else rank_log(log, rank)).open("wb") as out:
                 processes.append(
                     subprocess.Popen(
-                        line, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                        line, stdout=out, stderr=subprocess.STDOUT, env=own_variables, start_new_session=True
                     )
                 )
     except BaseException:
@@ -176,7 +184,9 @@ def start(flags: Sequence[str], port: int, log: Path, link: Link | None = None) 
 
 
 @contextmanager
-def serving(flags: Sequence[str], port: int, log: Path, timeout: float) -> Iterator[Server]:
+def serving(
+    flags: Sequence[str], port: int, log: Path, timeout: float, environment: Mapping[str, str] | None = None
+) -> Iterator[Server]:
     """A healthy server; ended on the way out, whatever the reason.
 
     Args:
@@ -184,11 +194,12 @@ def serving(flags: Sequence[str], port: int, log: Path, timeout: float) -> Itera
         port: As in :func:`start`.
         log: As in :func:`start`.
         timeout: Seconds it may take to start.
+        environment: As in :func:`start`.
 
     Raises:
         Failure: it did not start.
     """
-    server = start(flags, port, log)
+    server = start(flags, port, log, environment=environment)
     try:
         server.wait_until_healthy(timeout)
         yield server

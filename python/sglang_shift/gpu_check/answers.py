@@ -1,0 +1,119 @@
+"""Answers of a server, and whether two servers answer the same."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+NEW_TOKENS = 16
+TOP = 5
+"""Alternatives that a server says for each token."""
+
+LONGEST = 700
+"""Tokens of the longest prompt: more than one chunk."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One finished request.
+
+    Attributes:
+        tokens: The greedy ones.
+        logprobs: Theirs.
+        alternatives: At each of these places, the likeliest tokens with their logprobs.
+        prompt_logprobs: Of the prompt's tokens, where they were asked for.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    alternatives: list[dict[int, float]]
+    prompt_logprobs: list[float]
+
+    @classmethod
+    def of(cls, body: dict[str, Any]) -> Answer:
+        """From what ``/generate`` answers."""
+        meta = body["meta_info"]
+        return cls(
+            body["output_ids"],
+            [entry[0] for entry in meta["output_token_logprobs"]],
+            [{entry[1]: entry[0] for entry in place} for place in meta["output_top_logprobs"]],
+            [entry[0] for entry in meta.get("input_token_logprobs") or () if entry[0] is not None],
+        )
+
+
+@dataclass
+class Difference:
+    """How answers differ from a reference's.
+
+    Attributes:
+        compared: Tokens that were compared.
+        ties: Answers that take another way where two tokens are as good as equally likely: the reference says
+            so itself. What follows is not compared.
+        worst: The largest difference of a logprob.
+        problems: What no rounding explains.
+    """
+
+    compared: int = 0
+    ties: int = 0
+    worst: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+
+def prompts(vocabulary: int, count: int = 12) -> list[list[int]]:
+    """Random tokens; lengths grow geometrically from 1 to :data:`LONGEST`."""
+    chance = random.Random(0)
+    lengths = [round(LONGEST ** (i / (count - 1))) for i in range(count)]
+    return [[chance.randrange(vocabulary) for _ in range(length)] for length in lengths]
+
+
+def requests(asked: list[list[int]]) -> list[dict[str, Any]]:
+    """Bodies for ``/generate``: all prompts at once, without and with logprobs of the prompts."""
+    body = {
+        "input_ids": asked,
+        "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True},
+        "return_logprob": True,
+        "top_logprobs_num": TOP,
+    }
+    return [body, body | {"logprob_start_len": 0}]
+
+
+def compare(ours: list[Answer], reference: list[Answer], tolerance: float) -> Difference:
+    """Greedy tokens and logprobs against a reference's.
+
+    Args:
+        ours: The answers.
+        reference: To the same requests.
+        tolerance: Of a logprob. As much apart may also be two tokens that are taken for equally likely.
+    """
+    found = Difference()
+    for i, (mine, theirs) in enumerate(zip(ours, reference, strict=True)):
+        _compare_prompt(found, i, mine, theirs, tolerance)
+        for place, (token, expected) in enumerate(zip(mine.tokens, theirs.tokens, strict=True)):
+            if token != expected:
+                gap = theirs.logprobs[place] - theirs.alternatives[place].get(token, float("-inf"))
+                if gap <= tolerance:
+                    found.ties += 1
+                else:
+                    found.problems.append(f"answer {i}, token {place}: {token} instead of {expected}")
+                break
+            found.compared += 1
+            where = f"answer {i}, token {place}"
+            _compare_logprob(found, where, mine.logprobs[place], theirs.logprobs[place], tolerance)
+    return found
+
+
+def _compare_prompt(found: Difference, i: int, mine: Answer, theirs: Answer, tolerance: float) -> None:
+    lengths = [len(answer.prompt_logprobs) for answer in (mine, theirs)]
+    if lengths[0] != lengths[1]:
+        found.problems.append(f"answer {i} has {lengths[0]} prompt logprobs, not {lengths[1]}")
+        return
+    for place, pair in enumerate(zip(mine.prompt_logprobs, theirs.prompt_logprobs, strict=True)):
+        _compare_logprob(found, f"prompt {i}, token {place + 1}", *pair, tolerance)
+
+
+def _compare_logprob(found: Difference, where: str, mine: float, theirs: float, tolerance: float) -> None:
+    difference = abs(mine - theirs)
+    found.worst = max(found.worst, difference)
+    if not difference <= tolerance:  # NaN too
+        found.problems.append(f"{where}: a logprob of {mine:.4f} instead of {theirs:.4f}")

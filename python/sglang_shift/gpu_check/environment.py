@@ -1,0 +1,60 @@
+"""What the figures depend on: GPUs, driver, versions. Nothing here makes a CUDA context."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "triton", "flashinfer-python", "sglang", "sglang-kernel", "transformers", "sglang_shift")
+
+
+def gpus() -> int:
+    """How many CUDA GPUs there are."""
+    return torch.cuda.device_count() if torch.version.cuda and torch.cuda.is_available() else 0
+
+
+def no_gpu() -> str:
+    """Why there is none."""
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    return f"no CUDA GPU: PyTorch {torch.__version__}, built {built}, finds none"
+
+
+def describe() -> dict[str, Any]:
+    """GPUs with their driver, and versions; None where one is not installed as a package."""
+    return {
+        "GPUs": nvidia_smi("name,memory.total,driver_version"),
+        "Python": platform.python_version(),
+        "CUDA": torch.version.cuda,
+        "NCCL": ".".join(map(str, nccl_version())),
+        **{package: version_of(package) for package in PACKAGES},
+    }
+
+
+def nvidia_smi(fields: str) -> list[str]:
+    """A line for each GPU; none where there is no nvidia-smi, or it fails."""
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return []
+    command = [tool, f"--query-gpu={fields}", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+def nccl_version() -> tuple[int, ...]:
+    """Of the NCCL that PyTorch has loaded, preloaded ones included; empty where it has none."""
+    try:
+        return tuple(torch.cuda.nccl.version())
+    except (AttributeError, RuntimeError, TypeError):  # a PyTorch without NCCL
+        return ()
+
+
+def version_of(package: str) -> str | None:
+    """An installed package's version."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

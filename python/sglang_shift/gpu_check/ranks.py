@@ -1,0 +1,63 @@
+"""One process for each rank of a group, without SGLang."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+class RankGroup:
+    """What the exchange needs of SGLang's ``GroupCoordinator``, over PyTorch's default group."""
+
+    def __init__(self) -> None:
+        self.world_size, self.rank_in_group = dist.get_world_size(), dist.get_rank()
+        self.device_group = dist.group.WORLD
+
+    def all_to_all_single(self, output: torch.Tensor, input: torch.Tensor) -> None:
+        """Block i of ``input`` goes to rank i; block j of ``output`` came from rank j."""
+        dist.all_to_all_single(output, input)
+
+
+def run_ranks(function: Callable[..., Any], devices: list[str], backend: str, *args: Any) -> Any:
+    """Run ``function(device, *args)`` on every rank of a new group.
+
+    Args:
+        function: Of a module, so that the processes find it.
+        devices: Of the ranks, in order.
+        backend: Of the group.
+        args: The same for all.
+
+    Returns:
+        What rank 0 returned: a JSON value.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: with what a rank raised.
+    """
+    with TemporaryDirectory(prefix="sglang_shift_") as folder:
+        given = devices, backend, folder, function, args
+        mp.start_processes(_main, given, len(devices), daemon=True, start_method="spawn")
+        return json.loads(Path(folder, "result").read_text())
+
+
+def _main(
+    rank: int, devices: list[str], backend: str, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    device = torch.device(devices[rank])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    dist.init_process_group(backend, f"file://{folder}/store", rank=rank, world_size=len(devices))
+    try:
+        result = function(device, *args)
+        if rank == 0:
+            Path(folder, "result").write_text(json.dumps(result))
+    finally:
+        dist.destroy_process_group()
