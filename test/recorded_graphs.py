@@ -127,6 +127,7 @@ class RecordedAttention(TorchNativeAttnBackend):
 
 def record_graphs() -> None:
     """Let SGLang capture on this process's CPU; once, and for good."""
+
     @contextmanager
     def on_no_stream(stream: Any = None) -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(stream=stream)

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from recorded_graphs import run_model_ranks
-from sglang.benchmark.one_batch import TreeCacheNamespace, decode, extend, prepare_synthetic_inputs_for_latency_test
-from sglang.srt.model_executor.cuda_graph_config import Phase
+from sglang.benchmark.one_batch import decode, extend, prepare_synthetic_inputs_for_latency_test
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 from sglang.srt.model_executor.runner import EagerRunner
 from sglang.srt.runtime_context import get_context
@@ -21,7 +20,16 @@ from sglang_shift.region import region
 
 SIZES = [
     *("--cuda-graph-bs-decode", "1", "2", "3", "4", "6", "--cuda-graph-bs-prefill", "4", "8", "13", "24"),
-    *("--cuda-graph-backend-prefill", "breakable", "--max-total-tokens", "2048", "--max-running-requests", "8", "--attention-backend", "recorded"),
+    *(
+        "--cuda-graph-backend-prefill",
+        "breakable",
+        "--max-total-tokens",
+        "2048",
+        "--max-running-requests",
+        "8",
+        "--attention-backend",
+        "recorded",
+    ),
 ]
 BOTH = [*SIZES, "--enable-shift-parallel", "--shift-policy", "queue-depth"]
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -103,7 +111,9 @@ def check_replays(runner):
             assert exchange.calls - before == (2 * layers * 3 if mode is Mode.SP else 0)
     # A prefill whose exit gathers more than it did for the step before, and less.
     for lengths in ([3, 3], [11], [1, 1, 1, 1]):
-        assert same(run(runner, runner.running_in(Mode.SP), lengths)[0], run(runner, eager(runner, Mode.TP), lengths)[0])
+        assert same(
+            run(runner, runner.running_in(Mode.SP), lengths)[0], run(runner, eager(runner, Mode.TP), lengths)[0]
+        )
     assert runner.decode_cuda_graph_runner is not runner.graphs.of(False).sp_runner, "TP's again, outside of a step"
     check_bytes(runner, exchange)
 

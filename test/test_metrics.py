@@ -94,7 +94,11 @@ def test_steps_and_tokens(value):
 
 def test_a_step_that_found_no_graph_counts_and_one_without_graphs_does_not(value):
     assert value("eager_steps_total", mode="sp", phase="mixed") == 1
-    assert value("eager_steps_total", mode="tp", phase="decode") == value("eager_steps_total", mode="sp", phase="prefill") == 0
+    assert (
+        value("eager_steps_total", mode="tp", phase="decode")
+        == value("eager_steps_total", mode="sp", phase="prefill")
+        == 0
+    )
 
 
 def test_counters_start_at_zero(value):

@@ -191,7 +191,7 @@ class TestSearch:
         assert "too little memory" in report.table(plan.layouts, plan.best)
 
     def test_what_fits_nowhere_is_refused(self):
-        with pytest.raises(ShiftError, match="does not fit 1 x H100: .* longest request .110 tokens; the most is 0"):
+        with pytest.raises(ShiftError, match=r"does not fit 1 x H100: .* longest request .110 tokens; the most is 0"):
             search(LLAMA, gpus()["H100"], 1, [Request(0.0, 100, 10)])
 
     def test_flags(self):

@@ -103,9 +103,7 @@ class TestGemms:
 
     def test_a_rank_reads_its_share_of_the_weights_in_tp_and_that_of_its_base_tp_in_sp(self):
         on = gpu(Gemm(0.0, 1.0, 1e300, 1))
-        rows = {
-            mode: times(on, 4, 2, model={"weights": "fp8"}).parts(mode, "prefill", 2)["gemm"] for mode in Mode
-        }
+        rows = {mode: times(on, 4, 2, model={"weights": "fp8"}).parts(mode, "prefill", 2)["gemm"] for mode in Mode}
         share = {Mode.TP: 4, Mode.SP: 2}
         for mode, m in ((Mode.TP, 2), (Mode.SP, 1)):
             shards = SMALL.shards(share[mode])

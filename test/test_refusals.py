@@ -46,7 +46,10 @@ def test_defaults_with_shift():
     [
         ({"shift_threshold": 20}, ShiftConfig(2, 2, True, "tokens", 20)),
         ({"shift_calibration": "off"}, ShiftConfig(2, 2, True, "tokens")),
-        ({"shift_exchange": "collective"}, ShiftConfig(2, 2, True, "calibrated", calibration="auto", exchange="collective")),
+        (
+            {"shift_exchange": "collective"},
+            ShiftConfig(2, 2, True, "calibrated", calibration="auto", exchange="collective"),
+        ),
         ({"shift_calibration": "here.json"}, ShiftConfig(2, 2, True, "calibrated", calibration="here.json")),
         (
             {"shift_policy": "queue-depth", "shift_enter_requests": 8, "shift_leave_requests": 8},

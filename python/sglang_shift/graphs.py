@@ -47,7 +47,7 @@ class PhaseGraphs:
         missed: Steps that found no graph, and ran eagerly, by mode.
     """
 
-    plan: GraphPlan = GraphPlan()
+    plan: GraphPlan = field(default_factory=GraphPlan)
     factor: float = float("inf")
     sp_runner: Any = None
     sp_gib: float = 0.0

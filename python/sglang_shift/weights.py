@@ -144,7 +144,7 @@ def reserve(param: torch.nn.Parameter, parallel: SequenceParallel, dim: int) -> 
     shape[dim] *= parallel.layout.sp_size
     base = shard.new_empty(shape)
     param.data = base.narrow(dim, parallel.sp_index * shard.shape[dim], shard.shape[dim]).copy_(shard)
-    param.ulysses_base = base  # type: ignore[attr-defined]
+    param.ulysses_base = base
 
 
 def _problem_with(linear: Any, *, known: bool) -> str | None:

@@ -188,9 +188,7 @@ def by_prompt_length(comparison: Comparison) -> Figure | None:
     workloads = comparison.of_kind("single")
     if not workloads:
         return None
-    figure, axes = panels(
-        "One request at a time: p50 by prompt length (median, min to max over the rounds)", 1, 3, 4.2
-    )
+    figure, axes = panels("One request at a time: p50 by prompt length (median, min to max over the rounds)", 1, 3, 4.2)
     for ax, (latency, name) in zip(axes, LATENCIES.items(), strict=True):
         for contender, style in styles(comparison.contenders).items():
             found = {comparison.x[w]: comparison.spread(contender, w, f"{latency}_p50") for w in workloads}

@@ -42,12 +42,13 @@ EXPECTED = {"tp": {"tp"}, "sp": {"sp"}, "shift": {"tp", "sp"}}
 
 START_SECONDS, ANSWER_SECONDS = 150, 120
 
-COMMON = (
-    "--dtype bfloat16 --sampling-backend pytorch --mem-fraction-static 0.3 --max-total-tokens 16384 "
-    "--max-running-requests 16 --chunked-prefill-size 512 --skip-server-warmup --random-seed 0"
-).split()
-GRAPHS = "--cuda-graph-max-bs-decode 16 --cuda-graph-max-bs-prefill 512".split()
-EAGER = "--cuda-graph-backend-decode disabled --cuda-graph-backend-prefill disabled".split()
+COMMON = [
+    *("--dtype", "bfloat16", "--sampling-backend", "pytorch", "--mem-fraction-static", "0.3"),
+    *("--max-total-tokens", "16384", "--max-running-requests", "16", "--chunked-prefill-size", "512"),
+    *("--skip-server-warmup", "--random-seed", "0"),
+]
+GRAPHS = ["--cuda-graph-max-bs-decode", "16", "--cuda-graph-max-bs-prefill", "512"]
+EAGER = ["--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"]
 SHARING = ["--disable-custom-all-reduce"]
 """It maps memory between GPUs."""
 

@@ -74,7 +74,7 @@ def measure(
 
 def _time(record: Record, said: dict[str, object], x: torch.Tensor, weight: torch.Tensor, timer: Timer) -> float:
     """Seconds of one product."""
-    matrix, rows = Matrix(*weight.shape, weight.stride(0)), x.shape[0]
+    matrix, rows = Matrix(weight.shape[0], weight.shape[1], weight.stride(0)), x.shape[0]
     seconds = timer.seconds(lambda: product(x, weight))
     record.row(
         **said,
@@ -99,8 +99,8 @@ def _time_view(
     except RuntimeError as error:
         record.row(**said, held="view", refused=" ".join(str(error).split())[:200])
         return None
-    if not (error := error_of(found, product(x, copy))) <= TOLERANCE:
-        record.problem(f"{said}: the view's product differs by {error:.2g} of its norm from the copy's")
+    if not (off := error_of(found, product(x, copy))) <= TOLERANCE:
+        record.problem(f"{said}: the view's product differs by {off:.2g} of its norm from the copy's")
     return _time(record, {**said, "held": "view"}, x, view, timer) / copy_seconds
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def capture(record: Record, deployment: Deployment, device: torch.device) -> lis
         free, start = _free(device), time.perf_counter()
         for stack in stacks:
             x = stack.input(mode)
-            graph, output = captured(lambda stack=stack, x=x, mode=mode: stack.run(x, mode), pool)
+            graph, output = captured(partial(stack.run, x, mode), pool)
             found.append(Captured(stack.batch, mode, stack, graph, x, output))
         seconds, taken = time.perf_counter() - start, free - _free(device)
         said = {"deployment": deployment.name, "mode": mode.value}

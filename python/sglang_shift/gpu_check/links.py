@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,6 +53,10 @@ def sweep(device: torch.device) -> list[Row]:
     return [*rows, *_measure("SGLang's all-reduce", custom.custom_all_reduce, timer, custom)]
 
 
+def _repeat(call: Callable[[torch.Tensor], Any], x: torch.Tensor, calls: int) -> list[Any]:
+    return [call(x) for _ in range(calls)]
+
+
 def _measure(name: str, call: Callable[[torch.Tensor], Any], timer: Timer, custom: Any = None) -> Iterator[Row]:
     world = dist.get_world_size()
     for size in SIZES:
@@ -62,7 +67,7 @@ def _measure(name: str, call: Callable[[torch.Tensor], Any], timer: Timer, custo
             continue
         calls = MANY if size < SMALL else FEW
         with nullcontext() if custom is None else custom.capture():
-            graph, _ = captured(lambda x=x, calls=calls: [call(x) for _ in range(calls)])
+            graph, _ = captured(partial(_repeat, call, x, calls))
         seconds = timer.seconds(graph.replay) / calls
         row: Row = {"operation": name, "ranks": world, "bytes": size, "us": round(1e6 * seconds, 2)}
         yield row | {"bus_gb_per_s": round(bus_share(name, world) * size / seconds / 1e9, 2)}

@@ -69,5 +69,6 @@ def read(path: Path) -> tuple[Record, dict[str, str] | None]:
         if kind == "end":
             end = value
         else:
-            {"row": record.rows, "note": record.notes, "problem": record.problems}[kind].append(value)
+            kept: dict[str, list[Any]] = {"row": record.rows, "note": record.notes, "problem": record.problems}
+            kept[kind].append(value)
     return record, end

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from sglang_shift.benchmark.link_rate import TARGETS
-from sglang_shift.modes import Mode
 from sglang_shift.plan.hardware import NODE, gpus
 from sglang_shift.plan.memory import memory
 from sglang_shift.plan.model import Model
