@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from sglang.srt.arg_groups.overrides import resolution_result
 from sglang_shift.config import ShiftConfig, shift_config_of
 from sglang_shift.demo import demo_model_path
 from sglang_shift.errors import Refused, ShiftError
+from sglang_shift.gemm_backend import SPLIT_K, suit_gemm_backend
 from sglang_shift.launch_server import resolve
 from sglang_shift.refusals import ARCHITECTURES, FEATURES, check_flags, check_model
 from sglang_shift.server_args import ShiftServerArgs, names_model, prepare_server_args
@@ -171,3 +174,17 @@ def test_the_allowlist_is_the_tested_families():
     from test_architectures import FAMILIES
 
     assert set(FAMILIES) == set(ARCHITECTURES)
+
+
+def test_split_k_products_are_switched_off_where_sglang_has_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    monkeypatch.delenv(SPLIT_K, raising=False)
+    suit_gemm_backend("cpu")
+    assert SPLIT_K not in os.environ
+    suit_gemm_backend("cuda")
+    assert os.environ[SPLIT_K] == "0"
+    monkeypatch.setenv(SPLIT_K, "1")
+    with pytest.raises(Refused, match=f"{SPLIT_K}=1 cannot be combined"):
+        suit_gemm_backend("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    suit_gemm_backend("cuda")

@@ -14,6 +14,7 @@ from sglang.srt.server_args import ServerArgs
 from sglang_shift.config import DEFAULT_THRESHOLD, QUEUE_FIELDS, policies_using, shift_config_of
 from sglang_shift.demo import demo_model_path
 from sglang_shift.exchange_backends import BACKENDS, check_exchange
+from sglang_shift.gemm_backend import suit_gemm_backend
 from sglang_shift.policies import POLICIES, QueueDepth
 from sglang_shift.refusals import check_flags, check_model
 from sglang_shift.sizing import AUTO, auto_sp_size, check_sp_size, parse_sp_size
@@ -178,6 +179,7 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
         choice = auto_sp_size(server_args)
         sp_size = choice.sp_size
         logger.info("sglang_shift: --sp-size auto: %s", choice.reason)
+    suit_gemm_backend(settings.device)
     check_exchange(config.exchange, settings.device, sp_size, settings.nnodes)
     if config.policy != "tp":
         suited = suit_chunk_size(server_args, sp_size)

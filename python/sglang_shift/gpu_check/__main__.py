@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
         outcomes.append(outcome)
         report.write(args.out, described, outcomes)
         print(report.line(outcome), flush=True)
-    print(f"\n{report.last_line(outcomes)}; {args.out / report.FILE}")
+    print(f"\n{report.totals(outcomes)}; {args.out / report.FILE}")
     return report.exit_code(outcomes)
 
 

@@ -61,6 +61,7 @@ class Record:
 def read(path: Path) -> tuple[Record, dict[str, str] | None]:
     """What a check wrote, and its last line; None where it did not get there."""
     record, end = Record(), None
+    kept: dict[str, list[Any]] = {"row": record.rows, "note": record.notes, "problem": record.problems}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             ((kind, value),) = json.loads(line).items()
@@ -69,6 +70,5 @@ def read(path: Path) -> tuple[Record, dict[str, str] | None]:
         if kind == "end":
             end = value
         else:
-            kept: dict[str, list[Any]] = {"row": record.rows, "note": record.notes, "problem": record.problems}
             kept[kind].append(value)
     return record, end

@@ -38,7 +38,7 @@ def _indented(text: str) -> str:
     return textwrap.fill(text, WIDTH, initial_indent="    ", subsequent_indent="    ")
 
 
-def last_line(outcomes: Sequence[Outcome]) -> str:
+def totals(outcomes: Sequence[Outcome]) -> str:
     """How many passed, failed and were skipped."""
     counts = {status: sum(o.status == status for o in outcomes) for status in ("passed", "failed", "skipped")}
     return ", ".join(f"{n} {status}" for status, n in counts.items())

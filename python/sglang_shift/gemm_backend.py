@@ -1,0 +1,39 @@
+"""Which of SGLang's matrix products can read a TP shard that is a slice of columns of its base weight."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from sglang_shift.errors import Refused
+
+logger = logging.getLogger(__name__)
+
+SPLIT_K = "SGLANG_ENABLE_BF16_SPLITK_GEMM"
+BLACKWELL = 10
+"""Major compute capability of the GPUs that SGLang uses split-K products on."""
+
+
+def suit_gemm_backend(device: str) -> None:
+    """Switch off what cannot: the split-K products for few rows, whose FlashInfer kernels want packed weights.
+
+    Set in the environment, which every rank's process inherits. All other products take a row stride or
+    fall back to one that does.
+
+    Args:
+        device: ``cuda``, ``cpu``, ...
+
+    Raises:
+        Refused: they were asked for.
+    """
+    if device != "cuda" or torch.cuda.get_device_capability()[0] != BLACKWELL:
+        return
+    if os.environ.get(SPLIT_K, "0").lower() not in ("0", "false"):
+        raise Refused(
+            f"{SPLIT_K}={os.environ[SPLIT_K]} cannot be combined with sequence parallelism: those products want weights "
+            "that are not slices of larger ones; leave it out"
+        )
+    os.environ[SPLIT_K] = "0"
+    logger.info("sglang_shift: %s=0, as TP shards are slices of the base weights", SPLIT_K)
