@@ -21,7 +21,8 @@ from sglang_shift.region import region
 
 SIZES = [
     *("--cuda-graph-bs-decode", "1", "2", "3", "4", "6", "--cuda-graph-bs-prefill", "4", "8", "13", "24"),
-    *("--cuda-graph-backend-prefill", "breakable", "--max-total-tokens", "2048", "--max-running-requests", "8", "--attention-backend", "recorded"),
+    *("--cuda-graph-backend-prefill", "breakable", "--attention-backend", "recorded"),
+    *("--max-total-tokens", "2048", "--max-running-requests", "8"),
 ]
 BOTH = [*SIZES, "--enable-shift-parallel", "--shift-policy", "queue-depth"]
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
