@@ -20,16 +20,8 @@ from sglang_shift.region import region
 
 SIZES = [
     *("--cuda-graph-bs-decode", "1", "2", "3", "4", "6", "--cuda-graph-bs-prefill", "4", "8", "13", "24"),
-    *(
-        "--cuda-graph-backend-prefill",
-        "breakable",
-        "--max-total-tokens",
-        "2048",
-        "--max-running-requests",
-        "8",
-        "--attention-backend",
-        "recorded",
-    ),
+    *("--cuda-graph-backend-prefill", "breakable", "--attention-backend", "recorded"),
+    *("--max-total-tokens", "2048", "--max-running-requests", "8"),
 ]
 BOTH = [*SIZES, "--enable-shift-parallel", "--shift-policy", "queue-depth"]
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -111,9 +103,7 @@ def check_replays(runner):
             assert exchange.calls - before == (2 * layers * 3 if mode is Mode.SP else 0)
     # A prefill whose exit gathers more than it did for the step before, and less.
     for lengths in ([3, 3], [11], [1, 1, 1, 1]):
-        assert same(
-            run(runner, runner.running_in(Mode.SP), lengths)[0], run(runner, eager(runner, Mode.TP), lengths)[0]
-        )
+        assert same(run(runner, runner.running_in(Mode.SP), lengths)[0], run(runner, eager(runner, Mode.TP), lengths)[0])
     assert runner.decode_cuda_graph_runner is not runner.graphs.of(False).sp_runner, "TP's again, outside of a step"
     check_bytes(runner, exchange)
 
