@@ -22,6 +22,7 @@ from harness import free_port
 from sglang.srt.arg_groups.choices import add_attention_backend_choices
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.layers.dp_attention import DpPaddingMode
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.model_runner_components import cuda_graph_setup
@@ -94,6 +95,7 @@ class RecordedPrefill(BreakableCudaGraphBackend):
     def replay(self, shape_key: Any, static_forward_batch: Any, **kwargs: Any) -> torch.Tensor:
         runner, rows = self._cuda_graph_runner, self._graphs[shape_key]
         assert len(static_forward_batch.input_ids) == shape_key.size
+        static_forward_batch.dp_padding_mode = DpPaddingMode.get_default_mode_in_cuda_graph()  # as in a capture
         patched, runner.layer_model.forward = runner.layer_model.forward, self._forward
         try:
             with no_python():
@@ -132,6 +134,7 @@ def record_graphs() -> None:
     def on_no_stream(stream: Any = None) -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(stream=stream)
 
+    torch.cpu.is_current_stream_capturing = lambda: False  # type: ignore[attr-defined]
     ShiftCpuPlatform.capabilities = PlatformCapabilities(graph_capture=True)
     ShiftCpuPlatform.get_graph_runner_cls = lambda self: lambda runner: runner._decode_cuda_graph_runner_cls()(runner)  # type: ignore[method-assign,return-value]
     # Graphs of the CPU, as SGLang has them, are torch.compile's, and so it asks for that.

@@ -140,9 +140,10 @@ def check_assembly(rank: int, world: int, sp: int) -> None:
     members = layout.sp_groups()[layout.base_tp_index(rank)]
 
     def shard_of(r: int, offset: float = 0.0) -> torch.Tensor:
-        return torch.arange(12.0).view(3, 4) + 100 * r + offset
+        return torch.arange(32.0).view(8, 4) + 100 * r + offset
 
     for dim in (0, 1):
+        group.outputs.clear()
         param = torch.nn.Parameter(shard_of(rank), requires_grad=False)
         base = _grown(param, parallel, dim)
         assert torch.equal(base, torch.cat([shard_of(r) for r in members], dim))

@@ -34,7 +34,7 @@ class StandIn:
         assert heads % size == 0
         blocks = x.view(batch, tokens, size, heads // size, width).permute(2, 0, 1, 3, 4).contiguous()
         received = self._all_to_all(blocks)
-        return received.transpose(0, 1).reshape(batch, size * tokens, heads // size, width)
+        return received.transpose(0, 1).reshape(batch, size * tokens, heads // size, width).contiguous()
 
     def gather_heads(self, x, *, out=None, workspace=None):
         batch, tokens, heads, width = self._checked(x, workspace, "gather_heads")
@@ -42,7 +42,7 @@ class StandIn:
         assert tokens % size == 0
         blocks = x.view(batch, size, tokens // size, heads, width).transpose(0, 1).contiguous()
         received = self._all_to_all(blocks)
-        return received.permute(1, 2, 0, 3, 4).reshape(batch, tokens // size, size * heads, width)
+        return received.permute(1, 2, 0, 3, 4).reshape(batch, tokens // size, size * heads, width).contiguous()
 
     def close(self):
         self.closed += 1

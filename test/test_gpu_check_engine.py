@@ -10,8 +10,11 @@ from importlib.metadata import distributions
 import pytest
 from sglang_shift.demo import demo_model_path
 from sglang_shift.gpu_check import one_gpu
-from sglang_shift.gpu_check.engine import Comparison, explained
+from sglang_shift.gpu_check.answers import prompts
+from sglang_shift.gpu_check.engine import EXPECTED, REQUESTS, THRESHOLDS, Comparison, explained
 from sglang_shift.gpu_check.record import Record, Skip
+from sglang_shift.modes import StepState
+from sglang_shift.policies import TokenThreshold
 
 
 @pytest.mark.server
@@ -19,7 +22,7 @@ def test_two_ranks_answer_as_one(servers, tmp_path):
     servers.stop()
     record = Record(folder=tmp_path)
     flags = ["--model-path", demo_model_path(), "--dtype", "float32", "--max-total-tokens", "16384"]
-    flags += ["--chunked-prefill-size", "512", "--max-running-requests", "16"]
+    flags += ["--chunked-prefill-size", "512", "--max-running-requests", str(REQUESTS)]
     comparison = Comparison(record, "cpu", flags, vocabulary=4096, tolerance=1e-4)
     comparison.take_reference([])
     comparison.run("two ranks", ["--tp-size", "2"])
@@ -45,6 +48,16 @@ def test_a_server_that_does_not_start(servers, tmp_path):
     assert problem.startswith("three ranks: the server ended with exit code 2")
     assert "--tp-size 3 does not divide" in problem
     assert (tmp_path / "engine-cpu-three-ranks.log").exists()
+
+
+@pytest.mark.parametrize("mode", THRESHOLDS)
+def test_each_threshold_gives_the_modes_that_are_expected(mode):
+    asked = prompts(4096)
+    assert len(asked) <= REQUESTS, "they are to decode at once"
+    prefill = StepState(len(asked[-1]), num_prefill_tokens=len(asked[-1]))
+    decode = StepState(len(asked), num_running=len(asked), bucket=REQUESTS)
+    policy = TokenThreshold(THRESHOLDS[mode])
+    assert {policy.choose(step).value for step in (prefill, decode)} == EXPECTED[mode]
 
 
 def test_a_log_is_quoted_by_its_last_line():

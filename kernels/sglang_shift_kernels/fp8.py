@@ -61,7 +61,8 @@ def quantize_kernel(
     value = tl.load(x, in_blocks & (row_of_all < tokens), other=0).to(tl.float32)
     largest = tl.maximum(tl.max(tl.abs(value), 1, keep_dims=True), SMALLEST)
     scale = (largest.to(tl.int32, bitcast=True) & EXPONENT_BITS) - HEADROOM_BITS
-    value *= (RECIPROCAL_BITS - scale).to(tl.float32, bitcast=True)
+    # Not `RECIPROCAL_BITS - scale`: a constant to the left of a tensor makes Triton 3.8's interpreter fail.
+    value *= (-scale + RECIPROCAL_BITS).to(tl.float32, bitcast=True)
     tl.store(elements + row_of_all * (width + 4 * SCALE_FLOATS) + column, value.to(tl.float8e4nv), in_blocks)
     scales += row_of_all * (width // 4 + SCALE_FLOATS) + width // 4 + tl.arange(0, SCALE_FLOATS)[None, :]
     tl.store(scales, scale.to(tl.float32, bitcast=True), row < rows)

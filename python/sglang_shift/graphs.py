@@ -122,7 +122,7 @@ class ModeGraphs:
             self.phases[phase].sp_runner = None  # captured again: its memory is needed
         # The one buffer for logits is as large as the largest graph of either set.
         with limited({phase: plan.tp + plan.sp for phase, plan in plans.items()}):
-            logits = GraphSharedOutput.create_for_model_runner(runner)
+            logits = runner.graph_shared_output = GraphSharedOutput.create_for_model_runner(runner)
         with limited({phase: plan.tp for phase, plan in plans.items()}):
             capture_tp()
         runner.graph_shared_output = logits

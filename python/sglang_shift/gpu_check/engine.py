@@ -34,7 +34,10 @@ VOCABULARY = 4096
 TOLERANCE = 0.1
 """Of a logprob in bfloat16. This model's logits spread over about 0.6: exchanged heads differ by as much."""
 
-THRESHOLDS = {"tp": 10**9, "sp": 0, "shift": 8}
+REQUESTS = 16
+"""At most at once: no decode step has more tokens, nor do CUDA graphs pad it to more."""
+
+THRESHOLDS = {"tp": 10**9, "sp": 0, "shift": REQUESTS}
 """Of the policy ``tokens``: no step, every step, or prompts only are above it."""
 
 EXPECTED = {"tp": {"tp"}, "sp": {"sp"}, "shift": {"tp", "sp"}}
@@ -44,10 +47,10 @@ START_SECONDS, ANSWER_SECONDS = 150, 120
 
 COMMON = [
     *("--dtype", "bfloat16", "--sampling-backend", "pytorch", "--mem-fraction-static", "0.3"),
-    *("--max-total-tokens", "16384", "--max-running-requests", "16", "--chunked-prefill-size", "512"),
+    *("--max-total-tokens", "16384", "--max-running-requests", str(REQUESTS), "--chunked-prefill-size", "512"),
     *("--skip-server-warmup", "--random-seed", "0"),
 ]
-GRAPHS = ["--cuda-graph-max-bs-decode", "16", "--cuda-graph-max-bs-prefill", "512"]
+GRAPHS = ["--cuda-graph-max-bs-decode", str(REQUESTS), "--cuda-graph-max-bs-prefill", "512"]
 EAGER = ["--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"]
 SHARING = ["--disable-custom-all-reduce"]
 """It maps memory between GPUs."""

@@ -108,7 +108,8 @@ def plot(plan: Plan, title: str, path: Path) -> None:
     Raises:
         ShiftError: matplotlib is not installed.
     """
-    figure, axes = panels(title, 1, 2, 4.4)
+    caption = "lower and further right is better; P/S beside each layout, the plan ringed"
+    figure, axes = panels(f"{title}\n{caption}", 1, 2, 4.4)
     tried = {o.candidate: o for o in (*plan.layouts, *plan.settings) if o.metrics}
     for ax, metric, label in zip(axes, ("mean_ttft", "mean_tpot"), ("TTFT", "TPOT"), strict=True):
         points = {candidate: (o.peak, 1e3 * o.metrics[metric]) for candidate, o in tried.items()}
@@ -121,7 +122,8 @@ def plot(plan: Plan, title: str, path: Path) -> None:
         ax.set_xlabel("peak prompt and output tokens/s")
         ax.set_ylabel(f"mean {label}, ms")
         ax.set_yscale("log")
-        ax.set_title("lower and further right is better; P/S beside each layout, the plan ringed", fontsize=8)
+        for set_format in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+            set_format("{x:g}")
         ax.margins(0.15, 0.2)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS), frameon=False)
     figure.savefig(path, dpi=DPI)
