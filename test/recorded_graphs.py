@@ -24,6 +24,7 @@ from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.dp_attention import DpPaddingMode
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, check_cuda_graph_backend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.model_runner_components import cuda_graph_setup
 from sglang.srt.model_executor.runner import decode_cuda_graph_runner, prefill_cuda_graph_runner
@@ -137,8 +138,10 @@ def record_graphs() -> None:
     torch.cpu.is_current_stream_capturing = lambda: False  # type: ignore[attr-defined]
     ShiftCpuPlatform.capabilities = PlatformCapabilities(graph_capture=True)
     ShiftCpuPlatform.get_graph_runner_cls = lambda self: lambda runner: runner._decode_cuda_graph_runner_cls()(runner)  # type: ignore[method-assign,return-value]
-    # Graphs of the CPU, as SGLang has them, are torch.compile's, and so it asks for that.
-    cuda_graph_setup.get_flags = lambda: SimpleNamespace(capture=SimpleNamespace(enable_torch_compile=True))  # type: ignore[assignment]
+    # On a CPU, SGLang asks for torch.compile where it asks on a GPU whether graphs are disabled.
+    cuda_graph_setup.get_flags = lambda: SimpleNamespace(  # type: ignore[assignment]
+        capture=SimpleNamespace(enable_torch_compile=not check_cuda_graph_backend(Phase.DECODE, Backend.DISABLED))
+    )
     ForwardMode.is_cpu_graph = ForwardMode.is_cuda_graph  # type: ignore[method-assign]
     decode_cuda_graph_runner.resolve_decode_backend = RecordedDecode  # type: ignore[assignment]
     prefill_cuda_graph_runner.resolve_prefill_backend = RecordedPrefill  # type: ignore[assignment]

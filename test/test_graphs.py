@@ -103,7 +103,9 @@ def check_replays(runner):
             assert exchange.calls - before == (2 * layers * 3 if mode is Mode.SP else 0)
     # A prefill whose exit gathers more than it did for the step before, and less.
     for lengths in ([3, 3], [11], [1, 1, 1, 1]):
-        assert same(run(runner, runner.running_in(Mode.SP), lengths)[0], run(runner, eager(runner, Mode.TP), lengths)[0])
+        assert same(
+            run(runner, runner.running_in(Mode.SP), lengths)[0], run(runner, eager(runner, Mode.TP), lengths)[0]
+        )
     assert runner.decode_cuda_graph_runner is not runner.graphs.of(False).sp_runner, "TP's again, outside of a step"
     check_bytes(runner, exchange)
 
