@@ -37,8 +37,8 @@ def test_same_tokens_and_logprobs(server, reference, mode, concurrency):
         for what in ("replayed", "missed")
     }
     assert sum(grown.values()) == steps[mode], "each step is counted"
-    assert grown["decode", "replayed"] > 0 and grown["prefill", "replayed"] > 0
+    assert grown["prefill", "replayed"] > 0
     if concurrency == 1:
-        assert grown["decode", "missed"] == 0
+        assert grown["decode", "replayed"] > 0 and grown["decode", "missed"] == 0
     else:
         assert grown["decode", "missed"] > 0, "more requests than the largest graph has"

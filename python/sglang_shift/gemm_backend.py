@@ -32,8 +32,8 @@ def suit_gemm_backend(device: str) -> None:
         return
     if os.environ.get(SPLIT_K, "0").lower() not in ("0", "false"):
         raise Refused(
-            f"{SPLIT_K}={os.environ[SPLIT_K]} cannot be combined with sequence parallelism: those products want weights "
-            "that are not slices of larger ones; leave it out"
+            f"{SPLIT_K}={os.environ[SPLIT_K]} cannot be combined with sequence parallelism: those products want "
+            "weights that are not slices of larger ones; leave it out"
         )
     os.environ[SPLIT_K] = "0"
     logger.info("sglang_shift: %s=0, as TP shards are slices of the base weights", SPLIT_K)
