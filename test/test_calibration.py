@@ -198,7 +198,11 @@ class FakeScheduler:
     )
     req_to_token_pool = SimpleNamespace(available_size=lambda: 64)
     token_to_kv_pool_allocator = SimpleNamespace(available_size=lambda: 20_000)
-    tp_worker = SimpleNamespace(model_runner=SimpleNamespace(attn_backend=object(), kv_cache_dtype="float32"))
+    tp_worker = SimpleNamespace(
+        model_runner=SimpleNamespace(
+            attn_backend=object(), kv_cache_dtype="float32", graphs=SimpleNamespace(captured=dict)
+        )
+    )
 
 
 @pytest.fixture
