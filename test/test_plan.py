@@ -11,6 +11,7 @@ import pytest
 from sglang_shift.benchmark.link_rate import TARGETS
 from sglang_shift.demo import demo_model_path
 from sglang_shift.errors import ShiftError
+from sglang_shift.layout import RankLayout
 from sglang_shift.modes import Mode
 from sglang_shift.plan import __main__ as command
 from sglang_shift.plan import report
@@ -18,7 +19,7 @@ from sglang_shift.plan.hardware import gpus
 from sglang_shift.plan.memory import memory
 from sglang_shift.plan.model import Model, read_model
 from sglang_shift.plan.search import CHUNKS, Candidate, layouts, search, serve, thresholds
-from sglang_shift.plan.step_time import Layout, StepTimes
+from sglang_shift.plan.step_time import StepTimes
 from sglang_shift.sizing import MIB
 from sglang_shift.traffic import Request, steady
 
@@ -95,34 +96,34 @@ class TestMemory:
         embeddings = 2 * 128_256 * 8192
         norms = (2 * 80 + 1) * 8192
         for ranks in (1, 8):
-            held = memory(LLAMA, H200, Layout(ranks), 8192)
+            held = memory(LLAMA, H200, RankLayout(ranks, 1), 8192)
             assert held.weights == 2 * ((80 * layer.parameters + embeddings) // ranks + norms)
-            quantized = memory(FP8, H200, Layout(ranks), 8192)
+            quantized = memory(FP8, H200, RankLayout(ranks, 1), 8192)
             assert quantized.weights == (80 * layer.parameters + 2 * embeddings) // ranks + norms
             assert held.shift == quantized.shift == 0
 
     def test_shift_needs_the_rest_of_the_base_weights_and_graphs(self):
         for sp in (2, 4, 8):
-            held = memory(FP8, H200, Layout(8, sp), 8192)
+            held = memory(FP8, H200, RankLayout(8, sp), 8192)
             assert held.shift == 80 * FP8.layer.parameters * (sp - 1) // 8 + 2 * 512 * MIB
 
     def test_the_rest_is_for_the_kv_cache(self):
-        held = memory(FP8, H200, Layout(8), 8192)
+        held = memory(FP8, H200, RankLayout(8, 1), 8192)
         assert held.pool == held.total - held.weights - held.reserve
         assert held.kv_per_token == 2 * 80 * 128 * 2
         assert held.tokens == held.pool // held.kv_per_token
-        assert memory(FP8, H200, Layout(8), 8192, "fp8").kv_per_token == 80 * 128 * 2
+        assert memory(FP8, H200, RankLayout(8, 1), 8192, "fp8").kv_per_token == 80 * 128 * 2
 
     def test_larger_chunks_and_larger_s_leave_less(self):
-        tokens = [memory(FP8, H200, Layout(8, sp), 8192).tokens for sp in (1, 2, 4, 8)]
+        tokens = [memory(FP8, H200, RankLayout(8, sp), 8192).tokens for sp in (1, 2, 4, 8)]
         assert tokens == sorted(tokens, reverse=True)
-        reserves = [memory(FP8, H200, Layout(8), chunk).reserve for chunk in (2048, 8192, 16384)]
+        reserves = [memory(FP8, H200, RankLayout(8, 1), chunk).reserve for chunk in (2048, 8192, 16384)]
         assert reserves[0] == 10 * 1024 * MIB
         assert reserves == sorted(reserves)
         assert reserves[1] == (512 + 1.5 * 8192 + 8 * 128 + 2 * 512) * MIB
 
     def test_what_does_not_fit_holds_no_token(self):
-        held = memory(LLAMA, gpus()["H100"], Layout(1), 8192)
+        held = memory(LLAMA, gpus()["H100"], RankLayout(1, 1), 8192)
         assert held.pool < 0
         assert held.tokens == 0
 
@@ -142,28 +143,30 @@ class TestLayouts:
 class TestServing:
     @pytest.fixture(scope="class")
     def costs(self):
-        return StepTimes(FP8, H200, Layout(4)).cost_model()
+        return StepTimes(FP8, H200, RankLayout(4, 1)).cost_model()
 
     def test_replicas_take_turns(self, costs):
         requests = [Request(0.0, 100 + i, 10) for i in range(6)]
-        both = serve(requests, Candidate(Layout(4), 2), costs, 10_000)
-        even, odd = (serve(part, Candidate(Layout(4), 1), costs, 10_000) for part in (requests[::2], requests[1::2]))
+        both = serve(requests, Candidate(RankLayout(4, 1), 2), costs, 10_000)
+        even, odd = (
+            serve(part, Candidate(RankLayout(4, 1), 1), costs, 10_000) for part in (requests[::2], requests[1::2])
+        )
         assert both.steps[Mode.TP] == even.steps[Mode.TP] + odd.steps[Mode.TP]
         assert both.makespan == pytest.approx(max(even.makespan, odd.makespan))
         assert sorted(s.e2e for s in both.served) == sorted(s.e2e for s in (*even.served, *odd.served))
 
     def test_a_replica_without_a_request_idles(self, costs):
-        alone = serve([Request(5.0, 100, 10)], Candidate(Layout(4), 8), costs, 10_000)
+        alone = serve([Request(5.0, 100, 10)], Candidate(RankLayout(4, 1), 8), costs, 10_000)
         assert len(alone.served) == 1
         assert alone.makespan == pytest.approx(alone.served[0].e2e)
 
     def test_thresholds_are_where_sp_begins(self):
-        costs = StepTimes(FP8, H200, Layout(8, 8)).cost_model()
+        costs = StepTimes(FP8, H200, RankLayout(8, 8)).cost_model()
         found = thresholds(costs)
         assert found
         for threshold in found:
             assert any(threshold + 1 == tokens for phase in costs.attention for tokens, _ in costs.crossovers(phase))
-        assert thresholds(StepTimes(FP8, H200, Layout(8)).cost_model()) == []
+        assert thresholds(StepTimes(FP8, H200, RankLayout(8, 1)).cost_model()) == []
 
 
 class TestSearch:
@@ -186,7 +189,7 @@ class TestSearch:
     def test_what_is_too_small_is_not_tried(self):
         requests = [Request(0.0, 100_000, 10)] * 3
         plan = search(LLAMA, H200, 8, requests)
-        small = next(o for o in plan.layouts if o.candidate.layout == Layout(1))
+        small = next(o for o in plan.layouts if o.candidate.layout == RankLayout(1, 1))
         assert (small.metrics, small.peak) == ({}, 0.0)
         assert "too little memory" in report.table(plan.layouts, plan.best)
 
@@ -198,10 +201,10 @@ class TestSearch:
         base = ["--tp-size", "8", "--chunked-prefill-size", "4096"]
         shift = [*base, "--sp-size", "4", "--enable-shift-parallel"]
         for policy, layout, expected in (
-            ("tp", Layout(8), base),
-            ("sp", Layout(8, 4), [*base, "--sp-size", "4"]),
-            ("calibrated", Layout(8, 4), shift),
-            ("tokens 99", Layout(8, 4), [*shift, "--shift-policy", "tokens", "--shift-threshold", "99"]),
+            ("tp", RankLayout(8, 1), base),
+            ("sp", RankLayout(8, 4), [*base, "--sp-size", "4"]),
+            ("calibrated", RankLayout(8, 4), shift),
+            ("tokens 99", RankLayout(8, 4), [*shift, "--shift-policy", "tokens", "--shift-threshold", "99"]),
         ):
             assert report.flags(Candidate(layout, 1, 4096, policy)) == expected
 

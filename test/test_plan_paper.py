@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 from sglang_shift.decoder_layer import Layer
+from sglang_shift.layout import RankLayout
 from sglang_shift.plan import paper
 from sglang_shift.plan.hardware import gpus
 from sglang_shift.plan.model import Model
 from sglang_shift.plan.search import Candidate, serve
-from sglang_shift.plan.step_time import Layout, StepTimes
+from sglang_shift.plan.step_time import StepTimes
 from sglang_shift.traffic import Request
 
 DOCS = Path(__file__).parent.parent / "docs" / "cost-model.md"
@@ -50,7 +51,7 @@ def test_the_order_of_the_configurations_is_the_papers(cells):
 def test_vllms_own_times_are_what_is_left_of_a_published_run():
     """Llama 3.2 1B, 500 tokens in and 50 out: median TTFT 21.00 ms and TPOT 2.64 ms, vllm-project/vllm#17866."""
     model = Model("Llama-3.2-1B", Layer(2048, 8192, 32, 8, 64), 16, 128_256, 131_072, tied=True)
-    costs = StepTimes(model, gpus()["H100"], Layout(1)).cost_model()
-    alone = serve([Request(0.0, 500, 50)], Candidate(Layout(1), 1), costs, 10_000).served[0]
+    costs = StepTimes(model, gpus()["H100"], RankLayout(1, 1)).cost_model()
+    alone = serve([Request(0.0, 500, 50)], Candidate(RankLayout(1, 1), 1), costs, 10_000).served[0]
     assert alone.ttft + paper.VLLM_REQUEST == pytest.approx(0.0210, rel=0.01)
     assert alone.tpot + paper.VLLM_STEP == pytest.approx(0.00264, rel=0.01)

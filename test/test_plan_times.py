@@ -10,10 +10,11 @@ from sglang_shift.benchmark.link_rate import TARGETS
 from sglang_shift.cost_model import PHASES, CostModel, Curve
 from sglang_shift.decoder_layer import Layer
 from sglang_shift.errors import ShiftError
+from sglang_shift.layout import RankLayout
 from sglang_shift.modes import Mode, StepState
 from sglang_shift.plan.hardware import NODE, Gemm, Gpu, Kernel, gpus, parse_gpus
 from sglang_shift.plan.model import Model
-from sglang_shift.plan.step_time import TOKENS, Engine, Layout, StepTimes
+from sglang_shift.plan.step_time import TOKENS, Engine, StepTimes
 
 SMALL = Layer(hidden=64, intermediate=256, heads=8, kv_heads=4, head_dim=8)
 FREE = Kernel(0.0, 1e300)
@@ -33,7 +34,7 @@ def gpu(gemm=None, elementwise=FREE, all_reduces=NOTHING, all_to_alls=NOTHING, a
 def times(on, world_size=1, sp_size=1, layer=SMALL, **options):
     fields = {"weights": "bfloat16", "architecture": "LlamaForCausalLM", **options.pop("model", {})}
     model = Model("m", layer, 3, 1024, 4096, **fields)
-    return StepTimes(model, on, Layout(world_size, sp_size), **options)
+    return StepTimes(model, on, RankLayout(world_size, sp_size), **options)
 
 
 class TestFigures:
@@ -180,7 +181,7 @@ class TestElementwise:
 
 class TestSteps:
     @pytest.mark.parametrize("name", ["H100", "H200"])
-    @pytest.mark.parametrize("layout", [Layout(1), Layout(8), Layout(8, 2), Layout(8, 8)])
+    @pytest.mark.parametrize("layout", [RankLayout(1, 1), RankLayout(8, 1), RankLayout(8, 2), RankLayout(8, 8)])
     def test_more_tokens_never_take_less(self, name, layout):
         costs = StepTimes(LLAMA, gpus()[name], layout).cost_model()
         for curve in costs.curves.values():
@@ -188,28 +189,30 @@ class TestSteps:
             assert all(a <= b for a, b in pairwise(curve.values))
 
     def test_one_token_is_for_tp_and_many_are_for_sp(self):
-        step = StepTimes(LLAMA, gpus()["H200"], Layout(8, 8))
+        step = StepTimes(LLAMA, gpus()["H200"], RankLayout(8, 8))
         assert step.seconds(Mode.TP, "decode", 1) < 0.5 * step.seconds(Mode.SP, "decode", 1)
         assert step.seconds(Mode.SP, "prefill", 8192) < 0.75 * step.seconds(Mode.TP, "prefill", 8192)
 
     def test_without_sp_the_modes_are_one(self):
-        step = StepTimes(LLAMA, gpus()["H200"], Layout(4))
+        step = StepTimes(LLAMA, gpus()["H200"], RankLayout(4, 1))
         assert step.parts(Mode.TP, "prefill", 100) == step.parts(Mode.SP, "prefill", 100)
 
     def test_more_gpus_are_faster_but_not_as_many_times(self):
-        seconds = [StepTimes(LLAMA, gpus()["H200"], Layout(p)).seconds(Mode.TP, "prefill", 4096) for p in (1, 2, 4, 8)]
+        seconds = [
+            StepTimes(LLAMA, gpus()["H200"], RankLayout(p, 1)).seconds(Mode.TP, "prefill", 4096) for p in (1, 2, 4, 8)
+        ]
         assert all(b < a < 2 * b for a, b in pairwise(seconds))
 
     def test_attention_to_other_tokens(self):
         on, layer = gpus()["H200"], LLAMA.layer
-        step, cached = StepTimes(LLAMA, on, Layout(8)), StepTimes(LLAMA, on, Layout(8), "fp8")
+        step, cached = StepTimes(LLAMA, on, RankLayout(8, 1)), StepTimes(LLAMA, on, RankLayout(8, 1), "fp8")
         assert step.attention("prefill") == pytest.approx(4 * 8 * 128 * 80 / on.prefill_attention.rate)
         assert step.attention("decode") == pytest.approx(2 * 128 * 2 * 80 / on.decode_attention["bfloat16"].rate)
         assert cached.attention("decode") == pytest.approx(2 * 128 * 80 / on.decode_attention["fp8"].rate)
         assert layer.heads // 8 == 8
 
     def test_the_cost_model_is_these_times(self):
-        step = StepTimes(LLAMA, gpus()["H200"], Layout(8, 8))
+        step = StepTimes(LLAMA, gpus()["H200"], RankLayout(8, 8))
         costs = step.cost_model()
         for mode in Mode:
             decode = costs.predict(mode, StepState(64, 0, 64, bucket=64, kv_reads=64 * 4000))

@@ -11,6 +11,9 @@ from sglang_shift.policies import POLICIES, QueueDepth, load_policy
 
 POLICY_FIELDS = ("shift_policy", "shift_threshold", *("shift_" + name for name in QUEUE_FIELDS), "shift_calibration")
 
+SP_FIELDS = {"shift_exchange": "nothing is exchanged", "shift_graph_buckets": "no step is in SP"}
+"""Settings of SP mode, which need no switching; why they are pointless without it."""
+
 # Dense decoders on SGLang's layer boundaries whose every mode is tested against transformers.
 ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -83,14 +86,15 @@ def check_flags(settings: Any) -> None:
     for name in POLICY_FIELDS:
         if (value := getattr(settings, name)) is not None and not switching:
             raise Refused(f"{_flag(name)} {value} needs --enable-shift-parallel; without it no step is switched")
-    check_graphs(settings)
     if not switching and sp_size is None:
-        if settings.shift_exchange is not None:
-            raise Refused(
-                f"--shift-exchange {settings.shift_exchange} needs --sp-size or --enable-shift-parallel; without them "
-                "nothing is exchanged"
-            )
+        for name, nothing in SP_FIELDS.items():
+            if (value := getattr(settings, name)) is not None:
+                raise Refused(
+                    f"{_flag(name)} {value} needs --sp-size or --enable-shift-parallel; without them {nothing}"
+                )
         return
+    if settings.shift_graph_buckets is not None and settings.shift_graph_buckets < 0:
+        raise Refused(f"--shift-graph-buckets {settings.shift_graph_buckets} must be 0 or more")
     check_policy(settings)
     if world_size < 2:
         raise Refused(f"--tp-size {world_size} leaves nothing to shift; give --tp-size 2 or more")
@@ -101,23 +105,6 @@ def check_flags(settings: Any) -> None:
     for what, asked, why in FEATURES:
         if asked(settings):
             raise Refused(f"{what} cannot be combined with sequence parallelism: {why}; leave one of them out")
-
-
-def check_graphs(settings: Any) -> None:
-    """Check the bound of SP's CUDA graphs.
-
-    Raises:
-        Refused: with the reason.
-    """
-    buckets = settings.shift_graph_buckets
-    if buckets is None:
-        return
-    if not settings.enable_shift_parallel and settings.sp_size is None:
-        raise Refused(
-            f"--shift-graph-buckets {buckets} needs --sp-size or --enable-shift-parallel; without them no step is in SP"
-        )
-    if buckets < 0:
-        raise Refused(f"--shift-graph-buckets {buckets} must be 0 or more")
 
 
 def check_policy(settings: Any) -> None:

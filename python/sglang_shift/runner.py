@@ -59,9 +59,9 @@ class ShiftModelRunner(ModelRunner):
         with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=backup):
             self.base_weights = BaseWeights(self.model, groups)
         self.weight_report = self.base_weights.report()
-        groups.exchange = self._exchange(config)
-        # What /server_info reports as the memory of the weights, in GiB.
+        # What /server_info reports as the memory of the weights, in GiB: before the exchange takes its own.
         self.weight_load_mem_usage = before - self._free_gib()
+        groups.exchange = self._exchange(config)
         logger.info(
             "sglang_shift: SP=%d x TP=%d base configuration assembled from %d projections; "
             "weights %d bytes on this rank, %d bytes beyond the base configuration's%s; exchange: %s",

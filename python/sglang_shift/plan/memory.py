@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sglang_shift.layout import RankLayout
 from sglang_shift.plan.hardware import Gpu
 from sglang_shift.plan.model import Model
-from sglang_shift.plan.step_time import Layout
 from sglang_shift.sizing import MIB, kv_bytes_per_token, padded_vocab, weight_bytes
 
 # SGLang's default reserve, handle_gpu_memory_settings in srt/arg_groups/memory_hook.py, for GPUs of more than 60 GiB.
@@ -45,7 +45,7 @@ class Memory:
         return max(0, self.pool) // self.kv_per_token
 
 
-def memory(model: Model, gpu: Gpu, layout: Layout, chunk: int, kv_dtype: str = "bfloat16") -> Memory:
+def memory(model: Model, gpu: Gpu, layout: RankLayout, chunk: int, kv_dtype: str = "bfloat16") -> Memory:
     """A GPU's memory.
 
     Args:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from sglang_shift.benchmark.link_rate import TARGETS
+from sglang_shift.layout import RankLayout
 from sglang_shift.plan.hardware import NODE, gpus
 from sglang_shift.plan.memory import memory
 from sglang_shift.plan.model import Model
 from sglang_shift.plan.search import CHUNK, Candidate, serve
-from sglang_shift.plan.step_time import Engine, Layout, StepTimes
+from sglang_shift.plan.step_time import Engine, StepTimes
 from sglang_shift.traffic import Request
 
 PROMPT, OUTPUT = 4096, 250
@@ -33,10 +34,10 @@ MODELS = {
 KV_DTYPES = {"Llama-70B": "bfloat16", "Qwen-32B": "fp8"}
 
 CONFIGURATIONS = {
-    "DP": Candidate(Layout(1), NODE),
-    "TP": Candidate(Layout(NODE), 1),
-    "SP": Candidate(Layout(NODE, NODE), 1, policy="sp"),
-    "Shift": Candidate(Layout(NODE, NODE), 1, policy="calibrated"),
+    "DP": Candidate(RankLayout(1, 1), NODE),
+    "TP": Candidate(RankLayout(NODE, 1), 1),
+    "SP": Candidate(RankLayout(NODE, NODE), 1, policy="sp"),
+    "Shift": Candidate(RankLayout(NODE, NODE), 1, policy="calibrated"),
 }
 METRICS = ("TTFT, ms", "TPOT, ms", "tokens/s")
 

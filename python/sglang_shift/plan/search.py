@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 
 from sglang_shift.cost_model import PHASES, CostModel
 from sglang_shift.errors import ShiftError
+from sglang_shift.layout import RankLayout
 from sglang_shift.modes import Mode, ShiftPolicy
 from sglang_shift.plan.hardware import Gpu
 from sglang_shift.plan.memory import Memory, memory
 from sglang_shift.plan.model import Model
-from sglang_shift.plan.step_time import Layout, StepTimes
+from sglang_shift.plan.step_time import StepTimes
 from sglang_shift.policies import Calibrated, FixedMode, TokenThreshold
 from sglang_shift.simulator import Result, Server, simulate
 from sglang_shift.traffic import Request, scaled
@@ -42,7 +43,7 @@ class Candidate:
         policy: ``tp``, ``sp``, ``calibrated`` or ``tokens N``.
     """
 
-    layout: Layout
+    layout: RankLayout
     replicas: int
     chunk: int = CHUNK
     policy: str = "tp"
@@ -87,7 +88,7 @@ class Plan:
     settings: list[Outcome]
 
 
-def layouts(model: Model, gpus: int) -> Iterator[tuple[Layout, int]]:
+def layouts(model: Model, gpus: int) -> Iterator[tuple[RankLayout, int]]:
     """All (P, S) by which the GPUs and the model can be divided, and the number of replicas."""
     for ranks in GROUPS:
         if gpus % ranks:
@@ -98,7 +99,7 @@ def layouts(model: Model, gpus: int) -> Iterator[tuple[Layout, int]]:
             continue
         for sp in GROUPS:
             if ranks % sp == 0:
-                yield Layout(ranks, sp), gpus // ranks
+                yield RankLayout(ranks, sp), gpus // ranks
 
 
 def policy_of(name: str, costs: CostModel, chunk: int) -> ShiftPolicy:

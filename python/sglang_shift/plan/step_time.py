@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sglang_shift.cost_model import PHASES, CostModel, Curve, isotonic
+from sglang_shift.layout import RankLayout, padded_local_tokens
 from sglang_shift.modes import Mode
 from sglang_shift.plan.hardware import Gpu
 from sglang_shift.plan.model import Model
@@ -21,19 +22,6 @@ TOKENS = tuple(sorted({1, *(n * 2**i for i in range(14) for n in (2, 3))}))
 """Steps for which times are computed; in between they are interpolated."""
 
 Parts = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one replica is divided: P ranks, of which S share a step's tokens in SP mode; S = 1 is TP alone."""
-
-    world_size: int
-    sp_size: int = 1
-
-    @property
-    def base_tp(self) -> int:
-        """t, the ranks of a base-TP group."""
-        return self.world_size // self.sp_size
 
 
 @dataclass(frozen=True)
@@ -61,7 +49,7 @@ class StepTimes:
     Args:
         model: The model.
         gpu: The kind of all GPUs.
-        layout: How many, and in which groups.
+        layout: How many, and in which groups; S = 1 is TP alone.
         kv_dtype: Of the KV cache: ``bfloat16`` or ``fp8``.
         engine: Its own times; None for SGLang, whose scheduler works while the GPU does.
 
@@ -70,7 +58,7 @@ class StepTimes:
     """
 
     def __init__(
-        self, model: Model, gpu: Gpu, layout: Layout, kv_dtype: str = "bfloat16", engine: Engine | None = None
+        self, model: Model, gpu: Gpu, layout: RankLayout, kv_dtype: str = "bfloat16", engine: Engine | None = None
     ) -> None:
         self.model, self.gpu, self.layout = model, gpu, layout
         self.kv_dtype, self.engine = kv_dtype, engine or Engine()
@@ -104,7 +92,7 @@ class StepTimes:
             tokens: Of the whole step.
         """
         sp = self.layout.sp_size if mode is Mode.SP else 1
-        rows = -(-tokens // sp)
+        rows = padded_local_tokens(tokens, sp)
         attention = self.gpu.prefill_attention if phase == "prefill" else self.gpu.decode_attention[self.kv_dtype]
         layers = self.model.layers
         outputs = tokens if phase == "decode" else 1
