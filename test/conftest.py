@@ -22,6 +22,16 @@ def pytest_unconfigure():
     shutil.rmtree(os.environ["SGLANG_SHIFT_CACHE_DIR"], ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def environment():
+    """Undo what a test leaves in the environment: resolving server arguments sets CPU bindings that servers inherit."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def servers():
     pool = ServerPool()
