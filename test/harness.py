@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import requests
 
 TEST_DIR = Path(__file__).resolve().parent
+COMMAND = ("-m", "sglang_shift.launch_server")
 START_TIMEOUT = 420  # seconds; 8 ranks on 2 cores take minutes to import SGLang
 
 
@@ -53,8 +54,9 @@ class Server:
     """A server process of its own session, so that it and its children can be stopped together."""
 
     flags: list[str]
-    module: list[str] = field(default_factory=lambda: ["-m", "sglang_shift.launch_server"])
+    module: list[str] = field(default_factory=lambda: list(COMMAND))
     env: dict[str, str] = field(default_factory=dict)
+    forked: bool = False  # start it in a third of the time: see forked_server.py
 
     def __post_init__(self) -> None:
         self.port = free_port()
@@ -64,9 +66,10 @@ class Server:
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         env = {**os.environ, "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1", "HF_HUB_OFFLINE": "1", **self.env}
+        program = [str(TEST_DIR / "forked_server.py"), *self.module] if self.forked else self.module
         with self.log.open("wb") as log:
             return subprocess.Popen(
-                [sys.executable, *self.module, "--port", str(self.port), "--host", "127.0.0.1", *self.flags],
+                [sys.executable, *program, "--port", str(self.port), "--host", "127.0.0.1", *self.flags],
                 stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True,
             )  # fmt: skip
 
@@ -148,12 +151,17 @@ class ServerPool:
         self.key: Any = None
         self.server: Server | None = None
 
-    def get(self, *flags: str, module: list[str] | None = None, env: dict[str, str] | None = None) -> Server:
-        key = (flags, tuple(module or ()), tuple((env or {}).items()))
+    def get(
+        self,
+        *flags: str,
+        module: Sequence[str] = COMMAND,
+        env: dict[str, str] | None = None,
+        forked: bool = True,
+    ) -> Server:
+        key = (flags, tuple(module), tuple((env or {}).items()), forked)
         if key != self.key or self.server is None or self.server.process.poll() is not None:
             self.stop()
-            kwargs = {"module": module} if module else {}
-            self.server, self.key = Server(list(flags), env=env or {}, **kwargs), key
+            self.server, self.key = Server(list(flags), list(module), env or {}, forked), key
             self.server.wait_ready()
         return self.server
 

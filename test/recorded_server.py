@@ -8,18 +8,21 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from sglang_shift import scheduler
+
+run_rank = scheduler.run_scheduler_process
+
 
 def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
     from recorded_graphs import record_graphs
-    from sglang_shift.scheduler import run_scheduler_process
 
     record_graphs()
-    run_scheduler_process(*args, **kwargs)
+    run_rank(*args, **kwargs)
 
 
 if __name__ == "__main__":
     from sglang.srt.arg_groups.choices import add_attention_backend_choices
-    from sglang_shift import launch_server, scheduler
+    from sglang_shift import launch_server
 
     add_attention_backend_choices(["recorded"])
     scheduler.run_scheduler_process = run_scheduler_process

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import distributions
 
 import pytest
+from sglang_shift.benchmark.servers import Server, serving
 from sglang_shift.demo import demo_model_path
-from sglang_shift.gpu_check import one_gpu
+from sglang_shift.gpu_check import engine, one_gpu
 from sglang_shift.gpu_check.answers import prompts
 from sglang_shift.gpu_check.engine import EXPECTED, REQUESTS, THRESHOLDS, Comparison, explained
 from sglang_shift.gpu_check.record import Record, Skip
@@ -17,7 +19,28 @@ from sglang_shift.modes import StepState
 from sglang_shift.policies import TokenThreshold
 
 
+@pytest.fixture
+def two_ranks_kept(monkeypatch):
+    """A server of two ranks is started once; the next comparison meets it again."""
+    started: list[Server] = []
+
+    @contextmanager
+    def keeping(flags, *args):
+        if flags[flags.index("--tp-size") + 1] != "2":
+            with serving(flags, *args) as server:
+                yield server
+            return
+        if not started:
+            started.append(stack.enter_context(serving(flags, *args)))
+        yield started[0]
+
+    with ExitStack() as stack:
+        monkeypatch.setattr(engine, "serving", keeping)
+        yield
+
+
 @pytest.mark.server
+@pytest.mark.usefixtures("two_ranks_kept")
 def test_two_ranks_answer_as_one(servers, tmp_path):
     servers.stop()
     record = Record(folder=tmp_path)

@@ -24,6 +24,7 @@ def server(reference, servers):
         "--max-total-tokens", "1200", "--max-running-requests", "16", "--schedule-conservativeness", "0.01",
         "--model-path", demo_model_path(),
         module=[str(Path(sys.executable).parent / "sglang"), "serve"],
+        forked=False,
     )  # fmt: skip
 
 
