@@ -31,8 +31,15 @@ def main():
     updated = engine.update_weights_from_disk(other_model)
     assert updated[0] if isinstance(updated, tuple) else updated, updated
     second = ask(engine, prompts)
+    # Tensor by tensor, back to the first model.
+    model = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype="float32")
+    assert engine.begin_weight_update().success
+    for name, tensor in model.named_parameters():
+        assert engine.update_weights_from_tensor([(name, tensor.data)])[0], name
+    assert engine.end_weight_update().success
+    third = ask(engine, prompts)
     engine.shutdown()
-    print(json.dumps([first, second]))
+    print(json.dumps([first, second, third]))
 
 if __name__ == "__main__":
     main()
@@ -66,8 +73,9 @@ def test_engine_and_weight_update(reference, servers, tmp_path):
         input=json.dumps(prompts) + "\n", capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    first, second = [[Answer(t, p, {}) for t, p in run] for run in json.loads(done.stdout.splitlines()[-1])]
-    assert_same_answers(first, [reference.answers[16][i] for i in chosen])
+    first, second, third = [[Answer(t, p, {}) for t, p in run] for run in json.loads(done.stdout.splitlines()[-1])]
+    for run in (first, third):
+        assert_same_answers(run, [reference.answers[16][i] for i in chosen])
 
     expected = []
     with torch.no_grad():

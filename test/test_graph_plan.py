@@ -52,14 +52,31 @@ def test_sizes_that_fit_exactly_are_not_rounded():
     assert plan_graphs((1, 2, 3), config(sp_size=2), exact=True).sp == (1, 2, 3)
 
 
-@pytest.mark.parametrize(("most", "kept"), [(0, []), (1, [8]), (2, [4, 8]), (3, [2, 5, 8]), (8, None), (99, None)])
-def test_a_bound_keeps_sizes_that_are_spread_evenly(most, kept):
+@pytest.mark.parametrize(("most", "kept"), [(0, []), (1, [8]), (2, [1, 8]), (4, [1, 2, 4, 8]), (8, None), (99, None)])
+def test_a_bound_keeps_sizes_of_one_ratio(most, kept):
     sizes = list(range(1, 9))
     assert thinned(sizes, most) == (sizes if kept is None else kept)
 
 
+@pytest.mark.parametrize("most", range(1, 30))
+def test_a_bound_leaves_no_holes_where_padding_is_limited(most):
+    """Between the smallest and the largest size kept, each prefill finds a graph."""
+    sizes = [
+        *range(4, 33, 4),
+        *range(48, 257, 16),
+        *range(288, 513, 32),
+        *range(640, 2049, 128),
+        *range(2304, 8193, 256),
+    ]
+    kept = thinned(sizes, most, factor=2)
+    assert len(kept) == len(set(kept)) <= most and kept[-1] == 8192 and set(kept) <= set(sizes)
+    assert all(padded(n, kept, 2) in kept for n in range(kept[0], 8193))
+    # As far down as so many reach, but for what the sizes that there are do not allow.
+    assert kept[0] <= max(4, 1.3 * 8192 / 2 ** (most - 1))
+
+
 def test_the_bound_is_for_sp_alone():
-    assert plan_graphs(LADDER, config(graph_buckets=2)) == GraphPlan(LADDER, LADDER, (16, 32))
+    assert plan_graphs(LADDER, config(graph_buckets=2)) == GraphPlan(LADDER, LADDER, (8, 32))
     assert plan_graphs(LADDER, config(graph_buckets=0)) == GraphPlan(LADDER, LADDER, ())
 
 
@@ -95,6 +112,8 @@ def test_buckets_of_a_phase():
     assert graphs.buckets(3) == (4, 3), "not captured (yet)"
     graphs.sizes = {Mode.TP: (1, 2, 4), Mode.SP: (4,)}
     assert [graphs.buckets(n) for n in (1, 3, 5)] == [(1, 4), (4, 4), (5, 5)]
+    graphs.factor = 1.0  # without padding
+    assert [graphs.buckets(n) for n in (1, 3, 4)] == [(1, 1), (3, 3), (4, 4)]
 
 
 def test_counts_of_a_phase():

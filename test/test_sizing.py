@@ -14,10 +14,11 @@ from sglang.srt.arg_groups import memory_hook
 from sglang.srt.arg_groups.cuda_graph_hook import generate_decode_cuda_graph_batch_sizes
 from sglang.srt.arg_groups.overrides import resolution_result, resolving_view
 from sglang.srt.layers.vocab_parallel_embedding import DEFAULT_VOCAB_PADDING_SIZE
-from sglang_shift import sizing, step_sizes
-from sglang_shift.config import shift_config_of
+from sglang_shift import graph_memory, sizing, step_sizes
+from sglang_shift.config import ShiftConfig, shift_config_of
 from sglang_shift.demo import demo_model_path
 from sglang_shift.errors import Refused, ShiftError
+from sglang_shift.graph_memory import suit_graph_memory
 from sglang_shift.launch_server import resolve
 from sglang_shift.refusals import ARCHITECTURES
 from sglang_shift.server_args import ShiftServerArgs, prepare_server_args
@@ -341,6 +342,50 @@ def test_the_lowered_fraction_is_what_sglang_gives_a_larger_chunk(monkeypatch, g
 
 
 # Graphs
+
+
+def on_a_gpu_with_graphs(monkeypatch, mib=98304, post_capture=False, device="cuda"):
+    """SGLang, about to serve on a GPU; it reserves 1,488 MiB of ``mib`` for its graphs."""
+    view = SimpleNamespace(device=device, mem_fraction_static=0.85)
+    monkeypatch.setattr(graph_memory, "resolving_view", lambda args: view)
+    monkeypatch.setattr(graph_memory, "post_capture_kv_sizing_planned", lambda args: post_capture)
+    monkeypatch.setattr(graph_memory, "reserve_for_graph_mb", lambda args: 1488.0)
+    monkeypatch.setattr(graph_memory, "get_device_memory_capacity", lambda device: mib)
+
+
+def shift(**fields):
+    return ShiftConfig(**{"world_size": 8, "sp_size": 8, "switching": True, "policy": "calibrated", **fields})
+
+
+def test_memory_for_graphs_of_both_modes(monkeypatch):
+    on_a_gpu_with_graphs(monkeypatch)
+    suited = suit_graph_memory(SimpleNamespace(mem_fraction_static=None), shift())
+    assert suited.fields == {"mem_fraction_static": round(0.85 - 1488 / 98304, 3)}
+    assert "0.835 instead of 0.85: 1488 MiB" in suited.reason
+
+
+@pytest.mark.parametrize(
+    ("given", "config", "machine"),
+    [
+        (0.8, {}, {}),
+        (None, {"policy": "tokens"}, {}),
+        (None, {"policy": "sp", "switching": False}, {}),
+        (None, {"graph_buckets": 0}, {}),
+        (None, {}, {"post_capture": True}),
+        (None, {}, {"device": "cpu"}),
+        (None, {}, {"mib": None}),
+    ],
+    ids=str,
+)
+def test_when_no_memory_is_reserved_for_a_second_set(monkeypatch, given, config, machine):
+    on_a_gpu_with_graphs(monkeypatch, **machine)
+    assert suit_graph_memory(SimpleNamespace(mem_fraction_static=given), shift(**config)).fields == {}
+
+
+def test_fewer_graphs_are_refused_where_no_memory_is_kept_for_steps_without(monkeypatch):
+    on_a_gpu_with_graphs(monkeypatch, post_capture=True)
+    with pytest.raises(Refused, match="--shift-graph-buckets 4 leaves steps without a graph"):
+        suit_graph_memory(SimpleNamespace(mem_fraction_static=None), shift(graph_buckets=4))
 
 
 @pytest.mark.parametrize(("sp", "changed"), [(2, []), (4, []), (8, [12]), (16, [24])])

@@ -28,7 +28,7 @@ class GraphPlan:
     sp: tuple[int, ...] = ()
 
 
-def plan_graphs(ladder: Sequence[int], config: ShiftConfig, exact: bool = False) -> GraphPlan:
+def plan_graphs(ladder: Sequence[int], config: ShiftConfig, exact: bool = False, factor: float = math.inf) -> GraphPlan:
     """Capture each size in the modes that the policy may choose for it, and in no other.
 
     In SP, sizes are rounded up to multiples of S: a rank's rows are as many, and there are fewer
@@ -39,11 +39,12 @@ def plan_graphs(ladder: Sequence[int], config: ShiftConfig, exact: bool = False)
         config: Policy, threshold, S and the bound. A policy or threshold that is set later, at run
             time, may ask for a graph that was not captured.
         exact: A graph serves steps of its own size only (``--disable-cuda-graph-padding``).
+        factor: A step is padded to at most so many times its tokens.
     """
     wanted = {mode: [size for size in ladder if mode in modes_of(size, config)] for mode in Mode}
     sp = graph_batch_sizes_suit(wanted[Mode.SP], 1 if exact else config.sp_size)
     if config.graph_buckets is not None:
-        sp = thinned(sp, config.graph_buckets)
+        sp = thinned(sp, config.graph_buckets, factor)
     return GraphPlan(tuple(ladder), tuple(wanted[Mode.TP]), tuple(sp))
 
 
@@ -60,10 +61,24 @@ def modes_of(size: int, config: ShiftConfig) -> tuple[Mode, ...]:
     return tuple(Mode)
 
 
-def thinned(sizes: Sequence[int], most: int) -> list[int]:
-    """At most ``most`` of the ascending ``sizes``: evenly spread, the largest among them."""
-    kept = min(most, len(sizes))
-    return [sizes[(i + 1) * len(sizes) // kept - 1] for i in range(kept)]
+def thinned(sizes: Sequence[int], most: int, factor: float = math.inf) -> list[int]:
+    """At most ``most`` of the ascending ``sizes``, from the largest down in steps of one ratio.
+
+    The ratio is the one that would reach the smallest size, but no more than ``factor``: between sizes further
+    apart, steps would find no graph.
+    """
+    if most >= len(sizes):
+        return list(sizes)
+    ratio = min(factor, (sizes[-1] / sizes[0]) ** (1 / (most - 1))) if most > 1 else factor
+    kept: list[int] = []
+    end = len(sizes)
+    for i in range(most):
+        wanted = max(sizes[-1] / ratio**i, kept[-1] / factor) if kept else sizes[-1]
+        end = min(bisect_left(sizes, wanted), end - 1)  # the next one below the last, if none is as far away as that
+        if end < 0:
+            break
+        kept.append(sizes[end])
+    return kept[::-1]
 
 
 def padded(tokens: int, sizes: Sequence[int], factor: float = math.inf) -> int:

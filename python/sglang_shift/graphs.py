@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class PhaseGraphs:
     """
 
     plan: GraphPlan = field(default_factory=GraphPlan)
-    factor: float = float("inf")
+    factor: float = math.inf
     sp_runner: Any = None
     sp_gib: float = 0.0
     sp_seconds: float = 0.0
@@ -96,12 +97,12 @@ class ModeGraphs:
     def __init__(self, runner: Any, config: ShiftConfig) -> None:
         self.runner = runner
         exact = get_exec().graph.disable_cuda_graph_padding
-        plans = {phase: plan_graphs(ladder, config, exact) for phase, ladder in ladders(runner).items()}
+        factors = {Phase.DECODE: 1.0 if exact else math.inf, Phase.PREFILL: _MAX_PREFILL_CUDA_GRAPH_PADDING_FACTOR}
+        plans = {phase: plan_graphs(ladder, config, exact, factors[phase]) for phase, ladder in ladders(runner).items()}
         if get_observability().forward_hooks:
             # SGLang registers these after its own capture, so that no graph has them.
             plans = {phase: GraphPlan(plan.ladder, plan.tp) for phase, plan in plans.items()}
-        self.phases = {phase: PhaseGraphs(plan) for phase, plan in plans.items()}
-        self.phases[Phase.PREFILL].factor = _MAX_PREFILL_CUDA_GRAPH_PADDING_FACTOR
+        self.phases = {phase: PhaseGraphs(plan, factors[phase]) for phase, plan in plans.items()}
 
     def of(self, prefill: bool) -> PhaseGraphs:
         """Those that a step with prompt tokens, or without, may replay."""
@@ -200,7 +201,10 @@ def ladders(runner: Any) -> dict[str, list[int]]:
             gathered_buffer_required=any(runner.decode_graph_gather_requirements()),
         )
     if not check_cuda_graph_backend(Phase.PREFILL, Backend.DISABLED):
-        sizes[Phase.PREFILL] = sorted(get_exec().graph.cuda_graph_config.prefill.bs or [])
+        # As capture_prefill_graph: its dummy batch can have no more tokens.
+        most = runner.req_to_token_pool.size * runner.model_config.context_len
+        wanted = get_exec().graph.cuda_graph_config.prefill.bs or []
+        sizes[Phase.PREFILL] = sorted(size for size in wanted if size <= most)
     return sizes
 
 

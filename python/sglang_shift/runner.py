@@ -133,20 +133,15 @@ class ShiftWeightUpdater(WeightUpdater):
         """As SGLang's, then re-assemble (also after its rollback)."""
         return self._then_refresh(super().update_weights_from_disk(*args, **kwargs))
 
-    def load_weights_from_distributed(self, *args: Any, **kwargs: Any) -> tuple[bool, str]:
-        """As SGLang's, then re-assemble."""
-        return self._then_refresh(super().load_weights_from_distributed(*args, **kwargs))
-
-    def update_weights_from_tensor(self, *args: Any, **kwargs: Any) -> tuple[bool, str]:
-        """As SGLang's, then re-assemble."""
-        return self._then_refresh(super().update_weights_from_tensor(*args, **kwargs))
-
     def update_weights_from_ipc(self, *args: Any, **kwargs: Any) -> tuple[bool, str]:
         """As SGLang's, then re-assemble."""
         return self._then_refresh(super().update_weights_from_ipc(*args, **kwargs))
 
     def end_weight_update(self, *args: Any, **kwargs: Any) -> None:
-        """As SGLang's, then re-assemble: an RDMA transfer wrote the parameters directly."""
+        """As SGLang's, then re-assemble, once for all tensors that a session brought.
+
+        Not after each of them: a rank that failed to receive one does not come here, and the others would wait.
+        """
         super().end_weight_update(*args, **kwargs)
         self.get_model_runner().base_weights.refresh()
 

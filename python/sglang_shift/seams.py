@@ -53,6 +53,7 @@ _SP = "sglang.srt.layers.layernorm_sp:"
 _EMBEDDING = "sglang.srt.layers.vocab_parallel_embedding:"
 _UNQUANTIZED = "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod"
 _RUNNER = "sglang.srt.model_executor.model_runner:ModelRunner."
+_SESSIONS = "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager."
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater:WeightUpdater."
 _CAPTURE = "sglang.srt.model_executor.model_runner_components.cuda_graph_setup:"
 _DECODE_GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner."
@@ -149,12 +150,17 @@ SEAMS: tuple[Seam, ...] = (
              "re-assembly after weight updates")
         for name in (
             "update_weights_from_disk",
-            "load_weights_from_distributed",
-            "update_weights_from_tensor",
             "update_weights_from_ipc",
             "end_weight_update",
         )
     ),
+    *(
+        Seam("relies on", _SESSIONS + name, "",
+             "takes tensors in a session only, at whose end weights are re-assembled")
+        for name in ("update_weights_from_distributed", "update_weights_from_tensor")
+    ),
+    Seam("relies on", "sglang.srt.arg_groups.memory_hook:reserve_for_graph_mb", "",
+         "what is reserved for a second set of graphs"),
     Seam("relies on", _EMBEDDING + "VocabParallelEmbedding.forward", "",
          "sums its rows by that function alone"),
     Seam("relies on", _RUNNER + "_extend_forward_kwargs", "",

@@ -15,6 +15,7 @@ from sglang_shift.config import DEFAULT_THRESHOLD, QUEUE_FIELDS, policies_using,
 from sglang_shift.demo import demo_model_path
 from sglang_shift.exchange_backends import BACKENDS, check_exchange
 from sglang_shift.gemm_backend import suit_gemm_backend
+from sglang_shift.graph_memory import suit_graph_memory
 from sglang_shift.policies import POLICIES, QueueDepth
 from sglang_shift.refusals import check_flags, check_model
 from sglang_shift.sizing import AUTO, auto_sp_size, check_sp_size, parse_sp_size
@@ -121,8 +122,8 @@ class ShiftServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
         Optional[int],  # noqa: UP045
         Arg(
             help="CUDA graphs are captured in SP for at most so many batch sizes, and for as many sizes of prefills. "
-            "Where SGLang has more, they are thinned out evenly. 0: SP steps run eagerly. Default: all sizes that the "
-            "policy may run in SP."
+            "Where SGLang has more, they are thinned out from the largest down. 0: SP steps run eagerly. Default: all "
+            "sizes that the policy may run in SP."
         ),
         NS("shift"),
     ] = None
@@ -186,6 +187,10 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
         declare_resolution(server_args, "sglang_shift", **suited.fields)
         if auto or suited.fields:
             logger.info("sglang_shift: %s", suited.reason)
+    suited = suit_graph_memory(server_args, config)
+    if suited.fields:
+        declare_resolution(server_args, "sglang_shift", **suited.fields)
+        logger.info("sglang_shift: %s", suited.reason)
     declare_resolution(
         server_args,
         "sglang_shift",

@@ -181,8 +181,8 @@ def _grown(param: torch.nn.Parameter, parallel: SequenceParallel, dim: int) -> t
 def _gather_into(base: torch.Tensor, shard: torch.Tensor, parallel: SequenceParallel, dim: int) -> None:
     """All-gather ``shard``, a slice of ``base``, over the SP group into ``base``, side by side on ``dim``.
 
-    Besides ``base`` this takes as much memory as one shard: where columns stand side by side, a part of the
-    rows is gathered at a time.
+    Besides ``base`` this takes as much memory as one shard, or 1 + 1/S of it where columns stand side by side: there
+    a part of the rows is gathered at a time.
     """
     size = parallel.layout.sp_size
     if dim == 0:

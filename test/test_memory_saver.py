@@ -1,0 +1,51 @@
+"""Memory that is released and resumed: base weights are part of it, and nothing is served from what was lost."""
+
+from __future__ import annotations
+
+import pytest
+from harness import TEST_DIR
+from prompts import assert_same_answers
+from sglang_shift.demo import demo_model_path
+
+pytestmark = pytest.mark.server
+
+FLAGS = ("--dtype", "float32", "--tp-size", "2", "--enable-shift-parallel", "--shift-policy", "tokens")
+MODES = ("tp", "sp")
+
+
+@pytest.fixture(scope="module", params=["without a backup", "with a backup"])
+def server(request, reference, servers):
+    flags = [*FLAGS, "--enable-memory-saver"]
+    flags += ["--enable-weights-cpu-backup"] if request.param == "with a backup" else []
+    return servers.get(*flags, module=[str(TEST_DIR / "memory_saver_server.py")])
+
+
+def answers(server, reference):
+    found = []
+    for mode in MODES:
+        with server.policy(mode):
+            found += server.generate_all(reference.prompts[::3], 4)
+    return found
+
+
+def expected(reference):
+    return len(MODES) * reference.answers[16][::3]
+
+
+def test_all_weights_lie_in_memory_that_is_released(server):
+    found = server.state["saver"]
+    assert found["total"] > 0 and found["outside"] == 0
+    for step in ("loading", "assembly"):
+        assert 0 < found[f"peak_of_{step}"] <= found["shard_of_a_layer"], step
+
+
+def test_released_and_resumed(server, reference):
+    assert_same_answers(answers(server, reference), expected(reference))
+    server.post("/release_memory_occupation", {})
+    server.post("/resume_memory_occupation", {})
+    if "--enable-weights-cpu-backup" not in server.flags:
+        lost = server.generate(reference.prompts[20], 1, return_logprob=False)
+        assert lost.tokens != reference.answers[1][20].tokens[:1], "the weights were not released"
+        body = {"model_path": demo_model_path(), "load_format": "auto", "abort_all_requests": False}
+        assert server.post("/update_weights_from_disk", body)["success"]
+    assert_same_answers(answers(server, reference), expected(reference))
