@@ -123,9 +123,9 @@ def compared(cells: list[Cell]) -> list[float]:
     """
     by = {(c.model, c.configuration, c.metric): c for c in cells}
     found = []
-    for model, rows in PUBLISHED.items():
+    for model in dict.fromkeys(c.model for c in cells):
         ends = []
-        for name in rows:
+        for name in PUBLISHED[model]:
             ttft, tpot = (by[model, name, metric] for metric in METRICS[:2])
             more = OUTPUT - 1
             ends.append((ttft.predicted + more * tpot.predicted) / (ttft.published + more * tpot.published))

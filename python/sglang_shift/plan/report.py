@@ -12,7 +12,7 @@ from sglang_shift.cost_model import PHASES, CostModel
 from sglang_shift.errors import ShiftError
 from sglang_shift.plan.memory import Memory
 from sglang_shift.plan.model import Model
-from sglang_shift.plan.search import COMPARED, Candidate, Outcome, Plan
+from sglang_shift.plan.search import COMPARED, PEAK_REQUESTS, Candidate, Outcome, Plan
 from sglang_shift.sizing import GIB
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def text(plan: Plan, model: Model, gpus: str, traffic: str) -> str:
     lines += [
         "\n## Layouts\n",
         "Memory is of one GPU, in GiB: the full-TP shard, what SP and Shift need beside it, activations and graphs, KV"
-        " cache. TTFT, TPOT and E2E are means. Peak: 2000 such requests at once.\n",
+        f" cache. TTFT, TPOT and E2E are means. Peak: {PEAK_REQUESTS} such requests at once.\n",
         table(plan.layouts, plan),
         "\n## Chunks and policies of the best layout\n",
         table(plan.settings, plan),
