@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from sglang_shift.decoder_layer import Layer
 from sglang_shift.layout import RankLayout
-from sglang_shift.plan import paper
+from sglang_shift.plan import paper, report
 from sglang_shift.plan.hardware import gpus
 from sglang_shift.plan.model import Model
-from sglang_shift.plan.search import Candidate, serve
-from sglang_shift.plan.step_time import StepTimes
+from sglang_shift.plan.search import COMPARED, Candidate, serve
+from sglang_shift.plan.step_time import Engine, StepTimes
 from sglang_shift.traffic import Request
 
 DOCS = Path(__file__).parent.parent / "docs" / "cost-model.md"
@@ -22,8 +24,28 @@ def cells():
     return paper.check()
 
 
-def test_the_report_is_the_one_in_the_docs(cells):
-    assert paper.table(cells) in DOCS.read_text()
+@pytest.fixture(scope="module")
+def plain():
+    """As plans are made."""
+    return paper.check(lambda model: Engine())
+
+
+def test_the_report_is_the_one_in_the_docs():
+    assert paper.report() in DOCS.read_text()
+
+
+def test_what_plans_say_of_their_errors(plain):
+    assert fmean(abs(c.error) for c in plain) == pytest.approx(report.OFF, abs=0.005)
+    assert fmean(paper.compared(plain)) == pytest.approx(COMPARED, abs=0.005)
+
+
+def test_what_is_off_alike_is_not_in_a_comparison(cells):
+    def slowed(factors):
+        return [replace(c, predicted=factors[c.configuration] * c.published) for c in cells]
+
+    alike, apart = ({"DP": 0.5, "TP": 0.5, "SP": 0.5, "Shift": last} for last in (0.5, 0.4))
+    assert paper.compared(slowed(alike)) == pytest.approx([0] * 12)
+    assert sorted(paper.compared(slowed(apart))) == pytest.approx([0] * 6 + [0.25] * 6)
 
 
 def test_errors_are_relative_to_what_was_published(cells):

@@ -348,6 +348,10 @@ class TestTraffic:
         with pytest.raises(KeyError):
             file.write_text("a,b\n1,2\n")
             read_azure(file)
+        for text in ("a,b\n", "ContextTokens,GeneratedTokens,TIMESTAMP\n10,5\n", f"TIMESTAMP\n{'1' * 200_000}\n"):
+            file.write_text(text)
+            with pytest.raises(ValueError, match=r"no row|Invalid isoformat|field larger"):
+                read_azure(file)
 
     def test_mooncake(self, tmp_path):
         file = tmp_path / "trace.jsonl"

@@ -68,6 +68,21 @@ class Layer:
         return width * element_bytes * (ranks - 1) / ranks**2
 
 
+def size_in(config: dict[str, Any], name: str, default: int | None = None, least: int = 1) -> int:
+    """A size in a ``config.json``'s content; null is the same as none.
+
+    Raises:
+        KeyError: it has none, and there is no default.
+        ValueError: it is no whole number, or less than ``least``.
+    """
+    size = config.get(name)
+    if size is None and (size := default) is None:
+        raise KeyError(name)
+    if type(size) is not int or size < least:  # not a bool either, which is an int
+        raise ValueError(f"{name} {size!r} is not a whole number of at least {least}")
+    return size
+
+
 def layer_of(config: dict[str, Any]) -> tuple[Layer, str]:
     """The layer's sizes and the dtype of a ``config.json``'s content.
 
@@ -76,13 +91,13 @@ def layer_of(config: dict[str, Any]) -> tuple[Layer, str]:
     """
     if any(config.get(key) for key in EXPERTS):
         raise ValueError("experts, which not every token goes through")
-    heads = config["num_attention_heads"]
+    hidden, heads = size_in(config, "hidden_size"), size_in(config, "num_attention_heads")
     layer = Layer(
-        hidden=config["hidden_size"],
-        intermediate=config["intermediate_size"],
+        hidden=hidden,
+        intermediate=size_in(config, "intermediate_size"),
         heads=heads,
-        kv_heads=config.get("num_key_value_heads", heads),
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        kv_heads=size_in(config, "num_key_value_heads", heads),
+        head_dim=size_in(config, "head_dim", hidden // heads),
     )
     dtype = config.get("dtype") or config["torch_dtype"]
     if dtype not in ELEMENT_BYTES:

@@ -126,10 +126,16 @@ def read_azure(path: Path) -> list[Request]:
         OSError, KeyError, TypeError, ValueError: the file cannot be read, or is something else.
     """
     with path.open(newline="") as file:
-        rows = [
-            (_azure_time(row["TIMESTAMP"]), int(row["ContextTokens"]), int(row["GeneratedTokens"]), ())
-            for row in csv.DictReader(file)
-        ]
+        reader = csv.DictReader(file)
+        try:
+            rows = [
+                (_azure_time(row["TIMESTAMP"] or ""), int(row["ContextTokens"]), int(row["GeneratedTokens"]), ())
+                for row in reader
+            ]
+        except csv.Error as error:
+            raise ValueError(str(error)) from error
+    if not rows:
+        raise ValueError("it has no row of an Azure trace")
     return _from_rows(rows)
 
 

@@ -19,6 +19,11 @@ WINDOW = 900.0
 """Seconds of a trace, where none are given: as long a part as the Shift Parallelism paper replays."""
 
 
+def words_of(found: Lengths) -> str:
+    """Lengths in words."""
+    return f"{found[0]} to {found[1]}" if isinstance(found, tuple) else str(found)
+
+
 def lengths(given: str) -> Lengths:
     """``N`` or ``LOW-HIGH`` of the command line.
 
@@ -65,8 +70,8 @@ def requests_of(args: argparse.Namespace, model: Model) -> tuple[list[Request], 
     """
     if args.rate:
         made = steady(args.rate, prompt=args.prompt, output=args.output, requests=args.requests)
-        words = f"{len(made)} requests at {args.rate:g}/s, prompts of {args.prompt} tokens and outputs of {args.output}"
-        return scaled(made, context=model.context), words
+        words = f"{len(made)} requests at {args.rate:g}/s, prompts of {words_of(args.prompt)} tokens and outputs of "
+        return fitted(made, words + words_of(args.output), model)
     start, seconds = args.window
     try:
         found = window(read_trace(args.trace), start, seconds)
@@ -79,31 +84,43 @@ def requests_of(args: argparse.Namespace, model: Model) -> tuple[list[Request], 
         raise ShiftError(f"--trace {args.trace} has no request from second {start:g} to {start + seconds:g}")
     words = f"{len(found)} requests of {args.trace.name}, second {start:g} to {start + seconds:g}"
     words += f", {args.pace:g} times as fast" if args.pace != 1 else ""
-    return scaled(found, time=1 / args.pace, context=model.context), words
+    return fitted(scaled(found, time=1 / args.pace), words, model)
 
 
-def plan(args: argparse.Namespace) -> str:
-    """The plan that the arguments ask for, as Markdown; draws it where they say so.
+def fitted(requests: list[Request], words: str, model: Model) -> tuple[list[Request], str]:
+    """Requests cut to the model's context, and in words how many were."""
+    made = scaled(requests, context=model.context)
+    cut = sum(r != given for r, given in zip(made, requests, strict=True))
+    return made, f"{words}; {cut} of them cut to the context of {model.context} tokens" if cut else words
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Print the plan that the arguments ask for, as Markdown, and draw it where they say so.
 
     Raises:
-        ShiftError: there is none.
+        ShiftError: there is none, or no picture of it.
     """
+    if args.plot:
+        report.check_plot(args.plot)
     count, gpu = parse_gpus(args.gpus)
     model = read_model(args.model)
     requests, traffic = requests_of(args, model)
     kv_dtype = "fp8" if args.kv_cache_dtype == "fp8" else "bfloat16"
     found = search(model, gpu, count, requests, kv_dtype, lambda words: print(words, file=sys.stderr, flush=True))
     where = f"{count} x {gpu.name}"
+    print(report.text(found, model, where, traffic), flush=True)
     if args.plot:
         report.plot(found, f"{model.name} on {where}", args.plot)
-    return report.text(found, model, where, traffic)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a plan or the check; 2 where it is refused."""
     args = parse(argv)
     try:
-        print(paper.table(paper.check()) if args.check else plan(args))
+        if args.check:
+            print(paper.report())
+        else:
+            plan(args)
     except ShiftError as error:
         print(f"sglang_shift: error: {error}", file=sys.stderr)
         return 2

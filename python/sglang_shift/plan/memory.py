@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
+
+from sglang.srt.arg_groups.cuda_graph_hook import generate_prefill_cuda_graph_batch_sizes
+from sglang.srt.arg_groups.overrides import pre_capture_activation_reserve_mb_of
 
 from sglang_shift.layout import RankLayout
 from sglang_shift.plan.hardware import Gpu
 from sglang_shift.plan.model import Model
 from sglang_shift.sizing import MIB, kv_bytes_per_token, padded_vocab, weight_bytes
 
-# SGLang's default reserve, handle_gpu_memory_settings in srt/arg_groups/memory_hook.py, for GPUs of more than 60 GiB.
-LEAST_RESERVE = 10 * 1024  # MiB, as all that follow
-META_DATA, PER_CHUNK_TOKEN, PER_RANK, PER_GRAPH_BATCH = 512, 1.5, 128, 2
-SMALLEST_CHUNK = 2048
+# SGLang's defaults for GPUs of 60 to 160 GiB, handle_gpu_memory_settings in srt/arg_groups/memory_hook.py; in MiB.
+LEAST_RESERVE = 10 * 1024
+PER_DECODE_GRAPH_REQUEST, PER_PREFILL_GRAPH = 2, 8
 
 
 @dataclass(frozen=True)
@@ -21,15 +24,16 @@ class Memory:
 
     Attributes:
         weights: The full-TP shard.
-        shift: What the base configuration needs beside it: the rest of the base weights, which both modes share,
-            and the graphs of a second mode.
-        reserve: Activations and graphs, as SGLang reserves them.
+        base: The rest of the base weights, which both modes share.
+        graphs: Those of a second mode, which SGLang does not reserve memory for.
+        reserve: Activations and the graphs of one mode, as SGLang reserves them.
         kv_per_token: K and V of a token.
         total: All of it.
     """
 
     weights: int
-    shift: int
+    base: int
+    graphs: int
     reserve: int
     kv_per_token: int
     total: int
@@ -37,7 +41,7 @@ class Memory:
     @property
     def pool(self) -> int:
         """What is left for the KV cache; negative where the rest does not fit."""
-        return self.total - self.weights - self.shift - self.reserve
+        return self.total - self.weights - self.base - self.graphs - self.reserve
 
     @property
     def tokens(self) -> int:
@@ -45,24 +49,35 @@ class Memory:
         return max(0, self.pool) // self.kv_per_token
 
 
-def memory(model: Model, gpu: Gpu, layout: RankLayout, chunk: int, kv_dtype: str = "bfloat16") -> Memory:
+def memory(
+    model: Model, gpu: Gpu, layout: RankLayout, chunk: int, kv_dtype: str = "bfloat16", *, shifts: bool = False
+) -> Memory:
     """A GPU's memory.
 
     Args:
         model: The model.
         gpu: The GPU.
-        layout: Of its replica.
+        layout: Of its replica; S = 1 is TP alone.
         chunk: Prompt tokens that one step takes.
         kv_dtype: ``bfloat16`` or ``fp8``.
+        shifts: Whether both modes run, each with graphs of its own.
     """
-    ranks, sp = layout.world_size, layout.sp_size
+    ranks = layout.world_size
     weights = _weights(model, ranks, 1)
-    batch = 256 if ranks < 4 else 512  # the largest with a graph, SGLang's default for these GPUs
-    graphs = PER_GRAPH_BATCH * batch
-    rest = META_DATA + PER_CHUNK_TOKEN * max(chunk, SMALLEST_CHUNK) + PER_RANK * ranks + graphs
-    shift = _weights(model, ranks, sp) - weights + graphs * MIB if sp > 1 else 0
-    per_token = kv_bytes_per_token(model.config, ranks, 1 if kv_dtype == "fp8" else 2)
-    return Memory(weights, shift, int(max(LEAST_RESERVE, rest) * MIB), per_token, gpu.memory_mib * MIB)
+    batch = 256 if ranks < 4 else 512  # the largest decode graph
+    prefills = len(generate_prefill_cuda_graph_batch_sizes(chunk))
+    graphs = PER_DECODE_GRAPH_REQUEST * batch + PER_PREFILL_GRAPH * prefills
+    settings = SimpleNamespace(disaggregation_mode="null", chunked_prefill_size=chunk, tp_size=ranks, pp_size=1)
+    # No GPU: its least would be for the activations alone, and here it is for all.
+    reserve = max(LEAST_RESERVE, pre_capture_activation_reserve_mb_of(settings, None) + graphs)
+    return Memory(
+        weights,
+        _weights(model, ranks, layout.sp_size) - weights,
+        graphs * MIB if shifts else 0,
+        int(reserve * MIB),
+        kv_bytes_per_token(model.config, ranks, 1 if kv_dtype == "fp8" else 2),
+        gpu.memory_mib * MIB,
+    )
 
 
 def _weights(model: Model, ranks: int, sp: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from sglang_shift.decoder_layer import Layer, layer_of
+from sglang_shift.decoder_layer import Layer, layer_of, size_in
 from sglang_shift.errors import ShiftError
 from sglang_shift.refusals import ARCHITECTURES
 
@@ -27,6 +27,7 @@ class Model:
             ``fp8_block`` (per 128 x 128). Embeddings and LM head are bfloat16.
         tied: Whether the LM head is the embedding.
         architecture: As in its configuration.
+        path: What ``--model-path`` would be, where that is known.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Model:
     weights: str = "bfloat16"
     tied: bool = False
     architecture: str = "LlamaForCausalLM"
+    path: str = "MODEL"
 
     @property
     def qk_norm(self) -> bool:
@@ -67,25 +69,40 @@ def read_model(path: str | Path) -> Model:
     """
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
-        config = json.loads(file.read_text())
-        return _model(file.absolute().parent.name, config)
+        return _model(file, json.loads(file.read_text()))
     except KeyError as error:
         raise ShiftError(f"{file} has no {error}; give the config.json of a dense decoder as --model") from error
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ShiftError(f"{file}: {error}; give the config.json of a dense decoder as --model") from error
 
 
-def _model(name: str, config: dict[str, Any]) -> Model:
+def _model(file: Path, config: dict[str, Any]) -> Model:
     layer, dtype = layer_of(config)
     if dtype == "float32":
         raise ValueError("dtype float32, for which there are no figures")
-    architecture = config["architectures"][0]
+    architecture = next(iter(config["architectures"] or ()), "no architecture")
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{architecture}, which is none of {', '.join(ARCHITECTURES)}")
+    name, path = _name(file)
     return Model(
-        name, layer, config["num_hidden_layers"], config["vocab_size"], config["max_position_embeddings"],
-        _weights(config.get("quantization_config")), bool(config.get("tie_word_embeddings", False)), architecture,
+        name, layer, size_in(config, "num_hidden_layers"), size_in(config, "vocab_size"),
+        # Room for a prompt and an output.
+        size_in(config, "max_position_embeddings", least=2), _weights(config.get("quantization_config")),
+        bool(config.get("tie_word_embeddings", False)), architecture, path,
     )  # fmt: skip
+
+
+def _name(file: Path) -> tuple[str, str]:
+    """What to call a model, and the path to it: as on the hub, where the file is in its cache.
+
+    Not ``_name_or_path`` of the configuration: in a fine-tuned model's, that is often the model before.
+    """
+    cached = next((part for part in file.absolute().parts if part.startswith("models--")), None)
+    if cached:
+        return (name := cached.removeprefix("models--").replace("--", "/", 1)), name
+    if file.name == "config.json":
+        return file.absolute().parent.name, str(file.parent)
+    return file.stem, Model.path
 
 
 def _weights(quantization: dict[str, Any] | None) -> str:
@@ -95,5 +112,6 @@ def _weights(quantization: dict[str, Any] | None) -> str:
     if method == "fp8":
         return "fp8_block" if quantization.get("weight_block_size") else "fp8"
     if method == "compressed-tensors" and quantization.get("format") == "float-quantized":
-        return "fp8"
+        groups = (quantization.get("config_groups") or {}).values()
+        return "fp8_block" if any(g["weights"]["strategy"] == "block" for g in groups) else "fp8"
     raise ValueError(f"quantization {method}, for which there are no figures")

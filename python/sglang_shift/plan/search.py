@@ -1,13 +1,15 @@
 """Which layout, chunk and policy serve some traffic best: each is tried in the step simulator.
 
 Two rounds: every layout with one chunk and one policy; then every chunk and policy with the best layout. What is
-best has the lowest mean end-to-end time, which holds the queue, the first token and all others.
+best has the lowest mean end-to-end time, which holds the queue, the first token and all others; under more traffic
+than any layout serves, where that time only says how long the traffic lasts, the highest peak.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 
 from sglang_shift.cost_model import PHASES, CostModel
 from sglang_shift.errors import ShiftError
@@ -19,7 +21,7 @@ from sglang_shift.plan.model import Model
 from sglang_shift.plan.step_time import StepTimes
 from sglang_shift.policies import Calibrated, FixedMode, TokenThreshold
 from sglang_shift.simulator import Result, Server, simulate
-from sglang_shift.traffic import Request, scaled
+from sglang_shift.traffic import Request
 
 CHUNK = 8192
 """SGLang's default for these GPUs."""
@@ -29,7 +31,10 @@ GROUPS = (1, 2, 4, 8)
 """Ranks of a replica for which there are figures."""
 
 PEAK_REQUESTS = 2000
-"""Of the traffic, taken at once to find what a candidate serves at most."""
+"""Of the traffic, over again where it has fewer: all at once, they show what a candidate serves at most."""
+
+COMPARED = 0.15
+"""How far off the ratio of two end-to-end times is on average, beside the paper's table: docs/cost-model.md."""
 
 
 @dataclass(frozen=True)
@@ -81,17 +86,55 @@ class Plan:
         best: The recommendation.
         layouts: Every layout with the default chunk, TP alone or the ``calibrated`` policy.
         settings: Chunks and policies of the best layout.
+        gpus: How many there are.
+        kv_dtype: Of the KV cache: ``bfloat16`` or ``fp8``.
+        offered: Prompt and output tokens per second that the traffic brings; 0 where all of it comes at once.
+        overloaded: Whether that is more than any layout serves.
     """
 
     best: Outcome
     layouts: list[Outcome]
     settings: list[Outcome]
+    gpus: int
+    kv_dtype: str
+    offered: float
+    overloaded: bool
+
+    @property
+    def most(self) -> float:
+        """The highest peak of the layouts."""
+        return max(o.peak for o in self.layouts)
+
+    @property
+    def tried(self) -> dict[Candidate, Outcome]:
+        """All that were served, each once."""
+        return {o.candidate: o for o in (*self.layouts, *self.settings) if o.metrics}
+
+    @property
+    def near(self) -> dict[Candidate, float]:
+        """What the cost model cannot tell from the best, the nearest first, and how much worse it is to be."""
+        best = cost(self.best, self.overloaded)
+        worse = {candidate: cost(o, self.overloaded) / best - 1 for candidate, o in self.tried.items()}
+        del worse[self.best.candidate]
+        return {c: more for c, more in sorted(worse.items(), key=lambda item: item[1]) if more <= COMPARED}
+
+
+def cost(outcome: Outcome, overloaded: bool) -> float:
+    """What the best has least of: the mean end-to-end time, or the time per token at the peak; in seconds."""
+    return 1 / outcome.peak if overloaded else outcome.metrics["mean_e2e"]
+
+
+def offered(requests: Sequence[Request]) -> float:
+    """Prompt and output tokens per second, from the first arrival to the last; 0 where all come at once."""
+    times = [r.time for r in requests]
+    seconds = max(times) - min(times)
+    return sum(r.prompt + r.output for r in requests) / seconds if seconds else 0.0
 
 
 def layouts(model: Model, gpus: int) -> Iterator[tuple[RankLayout, int]]:
-    """All (P, S) by which the GPUs and the model can be divided, and the number of replicas."""
+    """All (P, S) by which the model can be divided, and as many replicas as there are GPUs for."""
     for ranks in GROUPS:
-        if gpus % ranks:
+        if ranks > gpus:
             continue
         try:
             model.layer.shards(ranks)
@@ -156,14 +199,15 @@ def search(
         ShiftError: no layout fits.
     """
     longest = max(r.prompt + r.output for r in requests)
+    flood = [replace(r, time=0.0) for r in islice(cycle(requests), PEAK_REQUESTS)]
 
     def attempt(candidate: Candidate, costs: CostModel) -> Outcome:
-        held = memory(model, gpu, candidate.layout, candidate.chunk, kv_dtype)
+        held = memory(model, gpu, candidate.layout, candidate.chunk, kv_dtype, shifts=candidate.shifts)
         if held.tokens < longest:
             return Outcome(candidate, held, costs, {}, 0.0)
         progress(describe(candidate))
         metrics = serve(requests, candidate, costs, held.tokens).metrics()
-        peak = serve(scaled(requests[:PEAK_REQUESTS], time=0.0), candidate, costs, held.tokens).throughput
+        peak = serve(flood, candidate, costs, held.tokens).throughput
         return Outcome(candidate, held, costs, metrics, peak)
 
     tried = []
@@ -171,25 +215,35 @@ def search(
         costs = StepTimes(model, gpu, layout, kv_dtype).cost_model()
         policy = "calibrated" if layout.sp_size > 1 else "tp"
         tried.append(attempt(Candidate(layout, replicas, policy=policy), costs))
-    fitting = [outcome for outcome in tried if outcome.metrics]
-    if not fitting:
+    if not any(outcome.metrics for outcome in tried):
         most = max(tried, key=lambda o: o.memory.tokens)
         raise ShiftError(
             f"{model.name} does not fit {gpus} x {gpu.name}: no layout leaves a KV cache for the longest request "
             f"({longest} tokens; the most is {most.memory.tokens}); give more GPUs or shorter requests"
         )
-    best = min(fitting, key=_end_to_end)
-    # A threshold of no tokens is SP throughout, which is tried anyway.
-    names = ["tp", "sp", *(f"tokens {n}" for n in thresholds(best.costs) if n)] if best.candidate.shifts else []
+    brought = offered(requests)
+    overloaded = brought > max(outcome.peak for outcome in tried)
+
+    def best_of(outcomes: list[Outcome]) -> Outcome:
+        return min((o for o in outcomes if o.metrics), key=lambda o: cost(o, overloaded))
+
+    best = best_of(tried)
     settings = [best]
     settings += [attempt(replace(best.candidate, chunk=c), best.costs) for c in CHUNKS if c != CHUNK]
-    best = min((o for o in settings if o.metrics), key=_end_to_end)
-    settings += [attempt(replace(best.candidate, policy=name), best.costs) for name in names]
-    return Plan(min((o for o in settings if o.metrics), key=_end_to_end), tried, settings)
+    best = best_of(settings)
+    settings += [attempt(candidate, best.costs) for candidate in policies(best)]
+    return Plan(best_of(settings), tried, settings, gpus, kv_dtype, brought, overloaded)
 
 
-def _end_to_end(outcome: Outcome) -> float:
-    return outcome.metrics["mean_e2e"]
+def policies(best: Outcome) -> list[Candidate]:
+    """The same with other policies, where it may shift. TP alone needs no base weights."""
+    shifting = best.candidate
+    if not shifting.shifts:
+        return []
+    tp = replace(shifting, layout=RankLayout(shifting.layout.world_size, 1), policy="tp")
+    # A threshold of no tokens is SP throughout, which is tried anyway.
+    names = ["sp", *(f"tokens {n}" for n in thresholds(best.costs) if n)]
+    return [tp, *(replace(shifting, policy=name) for name in names)]
 
 
 def describe(candidate: Candidate) -> str:
