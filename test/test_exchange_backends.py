@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 from harness import GlooGroup, run_ranks
+from sglang.srt.managers.scheduler import Scheduler
 from sglang_shift import exchange_backends, flashinfer_exchange
 from sglang_shift.errors import Refused
 from sglang_shift.exchange import SequenceExchange
 from sglang_shift.exchange_backends import Operands, check_exchange, make_exchange, why_not_flashinfer
 from sglang_shift.flashinfer_exchange import WORLD_SIZES, FlashInferExchange
+from sglang_shift.region import region
+from sglang_shift.scheduler import ShiftScheduler
 
 
 class StandIn:
@@ -188,3 +191,19 @@ class TestChoice:
         with pytest.raises(Refused, match="the device is cpu; give auto or collective"):
             check_exchange("flashinfer", "cpu", 2, 1)
         assert exchange_backends.BACKENDS == ("auto", "flashinfer", "collective")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_exchange_closes_after_what_sglang_releases(monkeypatch, caplog, fails):
+    done: list[str] = []
+
+    def close():
+        done.append("exchange")
+        if fails:
+            raise RuntimeError("a peer is gone")
+
+    monkeypatch.setattr(region, "parallel", SimpleNamespace(exchange=SimpleNamespace(close=close)))
+    monkeypatch.setattr(Scheduler, "release_host_resources", lambda self: done.append("SGLang's"))
+    ShiftScheduler.__new__(ShiftScheduler).release_host_resources()
+    assert done == ["SGLang's", "exchange"]
+    assert ("could not be closed" in caplog.text and "a peer is gone" in caplog.text) is fails
