@@ -121,7 +121,6 @@ ASKING = {
     "enable_attn_tp_input_scattered": True, "ep_size": 2,
     "enable_two_batch_overlap": True, "enable_pdmux": True, "disaggregation_mode": "prefill",
     "speculative_algorithm": "NGRAM", "enable_lora": True, "quantization": "fp8", "enable_torch_compile": True,
-    "cuda_graph_config": SimpleNamespace(prefill=SimpleNamespace(backend="tc_piecewise")),
     "dllm_algorithm": "x", "elastic_ep_backend": "mooncake", "use_ray": True, "encoder_only": True,
     "grpc_mode": True, "weight_cache_mode": "on", "startup_weight_load_mode": "overlap",
     "load_format": "sharded_state", "enable_memory_saver": True, "cpu_offload_gb": 1, "is_embedding": True,
