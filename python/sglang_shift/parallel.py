@@ -72,7 +72,7 @@ def build(layout: RankLayout) -> SequenceParallel:
 def _new_group(
     groups: list[list[int]], tp_group: GroupCoordinator, name: str, *, fast_all_reduce: bool | None
 ) -> GroupCoordinator:
-    """A group like ``tp_group``; ``fast_all_reduce``: the communicators for nothing else, None as SGLang's flags say."""
+    """``fast_all_reduce``: whether to build what serves all-reduces only; None as SGLang's flags say."""
     return init_model_parallel_group(
         [[tp_group.ranks[i] for i in members] for members in groups],
         get_device().gpu_id,
