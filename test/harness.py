@@ -223,3 +223,10 @@ class GlooGroup:
 
         dist.all_reduce(x, group=self.group)
         return x
+
+    def all_gather_object(self, obj: Any) -> list[Any]:
+        import torch.distributed as dist
+
+        objects = [None] * self.world_size
+        dist.all_gather_object(objects, obj, group=self.group)
+        return objects

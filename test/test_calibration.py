@@ -231,6 +231,13 @@ def test_the_first_start_measures_and_the_second_reuses(make, tmp_path, caplog):
     assert not second.bench.laps, "nothing was measured"
 
 
+def test_another_exchange_has_times_of_its_own(make, tmp_path):
+    make().start()
+    other = make(replace(CONFIG, exchange_dtype="fp8"))
+    assert other.start() is not None and other.bench.laps
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_broken_cache_is_measured_again(make, tmp_path, caplog):
     make().start()
     (file,) = tmp_path.iterdir()

@@ -16,6 +16,7 @@ from sglang_shift.parallel import SequenceParallel
 from sglang_shift.projections import BaseWeight, OutputProjection, QkvProjection
 from sglang_shift.region import region, sp_entry_scatter
 from sglang_shift.weights import BaseLinearMethod, _gather_into, _grown
+from sglang_shift_kernels import reference
 
 
 def my_group(groups: list[list[int]]) -> GlooGroup:
@@ -74,12 +75,47 @@ def test_exchange_in_parts_over_gloo(world, dtype):
     run_ranks(world, check_exchange_in_parts, dtype)
 
 
+def check_fp8(rank: int, world: int, dtype: torch.dtype, part_bytes: int) -> None:
+    """What arrives is what was sent, quantized and dequantized by the reference: exactly, in one part or in several."""
+    exchange_module.PART_BYTES, exchange_module.MESSAGE_BYTES = part_bytes, 1
+    exchange = SequenceExchange(my_group([list(range(world))]), fp8=True)
+    assert exchange.text == "collective, fp8"
+    sent = 0
+    for local, width in ((1, 16), (5, 48), (64, 32)):
+        rows = world * local
+        whole = torch.randn(rows, world * width, generator=torch.Generator().manual_seed(local)).to(dtype)
+        columns = [reference.pack_tokens(x, world, quantize=True) for x in whole.split(width, 1)]
+        rounded = torch.cat([reference.unpack_tokens(blocks, dtype) for blocks in columns], 1)
+        assert not torch.equal(rounded, whole)
+        mine, my_heads = slice(rank * local, (rank + 1) * local), slice(rank * width, (rank + 1) * width)
+        heads = exchange.scatter_heads(whole[mine], unchanged, world * width)
+        assert heads.dtype is dtype and torch.equal(heads, rounded[:, my_heads])
+        tokens = exchange.gather_heads(whole[:, my_heads].contiguous(), unchanged)
+        assert tokens.dtype is dtype and torch.equal(tokens, rounded[mine])
+        # One token less: the last row is padding.
+        tokens = exchange.gather_heads(whole[: rows - 1, my_heads].contiguous(), unchanged)
+        rounded[-1] = 0
+        assert torch.equal(tokens, rounded[mine])
+        sent += 3 * (world - 1) * local * (width + 16)
+    assert (exchange.bytes_sent, exchange.calls) == (sent, 9)
+    blocks = torch.randn(world, 3, generator=torch.Generator().manual_seed(rank)).to(dtype)
+    others = [torch.randn(world, 3, generator=torch.Generator().manual_seed(r)).to(dtype)[rank] for r in range(world)]
+    assert torch.equal(exchange.all_to_all(blocks), torch.stack(others)), "the embedding's is plain"
+
+
+@pytest.mark.parametrize("part_bytes", [PART_BYTES, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("world", [2, 3])
+def test_fp8_over_gloo(world, dtype, part_bytes):
+    run_ranks(world, check_fp8, dtype, part_bytes)
+
+
 def test_small_exchanges_and_those_of_other_devices_have_one_part():
     exchange = SequenceExchange(SimpleNamespace(world_size=2))
     width = PART_BYTES // 64  # elements of 4 bytes, half of which stay
-    rows = {n: exchange._parts(torch.empty(n, 1), n * width) for n in (32, 63, 64, 95, 96, 10**6)}
+    rows = {n: exchange._parts(torch.device("cpu"), n * width * 4) for n in (32, 63, 64, 95, 96, 10**6)}
     assert rows == {32: 1, 63: 1, 64: 2, 95: 2, 96: 3, 10**6: MOST_PARTS}
-    assert exchange._parts(torch.empty(10**6, 1, device="meta"), 10**6 * width) == 1
+    assert exchange._parts(torch.device("meta"), 10**6 * width) == 1
 
 
 def check_projections(rank: int, world: int, sp: int, tokens: int) -> None:

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import sglang_shift_kernels as kernels
 import torch
-from sglang_shift_kernels import cpu, gpu, reference
-from sglang_shift_kernels.operations import Shape, Traffic, operations, traffic
+from sglang_shift_kernels import copies, cpu, gpu, reference
+from sglang_shift_kernels.operations import Shape, Traffic, operations, traffic, warm_up
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -145,7 +145,27 @@ def test_what_cannot_be_packed(implementation):
 
 
 def test_where_fp8_is_supported(monkeypatch):
-    assert kernels.fp8_supported(torch.device("cpu"))
+    assert kernels.fp8_supported(torch.device("cpu")) and not kernels.fp8_supported(torch.device("xpu"))
     for capability, supported in (((8, 0), False), ((8, 9), True), ((9, 0), True), ((10, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
         assert kernels.fp8_supported(torch.device("cuda")) is supported
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_warm_up_launches_what_a_step_may(monkeypatch, fp8):
+    launches: set[tuple[object, ...]] = set()
+    monkeypatch.setattr(
+        copies, "_launch", lambda x, blocks, layout, to_blocks: launches.add(("copy", to_blocks, layout.width))
+    )
+    monkeypatch.setattr(
+        gpu.fp8, "_launch", lambda kernel, x, blocks, layout: launches.add((kernel.__name__, layout.width))
+    )
+    warm_up(Shape(4, 2, 160, 128), 512, torch.bfloat16, "cpu", fp8)
+    warmed = launches.copy()
+    for rows in (2, 65):  # a step of T tokens: QKV, O with and without padding, the embedding
+        for tokens in (4 * rows, 4 * rows - 1):
+            gpu.unpack_tokens(gpu.pack_heads(torch.zeros(rows, 4 * 160).bfloat16(), 4, fp8), torch.bfloat16)
+            gpu.unpack_heads(gpu.pack_tokens(torch.zeros(tokens, 128).bfloat16(), 4, fp8), torch.bfloat16)
+            gpu.pack_tokens(torch.zeros(tokens, 512).bfloat16(), 4)
+    assert launches == warmed and ("copy", True, 512) in warmed
+    assert any("quantize" in str(launch[0]) for launch in warmed) is fp8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,6 +53,10 @@ def test_defaults_with_shift():
         (
             {"shift_exchange": "collective"},
             ShiftConfig(2, 2, True, "calibrated", calibration="auto", exchange="collective"),
+        ),
+        (
+            {"shift_exchange_dtype": "fp8"},
+            ShiftConfig(2, 2, True, "calibrated", calibration="auto", exchange_dtype="fp8"),
         ),
         ({"shift_calibration": "here.json"}, ShiftConfig(2, 2, True, "calibrated", calibration="here.json")),
         (
@@ -106,6 +111,11 @@ def test_a_named_model_is_kept(argv):
         ({"tp_size": 2, "sp_size": 2, "quantization": "fp8"}, "quantized weights are not assembled yet"),
         ({"tp_size": 2, "shift_exchange": "auto"}, "--shift-exchange auto needs --sp-size or --enable-shift-parallel"),
         ({**SHIFT, "shift_exchange": "flashinfer"}, "flashinfer is not possible: it needs CUDA, and the device is cpu"),
+        ({"tp_size": 2, "shift_exchange_dtype": "fp8"}, "--shift-exchange-dtype fp8 needs --sp-size or --enable-shift"),
+        (
+            {**SHIFT, "shift_exchange": "flashinfer", "shift_exchange_dtype": "fp8"},
+            "flashinfer is not possible: it sends activations as they are, and --shift-exchange-dtype is fp8",
+        ),
         ({**SHIFT, "is_embedding": True}, "pooler"),
         ({**SHIFT, "model_path": "/does/not/exist"}, "/does/not/exist does not exist"),
     ],
@@ -157,18 +167,43 @@ def test_features_that_do_not_combine(field):
     ],
 )
 def test_models_that_are_not_served(changes, message):
+    with pytest.raises(Refused, match=message):
+        check_model(demo_config(**changes), ShiftConfig(4, 4, True, "tokens", 256))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        # 2 heads and half a KV head, replicated, a rank: 4 heads of QKV, 2 of O.
+        ({"head_dim": 8}, None),
+        ({"head_dim": 4}, "fp8 takes a multiple of 16 columns, and with --tp-size 4 a rank has 8 of O; give auto"),
+        ({"head_dim": 6}, "with --tp-size 4 a rank has 24 of QKV; give auto"),
+    ],
+)
+def test_widths_that_fp8_does_not_take(changes, message):
+    model, fp8 = demo_config(**changes), ShiftConfig(4, 2, True, "tokens", exchange_dtype="fp8")
+    check_model(model, replace(fp8, exchange_dtype="auto"))
+    if message is None:
+        check_model(model, fp8)
+    else:
+        with pytest.raises(Refused, match=message):
+            check_model(model, fp8)
+
+
+def demo_config(**changes):
+    """What is read of SGLang's configuration of a model, here the demo model with some changes."""
     fields = json.loads(Path(demo_model_path(), "config.json").read_text())
     fields.update(changes)
-    config = SimpleNamespace(
+    return SimpleNamespace(
         hf_config=SimpleNamespace(**fields),
         quantization=None,
         is_generation=True,
         is_multimodal=False,
+        head_dim=fields["head_dim"],
         num_attention_heads=fields["num_attention_heads"],
         get_total_num_kv_heads=lambda: fields["num_key_value_heads"],
     )
-    with pytest.raises(Refused, match=message):
-        check_model(config, ShiftConfig(4, 4, True, "tokens", 256))
 
 
 def test_the_allowlist_is_the_tested_families():

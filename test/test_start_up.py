@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from sglang_shift import platform
+from sglang_shift import agreement, platform
 from sglang_shift.agreement import difference
-from sglang_shift.serve_backend import asks_for_us, backend
+from sglang_shift.config import ShiftConfig
+from sglang_shift.serve_backend import FLAGS, asks_for_us, backend
+from sglang_shift.server_args import FIELDS
 
 
 def test_ranks_that_agree():
@@ -20,6 +23,18 @@ def test_ranks_that_agree():
 def test_a_difference_names_both_ranks_and_both_values():
     mine, theirs = {"--sp-size": 2, "torch": "2.14"}, {"--sp-size": 4, "torch": "2.14"}
     assert "--sp-size is 2 on rank 0 and 4 on rank 3" in str(difference(0, mine, 3, theirs))
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(ShiftConfig)])
+def test_every_setting_must_be_the_same_on_all_ranks(monkeypatch, name):
+    monkeypatch.setattr(agreement, "get_model", lambda: SimpleNamespace(dtype="auto"))
+    config = ShiftConfig(4, 2, True, "tokens")
+    mine, theirs = agreement.statement(config), agreement.statement(replace(config, **{name: "another"}))
+    assert "another on rank 1" in str(difference(0, mine, 1, theirs))
+
+
+def test_every_flag_of_ours_is_routed_to_us():
+    assert {"--" + name.replace("_", "-") for name in FIELDS} | {"--sequence-parallel-size"} == set(FLAGS)
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def fp8_supported(device: torch.device) -> bool:
 
     Older ones have no instruction that makes e4m3, and Triton refuses to compile the kernel for them.
     """
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9))
 
 
 def _implementation(x: torch.Tensor) -> ModuleType:

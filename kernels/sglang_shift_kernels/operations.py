@@ -1,4 +1,4 @@
-"""What the kernels do in a step, as examples: to check them against the reference, and to time them."""
+"""What the kernels do in a step, as examples: to check them against the reference, to time and to compile them."""
 
 from __future__ import annotations
 
@@ -95,3 +95,21 @@ def operations(shape: Shape, dtype: torch.dtype, device: torch.device | str = "c
         yield Operation("unpack tokens, fp8", "unpack_tokens", (reference.pack_heads(heads, size, True), dtype))
         yield Operation("pack tokens, fp8", "pack_tokens", (tokens, size, True))
         yield Operation("unpack heads, fp8", "unpack_heads", (reference.pack_tokens(tokens, size, True), dtype))
+
+
+def warm_up(shape: Shape, hidden: int, dtype: torch.dtype, device: torch.device | str, fp8: bool) -> None:
+    """Run once on a GPU each kernel that an exchange may need: Triton compiles it, and loads it, at its first call.
+
+    Args:
+        shape: Of an exchange; at least two rows, as one is a view.
+        hidden: Columns of an embedding, whose rows are packed as they are.
+        dtype: Of activations.
+        device: The GPU.
+        fp8: Whether the exchange is quantized too.
+    """
+    from sglang_shift_kernels import gpu  # Triton is there where CUDA is
+
+    for operation in operations(shape, dtype, device):
+        if fp8 or "fp8" not in operation.name:
+            operation.run(gpu)
+    gpu.pack_tokens(torch.zeros(shape.size + 1, hidden, dtype=dtype, device=device), shape.size)

@@ -46,7 +46,7 @@ def quantized(blocks: torch.Tensor, layout: Layout) -> torch.Tensor:
     largest = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
     scale = (largest.view(torch.int32) & EXPONENT_BITS).view(torch.float32) * HEADROOM
     elements = (x / scale).to(torch.float8_e4m3fn)
-    scales = scale.expand(*layout.shape[:2], SCALE_BYTES // 4).contiguous()
+    scales = scale.repeat(1, 1, SCALE_BYTES // 4)
     return torch.cat([elements.view(torch.uint8), scales.view(torch.uint8)], -1)
 
 

@@ -35,6 +35,7 @@ def statement(config: ShiftConfig) -> dict[str, Any]:
         **{"--shift-" + name.replace("_", "-"): getattr(config, name) for name in QUEUE_FIELDS},
         "--shift-calibration": config.calibration,
         "--shift-exchange": config.exchange,
+        "--shift-exchange-dtype": config.exchange_dtype,
         "--shift-graph-buckets": config.graph_buckets,
         "--dtype": str(get_model().dtype),
     }

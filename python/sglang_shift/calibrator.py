@@ -99,6 +99,7 @@ class Calibrator:
             "kv_cache_dtype": str(scheduler.tp_worker.model_runner.kv_cache_dtype),
             "page_size": get_schedule().page_size,
             "nodes": get_parallel().nnodes,
+            "exchange": [self.config.exchange, self.config.exchange_dtype],
         }
         if captured := scheduler.tp_worker.model_runner.graphs.captured():
             settings["graphs"] = captured

@@ -36,6 +36,7 @@ class ShiftConfig:
         leave_tokens: See :class:`QueueDepth`.
         calibration: ``auto``, ``off``, or a file.
         exchange: Backend of the exchange: ``auto``, ``flashinfer`` or ``collective``.
+        exchange_dtype: What it sends: ``auto``, the activations as they are, or ``fp8``.
         graph_buckets: At most so many CUDA graphs of each phase in SP; None for as many as there is use for.
     """
 
@@ -50,6 +51,7 @@ class ShiftConfig:
     leave_tokens: int = QueueDepth.leave_tokens
     calibration: str = "off"
     exchange: str = "auto"
+    exchange_dtype: str = "auto"
     graph_buckets: int | None = None
 
 
@@ -84,6 +86,7 @@ def shift_config_of(server_args: Any) -> ShiftConfig | None:
         policy=policy,
         calibration=calibration if policy == "calibrated" else "off",
         exchange=value("shift_exchange") or "auto",
+        exchange_dtype=value("shift_exchange_dtype") or "auto",
         graph_buckets=value("shift_graph_buckets"),
         **{name: number for name, number in given.items() if number is not None},
     )

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import sglang_shift_kernels as kernels
 import torch
 import torch.distributed as dist
+from sglang_shift_kernels.layout import SCALE_BYTES
 
 Matmul = Callable[[torch.Tensor], torch.Tensor]
 
@@ -59,11 +60,13 @@ class SequenceExchange:
 
     Attributes:
         group: The SP group of S ranks.
+        fp8: Whether Q, K, V and O travel as fp8 (:mod:`sglang_shift_kernels.fp8`).
         bytes_sent: Bytes this rank has sent to other ranks so far.
         calls: Exchanges so far.
     """
 
     group: Group
+    fp8: bool = False
     bytes_sent: int = field(default=0, init=False)
     calls: int = field(default=0, init=False)
 
@@ -79,26 +82,26 @@ class SequenceExchange:
             ``[S * T_local, D]``: the tokens of all ranks in SP order, this rank's columns.
         """
         size = self.group.world_size
-        parts = x.tensor_split(self._parts(x, x.shape[0] * width))
+        row_bytes = width // size + SCALE_BYTES if self.fp8 else width // size * x.element_size()
         pending = []
-        for part in parts:
-            pending.append(self._start(kernels.pack_heads(project(part), size)))
+        for part in x.tensor_split(self._parts(x.device, x.shape[0] * size * row_bytes)):
+            pending.append(self._start(kernels.pack_heads(project(part), size, fp8=self.fp8)))
         self.calls += 1
-        return joined([p.wait() for p in pending], dim=1).view(-1, width // size)
+        return kernels.unpack_tokens(joined([p.wait() for p in pending], dim=1), x.dtype)
 
     def gather_heads(self, x: torch.Tensor, project: Matmul) -> torch.Tensor:
         """Scatter the tokens and gather the heads (the inverse of what :meth:`scatter_heads` does), then project.
 
         Args:
-            x: ``[S * T_local, D]``: all tokens, this rank's columns; contiguous.
+            x: ``[T, D]``: all tokens, this rank's columns; where T is no multiple of S, zeros pad it.
             project: Some of this rank's tokens in ``S * D`` columns, where column block i came from SP
                 rank i, to as many rows.
 
         Returns:
-            ``[T_local, h]``: all of this rank's tokens, projected.
+            ``[ceil(T / S), h]``: all of this rank's tokens, projected.
         """
-        size, width = self.group.world_size, x.shape[1]
-        parts = x.view(size, -1, width).tensor_split(self._parts(x, x.numel()), dim=1)
+        blocks = kernels.pack_tokens(x, self.group.world_size, fp8=self.fp8)
+        parts = blocks.tensor_split(self._parts(x.device, blocks.nbytes), dim=1)
         pending = [self._start(part.contiguous()) for part in parts]
         self.calls += 1
         return joined([project(kernels.unpack_heads(p.wait(), x.dtype)) for p in pending])
@@ -106,7 +109,7 @@ class SequenceExchange:
     @property
     def text(self) -> str:
         """Which backend this is, in a few words."""
-        return "collective"
+        return "collective, fp8" if self.fp8 else "collective"
 
     def close(self) -> None:
         """Free what ranks share for this. Collective: all ranks of the group call it, or none."""
@@ -120,18 +123,18 @@ class SequenceExchange:
         finally:
             self.bytes_sent, self.calls = counts
 
-    def _parts(self, x: torch.Tensor, elements: int) -> int:
-        """In how many parts to exchange so many elements like ``x``'s: the same on every rank.
+    def _parts(self, device: torch.device, size: int) -> int:
+        """In how many parts to exchange blocks of ``size`` bytes in all: the same on every rank.
 
         One on a GPU: PyNccl, which SGLang may use there, has nothing to wait for later.
         """
-        if x.device.type != "cpu":
+        if device.type != "cpu":
             return 1
-        return max(1, min(MOST_PARTS, self._bytes_to_others(elements, x) // PART_BYTES))
+        return max(1, min(MOST_PARTS, self._bytes_to_others(size) // PART_BYTES))
 
-    def _bytes_to_others(self, elements: int, like: torch.Tensor) -> int:
-        size = self.group.world_size
-        return elements * like.element_size() * (size - 1) // size
+    def _bytes_to_others(self, size: int) -> int:
+        """Of blocks of ``size`` bytes in all."""
+        return size * (self.group.world_size - 1) // self.group.world_size
 
     def all_to_all(self, blocks: torch.Tensor) -> torch.Tensor:
         """Send block i to rank i, wait, and get as many; not counted as an exchange.
@@ -145,7 +148,7 @@ class SequenceExchange:
         return self._all_to_all(blocks).wait()
 
     def _start(self, blocks: torch.Tensor) -> Pending:
-        self.bytes_sent += self._bytes_to_others(blocks.numel(), blocks)
+        self.bytes_sent += self._bytes_to_others(blocks.nbytes)
         return self._all_to_all(blocks)
 
     def _all_to_all(self, blocks: torch.Tensor) -> Pending:

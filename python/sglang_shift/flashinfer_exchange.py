@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import sglang_shift_kernels as kernels
 import torch
 
 from sglang_shift.exchange import Group, Matmul, SequenceExchange
@@ -27,16 +26,24 @@ class FlashInferExchange(SequenceExchange):
         dtype: Of its operands.
 
     Raises:
+        ImportError: FlashInfer cannot be imported; on this rank alone.
         ValueError, RuntimeError: FlashInfer's, the same on all ranks.
     """
 
     def __init__(self, group: Group, max_tokens: int, width: int, dtype: torch.dtype) -> None:
+        from flashinfer.comm.ulysses import UlyssesCommunicator
+
         super().__init__(group)
         self._most_rows = padded_local_tokens(max_tokens, group.world_size)
-        self._communicator = new_communicator(group.device_group, self._most_rows * width, dtype)
-        # The NVLink kernel has staging memory of its own.
-        nccl = self._communicator.backend == "nccl"
-        self._workspace = self._communicator.create_workspace() if nccl else None
+        # "auto" is its choice between NVLink and NCCL by the topology, the same on all ranks.
+        self._communicator = UlyssesCommunicator(
+            group.device_group, max_elems=self._most_rows * width, dtype=dtype, backend="auto"
+        )
+
+    @property
+    def on_nvlink(self) -> bool:
+        """Whether FlashInfer took its NVLink kernel; else it is NCCL."""
+        return bool(self._communicator.backend == "nvlink")
 
     @property
     def text(self) -> str:
@@ -51,15 +58,16 @@ class FlashInferExchange(SequenceExchange):
         rows = project(x)
         self._count(rows)
         heads = rows.view(1, x.shape[0], size, width // size)
-        return self._communicator.scatter_heads(heads, workspace=self._workspace).view(-1, width // size)
+        return self._communicator.scatter_heads(heads).view(-1, width // size)
 
     def gather_heads(self, x: torch.Tensor, project: Matmul) -> torch.Tensor:
         """As :meth:`SequenceExchange.gather_heads`."""
         size, width = self.group.world_size, x.shape[1]
         if x.shape[0] > self._most_rows * size:
             return super().gather_heads(x, project)
-        self._count(x)
-        tokens = self._communicator.gather_heads(x.view(1, -1, 1, width), workspace=self._workspace)
+        blocks = kernels.pack_tokens(x, size)
+        self._count(blocks)
+        tokens = self._communicator.gather_heads(blocks.view(1, -1, 1, width))
         return project(tokens.view(-1, size * width))
 
     def close(self) -> None:
@@ -67,12 +75,5 @@ class FlashInferExchange(SequenceExchange):
         self._communicator.close()
 
     def _count(self, sent: torch.Tensor) -> None:
-        self.bytes_sent += self._bytes_to_others(sent.numel(), sent)
+        self.bytes_sent += self._bytes_to_others(sent.nbytes)
         self.calls += 1
-
-
-def new_communicator(group: Any, max_elems: int, dtype: torch.dtype) -> Any:
-    """FlashInfer's communicator; ``auto`` is its choice between NVLink and NCCL by the topology."""
-    from flashinfer.comm.ulysses import UlyssesCommunicator
-
-    return UlyssesCommunicator(group, max_elems=max_elems, dtype=dtype, backend="auto")

@@ -64,18 +64,21 @@ def build(layout: RankLayout) -> SequenceParallel:
     if layout.base_tp_size == 1:
         sp_group, base_tp_group = tp_group, None  # S = P: the SP group is SGLang's TP group
     else:
-        sp_group = _new_group(layout.sp_groups(), tp_group, "shift_sp", custom_all_reduce=False)
-        base_tp_group = _new_group(layout.base_tp_groups(), tp_group, "shift_base_tp", custom_all_reduce=None)
+        sp_group = _new_group(layout.sp_groups(), tp_group, "shift_sp", fast_all_reduce=False)
+        base_tp_group = _new_group(layout.base_tp_groups(), tp_group, "shift_base_tp", fast_all_reduce=None)
     return SequenceParallel(layout, rank, sp_group, base_tp_group, SequenceExchange(sp_group))
 
 
 def _new_group(
-    groups: list[list[int]], tp_group: GroupCoordinator, name: str, *, custom_all_reduce: bool | None
+    groups: list[list[int]], tp_group: GroupCoordinator, name: str, *, fast_all_reduce: bool | None
 ) -> GroupCoordinator:
+    """``fast_all_reduce``: whether to build what serves all-reduces only; None as SGLang's flags say."""
     return init_model_parallel_group(
         [[tp_group.ranks[i] for i in members] for members in groups],
         get_device().gpu_id,
         torch.distributed.get_backend(tp_group.device_group),
-        use_custom_allreduce=custom_all_reduce,
+        use_custom_allreduce=fast_all_reduce,
+        use_mscclpp=fast_all_reduce,
+        use_torch_symm_mem_allreduce=fast_all_reduce,
         group_name=name,
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import sglang_shift_kernels as kernels
 import torch
 
 from sglang_shift.parallel import SequenceParallel
@@ -76,7 +75,6 @@ class OutputProjection(RowProjection):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, d]`` to ``[T_local, h]``, summed over the base-TP group."""
-        x = kernels.pack_tokens(x, self.parallel.layout.sp_size).view(-1, x.shape[1])
         return self.parallel.base_all_reduce(self.parallel.exchange.gather_heads(x, self.matmul))
 
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sglang_shift_kernels.layout import SCALE_BYTES
+
 from sglang_shift.config import QUEUE_FIELDS, ShiftConfig, policies_using
 from sglang_shift.errors import Refused
 from sglang_shift.policies import POLICIES, QueueDepth, load_policy
 
 POLICY_FIELDS = ("shift_policy", "shift_threshold", *("shift_" + name for name in QUEUE_FIELDS), "shift_calibration")
 
-SP_FIELDS = {"shift_exchange": "nothing is exchanged", "shift_graph_buckets": "no step is in SP"}
+SP_FIELDS = {
+    "shift_exchange": "nothing is exchanged",
+    "shift_exchange_dtype": "nothing is exchanged",
+    "shift_graph_buckets": "no step is in SP",
+}
 """Settings of SP mode, which need no switching; why they are pointless without it."""
 
 # Dense decoders on SGLang's layer boundaries whose every mode is tested against transformers.
@@ -183,3 +189,12 @@ def check_model(model_config: Any, config: ShiftConfig) -> None:
     intermediate = hf_config.intermediate_size
     if intermediate % world_size:
         raise Refused(f"--tp-size {world_size} does not divide the model's intermediate size {intermediate}")
+    if config.exchange_dtype == "fp8":
+        queries = heads // world_size * model_config.head_dim
+        qkv = queries + 2 * max(1, kv_heads // world_size) * model_config.head_dim
+        for name, width in (("QKV", qkv), ("O", queries)):
+            if width % SCALE_BYTES:
+                raise Refused(
+                    f"--shift-exchange-dtype fp8 takes a multiple of {SCALE_BYTES} columns, and with --tp-size "
+                    f"{world_size} a rank has {width} of {name}; give auto"
+                )

@@ -17,6 +17,7 @@ from sglang.srt.model_executor.model_runner import ModelRunner, ModelRunnerOutpu
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 from sglang.srt.runtime_context import get_exec, get_flags, get_parallel, get_schedule
 from sglang.srt.utils import get_available_gpu_memory
+from sglang_shift_kernels.operations import Shape, warm_up
 
 from sglang_shift import parallel
 from sglang_shift.config import ShiftConfig, shift_config_of
@@ -26,7 +27,7 @@ from sglang_shift.graph_runners import SpDecodeGraphRunner
 from sglang_shift.graphs import ModeGraphs
 from sglang_shift.layout import RankLayout
 from sglang_shift.modes import Mode
-from sglang_shift.projections import QkvProjection
+from sglang_shift.projections import OutputProjection, QkvProjection
 from sglang_shift.region import region
 from sglang_shift.weights import BaseWeights, WeightReport
 
@@ -78,15 +79,18 @@ class ShiftModelRunner(ModelRunner):
         return get_available_gpu_memory(self.device, self.gpu_id)
 
     def _exchange(self, config: ShiftConfig) -> SequenceExchange:
-        """The exchange for this model's projections and the largest step."""
-        schedule = get_schedule()
+        """The exchange for this model's projections and the largest step; its kernels are compiled."""
+        schedule, projections = get_schedule(), self.base_weights.projections
         chunk = schedule.chunked_prefill_size or 0
-        operands = Operands(
-            tokens=chunk if chunk > 0 else schedule.max_prefill_tokens,
-            width=max(p.base.weight.shape[0] for p in self.base_weights.projections if isinstance(p, QkvProjection)),
-            dtype=self.dtype,
-        )
-        return make_exchange(config.exchange, region.groups.sp_group, self.device, get_parallel().nnodes, operands)
+        width = max(p.base.weight.shape[0] for p in projections if isinstance(p, QkvProjection))
+        operands = Operands(chunk if chunk > 0 else schedule.max_prefill_tokens, width, self.dtype)
+        exchange = make_exchange(config, region.groups.sp_group, self.device, get_parallel().nnodes, operands)
+        if self.device == "cuda":
+            # Graphs of SP have multiples of S tokens: the first other step would compile while it serves.
+            hidden, out = next(p.base.weight.shape for p in projections if isinstance(p, OutputProjection))
+            shape = Shape(config.sp_size, 2, width // config.sp_size, out // config.sp_size)
+            warm_up(shape, hidden, self.dtype, self.device, exchange.fp8)
+        return exchange
 
     def init_weight_updater(self) -> None:
         """Re-assemble the base weights after every weight update SGLang makes."""

@@ -67,9 +67,15 @@ class ShiftScheduler(Scheduler):
         )
 
     def release_host_resources(self) -> None:
-        """Close the exchange, while the other ranks still answer; then SGLang's. At an orderly end only."""
-        region.groups.exchange.close()
+        """SGLang's, which is this rank's own; then close the exchange, while the others still answer.
+
+        At an orderly end only. An exchange that cannot be closed must not keep the process from ending.
+        """
         super().release_host_resources()
+        try:
+            region.groups.exchange.close()
+        except Exception:
+            logger.exception("sglang_shift: the exchange could not be closed")
 
     def set_policy(self, config: ShiftConfig) -> None:
         """Choose modes by ``config``'s policy from the next step on."""

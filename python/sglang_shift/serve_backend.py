@@ -19,6 +19,7 @@ FLAGS = (
     "--shift-leave-tokens",
     "--shift-calibration",
     "--shift-exchange",
+    "--shift-exchange-dtype",
     "--shift-graph-buckets",
 )
 

@@ -13,7 +13,7 @@ from sglang.srt.server_args import ServerArgs
 
 from sglang_shift.config import DEFAULT_THRESHOLD, QUEUE_FIELDS, policies_using, shift_config_of
 from sglang_shift.demo import demo_model_path
-from sglang_shift.exchange_backends import BACKENDS, check_exchange
+from sglang_shift.exchange_backends import BACKENDS, DTYPES, check_exchange
 from sglang_shift.gemm_backend import suit_gemm_backend
 from sglang_shift.graph_memory import suit_graph_memory
 from sglang_shift.policies import POLICIES, QueueDepth
@@ -31,6 +31,7 @@ FIELDS = [
     *("shift_" + name for name in QUEUE_FIELDS),
     "shift_calibration",
     "shift_exchange",
+    "shift_exchange_dtype",
     "shift_graph_buckets",
 ]
 
@@ -133,8 +134,17 @@ class ShiftServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
         Arg(
             help="What exchanges the sequence around attention in SP. flashinfer: its Ulysses communicator, an NVLink "
             "kernel or NCCL, on the GPUs of one node. collective: all-to-all with a copy before or after it, "
-            "anywhere. auto (default): flashinfer where it is possible.",
+            "anywhere. auto (default): flashinfer where it has NVLink.",
             choices=list(BACKENDS),
+        ),
+        NS("shift"),
+    ] = None
+    shift_exchange_dtype: A[
+        Optional[str],  # noqa: UP045
+        Arg(
+            help="What that exchange sends. auto (default): activations as they are. fp8: e4m3 with a scale for each "
+            "row, about half of the bytes of bfloat16, 3 bits of mantissa; by the collective exchange.",
+            choices=list(DTYPES),
         ),
         NS("shift"),
     ] = None
@@ -181,7 +191,7 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
         sp_size = choice.sp_size
         logger.info("sglang_shift: --sp-size auto: %s", choice.reason)
     suit_gemm_backend(settings.device)
-    check_exchange(config.exchange, settings.device, sp_size, settings.nnodes)
+    check_exchange(config, settings.device, sp_size, settings.nnodes)
     if config.policy != "tp":
         suited = suit_chunk_size(server_args, sp_size)
         declare_resolution(server_args, "sglang_shift", **suited.fields)

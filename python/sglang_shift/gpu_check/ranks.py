@@ -21,7 +21,10 @@ class RankGroup:
         self.device_group = dist.group.WORLD
 
     def all_to_all_single(self, output: torch.Tensor, input: torch.Tensor) -> None:
-        """Block i of ``input`` goes to rank i; block j of ``output`` came from rank j."""
+        """Block i of ``input`` goes to rank i; block j of ``output`` came from rank j.
+
+        In graphs too, where a server has PyNccl's.
+        """
         dist.all_to_all_single(output, input)
 
 
