@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -17,9 +18,10 @@ from sglang_shift.gpu_check.comparison import REQUESTS, Comparison, Contender
 from sglang_shift.gpu_check.record import Record, Skip
 from sglang_shift.random_model import write_random_model
 
-MODEL = {
+MODEL: dict[str, Any] = {
     "hidden_size": 1024,
-    "intermediate_size": 2816,
+    "intermediate_size": 512,  # little beside attention, which a comparison is to see
+    "initializer_range": 0.05,  # with the usual 0.02, attention would be all but uniform
     "num_hidden_layers": 4,
     "num_attention_heads": 8,  # of 128: FlashInfer has no kernels for some other sizes
     "num_key_value_heads": 4,
@@ -28,8 +30,9 @@ MODEL = {
 VOCABULARY = 4096
 """The demo model's, whose tokenizer it has."""
 
-TOLERANCE = 0.1
-"""Of a logprob in bfloat16. This model's logits spread over about 0.6: exchanged heads differ by as much."""
+TOLERANCE = 0.3
+"""Of a logprob in bfloat16. What two ranks round moves one by 0.15; what is wrong with one layer's attention beyond
+512 tokens, by 0.6 or more. Logits spread over 1.6: exchanged heads differ by as much."""
 
 COMMON = [
     *("--dtype", "bfloat16", "--sampling-backend", "pytorch", "--mem-fraction-static", "0.3"),
