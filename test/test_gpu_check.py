@@ -85,7 +85,7 @@ def test_what_cannot_run_is_skipped_and_says_why(tmp_path):
     assert (other.status, other.reason) == ("skipped", "it needs 2 GPUs, and there is 1")
     seconds = runner.GRACE_SECONDS + runner.LEAST_SECONDS - 1
     (late,) = run(tmp_path, made_up("passes"), seconds=seconds)
-    assert late.status == "skipped" and late.reason.startswith(f"the {seconds:.0f} s for all checks are over")
+    assert late.status == "skipped" and late.reason.startswith(f"too little is left of the {seconds:.0f} s")
 
 
 def test_figures_of_an_earlier_run_are_not_taken_for_this_ones(tmp_path):

@@ -31,23 +31,25 @@ QKV, OUT = 1280, 1024
 
 def check(record: Record) -> None:
     """One rank, and two that share a GPU."""
-    _run(record, "1 rank", ["cuda:0"])
+    names = exchanges(record)
+    _run(record, "1 rank", ["cuda:0"], names)
     try:
         os.environ.update(one_gpu.nccl_environment())
-        _run(record, "2 ranks on one GPU", ["cuda:0", "cuda:0"])
+        _run(record, "2 ranks on one GPU", ["cuda:0", "cuda:0"], names)
     except Skip as reason:
         record.note(f"2 ranks on one GPU: skipped: {reason}")
 
 
 def check_several(record: Record) -> None:
     """Every size of group that there are GPUs for."""
+    names = exchanges(record)
     for size in (world for world in WORLD_SIZES if world <= environment.gpus()):
-        _run(record, f"{size} GPUs", [f"cuda:{i}" for i in range(size)])
+        _run(record, f"{size} GPUs", [f"cuda:{i}" for i in range(size)], names)
 
 
-def _run(record: Record, label: str, devices: list[str]) -> None:
+def _run(record: Record, label: str, devices: list[str], names: list[str]) -> None:
     """Each exchange in a group of its own, so that none fails because of another."""
-    for name in exchanges(record):
+    for name in names:
         rows: list[Row] = attempt(record, f"{label}, {name}", compare, devices, "nccl", name) or []
         for row in rows:
             record.row(group=label, **row)

@@ -81,7 +81,9 @@ def run_all(checks: Sequence[Check], gpus: int, no_gpu: str, seconds: float, out
         elif gpus < check.gpus:
             yield Outcome(check.name, "skipped", f"it needs {check.gpus} GPUs, and there is {gpus}")
         elif left < LEAST_SECONDS:
-            yield Outcome(check.name, "skipped", f"the {seconds:.0f} s for all checks are over; give more --minutes")
+            yield Outcome(
+                check.name, "skipped", f"too little is left of the {seconds:.0f} s for all checks; give more --minutes"
+            )
         elif left < check.limit:
             late = f"the {seconds:.0f} s for all checks ended it; give more --minutes, or --only {check.name}"
             yield run(check, left, late, out)
