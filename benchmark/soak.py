@@ -188,9 +188,9 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    servers.ENVIRONMENT["SGLANG_ENABLE_RANK_CONSENSUS_CHECKER"] = "1"
+    flags, checked = [*FLAGS, *args.extra_flags], {"SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1"}
     try:
-        with servers.serving([*FLAGS, *args.extra_flags], 0, args.out / "soak.log", args.timeout) as server:
+        with servers.serving(flags, 0, args.out / "soak.log", args.timeout, checked) as server:
             report = soak_server(server, args)
     except Failure as failure:
         sys.exit(f"soak: error: {failure}")

@@ -31,16 +31,27 @@ def skips(record: Record) -> None:
     raise Skip("there is no kernel for this")
 
 
+SLEEPS = "import time; time.sleep(1000)"
+
+
+def server() -> int:
+    """Start two processes, each in a session of its own, as servers and their ranks are; the second one's id."""
+    second = f"subprocess.Popen([sys.executable, '-c', {SLEEPS!r}], start_new_session=True)"
+    program = f"import subprocess, sys; print({second}.pid, flush=True); {SLEEPS}"
+    first = subprocess.Popen(
+        [sys.executable, "-c", program], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    return int(first.stdout.readline())
+
+
 def crashes(record: Record) -> None:
-    record.row(size=32)
+    record.row(size=32, pid=server())
     print("about to crash", flush=True)
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
 def hangs(record: Record) -> None:
-    """Hangs with a process that it started in a session of its own, as servers are."""
-    started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], start_new_session=True)
-    record.row(pid=started.pid)
+    record.row(pid=server())
     try:
         time.sleep(1000)
     finally:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
 from sglang_shift.gpu_check import __main__ as command
-from sglang_shift.gpu_check import environment, report
+from sglang_shift.gpu_check import environment, report, runner
 from sglang_shift.gpu_check.checks import CHECKS
 from sglang_shift.gpu_check.runner import Check, Outcome, run_all
 
@@ -42,7 +43,8 @@ def test_no_failure_stops_the_rest(tmp_path):
         "the first thing is wrong (and 1 more)",
     ]
     # What was found until then is kept.
-    assert [o.found.rows for o in outcomes[:3]] == [[{"size": 8, "us": 1.5}], [{"size": 16}], [{"size": 32}]]
+    assert [o.found.rows for o in outcomes[:2]] == [[{"size": 8, "us": 1.5}], [{"size": 16}]]
+    assert outcomes[2].found.rows[0]["size"] == 32
     assert outcomes[0].found.notes == ["all is well"] and len(outcomes[4].found.problems) == 2
     assert "Traceback" in (tmp_path / "raises.log").read_text()
 
@@ -51,9 +53,28 @@ def test_a_check_that_hangs_ends_with_all_that_it_started(tmp_path):
     hung, after = run(tmp_path, made_up("hangs", limit=5), made_up("passes"))
     assert hung.status == "failed" and hung.reason == "it took longer than 5 s"
     assert hung.found.notes == ["it could clean up"]
-    pid = hung.found.rows[0]["pid"]
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert not psutil.pid_exists(hung.found.rows[0]["pid"])
     assert after.status == "passed"
+
+
+def test_what_a_crash_leaves_behind_is_ended(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        (crashed,) = run(tmp_path, made_up("crashes"))
+        assert crashed.status == "failed" and not psutil.pid_exists(crashed.found.rows[0]["pid"])
+        assert other.poll() is None, "no process of the check's"
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_check_that_the_time_for_all_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(runner, "LEAST_SECONDS", 1.0)
+    cut, late = run(tmp_path, made_up("hangs"), made_up("passes"), seconds=8)
+    assert cut.status == "failed"
+    assert cut.reason == "the 8 s for all checks ended it; give more --minutes, or --only hangs"
+    assert cut.found.rows and late.status == "skipped"
 
 
 def test_what_cannot_run_is_skipped_and_says_why(tmp_path):
@@ -62,8 +83,9 @@ def test_what_cannot_run_is_skipped_and_says_why(tmp_path):
     one, other = run(tmp_path, made_up("passes"), two, gpus=1)
     assert one.status == "passed"
     assert (other.status, other.reason) == ("skipped", "it needs 2 GPUs, and there is 1")
-    (late,) = run(tmp_path, made_up("passes"), seconds=5)
-    assert late.status == "skipped" and late.reason.startswith("the 5 s for all checks are over")
+    seconds = runner.GRACE_SECONDS + runner.LEAST_SECONDS - 1
+    (late,) = run(tmp_path, made_up("passes"), seconds=seconds)
+    assert late.status == "skipped" and late.reason.startswith(f"too little is left of the {seconds:.0f} s")
 
 
 def test_figures_of_an_earlier_run_are_not_taken_for_this_ones(tmp_path):
@@ -118,6 +140,38 @@ def test_without_a_gpu(tmp_path, monkeypatch, capsys):
     assert f"0 passed, 0 failed, {len(CHECKS)} skipped" in printed
 
 
+@pytest.mark.parametrize("has_all", [True, False])
+def test_the_script(has_all, tmp_path):
+    """It takes a Python that has what is needed, without a set-up, which takes a network; else the one of .venv."""
+    script = tmp_path / "scripts" / "gpu_check.sh"
+    found, made = tmp_path / "bin" / "python3", tmp_path / ".venv" / "bin" / "python"
+    says = '#!/bin/sh\n[ "$1" = -c ] && exit {code}\necho {name} "$PYTHONPATH" "$@"\n'
+    for path, text in {
+        script: (Path(__file__).parent.parent / "scripts" / "gpu_check.sh").read_text(),
+        script.with_name("setup.sh"): "#!/bin/sh\necho set up\n",
+        found: says.format(code=0 if has_all else 1, name="found"),
+        made: says.format(code=0, name="made"),
+    }.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    variables = {"PATH": f"{found.parent}{os.pathsep}/usr/bin{os.pathsep}/bin", "PYTHONPATH": "bundle"}
+    done = subprocess.run([script, "--list"], env=variables, capture_output=True, text=True, check=True)
+    ours = f"{tmp_path}/python:{tmp_path}/kernels:bundle"
+    said = [f"found {ours}"] if has_all else ["set up", "made bundle"]
+    said[-1] += " -m sglang_shift.gpu_check --list"
+    assert done.stdout.splitlines() == said
+
+
+@pytest.mark.parametrize(("gpus", "words", "minutes"), [(1, [], 8), (4, [], 20), (4, ["--minutes", "3"], 3)])
+def test_the_time_for_all(gpus, words, minutes, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(environment, "gpus", lambda: gpus)
+    monkeypatch.setattr(command, "run_all", lambda checks, n, why, seconds, out: given.append((n, seconds)) or [])
+    command.main(["--out", str(tmp_path), *words])
+    assert given == [(gpus, 60 * minutes)]
+
+
 def test_a_name_that_is_none(capsys):
     with pytest.raises(SystemExit) as ended:
         command.main(["--only", "nonsense"])
@@ -151,6 +205,34 @@ def test_the_table():
         "    a table",
         "    of two lines",
     ]
+
+
+def test_a_table_of_many_problems():
+    outcome = Outcome("engine", "failed", "0 is wrong (and 8 more)")
+    outcome.found.problems += [f"{i} is wrong" for i in range(9)]
+    outcome.found.notes.append("a note")
+    shown = [line.strip() for line in report.line(outcome).splitlines()[1:]]
+    assert shown == [
+        "0 is wrong (and 8 more)",
+        *(f"{i} is wrong" for i in range(1, 6)),
+        "and 3 more in gpu_check.json",
+        "a note",
+    ]
+
+
+def test_a_problem_from_before_an_exception():
+    outcome = Outcome("engine", "failed", "RuntimeError: out of memory")
+    outcome.found.problems.append("0 is wrong")
+    assert "    0 is wrong" in report.line(outcome).splitlines()
+
+
+def test_a_tool_that_does_not_answer(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nexec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(environment, "SMI_SECONDS", 0.2)
+    assert environment.nvidia_smi("name") == []
 
 
 def test_versions_that_are_not_there():

@@ -5,72 +5,182 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from importlib.metadata import distributions
+from types import SimpleNamespace
 
 import pytest
-from sglang_shift.benchmark.servers import Server, serving
+from sglang_shift.benchmark import servers as processes
+from sglang_shift.benchmark.servers import Server
 from sglang_shift.demo import demo_model_path
-from sglang_shift.gpu_check import engine, one_gpu
+from sglang_shift.gpu_check import comparison, engine, one_gpu
 from sglang_shift.gpu_check.answers import prompts
-from sglang_shift.gpu_check.engine import EXPECTED, REQUESTS, THRESHOLDS, Comparison, explained
+from sglang_shift.gpu_check.comparison import EXPECTED, REQUESTS, THRESHOLDS, Comparison, Contender, explained
 from sglang_shift.gpu_check.record import Record, Skip
 from sglang_shift.modes import StepState
 from sglang_shift.policies import TokenThreshold
 
+ONE = Contender("TP=1", ["--tp-size", "1"])
+TWO = Contender("two ranks", ["--tp-size", "2"])
+
 
 @pytest.fixture
-def two_ranks_kept(monkeypatch):
-    """A server of two ranks is started once; the next comparison meets it again."""
-    started: list[Server] = []
-
-    @contextmanager
-    def keeping(flags, *args):
-        if flags[flags.index("--tp-size") + 1] != "2":
-            with serving(flags, *args) as server:
-                yield server
-            return
-        if not started:
-            started.append(stack.enter_context(serving(flags, *args)))
-        yield started[0]
-
+def kept(monkeypatch):
+    """Servers, by their log's name, that do not end with a comparison."""
+    started, start = {}, comparison.start
     with ExitStack() as stack:
-        monkeypatch.setattr(engine, "serving", keeping)
-        yield
+
+        def starting(flags, port, log, **how) -> Server:
+            server = start(flags, port, log, **how)
+            stack.callback(server.stop)
+            started[log.name] = server
+            kept = Server(server.processes, server.url, server.log)
+            kept.stop = lambda: None
+            return kept
+
+        monkeypatch.setattr(comparison, "start", starting)
+        yield started
 
 
 @pytest.mark.server
-@pytest.mark.usefixtures("two_ranks_kept")
-def test_two_ranks_answer_as_one(servers, tmp_path):
+def test_two_ranks_answer_as_one(servers, kept, tmp_path):
     servers.stop()
     record = Record(folder=tmp_path)
     flags = ["--model-path", demo_model_path(), "--dtype", "float32", "--max-total-tokens", "16384"]
     flags += ["--chunked-prefill-size", "512", "--max-running-requests", str(REQUESTS)]
-    comparison = Comparison(record, "cpu", flags, vocabulary=4096, tolerance=1e-4)
-    comparison.take_reference([])
-    comparison.run("two ranks", ["--tp-size", "2"])
+    compared = Comparison(record, "cpu", flags, vocabulary=4096, tolerance=1e-4)
+    compared.run(ONE, [TWO])
     assert record.problems == []
-    rows = record.rows[1:]
+    waits, rows = [row for row in record.rows if "mode" not in row], [row for row in record.rows if "mode" in row]
+    assert [row["server"] for row in waits] == ["TP=1", "two ranks"] and all(row["waited_seconds"] > 0 for row in waits)
     assert [row["mode"] for row in rows] == ["tp", "sp", "shift"]
     for row in rows:
         assert row["tokens"] == 2 * 12 * 16 and row["ties"] == 0 and row["exchange"] == "collective"
-    # Answers that are another's are told apart.
-    comparison.reference = comparison.reference[::-1]
-    comparison.tolerance = 0.1
-    comparison.run("two ranks", ["--tp-size", "2"])
-    assert record.problems and "two ranks, tp: " in record.problems[0]
+        assert row["graphs"]["decode"]["sp"]["sizes"] == [], "a CPU has none"
+    # Answers that are another's are told apart, and that there are no graphs is one more problem.
+    compared.reference = compared.reference[::-1]
+    compared.tolerance = 0.1
+    compared.compare(Contender("two", TWO.flags, graphs=True), kept["engine-cpu-two-ranks.log"])
+    assert record.problems and "two, tp: " in record.problems[0]
+    assert "two, sp: there are no graphs of a decode in sp" in record.problems
 
 
 @pytest.mark.server
 def test_a_server_that_does_not_start(servers, tmp_path):
     servers.stop()
     record = Record(folder=tmp_path)
-    comparison = Comparison(record, "cpu", ["--model-path", demo_model_path()], vocabulary=4096, tolerance=1e-4)
-    comparison.run("three ranks", ["--tp-size", "3"])
+    compared = Comparison(record, "cpu", ["--model-path", demo_model_path()], vocabulary=4096, tolerance=1e-4)
+    compared.take_reference = lambda *_: None
+    compared.run(ONE, [Contender("three ranks", ["--tp-size", "3"])], at_once=True)
     (problem,) = record.problems
     assert problem.startswith("three ranks: the server ended with exit code 2")
     assert "--tp-size 3 does not divide" in problem
     assert (tmp_path / "engine-cpu-three-ranks.log").exists()
+
+
+class TestOrder:
+    """When servers are started, asked and stopped; none is one."""
+
+    @pytest.fixture
+    def compared(self, monkeypatch, tmp_path):
+        self.events = []
+
+        def starting(flags, port, log, environment):
+            name = log.stem.rsplit("-", 1)[-1]
+            self.events.append(f"start {name}")
+            return SimpleNamespace(stop=lambda: self.events.append(f"stop {name}"), flags=flags)
+
+        monkeypatch.setattr(comparison, "start", starting)
+        compared = Comparison(Record(folder=tmp_path), "made-up", ["--all"], vocabulary=10, tolerance=0.1)
+        compared.take_reference = lambda contender, server: self.events.append(f"ask {contender.label}")
+        compared.compare = lambda contender, server: self.events.append(f"compare {contender.label}")
+        return compared
+
+    others = (Contender("a", []), Contender("b", []))
+
+    def test_one_after_the_other(self, compared):
+        compared.run(Contender("one", []), self.others)
+        assert self.events == [
+            *("start one", "ask one", "stop one"),
+            *("start a", "compare a", "stop a"),
+            *("start b", "compare b", "stop b"),
+        ]
+
+    def test_all_at_once(self, compared):
+        compared.run(Contender("one", []), self.others, at_once=True)
+        assert self.events == [
+            *("start one", "start a", "start b"),
+            *("ask one", "compare a", "compare b"),
+            *("stop b", "stop a", "stop one"),
+        ]
+
+    def test_all_end_where_there_is_no_reference(self, compared):
+        def fails(*_):
+            raise OSError("no answer")
+
+        compared.take_reference = fails
+        with pytest.raises(OSError, match="no answer"):
+            compared.run(Contender("one", []), self.others, at_once=True)
+        assert self.events[3:] == ["stop b", "stop a", "stop one"]
+
+    def test_only_the_others_shift(self, compared):
+        flags = {}
+        compared.take_reference = compared.compare = lambda contender, server: flags.update(
+            {contender.label: server.flags}
+        )
+        compared.run(Contender("one", ["--x"]), self.others)
+        assert flags["one"] == ["--all", "--x"] and flags["a"] == ["--all", *comparison.SHIFT]
+
+
+def test_servers_have_variables_that_a_check_sets(monkeypatch, tmp_path):
+    """FlashInfer's check sets one long after the module that starts servers was imported."""
+    given = {}
+
+    def starting(line, env, **_):
+        given.update(env)
+        raise OSError("not this time")
+
+    monkeypatch.setattr(processes.subprocess, "Popen", starting)
+    monkeypatch.delenv("SGLANG_FLASHINFER_USE_PAGED", raising=False)
+    monkeypatch.setattr(
+        engine, "check_one_gpu", lambda *_: processes.start([], 0, tmp_path / "log", environment={"OWN": "2"})
+    )
+    with pytest.raises(OSError, match="not this time"):
+        engine.check_flashinfer(Record())
+    assert (given["SGLANG_FLASHINFER_USE_PAGED"], given["OWN"], given["HF_HUB_OFFLINE"]) == ("1", "2", "1")
+
+
+def counters(**replayed: int) -> dict:
+    """As in ``/server_info``, of graphs in both phases and modes; keys are ``decode_sp`` and so on."""
+    return {
+        phase: {mode: {"sizes": [1, 2], "replayed": replayed.get(f"{phase}_{mode}", 0)} for mode in ("tp", "sp")}
+        for phase in ("decode", "prefill")
+    }
+
+
+class TestReplays:
+    before = counters(decode_tp=5, decode_sp=5)
+
+    def test_all(self):
+        now = counters(decode_tp=9, decode_sp=5, prefill_sp=1)
+        assert comparison.unreplayed(self.before, now, "shift") == []
+
+    def test_none_in_the_mode(self):
+        now = counters(decode_tp=9, decode_sp=5, prefill_sp=1)
+        assert comparison.unreplayed(self.before, now, "sp") == ["no decode replayed a graph in sp"]
+
+    def test_none_captured(self):
+        now = counters(decode_tp=9, prefill_tp=2)
+        now["decode"]["tp"]["sizes"] = []
+        assert comparison.unreplayed(self.before, now, "tp") == ["there are no graphs of a decode in tp"]
+
+    @pytest.mark.parametrize("mode", THRESHOLDS)
+    def test_graphs_are_captured_for_the_steps_that_are_expected(self, mode):
+        from sglang_shift.config import ShiftConfig
+        from sglang_shift.graph_plan import plan_graphs
+
+        plan = plan_graphs([1, 2, 4, 8, 16], ShiftConfig(2, 2, True, comparison.SHIFT[-1]))
+        assert {"tp": plan.tp, "sp": plan.sp}[EXPECTED[mode]["decode"]][-1] == REQUESTS
 
 
 @pytest.mark.parametrize("mode", THRESHOLDS)
@@ -80,7 +190,7 @@ def test_each_threshold_gives_the_modes_that_are_expected(mode):
     prefill = StepState(len(asked[-1]), num_prefill_tokens=len(asked[-1]))
     decode = StepState(len(asked), num_running=len(asked), bucket=REQUESTS)
     policy = TokenThreshold(THRESHOLDS[mode])
-    assert {policy.choose(step).value for step in (prefill, decode)} == EXPECTED[mode]
+    assert EXPECTED[mode] == {"prefill": policy.choose(prefill).value, "decode": policy.choose(decode).value}
 
 
 def test_a_log_is_quoted_by_its_last_line():

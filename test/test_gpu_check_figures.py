@@ -72,13 +72,22 @@ def test_a_table_of_links():
 
 
 def test_the_verdict_on_views():
-    costs = [Cost("L", "o", 1, 1.2), Cost("L", "o", 16, 1.0), Cost("L", "down", 1, 1.04)]
+    copy = 1e-4
+    costs = [
+        Cost("L", "o", 1, 1.2 * copy, copy),
+        Cost("L", "o", 16, copy, copy),
+        Cost("L", "down", 1, 1.04 * copy, copy),
+    ]
     text, table = verdict(costs, "bfloat16")
-    assert "free (up to 1.05 x a copy's time) in 2 of 3 cases" in text
-    assert "dearest: L, o, 1 tokens: 1.20 x" in text
+    assert "free (up to 1.05 x a copy's time, or 1 us more) in 2 of 3 cases" in text
+    assert "dearest: L, o, 1 tokens: 1.20 x, which argues for a copy there" in text
     assert [line.split()[-2:] for line in table.splitlines()] == [["1", "16"], ["1.20", "1.00"], ["1.04", "refused"]]
     assert "dearest" not in verdict(costs[1:], "bfloat16")[0]
-    assert verdict([], "fp8") == ["fp8: no view was taken: every such shard needs a contiguous copy"]
+    assert verdict([], "fp8") == ["fp8: no view was taken: every such shard would need a contiguous copy"]
+
+
+def test_what_events_do_not_resolve_is_free():
+    assert Cost("L", "o", 1, 5.9e-6, 5e-6).is_free and not Cost("L", "o", 1, 6.1e-6, 5e-6).is_free
 
 
 def answer(tokens, logprobs=None, prompt=()):

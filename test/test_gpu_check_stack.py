@@ -1,4 +1,4 @@
-"""What the GPU check runs on a GPU, on the CPU as far as it goes: layers of an all-alike group, GEMMs, exchange."""
+"""What the GPU check runs on a GPU, on the CPU as far as it goes: layers of an all-alike group, GEMMs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sglang_shift.benchmark.link_rate import Layer
-from sglang_shift.gpu_check import dispatch, exchange, gemms, graphs, steps
-from sglang_shift.gpu_check.ranks import run_ranks
+from sglang_shift.gpu_check import dispatch, gemms, graphs, steps
 from sglang_shift.gpu_check.record import Record, Skip
 from sglang_shift.gpu_check.shapes import Deployment, Matrix
 from sglang_shift.gpu_check.stack import Batch, Stack
@@ -116,10 +115,11 @@ class TestGemms:
         list(gemms.measure(record, small(4, 2), torch.float32, Timer(CPU), steps=(5,)))
         assert len(record.problems) == 2 and "differs by" in record.problems[0]
 
-    def test_a_view_that_is_refused(self, monkeypatch):
+    @pytest.mark.parametrize("error", [RuntimeError, ValueError])
+    def test_a_view_that_is_refused(self, error, monkeypatch):
         def product(x, weight):
             if not weight.is_contiguous():
-                raise RuntimeError("must be\ncontiguous")
+                raise error("must be\ncontiguous")
             return F.linear(x, weight)
 
         monkeypatch.setattr(gemms, "product", product)
@@ -127,6 +127,18 @@ class TestGemms:
         assert list(gemms.measure(record, small(4, 2), torch.float32, Timer(CPU), steps=(5,))) == []
         refused = [row for row in record.rows if "refused" in row]
         assert [row["refused"] for row in refused] == ["must be contiguous"] * 2 and record.problems == []
+        assert {row["held"] for row in refused} == {"view"}
+
+    def test_a_copy_that_is_refused(self, monkeypatch):
+        def product(x, weight):
+            if weight.is_contiguous():
+                raise RuntimeError("no kernel")
+            return F.linear(x, weight)
+
+        monkeypatch.setattr(gemms, "product", product)
+        record = Record()
+        assert list(gemms.measure(record, small(4, 2), torch.float32, Timer(CPU), steps=(5,))) == []
+        assert [row["held"] for row in record.rows if "us" in row] == ["view"] * 2 and record.problems == []
 
 
 def _as_if_contiguous(x, weight):
@@ -184,29 +196,6 @@ def test_the_views_that_are_checked():
     found = dispatch.views()
     assert Matrix(8192, 1024, 8192) in found and Matrix(8192, 3584, 14336) in found
     assert all(view.is_view for view in found) and len(set(found)) == len(found)
-
-
-def test_an_exchange_is_held_against_what_was_sent():
-    rows = run_ranks(exchange.compare, ["cpu", "cpu"], "gloo", ["collective"])
-    assert [row["rows"] for row in rows] == list(exchange.ROWS)
-    assert all(row["eager_right"] and row["ranks"] == 2 and row["exchange"] == "collective" for row in rows)
-
-
-def _wrong_exchange(device: torch.device) -> list[bool]:
-    import torch.distributed as dist
-    from sglang_shift.exchange import SequenceExchange
-    from sglang_shift.gpu_check.ranks import RankGroup
-
-    class Wrong(SequenceExchange):
-        def scatter_heads(self, x, project, width):
-            heads = super().scatter_heads(x, project, width)
-            return heads + 1 if dist.get_rank() == 1 else heads
-
-    return [exchange.Trip(kind(RankGroup()), 3, torch.float32, device).right() for kind in (SequenceExchange, Wrong)]
-
-
-def test_an_exchange_that_is_wrong_on_another_rank():
-    assert run_ranks(_wrong_exchange, ["cpu", "cpu"], "gloo") == [True, False]
 
 
 def test_an_error_over_the_norm():

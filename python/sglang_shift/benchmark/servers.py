@@ -26,8 +26,8 @@ HOST = "127.0.0.1"
 SHUTDOWN_S = 20
 NO_ANSWER = (OSError, HTTPException)
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-# Offline unless the caller says otherwise: a download is no part of a start-up time.
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1"} | os.environ
+# Unless the caller says otherwise: a download is no part of a start-up time.
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 
 class Failure(ShiftError):
@@ -155,7 +155,7 @@ def start(
     """
     port = claim_port(port)
     command = [sys.executable, "-m", "sglang_shift.launch_server", *flags, "--port", str(port)]
-    variables = ENVIRONMENT | dict(environment or {})
+    variables = OFFLINE | os.environ | dict(environment or {})
     if link is None:
         commands = [([*command, "--host", HOST], variables)]
         url = f"http://{HOST}:{port}"

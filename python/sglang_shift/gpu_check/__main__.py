@@ -13,7 +13,8 @@ from sglang_shift.gpu_check import environment, report
 from sglang_shift.gpu_check.checks import CHECKS
 from sglang_shift.gpu_check.runner import Outcome, run_all
 
-MINUTES = 8.0
+MINUTES, MINUTES_OF_SEVERAL = 8.0, 20.0
+"""For all checks on one GPU, and where there are more."""
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -23,7 +24,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--only", nargs="+", choices=names, metavar="NAME", default=names, help=f"of {', '.join(names)}")
     add("--out", type=Path, default=Path("gpu-check"), metavar="DIR", help="for JSON and logs (%(default)s)")
-    add("--minutes", type=float, default=MINUTES, help="for all checks together (%(default)s)")
+    minutes = f"for all checks together ({MINUTES:g}; with several GPUs {MINUTES_OF_SEVERAL:g})"
+    add("--minutes", type=float, help=minutes)
     add("--list", action="store_true", help="say what the checks are, and run none")
     return parser.parse_args(argv)
 
@@ -42,7 +44,9 @@ def main(argv: list[str]) -> int:
     print("\n".join(f"{name}: {value}" for name, value in described.items()), end="\n\n", flush=True)
     outcomes: list[Outcome] = []
     report.write(args.out, described, outcomes)
-    for outcome in run_all(chosen, environment.gpus(), environment.no_gpu(), 60 * args.minutes, args.out):
+    gpus = environment.gpus()
+    minutes = (MINUTES_OF_SEVERAL if gpus > 1 else MINUTES) if args.minutes is None else args.minutes
+    for outcome in run_all(chosen, gpus, environment.no_gpu(), 60 * minutes, args.out):
         outcomes.append(outcome)
         report.write(args.out, described, outcomes)
         print(report.line(outcome), flush=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "triton", "flashinfer-python", "sglang", "sglang-kernel", "transformers", "sglang_shift")
+SMI_SECONDS = 30.0
 
 
 def gpus() -> int:
@@ -36,12 +37,15 @@ def describe() -> dict[str, Any]:
 
 
 def nvidia_smi(fields: str) -> list[str]:
-    """A line for each GPU; none where there is no nvidia-smi, or it fails."""
+    """A line for each GPU; none where there is no nvidia-smi, or it fails, or does not answer."""
     if (tool := shutil.which("nvidia-smi")) is None:
         return []
     command = [tool, f"--query-gpu={fields}", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    return done.stdout.splitlines() if done.returncode == 0 else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SMI_SECONDS)
+    except subprocess.SubprocessError:
+        return []
+    return done.stdout.splitlines()
 
 
 def nccl_version() -> tuple[int, ...]:

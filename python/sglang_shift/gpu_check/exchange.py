@@ -6,6 +6,7 @@ one GPU, its NCCL path. Its NVLink kernel needs several GPUs.
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch.distributed as dist
 from sglang_shift.exchange import SequenceExchange
 from sglang_shift.flashinfer_exchange import WORLD_SIZES, FlashInferExchange
 from sglang_shift.gpu_check import environment, one_gpu
-from sglang_shift.gpu_check.ranks import RankGroup, run_ranks
+from sglang_shift.gpu_check.attempts import attempt
+from sglang_shift.gpu_check.child import one_line
+from sglang_shift.gpu_check.ranks import RankGroup
 from sglang_shift.gpu_check.record import Record, Row, Skip
 from sglang_shift.gpu_check.timing import Timer, captured
 
@@ -27,57 +30,72 @@ QKV, OUT = 1280, 1024
 
 
 def check(record: Record) -> None:
-    """Every size of group that there are GPUs for."""
-    gpus = environment.gpus()
-    for size in (1, *(world for world in WORLD_SIZES if world <= gpus)):
-        _run(record, f"{size} GPUs" if size > 1 else "1 rank", [f"cuda:{i}" for i in range(size)])
-    if gpus > 1:
-        return
+    """One rank, and two that share a GPU."""
+    names = exchanges(record)
+    _run(record, "1 rank", ["cuda:0"], names)
     try:
         os.environ.update(one_gpu.nccl_environment())
-        _run(record, "2 ranks on one GPU", ["cuda:0", "cuda:0"])
+        _run(record, "2 ranks on one GPU", ["cuda:0", "cuda:0"], names)
     except Skip as reason:
         record.note(f"2 ranks on one GPU: skipped: {reason}")
-    record.note("FlashInfer's NVLink kernel: skipped: it needs 2 GPUs, and there is 1")
 
 
-def _run(record: Record, label: str, devices: list[str]) -> None:
-    for row in run_ranks(compare, devices, "nccl", ["collective", "flashinfer"]):
-        record.row(group=label, **row)
-        if wrong := [how for how in ("eager", "graph") if not row.get(f"{how}_right", True)]:
-            record.problem(f"{label}, {row['exchange']}, {row['rows']} rows: wrong ({' and '.join(wrong)})")
-        if row["rows"] == ROWS[-1]:
-            record.note(f"{label}: {row['exchange']}: {row['eager_us']} us there and back at {row['rows']} rows")
+def check_several(record: Record) -> None:
+    """Every size of group that there are GPUs for."""
+    names = exchanges(record)
+    for size in (world for world in WORLD_SIZES if world <= environment.gpus()):
+        _run(record, f"{size} GPUs", [f"cuda:{i}" for i in range(size)], names)
 
 
-def compare(device: torch.device, names: list[str], dtype: torch.dtype = torch.bfloat16) -> list[Row]:
-    """One rank's part: each exchange there and back, against what was sent.
+def _run(record: Record, label: str, devices: list[str], names: list[str]) -> None:
+    """Each exchange in a group of its own, so that none fails because of another."""
+    for name in names:
+        rows: list[Row] = attempt(record, f"{label}, {name}", compare, devices, "nccl", name) or []
+        for row in rows:
+            record.row(group=label, **row)
+            if wrong := [how for how in ("eager", "graph") if not row.get(f"{how}_right", True)]:
+                record.problem(f"{label}, {row['exchange']}, {row['rows']} rows: wrong ({' and '.join(wrong)})")
+            if row["rows"] == ROWS[-1]:
+                record.note(f"{label}: {row['exchange']}: {row['eager_us']} us there and back at {row['rows']} rows")
+
+
+def exchanges(record: Record) -> list[str]:
+    """The names of those that this environment has; why it lacks one is noted."""
+    try:
+        importlib.import_module("flashinfer.comm.ulysses")
+    except ImportError as error:
+        record.note(f"flashinfer: skipped: {one_line(error)}")
+        return ["collective"]
+    return ["collective", "flashinfer"]
+
+
+def compare(device: torch.device, name: str, dtype: torch.dtype = torch.bfloat16) -> list[Row]:
+    """One rank's part: an exchange there and back, against what was sent.
 
     Args:
         device: This rank's.
-        names: ``collective``, ``flashinfer``.
+        name: ``collective`` or ``flashinfer``.
         dtype: Of what is sent.
     """
     group: Any = RankGroup()
     size, timer, rows = group.world_size, Timer(device), []
-    for name in names:
-        exchange = (
-            SequenceExchange(group)
-            if name == "collective"
-            else FlashInferExchange(group, size * ROWS[-1], size * QKV, dtype)
-        )
-        for local in ROWS:
-            trip = Trip(exchange, local, dtype, device)
-            row: Row = {"ranks": size, "exchange": exchange.text, "rows": local, "eager_right": trip.right()}
-            row["eager_us"] = round(1e6 * timer.seconds(trip.run), 1)
-            if device.type == "cuda":
-                graph, _ = captured(trip.run)
-                trip.fill(seed=1)
-                graph.replay()
-                row["graph_right"] = trip.arrived()
-                row["graph_us"] = round(1e6 * timer.seconds(graph.replay), 1)
-            rows.append(row)
-        exchange.close()
+    exchange = (
+        SequenceExchange(group)
+        if name == "collective"
+        else FlashInferExchange(group, size * ROWS[-1], size * QKV, dtype)
+    )
+    for local in ROWS:
+        trip = Trip(exchange, local, dtype, device)
+        row: Row = {"ranks": size, "exchange": exchange.text, "rows": local, "eager_right": trip.right()}
+        row["eager_us"] = round(1e6 * timer.seconds(trip.run), 1)
+        if device.type == "cuda":
+            graph, _ = captured(trip.run)
+            trip.fill(seed=1)
+            graph.replay()
+            row["graph_right"] = trip.arrived()
+            row["graph_us"] = round(1e6 * timer.seconds(graph.replay), 1)
+        rows.append(row)
+    exchange.close()
     return rows
 
 

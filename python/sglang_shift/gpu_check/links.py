@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from sglang_shift.gpu_check import environment
+from sglang_shift.gpu_check.attempts import attempt
 from sglang_shift.gpu_check.child import one_line
-from sglang_shift.gpu_check.ranks import run_ranks
 from sglang_shift.gpu_check.record import Record, Row
 from sglang_shift.gpu_check.report import aligned
 from sglang_shift.gpu_check.timing import Timer, captured
@@ -25,32 +25,36 @@ SIZES = tuple(8**power for power in range(1, 11))
 """Bytes of a rank's buffer: 8 B to 1 GiB."""
 
 WORLDS = (2, 4, 8)
+ALL_TO_ALL, SGLANG = "all-to-all", "SGLang's all-reduce"
+OPERATIONS = (ALL_TO_ALL, "all-reduce", SGLANG)
 MANY, FEW, SMALL = 20, 3, 1 << 20
 """Calls in a graph: many of small ones, so that what a replay takes does not count."""
 
 
 def check(record: Record) -> None:
-    """Every group of 2, 4 and 8 that there are GPUs for."""
+    """Every group of 2, 4 and 8 that there are GPUs for; each operation in ranks of its own."""
     for world in (size for size in WORLDS if size <= environment.gpus()):
-        rows = run_ranks(sweep, [f"cuda:{i}" for i in range(world)], "nccl")
-        for row in rows:
-            record.row(**row)
-        record.note(table(world, [row for row in rows if "us" in row]))
-        for row in rows:
-            if "skipped" in row:
-                record.note(f"{world} GPUs: {row['operation']}: skipped: {row['skipped']}")
+        measured: list[Row] = []
+        for operation in OPERATIONS:
+            label, devices = f"{world} GPUs, {operation}", [f"cuda:{i}" for i in range(world)]
+            for row in attempt(record, label, sweep, devices, "nccl", operation) or ():
+                if "skipped" in row:
+                    record.note(f"{label}: skipped: {row['skipped']}")
+                else:
+                    measured.append(record.row(**row))
+        record.note(table(world, measured))
 
 
-def sweep(device: torch.device) -> list[Row]:
-    """One rank's part: every operation at every size."""
+def sweep(device: torch.device, operation: str) -> list[Row]:
+    """One rank's part: an operation of :data:`OPERATIONS` at every size."""
     timer = Timer(device)
-    rows = [row for name, call in (("all-to-all", _all_to_all), ("all-reduce", dist.all_reduce))
-            for row in _measure(name, call, timer)]  # fmt: skip
+    if operation != SGLANG:
+        return list(_measure(operation, _all_to_all if operation == ALL_TO_ALL else dist.all_reduce, timer))
     try:
         custom = custom_all_reduce(device)
     except Exception as error:  # whatever its libraries raise where they cannot
-        return [*rows, {"operation": "SGLang's all-reduce", "skipped": one_line(error)}]
-    return [*rows, *_measure("SGLang's all-reduce", custom.custom_all_reduce, timer, custom)]
+        return [{"skipped": one_line(error)}]
+    return list(_measure(operation, custom.custom_all_reduce, timer, custom))
 
 
 def _repeat(call: Callable[[torch.Tensor], Any], x: torch.Tensor, calls: int) -> list[Any]:
@@ -61,7 +65,7 @@ def _measure(name: str, call: Callable[[torch.Tensor], Any], timer: Timer, custo
     world = dist.get_world_size()
     for size in SIZES:
         x = torch.zeros(size // 2, dtype=torch.bfloat16, device=timer.device)
-        if size % (2 * world) and name == "all-to-all":
+        if size % (2 * world) and name == ALL_TO_ALL:
             x = torch.zeros(size, dtype=torch.uint8, device=timer.device)
         if custom is not None and not custom.should_custom_ar(x):
             continue
@@ -75,7 +79,7 @@ def _measure(name: str, call: Callable[[torch.Tensor], Any], timer: Timer, custo
 
 def bus_share(operation: str, world: int) -> float:
     """Bus bandwidth over that of the buffer, as nccl-tests count: what crosses a rank's link for each byte."""
-    return (1 if operation == "all-to-all" else 2) * (world - 1) / world
+    return (1 if operation == ALL_TO_ALL else 2) * (world - 1) / world
 
 
 def _all_to_all(x: torch.Tensor) -> torch.Tensor:

@@ -58,9 +58,8 @@ def _main(
     else:
         torch.set_num_threads(1)
     dist.init_process_group(backend, f"file://{folder}/store", rank=rank, world_size=len(devices))
-    try:
-        result = function(device, *args)
-        if rank == 0:
-            Path(folder, "result").write_text(json.dumps(result))
-    finally:
-        dist.destroy_process_group()
+    result = function(device, *args)
+    if rank == 0:
+        Path(folder, "result").write_text(json.dumps(result))
+    # Not after an exception: its traceback keeps CUDA graphs, which NCCL would wait for.
+    dist.destroy_process_group()

@@ -12,6 +12,8 @@ from sglang_shift.gpu_check.runner import Outcome
 
 FILE = "gpu_check.json"
 WIDTH = 116
+SHOWN = 5
+"""Problems of a check in the table; the file has all."""
 
 PASSED, FAILED, NOTHING_RAN = 0, 1, 2
 
@@ -27,7 +29,11 @@ def line(outcome: Outcome) -> str:
     """An outcome in the table, with what was found below it."""
     head = f"{outcome.name:<18} {outcome.status:<8} {outcome.seconds:6.1f} s"
     parts = [outcome.reason] if outcome.reason else []
-    parts += [p for p in outcome.found.problems[1:]] + outcome.found.notes
+    problems = [problem for problem in outcome.found.problems if not outcome.reason.startswith(problem)]
+    parts += problems[:SHOWN]
+    if len(problems) > SHOWN:
+        parts.append(f"and {len(problems) - SHOWN} more in {FILE}")
+    parts += outcome.found.notes
     return "\n".join([head.rstrip(), *(_indented(part) for part in parts)])
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,8 +18,11 @@ from sglang_shift.gpu_check.record import Record, read
 GRACE_SECONDS = 20.0
 """For a check that is told to end, until it is killed with all that it started."""
 
-LEAST_SECONDS = 10.0
-"""With less time left than this no check is begun."""
+LEAST_SECONDS = 30.0
+"""With less time than this no check is begun: SGLang and PyTorch take some of it to be imported."""
+
+PR_SET_CHILD_SUBREAPER = 36
+"""Of Linux: ``linux/prctl.h``."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def run_all(checks: Sequence[Check], gpus: int, no_gpu: str, seconds: float, out
         seconds: For all of them: what has not begun by then is skipped, what runs is ended.
         out: A folder, for what each one prints.
     """
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds - GRACE_SECONDS
     for check in checks:
         left = deadline - time.monotonic()
         if not gpus:
@@ -77,50 +81,85 @@ def run_all(checks: Sequence[Check], gpus: int, no_gpu: str, seconds: float, out
         elif gpus < check.gpus:
             yield Outcome(check.name, "skipped", f"it needs {check.gpus} GPUs, and there is {gpus}")
         elif left < LEAST_SECONDS:
-            yield Outcome(check.name, "skipped", f"the {seconds:.0f} s for all checks are over; give more --minutes")
+            yield Outcome(
+                check.name, "skipped", f"too little is left of the {seconds:.0f} s for all checks; give more --minutes"
+            )
+        elif left < check.limit:
+            late = f"the {seconds:.0f} s for all checks ended it; give more --minutes, or --only {check.name}"
+            yield run(check, left, late, out)
         else:
-            yield run(check, min(left, check.limit), out)
+            yield run(check, check.limit, f"it took longer than {check.limit:.0f} s", out)
 
 
-def run(check: Check, seconds: float, out: Path) -> Outcome:
-    """Run one check, for at most so many seconds. What it prints goes to ``<name>.log`` in ``out``."""
+def run(check: Check, seconds: float, late: str, out: Path) -> Outcome:
+    """Run one check. What it prints goes to ``<name>.log`` in ``out``.
+
+    Args:
+        check: The check.
+        seconds: That it may take, :data:`GRACE_SECONDS` not counted.
+        late: What to say if it takes longer.
+        out: A folder.
+    """
     start = time.monotonic()
     log, lines = out / f"{check.name}.log", out / f"{check.name}.jsonl"
     lines.unlink(missing_ok=True)
-    with log.open("wb") as printed:
+    others = children()
+    with log.open("wb") as printed, adopting_orphans():
         process = subprocess.Popen(
             [sys.executable, "-m", "sglang_shift.gpu_check.child", check.target, str(lines)],
             stdout=printed, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-        late = False
+        in_time = True
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
-            late = True
+            in_time = False
         finally:
-            stop(process)
+            stop(process, others)
     found, end = read(lines)
-    if late:
-        end = {"status": "failed", "reason": f"it took longer than {seconds:.0f} s"}
+    if not in_time:
+        end = {"status": "failed", "reason": late}
     elif end is None:
         end = {"status": "failed", "reason": f"it ended with exit code {process.returncode}: {last_line(log)}"}
     return Outcome(check.name, end["status"], end["reason"], time.monotonic() - start, found)
 
 
-def stop(process: subprocess.Popen[bytes], grace: float = GRACE_SECONDS) -> None:
-    """End a process that still runs, and all that it has started; nothing where it has ended."""
-    if process.poll() is not None:
-        return
-    with suppress(psutil.NoSuchProcess):
-        started = psutil.Process(process.pid).children(recursive=True)
+def stop(process: subprocess.Popen[bytes], others: set[psutil.Process], grace: float = GRACE_SECONDS) -> None:
+    """End a check, however far it is, and all that it has started: a server would hold the GPU.
+
+    Args:
+        process: The check's.
+        others: Children of this process from before the check.
+        grace: Seconds for it to end by itself, and again for what it leaves behind to be gone.
+    """
+    if process.poll() is None:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(grace)
-        for descendant in started:
-            with suppress(psutil.NoSuchProcess):
-                descendant.kill()
     process.kill()
     process.wait()
+    deadline = time.monotonic() + grace
+    while (left := children() - others) and time.monotonic() < deadline:
+        for orphan in left:
+            with suppress(psutil.NoSuchProcess):
+                orphan.kill()
+        psutil.wait_procs(left, timeout=1)  # what these have started are then orphans too
+
+
+@contextmanager
+def adopting_orphans() -> Iterator[None]:
+    """Inside, processes that a check leaves behind become children of this one, whatever their session."""
+    prctl = ctypes.CDLL(None).prctl
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def children() -> set[psutil.Process]:
+    """Of this process, theirs not counted."""
+    return set(psutil.Process().children())
 
 
 def last_line(log: Path) -> str:
