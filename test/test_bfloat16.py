@@ -27,6 +27,7 @@ def test_bfloat16_is_no_further_from_float32_than_stock(reference, servers):
         server.flush_cache()
         with server.policy(policy):
             ours[policy] = errors(server, reference)
+    print(f"\nmean error of a logprob in bfloat16: stock {stock:.2g}, TP {ours['tp']:.2g}, SP {ours['sp']:.2g}")
     assert stock > 1e-4, "bf16 rounding must be visible for the comparison to mean anything"
     # About 10,000 logprobs: their mean error is stable to a few per cent from one run to the next.
     assert max(ours.values()) <= 1.1 * stock, (stock, ours)
