@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 from harness import TEST_DIR
 from prompts import assert_same_answers
+from sglang_shift.benchmark.servers import Server
+from sglang_shift.gpu_check.comparison import Comparison, Contender
+from sglang_shift.gpu_check.record import Record
 
 pytestmark = pytest.mark.server
 
@@ -42,3 +45,14 @@ def test_same_tokens_and_logprobs(server, reference, mode, concurrency):
         assert grown["decode", "replayed"] > 0 and grown["decode", "missed"] == 0
     else:
         assert grown["decode", "missed"] > 0, "more requests than the largest graph has"
+
+
+def test_the_gpu_check_sees_that_they_are_replayed(server, tmp_path):
+    record = Record(folder=tmp_path)
+    compared, itself = Comparison(record, "recorded", [], vocabulary=4096, tolerance=1e-4), Server([], server.url, None)
+    contender = Contender("itself", [], graphs=True)
+    compared.take_reference(contender, itself)
+    compared.compare(contender, itself)
+    assert record.problems == []
+    replayed = [row["graphs"]["decode"]["sp"]["replayed"] for row in record.rows if "mode" in row]
+    assert replayed[0] < replayed[1] == replayed[2], "in sp only"
