@@ -33,10 +33,10 @@ def main():
     second = ask(engine, prompts)
     # Tensor by tensor, back to the first model.
     model = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype="float32")
-    assert engine.begin_weight_update().success
+    assert engine.begin_weight_update()[0]
     for name, tensor in model.named_parameters():
         assert engine.update_weights_from_tensor([(name, tensor.data)])[0], name
-    assert engine.end_weight_update().success
+    assert engine.end_weight_update()[0]
     third = ask(engine, prompts)
     engine.shutdown()
     print(json.dumps([first, second, third]))

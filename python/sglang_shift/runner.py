@@ -93,7 +93,7 @@ class ShiftModelRunner(ModelRunner):
         return exchange
 
     def init_weight_updater(self) -> None:
-        """Re-assemble the base weights after every weight update SGLang makes."""
+        """Have the base weights follow every weight update that SGLang makes."""
         super().init_weight_updater()
         stock = self.weight_updater
         self.weight_updater = ShiftWeightUpdater(**{f.name: getattr(stock, f.name) for f in fields(stock)})
@@ -123,32 +123,45 @@ class ShiftModelRunner(ModelRunner):
             self.step_mode = Mode.TP
 
     def _forward_raw(self, forward_batch: ForwardBatch, *args: Any, **kwargs: Any) -> ModelRunnerOutput:
+        if self.step_mode is Mode.SP and self.base_weights.stale:
+            self.base_weights.refresh()  # here, as this is on the forward's stream
         span = torch.profiler.record_function(f"sglang_shift {self.step_mode.value} step")
         with span, region.step(self.step_mode, forward_batch):
             return super()._forward_raw(forward_batch, *args, **kwargs)
 
 
 class ShiftWeightUpdater(WeightUpdater):
-    """SGLang writes this rank's TP shard; the other ranks' parts of its base weights follow here."""
+    """SGLang writes this rank's TP shards; the other ranks' parts of its base weights follow before the next SP step.
+
+    Noted as SGLang begins, on all ranks alike, whether it then succeeds or not.
+    """
 
     __slots__ = ()
 
     def update_weights_from_disk(self, *args: Any, **kwargs: Any) -> tuple[bool, str]:
-        """As SGLang's, then re-assemble (also after its rollback)."""
-        return self._then_refresh(super().update_weights_from_disk(*args, **kwargs))
+        """As SGLang's (which rolls back after a failure)."""
+        self._shards_change()
+        return super().update_weights_from_disk(*args, **kwargs)
+
+    def receive_weights_from_distributed(self, *args: Any, **kwargs: Any) -> Any:
+        """As SGLang's; a rank that fails to receive does not load."""
+        self._shards_change()
+        return super().receive_weights_from_distributed(*args, **kwargs)
+
+    def update_weights_from_tensor(self, *args: Any, **kwargs: Any) -> tuple[bool, str]:
+        """As SGLang's."""
+        self._shards_change()
+        return super().update_weights_from_tensor(*args, **kwargs)
 
     def update_weights_from_ipc(self, *args: Any, **kwargs: Any) -> tuple[bool, str]:
-        """As SGLang's, then re-assemble."""
-        return self._then_refresh(super().update_weights_from_ipc(*args, **kwargs))
+        """As SGLang's."""
+        self._shards_change()
+        return super().update_weights_from_ipc(*args, **kwargs)
 
     def end_weight_update(self, *args: Any, **kwargs: Any) -> None:
-        """As SGLang's, then re-assemble, once for all tensors that a session brought.
-
-        Not after each of them: a rank that failed to receive one does not come here, and the others would wait.
-        """
+        """As SGLang's, which may have let others write the parameters directly."""
+        self._shards_change()
         super().end_weight_update(*args, **kwargs)
-        self.get_model_runner().base_weights.refresh()
 
-    def _then_refresh(self, outcome: tuple[bool, str]) -> tuple[bool, str]:
-        self.get_model_runner().base_weights.refresh()
-        return outcome
+    def _shards_change(self) -> None:
+        self.get_model_runner().base_weights.stale = True

@@ -53,7 +53,6 @@ _SP = "sglang.srt.layers.layernorm_sp:"
 _EMBEDDING = "sglang.srt.layers.vocab_parallel_embedding:"
 _UNQUANTIZED = "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod"
 _RUNNER = "sglang.srt.model_executor.model_runner:ModelRunner."
-_SESSIONS = "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager."
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater:WeightUpdater."
 _CAPTURE = "sglang.srt.model_executor.model_runner_components.cuda_graph_setup:"
 _DECODE_GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner."
@@ -113,7 +112,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("overrides", _RUNNER + "load_model", "sglang_shift.runner:ShiftModelRunner.load_model",
          "assembles the base weights around the loaded shards"),
     Seam("overrides", _RUNNER + "init_weight_updater",
-         "sglang_shift.runner:ShiftModelRunner.init_weight_updater", "re-assembly after weight updates"),
+         "sglang_shift.runner:ShiftModelRunner.init_weight_updater", "notes that base weights must be gathered again"),
     Seam("overrides", _RUNNER + "_forward_raw", "sglang_shift.runner:ShiftModelRunner._forward_raw",
          "scopes the step's mode to one forward"),
     Seam("overrides", _RUNNER + "init_cuda_graphs", "sglang_shift.runner:ShiftModelRunner.init_cuda_graphs",
@@ -147,17 +146,14 @@ SEAMS: tuple[Seam, ...] = (
          "a rank's rows are fewer than the tokens"),
     *(
         Seam("overrides", _UPDATER + name, f"sglang_shift.runner:ShiftWeightUpdater.{name}",
-             "re-assembly after weight updates")
+             "notes that base weights must be gathered again")
         for name in (
             "update_weights_from_disk",
+            "receive_weights_from_distributed",
+            "update_weights_from_tensor",
             "update_weights_from_ipc",
             "end_weight_update",
         )
-    ),
-    *(
-        Seam("relies on", _SESSIONS + name, "",
-             "takes tensors in a session only, at whose end weights are re-assembled")
-        for name in ("update_weights_from_distributed", "update_weights_from_tensor")
     ),
     Seam("relies on", "sglang.srt.arg_groups.memory_hook:reserve_for_graph_mb", "",
          "what is reserved for a second set of graphs"),

@@ -67,6 +67,7 @@ class BaseWeights:
         self.model = model
         self.parallel = parallel
         self.projections: list[Projection] = []
+        self.stale = False  # whether SGLang may have written shards since they were gathered
         for linear, kind in find_projections(model):
             base = _assemble(linear, parallel)
             linear.ulysses = kind(linear, base, parallel)
@@ -75,8 +76,9 @@ class BaseWeights:
     def refresh(self) -> None:
         """All-gather again, in place, after SGLang wrote new values into this rank's shards.
 
-        Collective: every rank calls it after every weight update, successful or not.
+        Collective: every rank calls it, before the first SP step after a weight update.
         """
+        self.stale = False
         for projection in self.projections:
             linear, base = projection.linear, projection.base
             _gather_into(base.weight, linear.weight.data, self.parallel, _shard_dim(linear))
