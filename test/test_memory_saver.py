@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 from harness import TEST_DIR
 from prompts import assert_same_answers
+from sglang_shift.benchmark.servers import Server
 from sglang_shift.demo import demo_model_path
+from sglang_shift.gpu_check import memory
+from sglang_shift.gpu_check.answers import Answer
+from sglang_shift.gpu_check.memory import check_release
+from sglang_shift.gpu_check.record import Record
 
 pytestmark = pytest.mark.server
 
@@ -49,3 +54,29 @@ def test_released_and_resumed(server, reference):
         body = {"model_path": demo_model_path(), "load_format": "auto", "abort_all_requests": False}
         assert server.post("/update_weights_from_disk", body)["success"]
     assert_same_answers(answers(server, reference), expected(reference))
+
+
+@pytest.mark.parametrize("server", ["with a backup"], indirect=True)
+def test_the_gpu_check_tells_what_came_back(server, tmp_path):
+    """On the same server; what is free is made up."""
+    checked, record = Server([], server.url, None), Record(folder=tmp_path)
+    free = iter([100, 150, 100])
+    check_release(record, checked, lambda: next(free), least=50)
+    assert record.problems == []
+    assert (record.rows[0]["freed_bytes"], record.rows[0]["taken_bytes"]) == (50, 50)
+    free = iter([100, 120, 100])
+    check_release(record, checked, lambda: next(free), least=50)
+    assert record.problems == ["20 bytes were freed and 20 taken again, less than the weights' 50"]
+
+
+def test_the_gpu_check_notices_other_answers(monkeypatch, tmp_path):
+    def answer(token):
+        return Answer([token], [-0.1], [{token: -0.1}], [])
+
+    told = iter([[answer(1)], [answer(2)], [answer(1)], [answer(3)]])  # TP and SP before, TP and SP after
+    monkeypatch.setattr(memory, "ask", lambda server, asked: next(told))
+    monkeypatch.setattr(memory, "call", lambda url, **how: None)
+    monkeypatch.setattr(memory, "set_threshold", lambda server, threshold: None)
+    record = Record(folder=tmp_path)
+    check_release(record, Server([], "http://nowhere", None), lambda: 0, least=0)
+    assert record.problems == ["sp, after resuming: answer 0, token 0: 3 instead of 2"]

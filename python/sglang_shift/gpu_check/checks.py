@@ -20,5 +20,6 @@ CHECKS = (
     _check("engine-flashinfer", "engine:check_flashinfer", 240, "the same with FlashInfer's attention"),
     _check("dispatch", "dispatch:check", 100, "SGLang's own GEMM kernels are right on our views of base weights"),
     _check("steps", "steps:check", 90, "a rank's step in both modes, eager and as a graph, without the links"),
+    _check("engine-memory", "memory:check", 150, "SGLang's memory saver frees the base weights and brings them back"),
     _check("gemms", "gemms:check", 100, "GEMMs of a rank in both modes, and what a view costs beside a copy"),
 )

@@ -94,7 +94,7 @@ class Comparison:
             ShiftError, OSError, HTTPException: it does not start, or does not answer.
         """
         self._wait(contender, server)
-        self.reference = self._ask(server)
+        self.reference = ask(server, self.prompts)
 
     def compare(self, contender: Contender, server: Server) -> None:
         """Compare a server in every mode; what goes wrong is a problem."""
@@ -106,10 +106,9 @@ class Comparison:
             self.record.problem(f"{contender.label}: {explained(error)}")
 
     def _compare(self, contender: Contender, server: Server, mode: str) -> None:
-        wanted = {"shift_policy": "tokens", "shift_threshold": THRESHOLDS[mode]}
-        call(server.url + "/set_internal_state", body={"server_args": wanted})
+        set_threshold(server, THRESHOLDS[mode])
         before = state(server)
-        found = compare(self._ask(server), self.reference, self.tolerance)
+        found = compare(ask(server, self.prompts), self.reference, self.tolerance)
         now = state(server)
         steps = {name: count - before["steps"][name] for name, count in now["steps"].items()}
         self.record.row(
@@ -140,15 +139,6 @@ class Comparison:
         server.wait_until_healthy(START_SECONDS)
         self.record.row(server=contender.label, waited_seconds=round(monotonic() - start, 1))
 
-    def _ask(self, server: Server) -> list[Answer]:
-        """All prompts, from an empty prefix cache."""
-        answers = []
-        for body in requests(self.prompts):
-            server.flush()
-            found = call(server.url + "/generate", body=body, timeout=ANSWER_SECONDS)
-            answers += [Answer.of(answer) for answer in found]
-        return answers
-
     @contextmanager
     def _started(self, contender: Contender) -> Iterator[Server]:
         words = "".join(c if c.isalnum() else "-" for c in contender.label)
@@ -158,6 +148,22 @@ class Comparison:
             yield server
         finally:
             server.stop()
+
+
+def ask(server: Server, asked: list[list[int]]) -> list[Answer]:
+    """The answers to all prompts, from an empty prefix cache."""
+    answers = []
+    for body in requests(asked):
+        server.flush()
+        found = call(server.url + "/generate", body=body, timeout=ANSWER_SECONDS)
+        answers += [Answer.of(answer) for answer in found]
+    return answers
+
+
+def set_threshold(server: Server, threshold: int) -> None:
+    """From now on, steps of more than ``threshold`` tokens run in SP, others in TP."""
+    wanted = {"shift_policy": "tokens", "shift_threshold": threshold}
+    call(server.url + "/set_internal_state", body={"server_args": wanted})
 
 
 def unreplayed(before: dict[str, Any], now: dict[str, Any], mode: str) -> list[str]:

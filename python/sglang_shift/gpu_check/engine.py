@@ -65,7 +65,7 @@ def check_one_gpu(record: Record, attention: str) -> None:
     """TP=1, and two ranks over each backend that can."""
     with TemporaryDirectory(prefix="sglang_shift_") as name:
         folder = Path(name)
-        flags = [*_model(folder), "--attention-backend", attention]
+        flags = [*model_flags(folder), "--attention-backend", attention]
         others = []
         for backend, graphs in (("gloo", False), ("nccl", True)):
             label = f"two ranks over {backend}"
@@ -89,9 +89,10 @@ def check_several(record: Record) -> None:
             for sp in (2, 4, 8)
             if sp <= ranks
         ]
-        Comparison(record, "gpus", _model(Path(name)), VOCABULARY, TOLERANCE).run(ONE_RANK, others)
+        Comparison(record, "gpus", model_flags(Path(name)), VOCABULARY, TOLERANCE).run(ONE_RANK, others)
 
 
-def _model(folder: Path) -> list[str]:
+def model_flags(folder: Path) -> list[str]:
+    """Make the model in ``folder``, and the flags that every server of it has."""
     write_random_model(folder / "model", **MODEL)
     return ["--model-path", str(folder / "model"), *COMMON]
