@@ -26,12 +26,14 @@ TWO = Contender("two ranks", ["--tp-size", "2"])
 
 @pytest.fixture
 def kept(monkeypatch):
-    """Servers, by their log's name, that do not end with a comparison."""
+    """Servers of two ranks, by their log's name, that do not end with a comparison."""
     started, start = {}, comparison.start
     with ExitStack() as stack:
 
         def starting(flags, port, log, **how) -> Server:
             server = start(flags, port, log, **how)
+            if flags[flags.index("--tp-size") + 1] != "2":
+                return server
             stack.callback(server.stop)
             started[log.name] = server
             kept = Server(server.processes, server.url, server.log)
