@@ -213,18 +213,18 @@ def test_a_threshold_divides_the_graphs():
 def check_sp_alone(runner):
     assert runner.graphs.captured() == {
         "decode": {"tp": [], "sp": [2, 6]},
-        "prefill": {"tp": [], "sp": [8, 24]},
+        "prefill": {"tp": [], "sp": [14, 24]},
     }
     sp_runner = runner.graphs.of(False).sp_runner
     assert runner.decode_cuda_graph_runner is None and isinstance(runner.prefill_cuda_graph_runner, EagerRunner)
     assert type(sp_runner) is SpDecodeGraphRunner and sp_runner.attn_backend is runner.attn_backend
     for mode, expected in ((Mode.SP, [True, True]), (Mode.TP, [False, False])):
-        logits, replayed = run(runner, runner.running_in(mode), [4, 2], 1)
+        logits, replayed = run(runner, runner.running_in(mode), [4, 4], 1)
         assert replayed == expected
-        assert same(logits, run(runner, eager(runner, Mode.TP), [4, 2], 1)[0])
+        assert same(logits, run(runner, eager(runner, Mode.TP), [4, 4], 1)[0])
     runner.recapture_decode_cuda_graph()
     assert runner.graphs.of(False).sp_runner is not sp_runner
-    assert run(runner, runner.running_in(Mode.SP), [4, 2], 1)[1] == [True, True]
+    assert run(runner, runner.running_in(Mode.SP), [4, 4], 1)[1] == [True, True]
 
 
 @pytest.mark.server
