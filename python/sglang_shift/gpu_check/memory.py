@@ -12,7 +12,7 @@ import torch
 from sglang_shift.benchmark.servers import Server, call, serving
 from sglang_shift.gpu_check import one_gpu
 from sglang_shift.gpu_check.answers import compare, prompts
-from sglang_shift.gpu_check.comparison import SHIFT, START_SECONDS, ask, set_threshold
+from sglang_shift.gpu_check.comparison import SHIFT, START_SECONDS, THRESHOLDS, ask, set_threshold
 from sglang_shift.gpu_check.engine import EAGER, SHARING, VOCABULARY, model_flags
 from sglang_shift.gpu_check.record import Record, Skip
 
@@ -52,10 +52,9 @@ def check_release(record: Record, server: Server, free: Callable[[], int], least
         least: Bytes that must be freed.
     """
     asked = prompts(VOCABULARY)
-    modes = {"tp": 10**9, "sp": 0}
     before = {}
-    for mode, threshold in modes.items():
-        set_threshold(server, threshold)
+    for mode in ("tp", "sp"):
+        set_threshold(server, THRESHOLDS[mode])
         before[mode] = ask(server, asked)
     held = free()
     call(server.url + "/release_memory_occupation", body={}, text=True)
@@ -66,7 +65,7 @@ def check_release(record: Record, server: Server, free: Callable[[], int], least
     record.note(f"released {freed / 2**20:.0f} MiB and took {taken / 2**20:.0f} again; weights are {least / 2**20:.0f}")
     if min(freed, taken) < least:
         record.problem(f"{freed} bytes were freed and {taken} taken again, less than the weights' {least}")
-    for mode, threshold in modes.items():
-        set_threshold(server, threshold)
+    for mode in ("tp", "sp"):
+        set_threshold(server, THRESHOLDS[mode])
         for problem in compare(ask(server, asked), before[mode], TOLERANCE).problems:
             record.problem(f"{mode}, after resuming: {problem}")
