@@ -34,10 +34,9 @@ def suit_graph_memory(server_args: Any, config: ShiftConfig) -> Suited:
             "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING reserves no memory; leave one of them out"
         )
     both = len(modes_of(1, config)) > 1 and config.graph_buckets != 0
-    capacity = get_device_memory_capacity(settings.device)
     if not both or post_capture or settings.device != "cuda" or server_args.mem_fraction_static is not None:
         return Suited("--mem-fraction-static stays")
-    reserve = reserve_for_graph_mb(server_args)
+    reserve, capacity = reserve_for_graph_mb(server_args), get_device_memory_capacity(settings.device)
     if not reserve or not capacity:
         return Suited("--mem-fraction-static stays: no graphs, or the memory of this device is not known")
     fraction = round(settings.mem_fraction_static - reserve / capacity, 3)

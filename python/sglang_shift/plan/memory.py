@@ -25,7 +25,7 @@ class Memory:
     Attributes:
         weights: The full-TP shard.
         base: The rest of the base weights, which both modes share.
-        graphs: Those of a second mode, which SGLang does not reserve memory for.
+        graphs: Those of a second mode, which SGLang itself does not reserve memory for.
         reserve: Activations and the graphs of one mode, as SGLang reserves them.
         kv_per_token: K and V of a token.
         total: All of it.

@@ -72,7 +72,7 @@ def flags(candidate: Candidate, held: Memory, path: str, kv_dtype: str) -> list[
     if kv_dtype == "fp8":
         given += ["--kv-cache-dtype", "fp8_e4m3"]
     if held.graphs:
-        # SGLang's default leaves room for the graphs of one mode.
+        # The server lowers SGLang's default for a second mode's graphs, too (graph_memory); this is what was tried.
         given += ["--mem-fraction-static", f"{(held.total - held.reserve - held.graphs) / held.total:.3f}"]
     if layout.sp_size > 1:
         given += ["--sp-size", str(layout.sp_size)]
