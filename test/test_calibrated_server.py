@@ -241,3 +241,34 @@ def test_profiler_spans_carry_the_mode(server, folder, default_policy):
     with gzip.open(traces[0], "rt") as trace:
         spans = set(re.findall(r"sglang_shift \w+ step", trace.read()))
     assert spans == {"sglang_shift sp step", "sglang_shift tp step"}
+
+
+def test_a_drifted_calibration_is_renewed_while_the_server_idles(servers, folder, reference, tmp_path):
+    """On a server whose prefix cache is full. Requests that arrive meanwhile are answered as ever."""
+    [file] = folder.glob("cache/*.json")
+    text = re.sub(r'"seconds": ([0-9.e-]+)', lambda m: f'"seconds": {float(m[1]) / 20}', file.read_text())
+    wrong = json.loads(text)
+    for curve in wrong["costs"]["curves"].values():
+        curve["seconds"] = [seconds / 20 for seconds in curve["seconds"]]
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(wrong))
+    server = servers.get(*FLAGS, "--shift-calibration", str(own), env={"SGLANG_SHIFT_CACHE_DIR": str(folder / "cache")})
+    assert str(own) in server.state["calibration"]
+    deadline = time.monotonic() + 300
+    while "calibrating again" not in server.tail(1_000_000) and time.monotonic() < deadline:
+        server.generate(list(range(1000, 1600)), 200)
+    answers = []
+    while "sglang_shift: calibrated in" not in server.tail(1_000_000) and time.monotonic() < deadline:
+        answers.append(server.generate(reference.prompts[len(answers) % 8], 8))
+        time.sleep(0.5)
+    assert len(answers) > 4, "it was done between requests"
+    for i, answer in enumerate(answers):
+        assert answer.tokens == reference.answers[1][i % 8].first(8).tokens
+    renewed = json.loads(own.read_text())
+    assert len(renewed["measurements"]) >= len(wrong["measurements"])
+    assert renewed["made"] > wrong["made"]
+    assert server.state["costs"] == renewed["costs"]
+    ratio = renewed["costs"]["curves"]["decode tp"]["seconds"][0] / wrong["costs"]["curves"]["decode tp"]["seconds"][0]
+    assert ratio > 5, "the times are those of this machine again"
+    assert "leak" not in server.tail(1_000_000)
+    assert "Traceback" not in server.tail(1_000_000)

@@ -55,6 +55,27 @@ class Calibration:
     measurements: tuple[Measurement, ...]
     costs: CostModel
 
+    def renewed(self, took: float, measurements: Sequence[Measurement], switch_seconds: float | None) -> Calibration:
+        """This calibration with new measurements. Over a range that they do not cover, the old ones stay.
+
+        Args:
+            took: Seconds the measuring took.
+            measurements: The new times.
+            switch_seconds: What a change of mode costs; None if it was not measured.
+
+        Raises:
+            CalibrationError: nothing was measured.
+        """
+        if not measurements:
+            raise CalibrationError("there was no room in the KV pool for any step to measure")
+        # By number of tokens, up to how many KV reads the new ones go.
+        covered: dict[tuple[str, int], int] = {}
+        for m in measurements:
+            covered[m.phase, m.tokens] = max(m.kv_reads, covered.get((m.phase, m.tokens), 0))
+        kept = [m for m in self.measurements if m.kv_reads > covered.get((m.phase, m.tokens), -1)]
+        switch = self.costs.switch_seconds if switch_seconds is None else switch_seconds
+        return Calibration.of(self.key, took, [*kept, *measurements], switch)
+
     @staticmethod
     def of(key: dict[str, Any], took: float, measurements: Sequence[Measurement], switch_seconds: float) -> Calibration:
         """Fit and date a calibration.
@@ -136,13 +157,21 @@ def hardware() -> str:
     return f"{(names or [platform.machine()])[0]} x {os.cpu_count()}, {torch.get_num_threads()} threads a rank"
 
 
+def cache_folder() -> Path:
+    """The folder of saved calibrations; in a container whose user has no home, one among the temporary files."""
+    if folder := os.environ.get(CACHE_VARIABLE):
+        return Path(folder)
+    cache = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(cache or Path.home() / ".cache", "sglang_shift", "calibrations")
+    except RuntimeError:  # neither HOME nor an entry in the user database
+        return Path(tempfile.gettempdir(), f"sglang_shift-{os.getuid()}", "calibrations")
+
+
 def cache_file(key: dict[str, Any]) -> Path:
     """Where the calibration with this key is kept."""
-    folder = os.environ.get(CACHE_VARIABLE) or Path(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sglang_shift", "calibrations"
-    )
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(folder, f"{digest}.json")
+    return Path(cache_folder(), f"{digest}.json")
 
 
 def load(path: Path, key: dict[str, Any]) -> Calibration:

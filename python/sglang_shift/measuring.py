@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 from typing import Protocol
 
 from sglang_shift.calibration import CalibrationError
@@ -24,8 +24,8 @@ MAX_DECODE = 512
 """Requests of the largest decode shape."""
 SECONDS_A_MODE, MIN_LAPS, MAX_LAPS = 0.4, 2, 9
 """How long and how often a shape is timed in one mode."""
-SWITCH_TOKENS = (1, 8)
-"""Tokens of the shapes at which a change of mode is timed."""
+SWITCH_TOKENS, SWITCH_LAPS = (1, 8), 5
+"""Tokens of the shapes at which a change of mode is timed, and how often in each mode."""
 
 
 @dataclass(frozen=True, order=True)
@@ -99,32 +99,60 @@ def powers(last: int) -> list[int]:
 class Bench(Protocol):
     """Something that can run steps of a shape: :class:`sglang_shift.bench.SchedulerBench`, or a test's."""
 
-    def prepare(self, shape: Shape) -> Callable[[Mode], float]:
-        """Get ready; the result runs one step and returns its seconds."""
+    prepared: Shape | None
+    """The shape whose steps can run now."""
+
+    def make_room(self, shape: Shape) -> bool:
+        """Whether ``shape`` fits into the KV pool, for which others may have to leave it. Collective.
+
+        The answer is the same on every rank.
+        """
+
+    def prepare(self, shape: Shape) -> None:
+        """Take what steps of ``shape`` need. Not collective: it may fail on one rank alone."""
+
+    def run(self, mode: Mode, after: Mode | None = None) -> float:
+        """Run one step of what was prepared, as serving would, and return its seconds. Collective.
+
+        Args:
+            mode: Its mode.
+            after: The mode of a step that is run just before it and not timed; None where it does not matter.
+        """
 
     def release(self) -> None:
-        """Free what :meth:`prepare` took."""
+        """Give back what :meth:`prepare` took, if anything."""
 
-    def fits(self, shape: Shape) -> bool:
-        """Whether there is room for it: the same on every rank."""
+    def agree(self, numbers: Sequence[float], failure: str = "") -> list[float]:
+        """The largest of each number over all ranks. Collective.
 
-    def agree(self, seconds: Sequence[float]) -> list[float]:
-        """The largest of each number over all ranks."""
+        Args:
+            numbers: This rank's.
+            failure: What failed on this rank, if anything did. Then the other ranks may never get here.
+
+        Raises:
+            ShiftError: after a failure, the other ranks did not answer in time.
+        """
 
 
 @dataclass
 class Measured:
-    """What :func:`measure` found so far.
+    """What :func:`measure` found so far; the same on every rank.
 
     Attributes:
         steps: Step times.
-        switches: What a step after a change of mode took beyond one without, in seconds.
-        seconds: What it all took.
+        switches: What a step after one of the other mode took beyond one after its own mode, in seconds.
+        seconds: What it all took, on the slowest rank.
+        part: The part of the shapes that is done, up to 1.
     """
 
     steps: list[Measurement] = field(default_factory=list)
     switches: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    part: float = 0.0
+
+
+class _NoRoomError(Exception):
+    """A shape does not fit, on any rank: what it needed was taken while the bench was released."""
 
 
 def measure(
@@ -133,72 +161,117 @@ def measure(
     budget: float,
     found: Measured,
     clock: Callable[[], float] = time.perf_counter,
-) -> Iterator[float]:
-    """Time all shapes in both modes; a generator, so that a serving scheduler can do a shape at a time.
+) -> Generator[None, None, None]:
+    """Time all shapes in both modes; a generator that yields after each lap.
 
-    All ranks do the same: every decision follows from numbers that they have agreed on. The modes take
-    turns, so that a machine that is slower for a while is so for both.
+    A serving scheduler does a few laps at a time, and releases the bench in between. All ranks do the
+    same: every decision follows from numbers that they have agreed on. The modes take turns, so that a
+    machine that is slower for a while is so for both.
 
     Args:
         bench: What runs the steps.
-        shapes: From small to large.
+        shapes: From small to large; the same on every rank.
         budget: Seconds; shapes that would exceed it are left out, but for the first of each phase.
         found: Is added to.
         clock: Monotonic seconds.
 
-    Yields:
-        The part done, up to 1, after each shape.
-
     Raises:
-        CalibrationError: a mode failed on some rank.
+        CalibrationError: a step failed on every rank, or could not be prepared on some.
+        ShiftError: a step failed on this rank alone.
     """
     before: dict[str, tuple[int, float]] = {}
     for done, shape in enumerate(shapes, 1):
         tokens, took = before.get(shape.phase, (shape.tokens, 0.0))
         affordable = found.seconds + took * max(1.0, shape.tokens / tokens) <= budget or shape.phase not in before
-        if affordable and bench.fits(shape):
-            started = clock()
+        if affordable:
+            started = found.seconds
             try:
-                run = bench.prepare(shape)
-                times = _take_turns(bench, run)
+                times = yield from _take_turns(_Laps(bench, shape, found, clock))
                 if shape.tokens in SWITCH_TOKENS and max(times.values()) < SECONDS_A_MODE:
-                    found.switches.append(_switch(bench, run, times))
+                    found.switches.append((yield from _switch(_Laps(bench, shape, found, clock))))
+                for mode in Mode:
+                    found.steps.append(Measurement(shape.phase, mode, shape.tokens, shape.kv_reads, times[mode]))
+                before[shape.phase] = shape.tokens, found.seconds - started
+            except _NoRoomError:
+                logger.debug("no room for %s", shape)
             finally:
                 bench.release()
-            for mode in Mode:
-                found.steps.append(Measurement(shape.phase, mode, shape.tokens, shape.kv_reads, times[mode]))
-            (took,) = bench.agree([clock() - started])
-            before[shape.phase] = shape.tokens, took
-            found.seconds += took
-        yield done / len(shapes)
+        found.part = done / len(shapes)
 
 
-def _take_turns(bench: Bench, run: Callable[[Mode], float]) -> dict[Mode, float]:
+@dataclass
+class _Laps:
+    """Runs laps of one shape."""
+
+    bench: Bench
+    shape: Shape
+    found: Measured
+    clock: Callable[[], float]
+
+    def run(self, mode: Mode, after: Mode | None = None) -> Generator[None, None, float]:
+        """One lap; its agreed seconds. Prepares the shape first, if the bench was released since the last one."""
+        started = self.clock()
+        if self.bench.prepared is not self.shape:
+            self._prepare()
+        seconds, failure = math.inf, ""
+        try:
+            seconds = self.bench.run(mode, after)
+        except Exception as error:  # out of memory, a kernel that does not take the shape: anything
+            failure = _words(error)
+        seconds, took = self.bench.agree([seconds, self.clock() - started], failure)
+        if math.isinf(seconds):
+            where = failure or "on another rank"
+            raise CalibrationError(f"a step in {mode.value.upper()} failed while calibrating ({where})", mode)
+        self.found.seconds += took
+        yield
+        return seconds
+
+    def _prepare(self) -> None:
+        if not self.bench.make_room(self.shape):
+            raise _NoRoomError
+        failure = ""
+        try:
+            self.bench.prepare(self.shape)
+        except Exception as error:
+            failure = _words(error)
+        if self.bench.agree([float(bool(failure))])[0]:
+            raise CalibrationError(f"a step could not be prepared for calibrating ({failure or 'on another rank'})")
+
+
+def _take_turns(laps: _Laps) -> Generator[None, None, dict[Mode, float]]:
     """Agreed times: the median, over the rounds, of the modes' mean and of their ratio.
 
     The first lap of each mode is a warm-up, and says how many there is time for.
     """
-    warm_up = max(_agreed(bench, run, mode) for mode in Mode)
-    laps = max(MIN_LAPS, min(MAX_LAPS, int(SECONDS_A_MODE / max(warm_up, 1e-6))))
-    rounds = [{mode: _agreed(bench, run, mode) for mode in Mode} for _ in range(laps)]
+    warm_up = yield from _round(laps)
+    count = max(MIN_LAPS, min(MAX_LAPS, int(SECONDS_A_MODE / max(*warm_up.values(), 1e-6))))
+    rounds = []
+    for _ in range(count):
+        rounds.append((yield from _round(laps)))
     mean = median(math.sqrt(times[Mode.TP] * times[Mode.SP]) for times in rounds)
     ratio = math.sqrt(median(times[Mode.SP] / times[Mode.TP] for times in rounds))
     return {Mode.TP: mean / ratio, Mode.SP: mean * ratio}
 
 
-def _switch(bench: Bench, run: Callable[[Mode], float], turns: dict[Mode, float]) -> float:
-    """How much longer a step takes in turns than after steps of its own mode; mean of both modes."""
-    alone = [median([_agreed(bench, run, mode) for _ in range(MAX_LAPS)][1:]) for mode in Mode]
-    return (sum(turns.values()) - sum(alone)) / 2
+def _round(laps: _Laps) -> Generator[None, None, dict[Mode, float]]:
+    """A lap of each mode."""
+    times = {}
+    for mode in Mode:
+        times[mode] = yield from laps.run(mode)
+    return times
 
 
-def _agreed(bench: Bench, run: Callable[[Mode], float], mode: Mode) -> float:
-    try:
-        mine, problem = run(mode), "on another rank"
-    except Exception as error:  # out of memory, a kernel that does not take the shape: anything
-        logger.debug("a calibration step failed", exc_info=True)
-        mine, problem = math.inf, f"{type(error).__name__}: {error}"
-    (seconds,) = bench.agree([mine])
-    if math.isinf(seconds):
-        raise CalibrationError(f"a step in {mode.value.upper()} failed while calibrating ({problem})", mode)
-    return seconds
+def _switch(laps: _Laps) -> Generator[None, None, float]:
+    """How much longer a step takes after one of the other mode; the mean of both modes' medians."""
+    more: dict[Mode, list[float]] = {mode: [] for mode in Mode}
+    for _ in range(SWITCH_LAPS):
+        for mode in Mode:
+            switched = yield from laps.run(mode, after=mode.other)
+            stayed = yield from laps.run(mode, after=mode)
+            more[mode].append(switched - stayed)
+    return fmean(median(differences) for differences in more.values())
+
+
+def _words(error: Exception) -> str:
+    logger.debug("a calibration step failed", exc_info=True)
+    return f"{type(error).__name__}: {error}"

@@ -154,7 +154,7 @@ class ShiftScheduler(Scheduler):
         return reporter.processed(batch)
 
     def on_idle(self) -> None:
-        """As SGLang's; a drifted calibration is renewed meanwhile, a step shape at a time."""
+        """As SGLang's; a drifted calibration is renewed meanwhile, a lap at a time."""
         reporter, selector = self.shift_reporter, self.shift_selector
         if not self.waiting_queue and self.running_batch.is_empty() and self.chunked_req is None:
             drifted = reporter is not None and reporter.drift.drifted

@@ -56,6 +56,8 @@ DIGESTS = {
     "sglang.srt.layers.layer_boundary.factories:_active_variants": "887964bbd645149d",
     "sglang.srt.layers.logits_processor:LogitsProcessor.forward": "cb0c03324bcc376d",
     "sglang.srt.layers.logits_processor:LogitsProcessor._get_pruned_states": "fd309cf7f24f94fe",
+    "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.begin_weight_update": "fd496cbc2ddb0f75",
+    "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.release_memory_occupation": "cda5d3de681667f6",
     "sglang.srt.managers.scheduler:run_scheduler_process": "f52f0de806e29a75",
     "sglang.srt.configs.update_config:adjust_config_with_unaligned_cpu_tp": "fcbd518636d151c3",
 }

@@ -57,6 +57,7 @@ _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater:Wei
 _CAPTURE = "sglang.srt.model_executor.model_runner_components.cuda_graph_setup:"
 _DECODE_GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner."
 _PREFILL_GRAPHS = "sglang.srt.model_executor.runner.prefill_cuda_graph_runner:PrefillCudaGraphRunner."
+_SCHEDULER_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager."
 _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler."
 _STATE = "sglang.srt.managers.scheduler_components.internal_state:SchedulerInternalStateController."
 
@@ -180,6 +181,10 @@ SEAMS: tuple[Seam, ...] = (
          "leaves the region before the LM head"),
     Seam("relies on", "sglang.srt.layers.logits_processor:LogitsProcessor._get_pruned_states", "",
          "which rows the LM head reads"),
+    Seam("relies on", _SCHEDULER_UPDATER + "begin_weight_update", "",
+         "notes the session during which no calibration may run"),
+    Seam("relies on", _SCHEDULER_UPDATER + "release_memory_occupation", "",
+         "notes the released memory without which no calibration may run"),
     Seam("relies on", "sglang.srt.managers.scheduler:run_scheduler_process", "",
          "builds the module's Scheduler"),
     Seam("relies on", "sglang.srt.configs.update_config:adjust_config_with_unaligned_cpu_tp", "",
