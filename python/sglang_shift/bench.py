@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import logging
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +18,6 @@ from sglang_shift.errors import ShiftError
 from sglang_shift.measuring import Shape
 from sglang_shift.modes import Mode
 from sglang_shift.region import region
-
-logger = logging.getLogger(__name__)
 
 WAIT = datetime.timedelta(seconds=60)
 """How long a rank whose step failed waits for the others to say how theirs went."""
