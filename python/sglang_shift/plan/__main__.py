@@ -12,7 +12,8 @@ from sglang_shift.plan import paper, report
 from sglang_shift.plan.hardware import gpus, parse_gpus
 from sglang_shift.plan.model import Model, read_model
 from sglang_shift.plan.search import search
-from sglang_shift.traffic import Lengths, Request, read_trace, scaled, steady, window
+from sglang_shift.traces import read_trace
+from sglang_shift.traffic import Lengths, Request, scaled, steady, window
 
 MODULE = "sglang_shift.plan"
 WINDOW = 900.0
