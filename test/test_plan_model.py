@@ -69,7 +69,7 @@ class TestAsSGLangReadsIt:
         try:
             theirs = ModelConfig(str(folder))
         except Exception:  # whatever transformers says of it
-            with pytest.raises(ShiftError, match="; give the config.json of a dense decoder as --model"):
+            with pytest.raises(ShiftError, match=r"; give the config.json of a dense decoder as --model"):
                 read_model(folder)
             assert architecture == "Phi3ForCausalLM" or changes == {"num_key_value_heads": None}, "no other is refused"
             return
@@ -171,6 +171,6 @@ class TestRefusals:
     def test_what_is_no_json_object(self, tmp_path, content):
         file = config(tmp_path)
         file.write_bytes(content)
-        with pytest.raises(ShiftError, match="config.json: .*; give the config.json of a dense decoder") as error:
+        with pytest.raises(ShiftError, match=r"config\.json: .*; give the config.json of a dense decoder") as error:
             read_model(file)
         assert "\n" not in str(error.value)

@@ -99,7 +99,7 @@ class TestAzure:
 
     def test_lines_are_counted_in_the_file(self, tmp_path):
         rows = ('2024-05-10 00:00:00,1,1,"a note\nof two lines"', "2024-05-10 00:00:00,x,1,")
-        with pytest.raises(ValueError, match="^line 4: ContextTokens 'x'"):
+        with pytest.raises(ValueError, match=r"^line 4: ContextTokens 'x'"):
             read_azure(azure(tmp_path, HEADER + ",note", *rows))
 
     @pytest.mark.parametrize(

@@ -89,11 +89,11 @@ def _model(file: Path, raw: Any) -> Model:
     # Served in 16 bits, as SGLang does with --dtype auto, where it is float32 or none is given.
     layer, _ = layer_of({**config.to_dict(), "dtype": raw.get("dtype") or raw.get("torch_dtype") or "float32"})
     context, window = context_of(config), window_of(config)
-    narrowed = window is not None and window < context
+    shortest = context if window is None else min(context, window)
     name, path = _name(file)
     return Model(
-        name, layer, config.num_hidden_layers, config.vocab_size, window if narrowed else context,
-        _weights(file, raw), config.tie_word_embeddings, architecture, path, narrowed,
+        name, layer, config.num_hidden_layers, config.vocab_size, shortest,
+        _weights(file, raw), config.tie_word_embeddings, architecture, path, shortest < context,
     )  # fmt: skip
 
 
