@@ -92,31 +92,41 @@ class TestAsSGLangReadsIt:
         assert found == {"linear": 32768, "dynamic": 32768, "yarn": 8192, "llama3": 8192}
 
 
-class TestSlidingWindows:
-    """SGLang's classes for these models attend to all tokens: beyond the window their answers are wrong."""
-
+class TestContexts:
     @pytest.mark.parametrize(
-        ("architecture", "changes", "context", "narrowed"),
+        ("architecture", "changes", "window"),
         [
-            ("MistralForCausalLM", {"sliding_window": 4096}, 4096, True),
-            ("MistralForCausalLM", {"sliding_window": ABSENT}, 4096, True),  # its default in transformers
-            ("MistralForCausalLM", {"sliding_window": None}, 8192, False),
-            ("MistralForCausalLM", {"sliding_window": 8192}, 8192, False),
-            ("Phi3ForCausalLM", {"sliding_window": 2047}, 2047, True),
-            ("Phi3ForCausalLM", {"sliding_window": ABSENT}, 8192, False),
-            ("Qwen2ForCausalLM", {"sliding_window": 4096, "use_sliding_window": False}, 8192, False),
-            ("Qwen2ForCausalLM", {"sliding_window": 4096}, 8192, False),
-            ("Qwen2ForCausalLM", {"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 2}, 4096,
-             True),
-            ("Qwen3ForCausalLM", {"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 4}, 8192,
-             False),
-            ("LlamaForCausalLM", {"sliding_window": 4096}, 8192, False),  # transformers' class has none
+            ("MistralForCausalLM", {"sliding_window": 4096}, 4096),
+            ("MistralForCausalLM", {"sliding_window": ABSENT}, 4096),  # its default in transformers
+            ("MistralForCausalLM", {"sliding_window": None}, None),
+            ("MistralForCausalLM", {"sliding_window": 8192}, None),
+            ("Phi3ForCausalLM", {"sliding_window": 2047}, 2047),
+            ("Phi3ForCausalLM", {"sliding_window": ABSENT}, None),
+            ("Qwen2ForCausalLM", {"sliding_window": 4096, "use_sliding_window": False}, None),
+            ("Qwen2ForCausalLM", {"sliding_window": 4096}, None),
+            ("Qwen2ForCausalLM", {"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 2}, 4096),
+            ("Qwen3ForCausalLM", {"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 4}, None),
+            ("LlamaForCausalLM", {"sliding_window": 4096}, None),  # transformers' class has none
         ],
-    )  # fmt: skip
-    def test_the_context_ends_with_the_window(self, tmp_path, architecture, changes, context, narrowed):
+    )
+    def test_a_window_must_hold_the_context(self, tmp_path, architecture, changes, window):
+        """SGLang's classes for these models attend to all tokens: beyond the window their answers are wrong."""
         folder = write(tmp_path / "m", architectures=[architecture], model_type=TYPES[architecture], **changes)
-        model = read_model(folder)
-        assert (model.context, model.narrowed) == (context, narrowed)
+        if window is not None:
+            with pytest.raises(ShiftError, match=f"sliding_window {window}, .*give --context-length {window} or less$"):
+                read_model(folder)
+            with pytest.raises(ShiftError, match=r"the context of .* would be answered wrongly"):
+                read_model(folder, window + 1)
+        model = read_model(folder, window)
+        assert (model.context, model.shortened) == (window or 8192, window is not None)
+
+    def test_more_than_the_model_has_is_refused_as_by_sglang(self, tmp_path):
+        folder = write(tmp_path / "m")
+        assert read_model(folder, 8192).context == ModelConfig(str(folder), context_length=8192).context_len
+        with pytest.raises(ValueError, match="is greater than the derived context_length"):
+            ModelConfig(str(folder), context_length=8193)
+        with pytest.raises(ShiftError, match="--context-length 8193 is more than the model's 8192; give that or less"):
+            read_model(folder, 8193)
 
 
 class TestRefusals:

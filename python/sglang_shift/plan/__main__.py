@@ -65,12 +65,25 @@ def request_count(given: str) -> int:
     Raises:
         argparse.ArgumentTypeError: it is something else.
     """
+    return _whole(given, 1, MOST_REQUESTS)
+
+
+def context_length(given: str) -> int:
+    """Tokens of a context of the command line, with room for a prompt and an output.
+
+    Raises:
+        argparse.ArgumentTypeError: it is something else.
+    """
+    return _whole(given, 2, MOST_TOKENS)
+
+
+def _whole(given: str, least: int, most: int) -> int:
     try:
         found = int(given)
     except ValueError:
-        found = 0
-    if not 1 <= found <= MOST_REQUESTS:
-        raise argparse.ArgumentTypeError(f"'{given}' is not a whole number from 1 to {MOST_REQUESTS}")
+        found = least - 1
+    if not least <= found <= most:
+        raise argparse.ArgumentTypeError(f"'{given}' is not a whole number from {least} to {most}")
     return found
 
 
@@ -82,6 +95,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", type=Path, metavar="PATH", help="a config.json, or the folder that has one")
     add("--gpus", metavar="NxKIND", help=f"for example 8xH200; kinds: {', '.join(gpus())}")
     add("--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help="auto is bfloat16")
+    add("--context-length", type=context_length, metavar="N", help="the longest sequence, if not the model's own")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--trace", type=Path, metavar="FILE", help="Azure's (.csv) or Mooncake's (.jsonl)")
     source.add_argument("--rate", type=factor, metavar="R", help="made-up traffic instead: requests per second")
@@ -128,8 +142,7 @@ def fitted(requests: list[Request], words: str, model: Model) -> tuple[list[Requ
     """Requests cut to the model's context, and in words how many were."""
     made = scaled(requests, context=model.context)
     cut = sum(r != given for r, given in zip(made, requests, strict=True))
-    context = f"the context of {model.context} tokens{', its sliding window' if model.narrowed else ''}"
-    return made, f"{words}; {cut} of them cut to {context}" if cut else words
+    return made, f"{words}; {cut} of them cut to the context of {model.context} tokens" if cut else words
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -141,7 +154,7 @@ def plan(args: argparse.Namespace) -> None:
     if args.plot:
         report.check_plot(args.plot)
     count, gpu = parse_gpus(args.gpus)
-    model = read_model(args.model)
+    model = read_model(args.model, args.context_length)
     requests, traffic = requests_of(args, model)
     kv_dtype = "fp8" if args.kv_cache_dtype == "fp8" else "bfloat16"
     found = search(model, gpu, count, requests, kv_dtype, lambda words: print(words, file=sys.stderr, flush=True))

@@ -1,4 +1,4 @@
-"""The content of a ``config.json`` as SGLang's server reads it: what it leaves out, its context, its window."""
+"""The content of a ``config.json`` as SGLang's server reads it: what it leaves out, and its context."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 from sglang.srt.utils.hf_transformers import get_context_length
 from transformers import CONFIG_MAPPING
 
-from sglang_shift.decoder_layer import size_in
+from sglang_shift.decoder_layer import MOST, size_in
+from sglang_shift.errors import ShiftError
 from sglang_shift.refusals import ARCHITECTURES
 
 REQUIRED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
@@ -19,8 +20,6 @@ INSIDE = ("text_config", "llm_config", "language_config", "thinker_config")
 
 APART = ("dtype", "torch_dtype", "quantization_config")
 """Fields that transformers makes objects of, and that are read as they are here."""
-
-MOST_CONTEXT = 2**31 - 1
 
 
 def architecture_of(raw: dict[str, Any]) -> str:
@@ -59,10 +58,15 @@ def completed(raw: dict[str, Any]) -> Any:
         raise ValueError(" ".join(str(error.__cause__ or error).split()).rstrip(".")) from error
 
 
-def context_of(config: Any) -> int:
+def context_of(config: Any, given: int | None = None) -> int:
     """Tokens of the longest sequence that a server takes, by SGLang's rule.
 
+    Args:
+        config: The model's.
+        given: ``--context-length``, if it is given.
+
     Raises:
+        ShiftError: more is given than that.
         ValueError: that is none, or no room for a prompt and an output.
     """
     size_in({"max_position_embeddings": config.max_position_embeddings}, "max_position_embeddings", least=2)
@@ -70,19 +74,26 @@ def context_of(config: Any) -> int:
         context = get_context_length(config)
     except (ArithmeticError, TypeError, ValueError) as error:
         raise ValueError(f"no context length ({error})") from error
-    if not 2 <= context <= MOST_CONTEXT:
+    if not 2 <= context <= MOST:
         raise ValueError(f"a context of {context:.6g} tokens")
-    return context
+    if given is not None and given > context:
+        raise ShiftError(f"--context-length {given} is more than the model's {context}; give that or less")
+    return context if given is None else given
 
 
-def window_of(config: Any) -> int | None:
-    """Tokens that a layer looks back, where that is not all of them. SGLang's classes look back at all.
+def check_window(config: Any, context: int) -> None:
+    """Check that no layer looks back less far than sequences are long: SGLang's classes look back at all tokens.
 
     Raises:
-        ValueError: it is no number of tokens.
+        ShiftError: one does.
+        ValueError: its window is no number of tokens.
     """
     # A field of this class; transformers ignores it in others.
     window = config.sliding_window if hasattr(type(config), "sliding_window") else None
     if window is None or "sliding_attention" not in getattr(config, "layer_types", ["sliding_attention"]):
-        return None
-    return size_in({"sliding_window": window}, "sliding_window", least=2)
+        return
+    if size_in({"sliding_window": window}, "sliding_window", least=2) < context:
+        raise ShiftError(
+            f"config.json has sliding_window {window}, which SGLang's {config.architectures[0]} does not have: beyond "
+            f"it the context of {context} tokens would be answered wrongly; give --context-length {window} or less"
+        )

@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang_shift.decoder_layer import Layer, check_dense, layer_of
 from sglang_shift.errors import ShiftError
-from sglang_shift.plan.config import architecture_of, completed, context_of, window_of
+from sglang_shift.plan.config import architecture_of, check_window, completed, context_of
 
 BESIDE = "hf_quant_config.json"
 """The file in which NVIDIA's checkpoints say how they are quantized."""
@@ -25,13 +25,13 @@ class Model:
         layer: One of its layers.
         layers: How many it has.
         vocabulary: Tokens that it knows.
-        context: Tokens of the longest sequence; those of its sliding window, where that is shorter.
+        context: Tokens of the longest sequence.
         weights: What its layers' matrices are: ``bfloat16``, ``fp8`` (a scale per channel and token) or
             ``fp8_block`` (per 128 x 128). Embeddings and LM head are bfloat16.
         tied: Whether the LM head is the embedding.
         architecture: As in its configuration.
         path: What ``--model-path`` would be, where that is known.
-        narrowed: Whether the context is the window's, which a server must be told.
+        shortened: Whether the context is one that was asked for, which a server must be told.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Model:
     tied: bool = False
     architecture: str = "LlamaForCausalLM"
     path: str = "MODEL"
-    narrowed: bool = False
+    shortened: bool = False
 
     @property
     def qk_norm(self) -> bool:
@@ -66,34 +66,38 @@ class Model:
         )  # fmt: skip
 
 
-def read_model(path: str | Path) -> Model:
+def read_model(path: str | Path, context_length: int | None = None) -> Model:
     """The model of a ``config.json``, or of the folder that has one.
+
+    Args:
+        path: Of the file or the folder.
+        context_length: As the server's flag; None for the model's own.
 
     Raises:
         ShiftError: there is none, or it is not a dense decoder that is served here.
     """
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
-        return _model(file, json.loads(file.read_text()))
+        return _model(file, json.loads(file.read_text()), context_length)
     except KeyError as error:
         raise ShiftError(f"{file} has no {error}; give the config.json of a dense decoder as --model") from error
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ShiftError(f"{file}: {error}; give the config.json of a dense decoder as --model") from error
 
 
-def _model(file: Path, raw: Any) -> Model:
+def _model(file: Path, raw: Any, context_length: int | None) -> Model:
     if not isinstance(raw, dict):
         raise ValueError("it is not a JSON object")
     check_dense(raw)
     architecture, config = architecture_of(raw), completed(raw)
     # Served in 16 bits, as SGLang does with --dtype auto, where it is float32 or none is given.
     layer, _ = layer_of({**config.to_dict(), "dtype": raw.get("dtype") or raw.get("torch_dtype") or "float32"})
-    context, window = context_of(config), window_of(config)
-    shortest = context if window is None else min(context, window)
+    context = context_of(config, context_length)
+    check_window(config, context)
     name, path = _name(file)
     return Model(
-        name, layer, config.num_hidden_layers, config.vocab_size, shortest,
-        _weights(file, raw), config.tie_word_embeddings, architecture, path, shortest < context,
+        name, layer, config.num_hidden_layers, config.vocab_size, context,
+        _weights(file, raw), config.tie_word_embeddings, architecture, path, context_length is not None,
     )  # fmt: skip
 
 
