@@ -119,14 +119,14 @@ class _AzureRow:
         if not {*map(_plain, AZURE)} <= {*names}:
             found = ", ".join(_short.repr(name) for name in header[:4]) + (", ..." if len(header) > 4 else "")
             raise ValueError(f"the columns are {found}; {', '.join(AZURE)} are needed")
-        self._columns = {name: names.index(_plain(name)) for name in AZURE}
+        self._columns = tuple(names.index(_plain(name)) for name in AZURE)
         self._zoned: bool | None = None
 
     def __call__(self, cells: Sequence[str]) -> Row:
-        for name, column in self._columns.items():
-            if column >= len(cells):
-                raise ValueError(f"no {name}")
-        time, prompt, output = (cells[column] for column in self._columns.values())
+        if max(self._columns) >= len(cells):
+            missing = next(name for name, column in zip(AZURE, self._columns, strict=True) if column >= len(cells))
+            raise ValueError(f"no {missing}")
+        time, prompt, output = (cells[column] for column in self._columns)
         return (
             self._time(time), _tokens(AZURE[1], prompt, _number(prompt)), _tokens(AZURE[2], output, _number(output)), ()
         )  # fmt: skip
@@ -134,7 +134,7 @@ class _AzureRow:
     def _time(self, text: str) -> float:
         try:
             # A number could be seconds or milliseconds, and some are dates to ``fromisoformat``.
-            time = None if _number(text) is not None else datetime.fromisoformat(text)
+            time = datetime.fromisoformat(text) if "-" in text else None
         except ValueError:
             time = None
         if time is None:
@@ -151,6 +151,8 @@ def _plain(name: str) -> str:
 
 
 def _number(text: str) -> float | None:
+    if text.isdecimal() and len(text) < 20:
+        return int(text)
     try:
         return float(text)
     except ValueError:
@@ -189,6 +191,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _tokens(name: str, given: Any, number: Any) -> int:
+    if type(number) is int and 0 <= number <= MOST_TOKENS:
+        return number
     if not (_is_number(number) and 0 <= number <= MOST_TOKENS and math.floor(number) == number):
         raise ValueError(f"{name} {_short.repr(given)} is not a whole number from 0 to {MOST_TOKENS}")
     return int(number)
