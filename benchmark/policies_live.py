@@ -27,7 +27,8 @@ from typing import Any
 import aiohttp
 from sglang_shift.benchmark.environment import describe_machine
 from sglang_shift.benchmark.servers import Failure, call, serving
-from sglang_shift.traffic import Request, bursty, ramp, read_trace, scaled, steady, window
+from sglang_shift.traces import read_trace
+from sglang_shift.traffic import Request, bursty, ramp, scaled, steady, window
 
 POLICIES: dict[str, dict[str, Any]] = {
     "tp": {"shift_policy": "tp"},

@@ -6,6 +6,7 @@ import json
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_attention_heads": 16,

@@ -80,7 +80,7 @@ class TestModel:
         ("changes", "problem"),
         [
             ({"num_local_experts": 8}, "experts"),
-            ({"torch_dtype": "float32"}, "dtype float32, for which"),
+            ({"torch_dtype": "int8"}, "dtype int8"),
             ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel, which is none of LlamaForCausalLM"),
             ({"quantization_config": {"quant_method": "awq"}}, "quantization awq, for which"),
             ({"architectures": []}, "no architecture, which is none of"),
@@ -166,7 +166,7 @@ class TestLayouts:
         assert [found[p, 1] for p in (1, 2, 4, 8)] == [8, 4, 2, 1]
 
     def test_ranks_that_the_heads_do_not_allow_are_left_out(self, tmp_path):
-        model = read_model(config(tmp_path, num_attention_heads=20, num_key_value_heads=20, head_dim=64))
+        model = read_model(config(tmp_path, hidden_size=1280, num_attention_heads=20, num_key_value_heads=20))
         assert {layout.world_size for layout, _ in layouts(model, 8)} == {1, 2, 4}
 
     def test_gpus_may_idle(self):

@@ -81,9 +81,18 @@ class TestCommand:
         [
             ({"--gpus": "8xB900"}, "there are no figures for a B900; give H100 or H200"),
             ({"--trace": "nothing.csv"}, "--trace nothing.csv cannot be read"),
-            ({"--trace": "header.csv"}, "--trace header.csv cannot be read .*no row of an Azure trace"),
-            ({"--trace": "short.csv"}, "--trace short.csv cannot be read"),
-            ({"--trace": "huge.csv"}, "--trace huge.csv cannot be read"),
+            ({"--trace": "header.csv"}, "--trace header.csv cannot be read: line 1: the columns are 'a', 'b', 'c'; .*"),
+            ({"--trace": "short.csv"}, "--trace short.csv cannot be read: line 2: no TIMESTAMP; give a .csv"),
+            ({"--trace": "huge.csv"}, "--trace huge.csv cannot be read: line 2: field larger than field limit"),
+            ({"--trace": "broken.jsonl"}, "--trace broken.jsonl cannot be read: line 2: no output_length; give"),
+            ({"--trace": "empty.csv"}, "--trace empty.csv cannot be read: it is empty; give"),
+            ({"--trace": "."}, r"--trace \. cannot be read: .*directory"),
+            ({"--gpus": "H200"}, "--gpus 'H200' is not a number of GPUs and their kind; give for example 8xH200"),
+            ({"--gpus": "8"}, "--gpus '8' is not a number of GPUs"),
+            ({"--gpus": "0xH200"}, "--gpus 0xH200: .* give 1 to 8 GPUs"),
+            ({"--gpus": "16xH200"}, "--gpus 16xH200: .* give 1 to 8 GPUs"),
+            ({"--gpus": "1.5xH200"}, "--gpus '1.5xH200' is not a number of GPUs"),
+            ({"--gpus": f"{'9' * 5000}xH200"}, "--gpus '9+xH200' is not a number of GPUs"),
             ({"--model": "nowhere"}, "nowhere: .*; give the config.json"),
             ({"--window": "5000 10"}, "has no request from second 5000 to 5010"),
         ],
@@ -91,6 +100,10 @@ class TestCommand:
     def test_refusals_are_one_sentence(self, tmp_path, trace, capsys, monkeypatch, changes, problem):
         monkeypatch.chdir(tmp_path)
         columns = "TIMESTAMP,ContextTokens,GeneratedTokens"
+        (tmp_path / "broken.jsonl").write_text(
+            '{"timestamp": 0, "input_length": 1, "output_length": 1}\n{"timestamp": 0, "input_length": 1}\n'
+        )
+        (tmp_path / "empty.csv").touch()
         (tmp_path / "header.csv").write_text("a,b,c\n")
         (tmp_path / "short.csv").write_text("ContextTokens,GeneratedTokens,TIMESTAMP\n10,5\n")
         (tmp_path / "huge.csv").write_text(f"{columns}\n2023-11-16 18:17:04.5,{'1' * 200_000},5\n")
@@ -98,7 +111,7 @@ class TestCommand:
         arguments = [word for key, value in given.items() for word in (key, *value.split())]
         assert command.main(arguments) == 2
         error = capsys.readouterr().err
-        assert error.startswith("sglang_shift: error: ")
+        assert error.startswith("sglang_shift: error: ") and error.count("\n") == 1
         assert re.search(problem, error)
 
     @pytest.mark.parametrize(
@@ -108,9 +121,52 @@ class TestCommand:
             (["--model", "m", "--gpus", "8xH200"], "give --model, --gpus and one of"),
             (["--check", "--pace", "0"], "must be more than 0"),
             (["--check", "--prompt", "9-3"], "invalid lengths value: '9-3'"),
+            *(
+                (["--check", flag, value], f"argument {flag}: '{value}' must be more than 0, a number from 1e-06 to")
+                for flag in ("--rate", "--pace")
+                for value in ("0", "nan", "inf", "-1", "1e-300", "1e300", "x")
+            ),
+            *(
+                (["--check", "--requests", value], f"'{value}' is not a whole number from 1 to 1000000")
+                for value in ("0", "-1", "1.5", "nan", "1000001", "9" * 5000)
+            ),
+            (["--check", "--context-length", "1"], "'1' is not a whole number from 2 to 1000000000"),
+            *(
+                (["--check", "--prompt", value], f"invalid lengths value: '{value}'")
+                for value in ("0", "100-", "-100", "1-2-3", "nan", "1000000001", "9" * 5000, "1-1000000001")
+            ),
+            *(
+                (["--check", "--window", *words.split()], "--window takes a second to start at and more than 0 seconds")
+                for words in ("nan 9", "0 nan", "0 0", "0 -9", "inf 9")
+            ),
         ],
     )
     def test_arguments_that_make_no_sense(self, arguments, problem, capsys):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as end:
             command.main(arguments)
+        assert end.value.code == 2
         assert problem in capsys.readouterr().err
+
+    @pytest.mark.parametrize("gpus", ["1xH200", "1 x h200", "1XH100"])
+    def test_a_trace_of_one_request(self, tmp_path, capsys, gpus):
+        (tmp_path / "one.CSV").write_text(
+            "TIMESTAMP,ContextTokens,GeneratedTokens\r\n\r\n2024-05-10 00:00:00.009930+00:00,2162,5\r\n"
+        )
+        arguments = ["--model", str(config(tmp_path)), "--gpus", gpus, "--trace", str(tmp_path / "one.CSV")]
+        assert command.main([*arguments, "--window", "0", "inf"]) == 0
+        assert "1 requests of one.CSV, second 0 to inf" in capsys.readouterr().out
+
+    def test_a_shorter_context_is_in_the_command(self, tmp_path, capsys):
+        arguments = ["--model", str(config(tmp_path)), "--gpus", "1xH200", "--rate", "5", "--requests", "2"]
+        for given in ([], ["--context-length", "150"]):
+            assert command.main([*arguments, "--prompt", "200", *given]) == 0
+            printed = capsys.readouterr().out
+            assert ("--context-length 150" in printed) is bool(given)
+            assert ("2 of them cut to the context of 150 tokens" in printed) is bool(given)
+
+    def test_the_largest_sizes_do_not_fit(self, tmp_path, capsys):
+        most = 2**31 - 1
+        sizes = dict.fromkeys(("intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"), most)
+        file = config(tmp_path, **sizes, hidden_size=2**30)
+        assert command.main(["--model", str(file), "--gpus", "1xH200", "--rate", "1"]) == 2
+        assert "does not fit 1 x H200" in capsys.readouterr().err

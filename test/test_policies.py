@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import json
 import math
 import random
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -42,6 +44,13 @@ def random_step(rng: random.Random) -> StepState:
         previous_mode=rng.choice([None, TP, SP]),
         steps_since_switch=rng.randint(0, 100),
     )
+
+
+def walk(tp: Curve, sp: Curve) -> list[tuple[int, Mode]]:
+    """Where the faster mode changes, from looking at every token up to the last that was measured."""
+    last = max(tp.tokens[-1], sp.tokens[-1])
+    modes = [(n, SP if sp(n) < tp(n) else TP) for n in range(1, last + 1)]
+    return [modes[0], *(later for before, later in pairwise(modes) if before[1] is not later[1])]
 
 
 @pytest.fixture(scope="module")
@@ -355,6 +364,36 @@ class TestFit:
             "crossovers-equal": [[(1, TP), (129, SP)], [(1, TP), (129, SP)]],
         }
 
+    @pytest.mark.parametrize("exact", [True, False])
+    def test_crossovers_are_those_of_a_walk_over_all_tokens(self, exact):
+        rng, several = random.Random(11), 0
+        for _ in range(1000):
+            curves = []
+            for _ in Mode:
+                tokens = tuple(sorted(rng.sample(range(1, 60), rng.randint(1, 6))))
+                # Few values, so that there are ties, equal stretches and constant curves; or as good as none.
+                values = sorted(Fraction(rng.randint(1, 6)) if exact else rng.uniform(1, 2) for _ in tokens)
+                curves.append(Curve(tokens, tuple(values)))
+            model = CostModel({("prefill", m): c for m, c in zip(Mode, curves, strict=True)}, {}, {})
+            assert model.crossovers("prefill") == walk(*curves), curves
+            several += len(walk(*curves)) > 2
+        assert several > 50
+
+    def test_crossovers_of_many_tokens_take_few_looks(self, monkeypatch):
+        looks, real = itertools.count(), Curve.__call__
+
+        def counting(curve, tokens):
+            assert next(looks) < 1000, "every token is looked at"
+            return real(curve, tokens)
+
+        monkeypatch.setattr(Curve, "__call__", counting)
+        curves = {TP: Curve((1, 10**9), (1.0, 101.0)), SP: Curve((1, 500, 2 * 10**9), (2.0, 2.0, 3.0))}
+        model = CostModel({("decode", mode): curve for mode, curve in curves.items()}, {}, {})
+        [(one, first), (crossover, then)] = model.crossovers("decode")
+        assert (one, first, then) == (1, TP, SP)
+        for tokens, faster in ((crossover - 1, TP), (crossover, SP)):
+            assert (curves[SP](tokens) < curves[TP](tokens)) is (faster is SP)
+
     def test_a_mixed_step_counts_as_prefill_and_a_graph_by_its_bucket(self, costs):
         mixed = StepState(num_tokens=100, num_prefill_tokens=60, kv_reads=100)
         assert costs.predict(TP, mixed) == costs.predict(TP, prefill(100, kv_reads=100))
@@ -400,6 +439,33 @@ class TestJson:
             (("curves", "decode sp", "tokens"), [1, 2]),
             (("curves", "decode sp", "tokens", 3), 1),
             (("curves", "decode sp", "tokens", 3), "many"),
+            (("curves", "decode sp", "tokens", 3), "7"),
+            (("curves", "decode sp", "tokens", 3), 8.0),
+            (("curves", "decode sp", "tokens", 3), float("nan")),
+            (("curves", "decode sp", "tokens", 0), 0),
+            (("curves", "decode sp", "tokens", 0), True),
+            (("curves", "decode sp", "tokens", -1), 2**31),
+            (("curves", "decode sp", "tokens", -1), 10**400),
+            (("curves", "decode sp", "tokens"), 7),
+            (("curves", "decode sp", "tokens"), "1234"),
+            (("curves", "decode sp", "tokens"), {"1": 1}),
+            (("curves", "decode sp"), {"tokens": list(range(1, 100_000)), "seconds": [1.0] * 99_999}),
+            (("curves", "decode sp", "seconds", -1), float("inf")),
+            (("curves", "decode sp", "seconds", -1), 10**400),
+            (("curves", "decode sp", "seconds", -1), 1e300),
+            (("curves", "decode sp", "seconds", 0), "0.001"),
+            (("curves", "decode sp", "seconds"), [True] * 12),
+            (("usual", "decode", "kv_reads", -1), 1e300),
+            (("usual", "decode", "tokens", 0), True),
+            (("attention", "decode"), float("nan")),
+            (("attention", "decode"), -1.0),
+            (("attention", "decode"), 1e300),
+            (("attention", "decode"), 10**400),
+            (("attention", "decode"), False),
+            (("attention", "decode"), "0.0"),
+            (("switch_seconds",), float("inf")),
+            (("switch_seconds",), 10**400),
+            (("switch_seconds",), True),
             (("curves", "decode sp", "seconds", 0), 0.0),
             (("curves", "decode sp", "seconds", 0), -1.0),
             (("curves", "decode sp", "seconds", 0), float("nan")),

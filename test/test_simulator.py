@@ -10,7 +10,8 @@ from sglang_shift.cost_model import CostModel, Curve
 from sglang_shift.modes import Mode, ShiftPolicy, StepState
 from sglang_shift.policies import FixedMode, TokenThreshold
 from sglang_shift.simulator import Server, simulate
-from sglang_shift.traffic import Request, bursty, ramp, read_azure, read_mooncake, read_trace, scaled, steady, window
+from sglang_shift.traces import read_azure, read_mooncake, read_trace
+from sglang_shift.traffic import Request, bursty, ramp, scaled, steady, window
 
 TP, SP = FixedMode(Mode.TP), FixedMode(Mode.SP)
 
@@ -345,13 +346,6 @@ class TestTraffic:
         assert [(r.prompt, r.output) for r in requests] == [(4808, 10), (3180, 8), (110, 27)]
         assert [r.time for r in requests] == pytest.approx([0.0, 0.52004, 3600.0], abs=1e-5)
         assert read_trace(file) == requests
-        with pytest.raises(KeyError):
-            file.write_text("a,b\n1,2\n")
-            read_azure(file)
-        for text in ("a,b\n", "ContextTokens,GeneratedTokens,TIMESTAMP\n10,5\n", f"TIMESTAMP\n{'1' * 200_000}\n"):
-            file.write_text(text)
-            with pytest.raises(ValueError, match=r"no row|Invalid isoformat|field larger"):
-                read_azure(file)
 
     def test_mooncake(self, tmp_path):
         file = tmp_path / "trace.jsonl"
@@ -361,9 +355,6 @@ class TestTraffic:
         )
         assert read_mooncake(file) == [Request(0.0, 6758, 500, (0, 1), 512.0), Request(1.5, 7322, 490)]
         assert read_trace(file) == read_mooncake(file)
-        with pytest.raises(ValueError, match="Expecting"):
-            file.write_text("a,b\n")
-            read_mooncake(file)
 
     def test_a_window_starts_its_own_clock(self):
         requests = [Request(t, 1, 1) for t in (0, 10, 15, 19.5, 20)]

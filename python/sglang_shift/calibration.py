@@ -17,12 +17,15 @@ from typing import Any
 import torch
 
 from sglang_shift.config import ShiftConfig
-from sglang_shift.cost_model import CostModel, Measurement, fit
+from sglang_shift.cost_model import CostModel, Measurement, fit, number_of
 from sglang_shift.modes import Mode
 
 FORMAT = 1
 CACHE_VARIABLE = "SGLANG_SHIFT_CACHE_DIR"
 """Environment variable with the folder of saved calibrations."""
+
+MOST_BYTES, MOST_MEASUREMENTS = 4 << 20, 10_000
+"""Of a file. A usual one has some tens of KiB, and hundreds of measurements."""
 
 
 class CalibrationError(Exception):
@@ -114,12 +117,11 @@ class Calibration:
         try:
             if value["format"] != FORMAT:
                 raise CalibrationError(f"it has format {value['format']}, not {FORMAT}")
-            measurements = tuple(
-                Measurement(m["phase"], Mode(m["mode"]), int(m["tokens"]), int(m["kv_reads"]), float(m["seconds"]))
-                for m in value["measurements"]
-            )
+            if not (isinstance(value["measurements"], list) and len(value["measurements"]) <= MOST_MEASUREMENTS):
+                raise ValueError(f"measurements are not a list of at most {MOST_MEASUREMENTS}")
+            measurements = tuple(Measurement.from_json(m) for m in value["measurements"])
             costs = CostModel.from_json(value["costs"])
-            return Calibration(dict(value["key"]), str(value["made"]), float(value["took"]), measurements, costs)
+            return Calibration(dict(value["key"]), str(value["made"]), number_of(value["took"]), measurements, costs)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CalibrationError(f"it is not a calibration ({type(error).__name__}: {error})") from error
 
@@ -182,10 +184,14 @@ def load(path: Path, key: dict[str, Any]) -> Calibration:
         CalibrationError: it cannot be read, or was made for something else; names what differs.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ValueError("it is larger than a calibration")
+        value = json.loads(content.decode())
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CalibrationError(f"the calibration {path} cannot be read: {error}") from error
     try:
         calibration = Calibration.from_json(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -13,6 +13,9 @@ from typing import Any
 from sglang_shift.modes import Mode, StepState
 
 PHASES = ("prefill", "decode")
+
+MOST_POINTS, MOST_TOKENS, MOST = 1000, 2**31 - 1, 1e15
+"""Of a saved curve: its points, their tokens and their values. More is no step's."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,21 @@ class Measurement:
     tokens: int
     kv_reads: int
     seconds: float
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Measurement:
+        """The measurement with these fields.
+
+        Raises:
+            KeyError, TypeError, ValueError: ``value`` is something else, or its numbers make no sense.
+        """
+        phase, tokens, kv_reads, seconds = (value[name] for name in ("phase", "tokens", "kv_reads", "seconds"))
+        if phase not in PHASES:
+            raise ValueError(f"{phase!r} is no phase of a measurement")
+        counted = type(tokens) is type(kv_reads) is int and 1 <= tokens <= MOST_TOKENS and 0 <= kv_reads <= MOST
+        if not (counted and _is_number(seconds) and seconds > 0):
+            raise ValueError("a measurement has numbers that make no sense")
+        return Measurement(phase, Mode(value["mode"]), tokens, kv_reads, float(seconds))
 
 
 @dataclass(frozen=True)
@@ -92,11 +110,17 @@ class CostModel:
     def crossovers(self, phase: str) -> list[tuple[int, Mode]]:
         """Where the faster mode changes: ``[(tokens from which on, faster mode), ...]``, the first from 1 on."""
         tp, sp = (self.curves[phase, mode] for mode in (Mode.TP, Mode.SP))
-        found: list[tuple[int, Mode]] = []
-        for tokens in range(1, max(tp.tokens[-1], sp.tokens[-1]) + 1):
-            mode = Mode.SP if sp(tokens) < tp(tokens) else Mode.TP
-            if not found or found[-1][1] is not mode:
-                found.append((tokens, mode))
+
+        def faster(tokens: int) -> Mode:
+            return Mode.SP if sp(tokens) < tp(tokens) else Mode.TP
+
+        found = [(1, faster(1))]
+        # From one point of either curve to the next, both are lines: their order changes once at most.
+        points = sorted({1, *(tokens for tokens in tp.tokens + sp.tokens if tokens > 1)})
+        for start, end in pairwise(points):
+            if (then := faster(end)) is not faster(start):
+                tokens = range(start + 1, end + 1)
+                found.append((tokens[bisect_left(tokens, True, key=lambda n: faster(n) is then)], then))
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -124,22 +148,35 @@ class CostModel:
             for mode in Mode
         }
         usual = {phase: _curve(value["usual"][phase], "kv_reads") for phase in PHASES}
-        attention = {phase: float(value["attention"][phase]) for phase in PHASES}
-        switch = float(value["switch_seconds"])
-        if not all(0 <= number < math.inf for number in (switch, *attention.values())):
-            raise ValueError("a coefficient is negative or not a finite number")
-        return CostModel(curves, usual, attention, switch)
+        attention = {phase: number_of(value["attention"][phase]) for phase in PHASES}
+        return CostModel(curves, usual, attention, number_of(value["switch_seconds"]))
+
+
+def number_of(value: Any) -> float:
+    """A number of a saved file, from 0 on.
+
+    Raises:
+        ValueError: it is something else; in JSON, integers have any size and floats may be NaN.
+    """
+    if not _is_number(value) or value < 0:
+        raise ValueError(f"what should be a number from 0 to {MOST:g} is something else")
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -MOST <= value <= MOST  # not a bool, which is an int
 
 
 def _curve(raw: dict[str, Any], what: str) -> Curve:
-    tokens, values = tuple(int(t) for t in raw["tokens"]), tuple(float(v) for v in raw[what])
+    tokens, values = raw["tokens"], raw[what]
+    if not (isinstance(tokens, list) and isinstance(values, list) and 1 <= len(tokens) == len(values) <= MOST_POINTS):
+        raise ValueError(f"{what} by tokens are not two lists of the same length, from 1 to {MOST_POINTS}")
+    if not all(type(t) is int and 1 <= t <= MOST_TOKENS for t in tokens):
+        raise ValueError(f"tokens are not whole numbers from 1 to {MOST_TOKENS}")
     ascending = all(a < b for a, b in pairwise(tokens))
-    monotone = all(a <= b for a, b in pairwise(values))
-    if not (
-        tokens and len(tokens) == len(values) and ascending and monotone and 0 < values[0] <= values[-1] < math.inf
-    ):
-        raise ValueError(f"{what} by tokens are not a monotone curve of positive numbers")
-    return Curve(tokens, values)
+    if not (ascending and all(map(_is_number, values)) and values[0] > 0 and all(a <= b for a, b in pairwise(values))):
+        raise ValueError(f"{what} by tokens are not a monotone curve of positive numbers up to {MOST:g}")
+    return Curve(tuple(tokens), tuple(map(float, values)))
 
 
 def fit(measurements: Sequence[Measurement], switch_seconds: float = 0.0) -> CostModel:

@@ -9,6 +9,7 @@ from sglang_shift.errors import ShiftError
 
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+MOST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,26 @@ def size_in(config: dict[str, Any], name: str, default: int | None = None, least
 
     Raises:
         KeyError: it has none, and there is no default.
-        ValueError: it is no whole number, or less than ``least``.
+        ValueError: it is no whole number, less than ``least``, or more than any model has.
     """
     size = config.get(name)
     if size is None and (size := default) is None:
         raise KeyError(name)
     if type(size) is not int or size < least:  # not a bool either, which is an int
         raise ValueError(f"{name} {size!r} is not a whole number of at least {least}")
+    if size > MOST:
+        raise ValueError(f"{name} {size} is more than {MOST}")
     return size
+
+
+def check_dense(config: dict[str, Any]) -> None:
+    """Check that all tokens go through all weights.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if any(config.get(key) for key in EXPERTS):
+        raise ValueError("experts, which not every token goes through")
 
 
 def layer_of(config: dict[str, Any]) -> tuple[Layer, str]:
@@ -89,8 +102,7 @@ def layer_of(config: dict[str, Any]) -> tuple[Layer, str]:
     Raises:
         AttributeError, KeyError, ValueError: it is not a dense decoder's.
     """
-    if any(config.get(key) for key in EXPERTS):
-        raise ValueError("experts, which not every token goes through")
+    check_dense(config)
     hidden, heads = size_in(config, "hidden_size"), size_in(config, "num_attention_heads")
     layer = Layer(
         hidden=hidden,
@@ -99,6 +111,8 @@ def layer_of(config: dict[str, Any]) -> tuple[Layer, str]:
         kv_heads=size_in(config, "num_key_value_heads", heads),
         head_dim=size_in(config, "head_dim", hidden // heads),
     )
+    if layer.heads % layer.kv_heads:
+        raise ValueError(f"num_key_value_heads {layer.kv_heads} does not divide num_attention_heads {layer.heads}")
     dtype = config.get("dtype") or config["torch_dtype"]
     if dtype not in ELEMENT_BYTES:
         raise ValueError(f"dtype {dtype}")

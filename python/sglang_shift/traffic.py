@@ -1,21 +1,14 @@
-"""Traffic for the simulator and the benchmark: made up with a seed, or read from a public trace."""
+"""Traffic for the simulator and the benchmark: made up with a seed, and changed in time and length."""
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from datetime import datetime
-from pathlib import Path
 
 Lengths = int | tuple[int, int]
 """Tokens: one number for all requests, or a range from which each is drawn, uniformly in the logarithm."""
-
-MOONCAKE_BLOCK = 512.0
-"""Tokens that a hash id of a Mooncake trace stands for (its README)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,50 +110,6 @@ def bursty(
     return [Request(t, _draw(rng, prompt), _draw(rng, output)) for t in sorted(times)]
 
 
-def read_azure(path: Path) -> list[Request]:
-    """A trace of Azure's: CSV with the columns TIMESTAMP, ContextTokens and GeneratedTokens.
-
-    Times count from the first request. Rows without a prompt or output are left out.
-
-    Raises:
-        OSError, KeyError, TypeError, ValueError: the file cannot be read, or is something else.
-    """
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        try:
-            rows = [
-                (_azure_time(row["TIMESTAMP"] or ""), int(row["ContextTokens"]), int(row["GeneratedTokens"]), ())
-                for row in reader
-            ]
-        except csv.Error as error:
-            raise ValueError(str(error)) from error
-    if not rows:
-        raise ValueError("it has no row of an Azure trace")
-    return _from_rows(rows)
-
-
-def read_mooncake(path: Path) -> list[Request]:
-    """A trace of Mooncake's: lines of JSON with timestamp (milliseconds), input_length, output_length and hash_ids.
-
-    Times count from the first request. The hash ids, where there are any, become the requests' blocks. Rows
-    without a prompt or output are left out.
-
-    Raises:
-        OSError, KeyError, TypeError, ValueError: the file cannot be read, or is something else.
-    """
-    entries = [json.loads(line) for line in path.read_text().splitlines() if line]
-    rows = [
-        (e["timestamp"] / 1e3, int(e["input_length"]), int(e["output_length"]), tuple(map(int, e.get("hash_ids", ()))))
-        for e in entries
-    ]
-    return _from_rows(rows)
-
-
-def read_trace(path: Path) -> list[Request]:
-    """A trace, by its suffix: ``.csv`` as :func:`read_azure`, else as :func:`read_mooncake`."""
-    return read_azure(path) if path.suffix == ".csv" else read_mooncake(path)
-
-
 def window(requests: Iterable[Request], start: float, seconds: float) -> list[Request]:
     """The requests that arrive in ``[start, start + seconds)``; times count from ``start``."""
     return [replace(r, time=r.time - start) for r in requests if start <= r.time < start + seconds]
@@ -198,17 +147,3 @@ def _draw(rng: random.Random, lengths: Lengths) -> int:
         return lengths
     low, high = lengths
     return min(high, int(math.exp(rng.uniform(math.log(low), math.log(high + 1)))))
-
-
-def _azure_time(text: str) -> float:
-    # Seven digits of a second: datetime takes six.
-    whole, _, fraction = text.partition(".")
-    return datetime.fromisoformat(whole + "+00:00").timestamp() + float(f"0.{fraction or 0}")
-
-
-def _from_rows(rows: Sequence[tuple[float, int, int, tuple[int, ...]]]) -> list[Request]:
-    rows = sorted((row for row in rows if row[1] > 0 and row[2] > 0), key=lambda row: row[0])
-    return [
-        Request(time - rows[0][0], prompt, output, blocks, MOONCAKE_BLOCK if blocks else 0.0)
-        for time, prompt, output, blocks in rows
-    ]

@@ -11,7 +11,8 @@ from sglang_shift.benchmark.contenders import DEFAULT
 from sglang_shift.benchmark.records import MADE_UP, TRACES
 from sglang_shift.benchmark.workloads import Plan, Sizes, Trace
 from sglang_shift.errors import ShiftError
-from sglang_shift.traffic import Request, read_azure, read_mooncake, scaled, window
+from sglang_shift.traces import read_azure, read_mooncake
+from sglang_shift.traffic import Request, scaled, window
 
 # To see that everything works, in about two minutes.
 SMOKE: dict[str, Any] = {
@@ -208,8 +209,8 @@ def _trace(kind: str, args: argparse.Namespace) -> Trace:
     read = {"azure": read_azure, "mooncake": read_mooncake}[kind]
     try:
         requests: list[Request] = window(read(path), start, seconds)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ShiftError(f"--{kind} {path} cannot be read as such a trace: {error!r}") from error
+    except (OSError, ValueError) as error:
+        raise ShiftError(f"--{kind} {path} cannot be read as such a trace: {error}") from error
     if not requests:
         raise ShiftError(f"--{kind}-window {start:g} {seconds:g}: no request of {path} arrives in that time")
     return Trace(kind, scaled(requests, length=getattr(args, f"{kind}_length")), args.trace_load, args.trace_speed)

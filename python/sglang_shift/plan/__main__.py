@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +13,17 @@ from sglang_shift.plan import paper, report
 from sglang_shift.plan.hardware import gpus, parse_gpus
 from sglang_shift.plan.model import Model, read_model
 from sglang_shift.plan.search import search
-from sglang_shift.traffic import Lengths, Request, read_trace, scaled, steady, window
+from sglang_shift.traces import MOST_TOKENS, read_trace
+from sglang_shift.traffic import Lengths, Request, scaled, steady, window
 
 MODULE = "sglang_shift.plan"
 WINDOW = 900.0
 """Seconds of a trace, where none are given: as long a part as the Shift Parallelism paper replays."""
+
+LEAST, MOST = 1e-6, 1e6
+"""Of rates and paces: with smaller and larger ones the simulator's clock would lose its milliseconds."""
+
+MOST_REQUESTS = 10**6
 
 
 def words_of(found: Lengths) -> str:
@@ -30,10 +37,53 @@ def lengths(given: str) -> Lengths:
     Raises:
         ValueError: it is something else.
     """
-    low, _, high = given.partition("-")
-    found = (int(low), int(high)) if high else int(low)
-    if min(found if isinstance(found, tuple) else (found,)) < 1 or (isinstance(found, tuple) and found[0] > found[1]):
+    low, *rest = (int(part) for part in given.split("-"))
+    high = rest[0] if rest else low
+    if len(rest) > 1 or not 1 <= low <= high <= MOST_TOKENS:
         raise ValueError(given)
+    return (low, high) if rest else low
+
+
+def factor(given: str) -> float:
+    """A rate or a pace of the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: it is something else.
+    """
+    try:
+        found = float(given)
+    except ValueError:
+        found = math.nan
+    if not LEAST <= found <= MOST:
+        raise argparse.ArgumentTypeError(f"'{given}' must be more than 0, a number from {LEAST:g} to {MOST:g}")
+    return found
+
+
+def request_count(given: str) -> int:
+    """A number of requests of the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: it is something else.
+    """
+    return _whole(given, 1, MOST_REQUESTS)
+
+
+def context_length(given: str) -> int:
+    """Tokens of a context of the command line, with room for a prompt and an output.
+
+    Raises:
+        argparse.ArgumentTypeError: it is something else.
+    """
+    return _whole(given, 2, MOST_TOKENS)
+
+
+def _whole(given: str, least: int, most: int) -> int:
+    try:
+        found = int(given)
+    except ValueError:
+        found = least - 1
+    if not least <= found <= most:
+        raise argparse.ArgumentTypeError(f"'{given}' is not a whole number from {least} to {most}")
     return found
 
 
@@ -45,20 +95,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", type=Path, metavar="PATH", help="a config.json, or the folder that has one")
     add("--gpus", metavar="NxKIND", help=f"for example 8xH200; kinds: {', '.join(gpus())}")
     add("--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help="auto is bfloat16")
+    add("--context-length", type=context_length, metavar="N", help="the longest sequence, if not the model's own")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--trace", type=Path, metavar="FILE", help="Azure's (.csv) or Mooncake's (.jsonl)")
-    source.add_argument("--rate", type=float, metavar="R", help="made-up traffic instead: requests per second")
+    source.add_argument("--rate", type=factor, metavar="R", help="made-up traffic instead: requests per second")
     add("--window", type=float, nargs=2, default=(0.0, WINDOW), metavar=("START", "SECONDS"), help="of the trace")
-    add("--pace", type=float, default=1.0, metavar="F", help="the trace's requests come F times as fast")
+    add("--pace", type=factor, default=1.0, metavar="F", help="the trace's requests come F times as fast")
     add("--prompt", type=lengths, default=4096, metavar="N|LOW-HIGH", help="made-up prompts' tokens (%(default)s)")
     add("--output", type=lengths, default=250, metavar="N|LOW-HIGH", help="their outputs' tokens (%(default)s)")
-    add("--requests", type=int, default=1000, help="made-up ones (%(default)s)")
+    add("--requests", type=request_count, default=1000, help="made-up ones (%(default)s)")
     add("--plot", type=Path, metavar="FILE.png", help="also draw latency against throughput")
     args = parser.parse_args(argv)
     if not args.check and not (args.model and args.gpus and (args.trace or args.rate)):
         parser.error("give --model, --gpus and one of --trace and --rate; or --check")
-    if args.pace <= 0 or args.requests < 1 or (args.rate is not None and args.rate <= 0):
-        parser.error("--pace, --requests and --rate must be more than 0")
+    start, seconds = args.window
+    if not (math.isfinite(start) and seconds > 0):
+        parser.error(f"--window takes a second to start at and more than 0 seconds, not {start:g} {seconds:g}")
     return args
 
 
@@ -75,10 +127,9 @@ def requests_of(args: argparse.Namespace, model: Model) -> tuple[list[Request], 
     start, seconds = args.window
     try:
         found = window(read_trace(args.trace), start, seconds)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ShiftError(
-            f"--trace {args.trace} cannot be read ({type(error).__name__}: {error}); give a .csv of Azure's or a "
-            ".jsonl of Mooncake's"
+            f"--trace {args.trace} cannot be read: {error}; give a .csv of Azure's or a .jsonl of Mooncake's"
         ) from error
     if not found:
         raise ShiftError(f"--trace {args.trace} has no request from second {start:g} to {start + seconds:g}")
@@ -103,7 +154,7 @@ def plan(args: argparse.Namespace) -> None:
     if args.plot:
         report.check_plot(args.plot)
     count, gpu = parse_gpus(args.gpus)
-    model = read_model(args.model)
+    model = read_model(args.model, args.context_length)
     requests, traffic = requests_of(args, model)
     kv_dtype = "fp8" if args.kv_cache_dtype == "fp8" else "bfloat16"
     found = search(model, gpu, count, requests, kv_dtype, lambda words: print(words, file=sys.stderr, flush=True))

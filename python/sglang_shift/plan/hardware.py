@@ -131,7 +131,7 @@ def parse_gpus(text: str) -> tuple[int, Gpu]:
     Raises:
         ShiftError: it is something else, or there are no figures for it.
     """
-    match = re.fullmatch(r"(\d+)\s*[xX]\s*(\S+)", text.strip())
+    match = re.fullmatch(r"(\d{1,4})\s*[xX]\s*(\S+)", text.strip())
     known = " or ".join(gpus())
     if match is None:
         raise ShiftError(f"--gpus '{text}' is not a number of GPUs and their kind; give for example {NODE}xH200")

@@ -8,9 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from sglang_shift.decoder_layer import Layer, layer_of, size_in
+from sglang_shift.decoder_layer import Layer, check_dense, layer_of
 from sglang_shift.errors import ShiftError
-from sglang_shift.refusals import ARCHITECTURES
+from sglang_shift.plan.config import architecture_of, check_window, completed, context_of
+
+BESIDE = "hf_quant_config.json"
+"""The file in which NVIDIA's checkpoints say how they are quantized."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Model:
         tied: Whether the LM head is the embedding.
         architecture: As in its configuration.
         path: What ``--model-path`` would be, where that is known.
+        shortened: Whether the context is one that was asked for, which a server must be told.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Model:
     tied: bool = False
     architecture: str = "LlamaForCausalLM"
     path: str = "MODEL"
+    shortened: bool = False
 
     @property
     def qk_norm(self) -> bool:
@@ -61,34 +66,38 @@ class Model:
         )  # fmt: skip
 
 
-def read_model(path: str | Path) -> Model:
+def read_model(path: str | Path, context_length: int | None = None) -> Model:
     """The model of a ``config.json``, or of the folder that has one.
+
+    Args:
+        path: Of the file or the folder.
+        context_length: As the server's flag; None for the model's own.
 
     Raises:
         ShiftError: there is none, or it is not a dense decoder that is served here.
     """
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
-        return _model(file, json.loads(file.read_text()))
+        return _model(file, json.loads(file.read_text()), context_length)
     except KeyError as error:
         raise ShiftError(f"{file} has no {error}; give the config.json of a dense decoder as --model") from error
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ShiftError(f"{file}: {error}; give the config.json of a dense decoder as --model") from error
 
 
-def _model(file: Path, config: dict[str, Any]) -> Model:
-    layer, dtype = layer_of(config)
-    if dtype == "float32":
-        raise ValueError("dtype float32, for which there are no figures")
-    architecture = next(iter(config["architectures"] or ()), "no architecture")
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"{architecture}, which is none of {', '.join(ARCHITECTURES)}")
+def _model(file: Path, raw: Any, context_length: int | None) -> Model:
+    if not isinstance(raw, dict):
+        raise ValueError("it is not a JSON object")
+    check_dense(raw)
+    architecture, config = architecture_of(raw), completed(raw)
+    # Served in 16 bits, as SGLang does with --dtype auto, where it is float32 or none is given.
+    layer, _ = layer_of({**config.to_dict(), "dtype": raw.get("dtype") or raw.get("torch_dtype") or "float32"})
+    context = context_of(config, context_length)
+    check_window(config, context)
     name, path = _name(file)
     return Model(
-        name, layer, size_in(config, "num_hidden_layers"), size_in(config, "vocab_size"),
-        # Room for a prompt and an output.
-        size_in(config, "max_position_embeddings", least=2), _weights(config.get("quantization_config")),
-        bool(config.get("tie_word_embeddings", False)), architecture, path,
+        name, layer, config.num_hidden_layers, config.vocab_size, context,
+        _weights(file, raw), config.tie_word_embeddings, architecture, path, context_length is not None,
     )  # fmt: skip
 
 
@@ -105,9 +114,16 @@ def _name(file: Path) -> tuple[str, str]:
     return file.stem, Model.path
 
 
-def _weights(quantization: dict[str, Any] | None) -> str:
+def _weights(file: Path, raw: dict[str, Any]) -> str:
+    """What the weights are, from the places where SGLang looks for a quantization."""
+    key = "quantization_config" if raw.get("quantization_config") else "compression_config"
+    quantization = raw.get(key)
     if not quantization:
+        if file.name == "config.json" and (file.parent / BESIDE).exists():
+            raise ValueError(f"{BESIDE} beside it, a quantization for which there are no figures")
         return "bfloat16"
+    if not isinstance(quantization, dict):
+        raise ValueError(f"{key} {quantization!r} is not an object")
     method = quantization.get("quant_method")
     if method == "fp8":
         return "fp8_block" if quantization.get("weight_block_size") else "fp8"

@@ -41,6 +41,8 @@ def text(plan: Plan, model: Model, gpus: str, traffic: str) -> str:
     """
     best = plan.best.candidate
     command = ["python", "-m", "sglang_shift.launch_server", *flags(best, plan.best.memory, model.path, plan.kv_dtype)]
+    if model.shortened:
+        command += ["--context-length", str(model.context)]
     lines = [
         f"# {model.name} ({model.weights}, KV cache in {plan.kv_dtype}) on {gpus}\n",
         f"Traffic: {traffic}.\n",
