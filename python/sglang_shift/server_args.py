@@ -45,7 +45,7 @@ class ShiftServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
         Arg(
             help="Ulysses sequence parallelism over S ranks; S divides --tp-size P and the base configuration "
             "is SP=S, TP=P/S. auto: the largest S whose weights fit beside the KV pool. Alone: every step runs in "
-            "it. Default with --enable-shift-parallel: P.",
+            "it. Default with --enable-shift-parallel: auto, and on a CPU P.",
             aliases=["--sequence-parallel-size"],
             type_parser=parse_sp_size,
             resolvable=True,
@@ -178,6 +178,8 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
     settings = resolving_view(server_args)
     check_sp_size(settings.sp_size)
     auto = settings.sp_size == AUTO
+    if settings.sp_size is None and settings.enable_shift_parallel and settings.device != "cpu":
+        auto = True  # S = P would hold whole layers on every rank, and fail only after they were loaded
     if auto:  # until the model is known to be one that is served, the largest candidate
         declare_resolution(server_args, "sglang_shift", sp_size=settings.tp_size)
     check_flags(settings)
