@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang.srt.arg_groups.overrides import resolution_result
+from sglang.srt.layers.quantization import unquant
 from sglang_shift.config import ShiftConfig, shift_config_of
 from sglang_shift.demo import demo_model_path
 from sglang_shift.errors import Refused, ShiftError
@@ -224,3 +225,24 @@ def test_split_k_products_are_switched_off_where_sglang_has_them(monkeypatch):
         suit_gemm_backend("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     suit_gemm_backend("cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "said"), [("cuda", "gemv", True), ("cuda", "auto", False), ("cpu", "gemv", False)]
+)
+def test_it_is_said_where_gemv_does_not_reach(monkeypatch, caplog, device, backend, said):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    suit_gemm_backend(device, backend)
+    assert ("in TP steps O and down" in caplog.text) is said
+
+
+def test_sglangs_gemv_leaves_views_of_columns_to_cublas(monkeypatch):
+    """What the log line says: packed weights, slices of rows among them, go to the kernel, slices of columns do not."""
+    taken = []
+    monkeypatch.setattr(unquant, "_use_hopper_bf16_gemv", lambda m, n, k: m == 1)
+    monkeypatch.setattr(unquant, "_hopper_bf16_gemv", lambda x, weight: taken.append(weight.shape) or x @ weight.T)
+    base, x = torch.randn(64, 128, dtype=torch.bfloat16), torch.randn(1, 128, dtype=torch.bfloat16)
+    for view, row in ((base, x), (base[16:32], x), (base[:, 64:], x[:, 64:].contiguous())):
+        product = unquant._bf16_gemm_dispatch_impl(row, view, None)
+        assert torch.allclose(product.float(), row.float() @ view.float().T, rtol=0.05, atol=0.5)
+    assert taken == [(64, 128), (16, 128)]

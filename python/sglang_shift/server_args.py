@@ -192,7 +192,7 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
         choice = auto_sp_size(server_args)
         sp_size = choice.sp_size
         logger.info("sglang_shift: --sp-size auto: %s", choice.reason)
-    suit_gemm_backend(settings.device)
+    suit_gemm_backend(settings.device, settings.bf16_gemm_backend)
     check_exchange(config, settings.device, sp_size, settings.nnodes)
     if config.policy != "tp":
         suited = suit_chunk_size(server_args, sp_size)
