@@ -139,11 +139,34 @@ ASKING = {
     "load_format": "sharded_state", "enable_memory_saver": True, "cpu_offload_gb": 1, "is_embedding": True,
     "model_impl": "transformers", "enable_deterministic_inference": True, "rl_on_policy_target": "fsdp",
     "enable_return_aux_hidden_states": True, "enable_nvidia_megakernel": True,
+    "enable_mscclpp": True,
 }  # fmt: skip
+
+
+ALSO = {"enable_mscclpp": {"enable_symm_mem": True}}
+"""With which other settings a feature is refused; alone it is served."""
 
 
 def test_every_feature_in_the_list_has_a_case():
     assert len(ASKING) == len(FEATURES)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "enable_mscclpp",
+        "enable_symm_mem",
+        "enable_torch_symm_mem",
+        "enable_nccl_nvls",
+        "enable_flashinfer_allreduce_fusion",
+        "pre_warm_nccl",
+        "disable_custom_all_reduce",
+    ],
+)
+def test_ways_to_communicate_that_are_served(field):
+    """docs/architecture.md, SGLang's flags for communication."""
+    plain = resolved(**SHIFT)
+    check_flags(SimpleNamespace(**{**{name: value(plain, name) for name in plain.__struct_fields__}, field: True}))
 
 
 @pytest.mark.parametrize("field", ASKING)
@@ -151,6 +174,7 @@ def test_features_that_do_not_combine(field):
     """The settings as SGLang resolves them, with one feature asked for."""
     plain = resolved(**SHIFT)
     names = {name: value(plain, name) for name in plain.__struct_fields__}
+    names.update(ALSO.get(field, {}))
     check_flags(SimpleNamespace(**names))
     with pytest.raises(Refused, match="cannot be combined with sequence parallelism: "):
         check_flags(SimpleNamespace(**{**names, field: ASKING[field]}))

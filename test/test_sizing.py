@@ -297,6 +297,11 @@ def test_a_number_is_kept_on_gpus(monkeypatch, tmp_path):
     assert on_eight_gpus(monkeypatch, tmp_path, 80, sp_size=8) == 8
 
 
+def test_no_graphs_in_sp_are_warned_of_on_gpus(monkeypatch, tmp_path, caplog):
+    on_eight_gpus(monkeypatch, tmp_path, 80, shift_graph_buckets=0)
+    assert "--shift-graph-buckets 0: the CPU launches each kernel" in caplog.text
+
+
 def test_shift_alone_is_refused_where_the_model_fits_no_gpu(monkeypatch, tmp_path):
     with pytest.raises(Refused, match=r"--sp-size auto finds no S .*S=2 32\.4 GiB"):
         on_eight_gpus(monkeypatch, tmp_path, 32)

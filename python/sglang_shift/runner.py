@@ -106,6 +106,12 @@ class ShiftModelRunner(ModelRunner):
         stock = self.weight_updater
         self.weight_updater = ShiftWeightUpdater(**{f.name: getattr(stock, f.name) for f in fields(stock)})
 
+    def check_weights(self, action: str, *args: Any, **kwargs: Any) -> Any:
+        """As SGLang's weight checker, which may write this rank's shards, too."""
+        if action == "reset_tensors":
+            self.base_weights.stale = True
+        return super().check_weights(action, *args, **kwargs)
+
     def init_cuda_graphs(self, *args: Any, **kwargs: Any) -> None:
         """Capture SGLang's graphs and SP's."""
         config = shift_config_of(self.server_args)

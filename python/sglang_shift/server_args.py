@@ -16,6 +16,7 @@ from sglang_shift.demo import demo_model_path
 from sglang_shift.exchange_backends import BACKENDS, DTYPES, check_exchange
 from sglang_shift.gemm_backend import suit_gemm_backend
 from sglang_shift.graph_memory import suit_graph_memory
+from sglang_shift.graph_plan import price_of_no_graphs
 from sglang_shift.policies import POLICIES, QueueDepth
 from sglang_shift.refusals import check_flags, check_model
 from sglang_shift.sizing import AUTO, auto_sp_size, check_sp_size, parse_sp_size
@@ -123,8 +124,8 @@ class ShiftServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
         Optional[int],  # noqa: UP045
         Arg(
             help="CUDA graphs are captured in SP for at most so many batch sizes, and for as many sizes of prefills. "
-            "Where SGLang has more, they are thinned out from the largest down. 0: SP steps run eagerly. Default: all "
-            "sizes that the policy may run in SP."
+            "Where SGLang has more, they are thinned out from the largest down. 0: SP steps run eagerly, which is slow "
+            "for small ones on a GPU. Default: all sizes that the policy may run in SP."
         ),
         NS("shift"),
     ] = None
@@ -203,6 +204,8 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
     if suited.fields:
         declare_resolution(server_args, "sglang_shift", **suited.fields)
         logger.info("sglang_shift: %s", suited.reason)
+    if price := price_of_no_graphs(config, settings):
+        logger.warning("sglang_shift: %s", price)
     declare_resolution(
         server_args,
         "sglang_shift",
