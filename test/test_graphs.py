@@ -183,7 +183,7 @@ def check_sums(runner):
             tp, sp = (boundary.plan.paths[v] for v in (BatchVariant.ORDINARY, BatchVariant.SEQUENCE_PARALLEL))
             assert tp.output.group is not None and sp.output.group is None
             assert not sp.output.always_partial and not sp.output.may_defer_to_next
-            assert sp.entry.ffn_fusions == ()
+            assert sp.entry.declared_sum is None
             assert not sp.exit.may_defer_sum and not sp.exit.defers_mixer_sum
 
 
