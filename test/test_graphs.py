@@ -189,7 +189,8 @@ def check_sums(runner):
 
 def check_reset(runner):
     """SGLang's weight checker overwrites this rank's shards: the next SP step has those that all ranks have now."""
-    runner.check_weights("reset_tensors", role="target")
+    with torch.no_grad():  # as the scheduler's event loop runs
+        runner.check_weights("reset_tensors", role="target")
     run(runner, eager(runner, Mode.SP), [3], decodes=0)
     weights = [projection.base.weight for projection in runner.base_weights.projections]
     used = [weight.clone() for weight in weights]
