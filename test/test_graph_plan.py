@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from calibrations import measurements
 from sglang_shift.config import ShiftConfig
 from sglang_shift.cost_model import fit
 from sglang_shift.errors import Refused
-from sglang_shift.graph_plan import GraphPlan, modes_of, padded, plan_graphs, thinned
+from sglang_shift.graph_plan import GraphPlan, modes_of, padded, plan_graphs, price_of_no_graphs, thinned
 from sglang_shift.graphs import PhaseGraphs
 from sglang_shift.launch_server import resolve
 from sglang_shift.modes import Mode, StepState
@@ -97,6 +99,29 @@ def test_padding_counts_for_the_threshold():
     assert policy.choose(StepState(250, bucket=264)) is Mode.SP
     assert policy.choose(StepState(300)) is Mode.SP
     assert modes_of(264, config("tokens")) == (Mode.SP,)
+
+
+def settings(device="cuda", decode="full", prefill="disabled"):
+    phases = {"decode": SimpleNamespace(backend=decode), "prefill": SimpleNamespace(backend=prefill)}
+    return SimpleNamespace(device=device, cuda_graph_config=SimpleNamespace(**phases))
+
+
+@pytest.mark.parametrize(
+    ("bound", "policy", "machine", "said"),
+    [
+        (0, "calibrated", {}, "calibrated chooses SP for fewer of them"),
+        (0, "sp", {}, "the CPU launches each kernel of every SP step"),
+        (0, "tokens", {"decode": "disabled", "prefill": "breakable"}, "the CPU launches each kernel"),
+        (0, "tp", {}, None),
+        (0, "calibrated", {"device": "cpu"}, None),
+        (0, "calibrated", {"decode": "disabled"}, None),
+        (None, "calibrated", {}, None),
+        (1, "calibrated", {}, None),
+    ],
+)
+def test_what_no_graphs_in_sp_cost_is_said(bound, policy, machine, said):
+    price = price_of_no_graphs(config(policy, graph_buckets=bound), settings(**machine))
+    assert price is None if said is None else said in price
 
 
 def test_each_mode_is_predicted_at_its_own_padding():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from recorded_graphs import run_model_ranks
 from sglang.benchmark.one_batch import decode, extend, prepare_synthetic_inputs_for_latency_test
+from sglang.srt.layers.layer_boundary.contracts import BatchVariant
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 from sglang.srt.model_executor.runner import EagerRunner
 from sglang.srt.runtime_context import get_context
@@ -175,9 +176,33 @@ def verify(runner, context, lengths, width):
         return runner.forward(forward_batch)
 
 
+def check_sums(runner):
+    """SGLang may leave a sum to the next layer, to be fused with its norm (FlashInfer's all-reduce); none in SP."""
+    for layer in runner.model.model.layers:
+        for boundary in (layer.attn_boundary, layer.ffn_boundary):
+            tp, sp = (boundary.plan.paths[v] for v in (BatchVariant.ORDINARY, BatchVariant.SEQUENCE_PARALLEL))
+            assert tp.output.group is not None and sp.output.group is None
+            assert not sp.output.always_partial and not sp.output.may_defer_to_next
+            assert sp.entry.declared_sum is None
+            assert not sp.exit.may_defer_sum and not sp.exit.defers_mixer_sum
+
+
+def check_reset(runner):
+    """SGLang's weight checker overwrites this rank's shards: the next SP step has those that all ranks have now."""
+    with torch.no_grad():  # as the scheduler's event loop runs
+        runner.check_weights("reset_tensors", role="target")
+    run(runner, eager(runner, Mode.SP), [3], decodes=0)
+    weights = [projection.base.weight for projection in runner.base_weights.projections]
+    used = [weight.clone() for weight in weights]
+    runner.base_weights.refresh()
+    assert all(map(torch.equal, weights, used))
+
+
 def check_both(runner):
+    check_sums(runner)
     check_replays(runner)
     check_verify_steps(runner)
+    check_reset(runner)
 
 
 @pytest.mark.server

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang.srt.arg_groups.overrides import resolution_result
+from sglang.srt.layers.quantization import unquant
 from sglang_shift.config import ShiftConfig, shift_config_of
 from sglang_shift.demo import demo_model_path
 from sglang_shift.errors import Refused, ShiftError
@@ -138,11 +139,34 @@ ASKING = {
     "load_format": "sharded_state", "enable_memory_saver": True, "cpu_offload_gb": 1, "is_embedding": True,
     "model_impl": "transformers", "enable_deterministic_inference": True, "rl_on_policy_target": "fsdp",
     "enable_return_aux_hidden_states": True, "enable_nvidia_megakernel": True,
+    "enable_mscclpp": True,
 }  # fmt: skip
+
+
+ALSO = {"enable_mscclpp": {"enable_symm_mem": True}}
+"""With which other settings a feature is refused; alone it is served."""
 
 
 def test_every_feature_in_the_list_has_a_case():
     assert len(ASKING) == len(FEATURES)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "enable_mscclpp",
+        "enable_symm_mem",
+        "enable_torch_symm_mem",
+        "enable_nccl_nvls",
+        "enable_flashinfer_allreduce_fusion",
+        "pre_warm_nccl",
+        "disable_custom_all_reduce",
+    ],
+)
+def test_ways_to_communicate_that_are_served(field):
+    """docs/architecture.md, SGLang's flags for communication."""
+    plain = resolved(**SHIFT)
+    check_flags(SimpleNamespace(**{**{name: value(plain, name) for name in plain.__struct_fields__}, field: True}))
 
 
 @pytest.mark.parametrize("field", ASKING)
@@ -150,6 +174,7 @@ def test_features_that_do_not_combine(field):
     """The settings as SGLang resolves them, with one feature asked for."""
     plain = resolved(**SHIFT)
     names = {name: value(plain, name) for name in plain.__struct_fields__}
+    names.update(ALSO.get(field, {}))
     check_flags(SimpleNamespace(**names))
     with pytest.raises(Refused, match="cannot be combined with sequence parallelism: "):
         check_flags(SimpleNamespace(**{**names, field: ASKING[field]}))
@@ -224,3 +249,24 @@ def test_split_k_products_are_switched_off_where_sglang_has_them(monkeypatch):
         suit_gemm_backend("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     suit_gemm_backend("cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "said"), [("cuda", "gemv", True), ("cuda", "auto", False), ("cpu", "gemv", False)]
+)
+def test_it_is_said_where_gemv_does_not_reach(monkeypatch, caplog, device, backend, said):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    suit_gemm_backend(device, backend)
+    assert ("in TP steps O and down" in caplog.text) is said
+
+
+def test_sglangs_gemv_leaves_views_of_columns_to_cublas(monkeypatch):
+    """What the log line says: packed weights, slices of rows among them, go to the kernel, slices of columns do not."""
+    taken = []
+    monkeypatch.setattr(unquant, "_use_hopper_bf16_gemv", lambda m, n, k: m == 1)
+    monkeypatch.setattr(unquant, "_hopper_bf16_gemv", lambda x, weight: taken.append(weight.shape) or x @ weight.T)
+    base, x = torch.randn(64, 128, dtype=torch.bfloat16), torch.randn(1, 128, dtype=torch.bfloat16)
+    for view, row in ((base, x), (base[16:32], x), (base[:, 64:], x[:, 64:].contiguous())):
+        product = unquant._bf16_gemm_dispatch_impl(row, view, None)
+        assert torch.allclose(product.float(), row.float() @ view.float().T, rtol=0.05, atol=0.5)
+    assert taken == [(64, 128), (16, 128)]

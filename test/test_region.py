@@ -11,20 +11,26 @@ import torch
 import torch.nn.functional as F
 from harness import GlooGroup, run_ranks
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardMode
+from sglang.srt.model_executor.runner.prefill_cuda_graph_runner import PrefillCudaGraphRunner
 from sglang.srt.runtime_context import get_forward
 from sglang_shift import region as region_module
 from sglang_shift.exchange import SequenceExchange
+from sglang_shift.graph_runners import SpPrefillGraphRunner
 from sglang_shift.layout import RankLayout
 from sglang_shift.modes import Mode
 from sglang_shift.parallel import SequenceParallel
 from sglang_shift.region import (
     exit_gather,
+    maybe_exit_gather,
+    on_device,
     padded_local_tokens,
+    plan_exit,
     reduce_embedding,
     region,
     rows_read,
     sp_entry_scatter,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 VOCABULARY, WIDTH = 24, 6  # of the embedding
 
@@ -39,6 +45,11 @@ def batch(**fields):
         "extend_logprob_start_lens_cpu": [3, 0, 2],
     }
     return SimpleNamespace(**{**defaults, **fields})
+
+
+def decode():
+    """A step of which all rows leave the region."""
+    return batch(forward_mode=ForwardMode.DECODE, replace_embeds=None)
 
 
 def test_prefill_reads_the_last_row_of_each_request():
@@ -104,7 +115,7 @@ def check_entry_and_exit(rank: int, world: int, sp: int) -> None:
             [0, tokens - 1][:tokens],
             some,
         ):
-            got = exit_gather(local, torch.tensor(wanted, dtype=torch.int64))
+            got = exit_gather(local, plan_exit(torch.tensor(wanted, dtype=torch.int64), tokens, full.device))
             assert torch.equal(got[wanted], full[wanted])
             others = [i for i in range(tokens) if i not in wanted]
             assert got.shape == full.shape
@@ -129,13 +140,96 @@ def check_exit_sends_wanted_rows_only(rank: int, world: int) -> None:
     layout = RankLayout(world, world)
     region.parallel = SequenceParallel(layout, rank, spy, None, SequenceExchange(spy))  # type: ignore[arg-type]
     local = sp_entry_scatter(torch.arange(100.0)[:, None])
-    exit_gather(local, torch.tensor([9, 99]))
+    exit_gather(local, plan_exit(torch.tensor([9, 99]), 100, local.device))
     exit_gather(local, None)
     assert sent == [1, 50]
 
 
 def test_exit_sends_wanted_rows_only():
     run_ranks(2, check_exit_sends_wanted_rows_only)
+
+
+class Uploads(TorchDispatchMode):
+    """Counts the copies from the CPU to the device, which is here PyTorch's meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sources = [x for x in args if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
+        if sources and isinstance(out, torch.Tensor) and out.device.type == "meta":
+            self.count += 1
+        return out
+
+
+@pytest.fixture
+def meta_group(monkeypatch):
+    """This process as rank 1 of an SP group of 4 on the meta device; its all-gathers send nothing."""
+    group = SimpleNamespace(world_size=4, rank_in_group=1, all_gather_into_tensor=lambda output, input: None)
+    parallel = SequenceParallel(RankLayout(4, 4), 1, group, None, SequenceExchange(group))  # type: ignore[arg-type]
+    monkeypatch.setattr(region, "parallel", parallel)
+
+
+def leave(hidden_states):
+    return maybe_exit_gather(
+        hidden_states=hidden_states, hidden_states_before_norm=hidden_states, input_ids=None,
+        forward_mode=ForwardMode.EXTEND,
+    )  # fmt: skip
+
+
+def test_the_rows_that_leave_are_on_the_device_before_the_first_layer_runs(meta_group):
+    with region.step(Mode.SP, batch(extend_seq_lens_cpu=[30, 1, 40])), Uploads() as uploads:
+        local = sp_entry_scatter(torch.empty(71, WIDTH, device="meta"))
+        assert uploads.count == 1, "all that the exit needs goes in one copy"
+        gathered, before_norm = leave(local)
+        assert uploads.count == 1, "the exit is behind all layers: a copy there waits for them"
+    assert gathered.shape == before_norm.shape == (71, WIDTH)
+
+
+def test_the_exit_behind_a_graph_copies_nothing_either(meta_group, monkeypatch):
+    """The graph has 80 tokens, of which 9 pad the step; its capture copies nothing that would be replayed."""
+    runner = SpPrefillGraphRunner.__new__(SpPrefillGraphRunner)
+    runner.exchanges = SimpleNamespace(recording=lambda size: Uploads(), replayed=lambda size: None)
+    step, counts = batch(extend_seq_lens_cpu=[30, 1, 40]), []
+    step.input_ids = torch.empty(71, device="meta", dtype=torch.int64)
+
+    def capture(runner, forward_batch, num_tokens):
+        with Uploads() as uploads:
+            local = sp_entry_scatter(torch.empty(num_tokens, WIDTH, device="meta"))
+        counts.append(uploads.count)
+        return local
+
+    def replay(runner, forward_batch, *args, **kwargs):
+        with Uploads() as uploads:
+            gathered, _ = leave(torch.empty(20, WIDTH, device="meta"))
+        counts.append(uploads.count)
+        return gathered
+
+    monkeypatch.setattr(PrefillCudaGraphRunner, "_run_forward", capture)
+    monkeypatch.setattr(PrefillCudaGraphRunner, "_execute_body_capture", replay)
+    assert runner._run_forward(batch(extend_seq_lens_cpu=[80]), 80).shape[0] == 20
+    with region.step(Mode.SP, step), Uploads() as uploads:
+        assert runner._execute_body_capture(step, step, 80).shape[0] == 80
+        assert uploads.count == 1
+    assert counts == [0, 0]
+
+
+def test_nothing_waits_for_a_copy_to_a_gpu(monkeypatch):
+    """It is from pinned memory, without which a copy that should not block does."""
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: calls.append("pinned") or x)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **kwargs: calls.append((*args, kwargs)) or x)
+    rows = torch.arange(3)
+    assert on_device(rows, torch.device("cuda")) is rows
+    assert calls == ["pinned", (torch.device("cuda"), {"non_blocking": True})]
+
+
+def test_a_cpu_copies_and_pins_nothing(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", None)
+    rows = torch.arange(3)
+    assert on_device(rows, rows.device) is rows
 
 
 def test_forwards_outside_of_a_step_are_tp():
@@ -162,9 +256,9 @@ def check_embedding(rank: int, world: int, sp: int, dtype: torch.dtype) -> None:
         with region.step(Mode.TP, SimpleNamespace()):  # type: ignore[arg-type]
             full = reduce_embedding(looked_up())
         assert torch.equal(full, table[ids])
-        with region.step(Mode.SP, SimpleNamespace(replace_embeds=None)):  # type: ignore[arg-type]
+        with region.step(Mode.SP, decode()):
             given = sp_entry_scatter(full)  # as with a request's own embeddings: whole on every rank
-        with region.step(Mode.SP, SimpleNamespace(replace_embeds=None)):  # type: ignore[arg-type]
+        with region.step(Mode.SP, decode()):
             rows = reduce_embedding(looked_up())
             assert region.num_tokens == tokens
             assert torch.equal(rows, given)
@@ -190,7 +284,7 @@ def check_bytes(rank: int, world: int) -> None:
     spy = Recording(group.ranks, group.group)
     region.parallel = SequenceParallel(RankLayout(world, world), rank, spy, None, SequenceExchange(spy))  # type: ignore[arg-type]
     for tokens in (8, 9):
-        with region.step(Mode.SP, SimpleNamespace(replace_embeds=None)):  # type: ignore[arg-type]
+        with region.step(Mode.SP, decode()):
             reduce_embedding(torch.ones(tokens, WIDTH))
     assert sent == [4 * WIDTH, 5 * WIDTH]
 
@@ -216,6 +310,6 @@ def test_all_rows_are_summed_where_a_request_replaces_some(stock):
 def test_inside_of_the_region_and_outside_of_steps_nothing_changes(stock):
     x = torch.ones(4, WIDTH)
     assert reduce_embedding(x) == stock(x)
-    with region.step(Mode.SP, SimpleNamespace(replace_embeds=None)):  # type: ignore[arg-type]
+    with region.step(Mode.SP, decode()):
         get_forward().set("sp_active", True)
         assert reduce_embedding(x) == stock(x)

@@ -12,7 +12,7 @@ import torch
 import transformers
 from sglang.srt.arg_groups import memory_hook
 from sglang.srt.arg_groups.cuda_graph_hook import generate_decode_cuda_graph_batch_sizes
-from sglang.srt.arg_groups.overrides import resolution_result, resolving_view
+from sglang.srt.arg_groups.overrides import declare_resolution, resolution_result, resolving_view
 from sglang.srt.layers.vocab_parallel_embedding import DEFAULT_VOCAB_PADDING_SIZE
 from sglang_shift import graph_memory, sizing, step_sizes
 from sglang_shift.config import ShiftConfig, shift_config_of
@@ -21,7 +21,7 @@ from sglang_shift.errors import Refused, ShiftError
 from sglang_shift.graph_memory import suit_graph_memory
 from sglang_shift.launch_server import resolve
 from sglang_shift.refusals import ARCHITECTURES
-from sglang_shift.server_args import ShiftServerArgs, prepare_server_args
+from sglang_shift.server_args import ShiftServerArgs, prepare_server_args, resolve_shift
 from sglang_shift.sizing import GIB, Pool, choose_sp_size, kv_bytes_per_token, pool_of, weight_bytes
 from sglang_shift.step_sizes import chunk_size, graph_batch_sizes_suit, lowered_fraction, suit_chunk_size
 
@@ -265,6 +265,46 @@ def test_auto_is_refused_where_nothing_fits(monkeypatch):
 def test_what_is_refused_with_a_number_is_refused_with_auto(fields, message):
     with pytest.raises(ShiftError, match=message):
         resolved(sp_size="auto", **fields)
+
+
+# The default, as on a GPU
+
+
+def on_eight_gpus(monkeypatch, tmp_path, gib, **fields):
+    """S of Llama-70B in bfloat16 on P = 8, where SGLang had resolved all of its own for GPUs of ``gib``."""
+    on_gpus(monkeypatch, gib)
+    monkeypatch.setattr(graph_memory, "get_device_memory_capacity", lambda device: gib * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+    config = {**vars(LLAMA_70B), "model_type": "llama", "torch_dtype": "bfloat16", "max_position_embeddings": 8192}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    args = ShiftServerArgs(model_path=str(tmp_path), tp_size=8, skip_tokenizer_init=True)
+    resolve(args)
+    gpu = {"device": "cuda", "max_total_tokens": None, "mem_fraction_static": 0.85}
+    declare_resolution(args, "test", **{**gpu, "enable_shift_parallel": True, **fields})
+    resolve_shift(args, lambda args: None)
+    return shift_config_of(args).sp_size
+
+
+@pytest.mark.parametrize(("gib", "expected"), [(80, 2), (192, 4), (320, 8)])
+def test_shift_alone_takes_the_s_that_fits_the_gpus(monkeypatch, tmp_path, caplog, gib, expected):
+    """Weights take 127.9 GiB with S = 8 and 64.2 with S = 4: with the pool's half, 256 and 129 of the 0.85."""
+    with caplog.at_level(logging.INFO):
+        assert on_eight_gpus(monkeypatch, tmp_path, gib) == expected
+    assert f"--sp-size auto: S={expected} is the largest" in caplog.text
+
+
+def test_a_number_is_kept_on_gpus(monkeypatch, tmp_path):
+    assert on_eight_gpus(monkeypatch, tmp_path, 80, sp_size=8) == 8
+
+
+def test_no_graphs_in_sp_are_warned_of_on_gpus(monkeypatch, tmp_path, caplog):
+    on_eight_gpus(monkeypatch, tmp_path, 80, shift_graph_buckets=0)
+    assert "--shift-graph-buckets 0: the CPU launches each kernel" in caplog.text
+
+
+def test_shift_alone_is_refused_where_the_model_fits_no_gpu(monkeypatch, tmp_path):
+    with pytest.raises(Refused, match=r"--sp-size auto finds no S .*S=2 32\.4 GiB"):
+        on_eight_gpus(monkeypatch, tmp_path, 32)
 
 
 def test_the_chunk_stays_on_a_cpu():

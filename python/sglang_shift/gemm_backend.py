@@ -16,18 +16,25 @@ BLACKWELL = 10
 """Major compute capability of the GPUs that SGLang uses split-K products on."""
 
 
-def suit_gemm_backend(device: str) -> None:
+def suit_gemm_backend(device: str, backend: str = "auto") -> None:
     """Switch off what cannot: the split-K products for few rows, whose FlashInfer kernels want packed weights.
 
     Set in the environment, which every rank's process inherits. All other products take a row stride or
-    fall back to one that does.
+    fall back to one that does. So does ``gemv``, which is said, as who asks for it expects it everywhere: O and
+    down could only keep it by a second copy of their weights.
 
     Args:
         device: ``cuda``, ``cpu``, ...
+        backend: ``--bf16-gemm-backend``.
 
     Raises:
-        Refused: they were asked for.
+        Refused: split-K products were asked for.
     """
+    if device == "cuda" and backend == "gemv":
+        logger.warning(
+            "sglang_shift: --bf16-gemm-backend gemv multiplies single rows by packed weights: in TP steps O and down, "
+            "slices of columns of their base weights, use cuBLAS instead; QKV, gate_up and all of SP use gemv"
+        )
     if device != "cuda" or torch.cuda.get_device_capability()[0] != BLACKWELL:
         return
     if os.environ.get(SPLIT_K, "0").lower() not in ("0", "false"):

@@ -6,6 +6,9 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.model_executor.cuda_graph_config import Backend
 
 from sglang_shift.config import ShiftConfig
 from sglang_shift.modes import Mode, StepState
@@ -59,6 +62,25 @@ def modes_of(size: int, config: ShiftConfig) -> tuple[Mode, ...]:
     if config.policy == "tokens":
         return (TokenThreshold(config.threshold).choose(StepState(size, bucket=size)),)
     return tuple(Mode)
+
+
+def price_of_no_graphs(config: ShiftConfig, settings: Any) -> str | None:
+    """What it costs that the user wants no graphs in SP, in a sentence for the log; None where it costs nothing.
+
+    Args:
+        config: The bound, and the policy.
+        settings: A view of the resolved server arguments.
+    """
+    graphs = settings.cuda_graph_config
+    if all(phase.backend == Backend.DISABLED for phase in (graphs.decode, graphs.prefill)):
+        return None
+    if config.graph_buckets != 0 or settings.device != "cuda" or config.policy == Mode.TP.value:
+        return None
+    chosen = ", and calibrated chooses SP for fewer of them" if config.policy == "calibrated" else ""
+    return (
+        "--shift-graph-buckets 0: the CPU launches each kernel of every SP step, so one with little to compute, as "
+        f"most decodes are, lasts as long as that takes{chosen}; more graphs take memory and start-up time instead"
+    )
 
 
 def thinned(sizes: Sequence[int], most: int, factor: float = math.inf) -> list[int]:

@@ -85,7 +85,8 @@ class SpPrefillGraphRunner(PrefillCudaGraphRunner):
             super()._capture_one_stream()
 
     def _run_forward(self, forward_batch: ForwardBatch, num_tokens: int) -> Any:
-        with region.step(Mode.SP, forward_batch), self.exchanges.recording(num_tokens):
+        # The exit is no part of the graph: a replay would copy the rows of the capture's batch for it.
+        with region.step(Mode.SP, forward_batch, exits=False), self.exchanges.recording(num_tokens):
             return super()._run_forward(forward_batch, num_tokens)
 
     def cuda_graph_output_capacity_rows(self, output: torch.Tensor) -> int:
@@ -96,7 +97,7 @@ class SpPrefillGraphRunner(PrefillCudaGraphRunner):
         self, forward_batch: ForwardBatch, static_forward_batch: ForwardBatch, static_num_tokens: int, *args: Any,
         **kwargs: Any,
     ) -> Any:  # fmt: skip
-        region.num_tokens = static_num_tokens
+        region.enter(static_num_tokens, static_forward_batch.input_ids.device)
         self.exchanges.replayed(static_num_tokens)
         return super()._execute_body_capture(forward_batch, static_forward_batch, static_num_tokens, *args, **kwargs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from sglang.srt.distributed.parallel_state import GraphCaptureContext, GroupCoor
 from sglang.srt.runtime_context import get_device, get_parallel
 
 from sglang_shift.exchange import SequenceExchange
-from sglang_shift.layout import RankLayout
+from sglang_shift.layout import RankLayout, padded_local_tokens
 
 
 @dataclass
@@ -55,6 +55,40 @@ class SequenceParallel:
             for group in own:
                 stack.enter_context(group.graph_capture(GraphCaptureContext(stream)))
             yield
+
+    def warm_up(self, tokens: int, hidden: int, width: int, dtype: torch.dtype, device: str) -> None:
+        """Make each collective of an SP step once at its largest: eagerly, and as CUDA graphs do. Collective.
+
+        NCCL makes the channels of a collective, and takes memory for them, when it is first called; PyNccl,
+        which serves graphs, has a communicator of its own. SGLang gives what is free to the KV pool after the
+        model is loaded.
+
+        Args:
+            tokens: Of the largest step.
+            hidden: Columns of what leaves the region.
+            width: ``S * D``, the most columns of an exchange.
+            dtype: Of activations.
+            device: Where they are.
+        """
+        size = self.layout.sp_size
+        rows = padded_local_tokens(tokens, size)
+        local = torch.zeros(rows, hidden, dtype=dtype, device=device)
+        blocks = torch.zeros(rows * max(width, size * hidden), dtype=dtype, device=device)
+        for transport in transports(self.sp_group):
+            with transport:
+                self.sp_group.all_to_all_single(torch.empty_like(blocks), blocks)
+                self.sp_group.all_gather_into_tensor(local.new_empty(size * rows, hidden), local)
+        if self.base_tp_group is not None:
+            for transport in transports(self.base_tp_group):
+                with transport:
+                    self.base_tp_group.all_reduce(local)
+
+
+def transports(group: Any) -> Iterator[AbstractContextManager[None]]:
+    """Inside of each, collectives of SGLang's ``group`` go one of their ways: as in eager steps; as in graphs."""
+    yield nullcontext()
+    if (pynccl := group.pynccl_comm) is not None and pynccl.available:
+        yield pynccl.change_state(enable=True)
 
 
 def build(layout: RankLayout) -> SequenceParallel:

@@ -81,6 +81,8 @@ FEATURES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
      "sums are ordered differently in the two modes; add --shift-policy tp or sp"),
     ("--rl-on-policy-target", lambda a: a.rl_on_policy_target is not None, "sums must be those of the trainer"),
     ("auxiliary hidden states", lambda a: a.enable_return_aux_hidden_states, "they are not gathered yet"),
+    ("--enable-mscclpp with --enable-symm-mem", lambda a: a.enable_mscclpp and a.enable_symm_mem,
+     "MSCCL++ then takes every buffer for symmetric memory, and those of SP steps are not"),
     ("megakernels", lambda a: a.enable_nvidia_megakernel or a.enable_amd_monokernel,
      "they replace the linears that SP mode runs through"),
 )  # fmt: skip

@@ -23,6 +23,24 @@ from sglang_shift.modes import Mode
 from sglang_shift.parallel import SequenceParallel
 
 
+@dataclass(frozen=True)
+class Exit:
+    """Which rows leave the region, and their way through the all-gather. All indices are on the device.
+
+    Attributes:
+        most: Rows that each rank sends: as many as the rank with the most wanted ones, as an
+            all-gather has equal parts.
+        mine: This rank's wanted rows, ``most`` or fewer, counted from its first row.
+        rows: All wanted rows, of the step's T.
+        places: Where each of ``rows`` is in what the all-gather receives.
+    """
+
+    most: int
+    mine: torch.Tensor
+    rows: torch.Tensor
+    places: torch.Tensor
+
+
 @dataclass
 class Region:
     """The region of the forward that is running. One per process: a rank runs one forward at a time.
@@ -32,24 +50,42 @@ class Region:
         batch: The forward batch of the SP step that is running; None outside of one.
         num_tokens: Its tokens before padding, set at the entry.
         embedded: Whether the embedding already kept this rank's tokens only.
+        exits: Whether the exit is in this forward, too; False for a graph of the layers alone.
+        exit: How rows leave, set at the entry; None where all do.
     """
 
     parallel: SequenceParallel | None = None
     batch: ForwardBatch | None = None
     num_tokens: int = 0
     embedded: bool = False
+    exits: bool = True
+    exit: Exit | None = None
 
     @contextmanager
-    def step(self, mode: Mode, batch: ForwardBatch) -> Iterator[None]:
+    def step(self, mode: Mode, batch: ForwardBatch, exits: bool = True) -> Iterator[None]:
         """Run one forward in ``mode``. Forwards outside of any ``step`` are TP."""
         get_forward().set("sp_active", False)
         self.batch = batch if mode is Mode.SP else None
-        self.embedded = False
+        self.embedded, self.exits, self.exit = False, exits, None
         try:
             yield
         finally:
-            self.batch = None
+            self.batch = self.exit = None
             get_forward().set("sp_active", False)
+
+    def enter(self, num_tokens: int, device: torch.device) -> None:
+        """Note the step's tokens, and have the way out ready before the first layer is started.
+
+        Which rows leave depends on the batch only. A copy to a GPU behind the layers would be waited
+        for until they are done, and with it the next step.
+
+        Args:
+            num_tokens: Rows that enter the region, those that pad them to a graph's size included.
+            device: Where the layers run.
+        """
+        self.num_tokens = num_tokens
+        if self.batch is not None and self.exits:
+            self.exit = plan_exit(rows_read(self.batch), num_tokens, device)
 
     @property
     def groups(self) -> SequenceParallel:
@@ -79,7 +115,7 @@ def sp_entry_scatter(hidden_states: torch.Tensor) -> torch.Tensor:
     if region.embedded:
         return hidden_states
     groups = region.groups
-    region.num_tokens = hidden_states.shape[0]
+    region.enter(hidden_states.shape[0], hidden_states.device)
     local = padded_local_tokens(region.num_tokens, groups.layout.sp_size)
     start = groups.sp_index * local
     return padded(hidden_states[start : start + local], local).contiguous()
@@ -103,7 +139,8 @@ def reduce_embedding(partial: torch.Tensor) -> torch.Tensor:
     if region.batch is None or get_forward().sp_active or region.batch.replace_embeds is not None:
         return tensor_model_parallel_all_reduce(partial)
     groups = region.groups
-    region.num_tokens, region.embedded = partial.shape[0], True
+    region.enter(partial.shape[0], partial.device)
+    region.embedded = True
     received = groups.exchange.all_to_all(kernels.pack_tokens(partial, groups.layout.sp_size))
     return groups.base_all_reduce(received.sum(0))
 
@@ -125,7 +162,7 @@ def maybe_exit_gather(
     Args:
         hidden_states: ``[T_local, h]`` in SP mode, else ``[T, h]``, returned as it is.
         hidden_states_before_norm: The same, before the final norm, where the caller wants it.
-        input_ids: Unused: the entry recorded the token count.
+        input_ids: Unused: the entry recorded what there is to know.
         forward_mode: The batch's mode.
 
     Returns:
@@ -133,11 +170,9 @@ def maybe_exit_gather(
     """
     if not runs_sp(forward_mode):
         return hidden_states, hidden_states_before_norm
-    assert region.batch is not None
-    rows = rows_read(region.batch)
-    hidden_states = exit_gather(hidden_states, rows)
+    hidden_states = exit_gather(hidden_states, region.exit)
     if hidden_states_before_norm is not None:
-        hidden_states_before_norm = exit_gather(hidden_states_before_norm, rows)
+        hidden_states_before_norm = exit_gather(hidden_states_before_norm, region.exit)
     get_forward().set("sp_active", False)
     return hidden_states, hidden_states_before_norm
 
@@ -169,38 +204,57 @@ def rows_read(batch: ForwardBatch) -> torch.Tensor | None:
     return torch.arange(int(counts.sum())) + (ends - counts.cumsum(0)).repeat_interleave(counts)
 
 
-def exit_gather(local: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """All-gather the wanted rows over the SP group.
-
-    Each rank sends as many rows as the rank with the most wanted ones (an all-gather has equal
-    parts), but never more than all of its rows.
+def plan_exit(rows: torch.Tensor | None, num_tokens: int, device: torch.device) -> Exit | None:
+    """How ``rows`` leave the region.
 
     Args:
-        local: ``[T_local, h]``.
         rows: Sorted wanted rows of the step's T, the same on every rank, on the CPU; None for all.
+        num_tokens: T, with the rows that pad it to a graph's size.
+        device: Where the rows are.
 
     Returns:
-        ``[T, h]``: the wanted rows in their places, zeros elsewhere.
+        None where a rank sends all that it carries.
     """
     if rows is None:
-        return _gather_all(local)
-    groups, width = region.groups, local.shape[0]
-    size, me = groups.layout.sp_size, groups.sp_index
+        return None
+    size, me = region.groups.layout.sp_size, region.groups.sp_index
+    width = padded_local_tokens(num_tokens, size)
     owners = rows // width
     counts = owners.bincount(minlength=size)
     most = int(counts.max())
     if most == width:
-        return _gather_all(local)
+        return None
     firsts = counts.cumsum(0) - counts
     places = torch.arange(len(rows)) + (torch.arange(size) * most - firsts)[owners]
-    mine = slice(int(firsts[me]), int(firsts[me] + counts[me]))
-    rows, places = torch.stack((rows, places)).to(local.device)  # the one copy to the device
-    sent = local.new_zeros((most, *local.shape[1:]))
-    sent[: mine.stop - mine.start] = local[rows[mine] - me * width]
-    received = local.new_empty((size * most, *local.shape[1:]))
+    mine = rows[owners == me] - me * width
+    indices = on_device(torch.cat((mine, rows, places)), device)  # the one copy to the device
+    return Exit(most, *indices.split((len(mine), len(rows), len(rows))))
+
+
+def on_device(indices: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``indices``, which are on the CPU, on ``device``; a GPU copies them when its stream gets there."""
+    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices.to(device)
+
+
+def exit_gather(local: torch.Tensor, way: Exit | None) -> torch.Tensor:
+    """All-gather the wanted rows over the SP group.
+
+    Args:
+        local: ``[T_local, h]``.
+        way: Which rows, and how; None for all.
+
+    Returns:
+        ``[T, h]``: the wanted rows in their places, zeros elsewhere.
+    """
+    if way is None:
+        return _gather_all(local)
+    groups = region.groups
+    sent = local.new_zeros((way.most, *local.shape[1:]))
+    sent[: len(way.mine)] = local[way.mine]
+    received = local.new_empty((groups.layout.sp_size * way.most, *local.shape[1:]))
     groups.sp_group.all_gather_into_tensor(received, sent)
     out = local.new_zeros((region.num_tokens, *local.shape[1:]))
-    out[rows] = received[places]
+    out[way.rows] = received[way.places]
     return out
 
 

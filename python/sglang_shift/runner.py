@@ -15,6 +15,7 @@ from sglang.srt.model_executor.cuda_graph_config import Phase
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunner, ModelRunnerOutput
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
+from sglang.srt.platforms import current_platform
 from sglang.srt.runtime_context import get_exec, get_flags, get_parallel, get_schedule
 from sglang.srt.utils import get_available_gpu_memory
 from sglang_shift_kernels.operations import Shape, warm_up
@@ -63,6 +64,8 @@ class ShiftModelRunner(ModelRunner):
         # What /server_info reports as the memory of the weights, in GiB: before the exchange takes its own.
         self.weight_load_mem_usage = before - self._free_gib()
         groups.exchange = self._exchange(config)
+        if self.device != "cpu":  # gloo keeps nothing that counts
+            self._warm_up_collectives()
         logger.info(
             "sglang_shift: SP=%d x TP=%d base configuration assembled from %d projections; "
             "weights %d bytes on this rank, %d bytes beyond the base configuration's%s; exchange: %s",
@@ -80,10 +83,8 @@ class ShiftModelRunner(ModelRunner):
 
     def _exchange(self, config: ShiftConfig) -> SequenceExchange:
         """The exchange for this model's projections and the largest step; its kernels are compiled."""
-        schedule, projections = get_schedule(), self.base_weights.projections
-        chunk = schedule.chunked_prefill_size or 0
-        width = max(p.base.weight.shape[0] for p in projections if isinstance(p, QkvProjection))
-        operands = Operands(chunk if chunk > 0 else schedule.max_prefill_tokens, width, self.dtype)
+        projections, width = self.base_weights.projections, qkv_width(self.base_weights)
+        operands = Operands(most_tokens(), width, self.dtype)
         exchange = make_exchange(config, region.groups.sp_group, self.device, get_parallel().nnodes, operands)
         if self.device == "cuda":
             # Graphs of SP have multiples of S tokens: the first other step would compile while it serves.
@@ -92,11 +93,24 @@ class ShiftModelRunner(ModelRunner):
             warm_up(shape, hidden, self.dtype, self.device, exchange.fp8)
         return exchange
 
+    def _warm_up_collectives(self) -> None:
+        """Have NCCL take the memory that SP steps make it take, before the KV pool gets what is left."""
+        hidden = next(p.base.weight.shape[0] for p in self.base_weights.projections if isinstance(p, OutputProjection))
+        region.groups.warm_up(most_tokens(), hidden, qkv_width(self.base_weights), self.dtype, self.device)
+        current_platform.synchronize()
+        current_platform.empty_cache()  # what was sent
+
     def init_weight_updater(self) -> None:
         """Have the base weights follow every weight update that SGLang makes."""
         super().init_weight_updater()
         stock = self.weight_updater
         self.weight_updater = ShiftWeightUpdater(**{f.name: getattr(stock, f.name) for f in fields(stock)})
+
+    def check_weights(self, action: str, *args: Any, **kwargs: Any) -> Any:
+        """As SGLang's weight checker, which may write this rank's shards, too."""
+        if action == "reset_tensors":
+            self.base_weights.stale = True
+        return super().check_weights(action, *args, **kwargs)
 
     def init_cuda_graphs(self, *args: Any, **kwargs: Any) -> None:
         """Capture SGLang's graphs and SP's."""
@@ -128,6 +142,18 @@ class ShiftModelRunner(ModelRunner):
         span = torch.profiler.record_function(f"sglang_shift {self.step_mode.value} step")
         with span, region.step(self.step_mode, forward_batch):
             return super()._forward_raw(forward_batch, *args, **kwargs)
+
+
+def most_tokens() -> int:
+    """Of a step: a chunk, or what SGLang takes into one step where it does not chunk prefills."""
+    schedule = get_schedule()
+    chunk = schedule.chunked_prefill_size or 0
+    return int(chunk if chunk > 0 else schedule.max_prefill_tokens)
+
+
+def qkv_width(weights: BaseWeights) -> int:
+    """``S * D`` of the widest exchange."""
+    return max(p.base.weight.shape[0] for p in weights.projections if isinstance(p, QkvProjection))
 
 
 class ShiftWeightUpdater(WeightUpdater):

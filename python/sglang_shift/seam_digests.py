@@ -26,6 +26,8 @@ DIGESTS = {
     "sglang.srt.managers.tp_worker:TpModelWorker._init_model_runner": "f36d22229ba4aec9",
     "sglang.srt.model_executor.model_runner:ModelRunner.load_model": "bf6781e45efd63b5",
     "sglang.srt.model_executor.model_runner:ModelRunner.init_weight_updater": "fe51fa768d092f08",
+    "sglang.srt.model_executor.model_runner:ModelRunner.check_weights": "da21f8b1879fd5ba",
+    "sglang.srt.utils.weight_checker:WeightChecker.handle": "bb3730e7135ab75c",
     "sglang.srt.model_executor.model_runner:ModelRunner._forward_raw": "37e7e9e99731ff1b",
     "sglang.srt.model_executor.model_runner:ModelRunner.init_cuda_graphs": "2aa82ac4d99b47a5",
     "sglang.srt.model_executor.model_runner:ModelRunner.init_decode_cuda_graph": "1183476bd362018d",

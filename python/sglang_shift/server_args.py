@@ -16,6 +16,7 @@ from sglang_shift.demo import demo_model_path
 from sglang_shift.exchange_backends import BACKENDS, DTYPES, check_exchange
 from sglang_shift.gemm_backend import suit_gemm_backend
 from sglang_shift.graph_memory import suit_graph_memory
+from sglang_shift.graph_plan import price_of_no_graphs
 from sglang_shift.policies import POLICIES, QueueDepth
 from sglang_shift.refusals import check_flags, check_model
 from sglang_shift.sizing import AUTO, auto_sp_size, check_sp_size, parse_sp_size
@@ -45,7 +46,7 @@ class ShiftServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
         Arg(
             help="Ulysses sequence parallelism over S ranks; S divides --tp-size P and the base configuration "
             "is SP=S, TP=P/S. auto: the largest S whose weights fit beside the KV pool. Alone: every step runs in "
-            "it. Default with --enable-shift-parallel: P.",
+            "it. Default with --enable-shift-parallel: auto, and on a CPU P.",
             aliases=["--sequence-parallel-size"],
             type_parser=parse_sp_size,
             resolvable=True,
@@ -123,8 +124,8 @@ class ShiftServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
         Optional[int],  # noqa: UP045
         Arg(
             help="CUDA graphs are captured in SP for at most so many batch sizes, and for as many sizes of prefills. "
-            "Where SGLang has more, they are thinned out from the largest down. 0: SP steps run eagerly. Default: all "
-            "sizes that the policy may run in SP."
+            "Where SGLang has more, they are thinned out from the largest down. 0: SP steps run eagerly, which is slow "
+            "for small ones on a GPU. Default: all sizes that the policy may run in SP."
         ),
         NS("shift"),
     ] = None
@@ -178,6 +179,8 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
     settings = resolving_view(server_args)
     check_sp_size(settings.sp_size)
     auto = settings.sp_size == AUTO
+    if settings.sp_size is None and settings.enable_shift_parallel and settings.device != "cpu":
+        auto = True  # S = P would hold whole layers on every rank, and fail only after they were loaded
     if auto:  # until the model is known to be one that is served, the largest candidate
         declare_resolution(server_args, "sglang_shift", sp_size=settings.tp_size)
     check_flags(settings)
@@ -190,7 +193,7 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
         choice = auto_sp_size(server_args)
         sp_size = choice.sp_size
         logger.info("sglang_shift: --sp-size auto: %s", choice.reason)
-    suit_gemm_backend(settings.device)
+    suit_gemm_backend(settings.device, settings.bf16_gemm_backend)
     check_exchange(config, settings.device, sp_size, settings.nnodes)
     if config.policy != "tp":
         suited = suit_chunk_size(server_args, sp_size)
@@ -201,6 +204,8 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
     if suited.fields:
         declare_resolution(server_args, "sglang_shift", **suited.fields)
         logger.info("sglang_shift: %s", suited.reason)
+    if price := price_of_no_graphs(config, settings):
+        logger.warning("sglang_shift: %s", price)
     declare_resolution(
         server_args,
         "sglang_shift",
