@@ -57,7 +57,13 @@ class Case:
         with TemporaryDirectory() as folder:
             self.write(folder)
             override = json.dumps(self.override)
-            return ModelConfig(folder, context_length=self.context, model_override_args=override, dtype="float32")
+            return ModelConfig(
+                folder,
+                trust_remote_code=False,
+                context_length=self.context,
+                model_override_args=override,
+                dtype="float32",
+            )
 
     def reference(self) -> Any:
         """The model in transformers, with random weights."""
@@ -145,10 +151,12 @@ def build(config: Any) -> torch.nn.Module:
     """SGLang's model for a configuration, without weights."""
     import importlib
 
+    from sglang.srt.layers.rotary_embedding import factory
     from sglang_shift.model_fields import MODELS, PACKAGE
 
     module, _, name = MODELS[config.architectures[0]].native.partition(":")
     torch.set_default_dtype(torch.float32)
+    factory._ROPE_DICT.clear()  # in which a factor of 4 is one of 4.0
     return getattr(importlib.import_module(PACKAGE + module), name)(config=config)
 
 
@@ -177,7 +185,7 @@ def difference(case: Case) -> float | str:
         seq_lens_sum=length,
     )
     hidden = model.model(ids, torch.arange(length), batch)
-    logits = (hidden @ model.lm_head.weight[: TINY["vocab_size"]].T)
+    logits = hidden @ model.lm_head.weight[: TINY["vocab_size"]].T
     if cap := model.logits_processor.final_logit_softcapping:
         logits = cap * (logits / cap).tanh()
     return float((logits.log_softmax(-1) - wanted).abs().max())

@@ -7,12 +7,13 @@ holds it against them: it reads which fields they name, and compares their answe
 
 from __future__ import annotations
 
-import json
-import math
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
+from itertools import chain
 from typing import Any
 
 from sglang_shift.errors import Refused
+from sglang_shift.rope_fields import LENGTH, PARTIAL, override, rope_problems, short
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,14 @@ class Architecture:
 
 
 PACKAGE = "sglang.srt.models."
-_LENGTH = "original_max_position_embeddings"
 
 # Dense decoders on SGLang's layer boundaries whose every mode is tested against transformers.
 MODELS = {
-    "LlamaForCausalLM": Architecture("llama:LlamaForCausalLM", "llama", ("attention_bias", _LENGTH)),
-    "MistralForCausalLM": Architecture("mistral:MistralForCausalLM", "mistral", (_LENGTH,)),
-    "Phi3ForCausalLM": Architecture("llama:Phi3ForCausalLM", "phi3", (_LENGTH, "partial_rotary_factor")),
+    "LlamaForCausalLM": Architecture("llama:LlamaForCausalLM", "llama", ("attention_bias", LENGTH)),
+    "MistralForCausalLM": Architecture("mistral:MistralForCausalLM", "mistral", (LENGTH,)),
+    "Phi3ForCausalLM": Architecture("llama:Phi3ForCausalLM", "phi3", (LENGTH, PARTIAL)),
     "Qwen2ForCausalLM": Architecture("qwen2:Qwen2ForCausalLM", "qwen2", has=("attention_bias", "qkv_bias")),
-    "Qwen3ForCausalLM": Architecture("qwen3:Qwen3ForCausalLM", "qwen3", ("attention_bias",), ("qk_norm", "use_qk_norm")),
+    "Qwen3ForCausalLM": Architecture("qwen3:Qwen3ForCausalLM", "qwen3", ("attention_bias",), ("use_qk_norm",)),
 }
 
 TAKEN = frozenset(
@@ -57,7 +57,7 @@ HARMLESS = frozenset(
 )  # fmt: skip
 """What no answer depends on: names, training, token ids, and how the same sums are divided."""
 
-ROPE = frozenset(("rope_parameters", _LENGTH))
+ROPE = frozenset(("rope_parameters", LENGTH))
 WINDOW = frozenset(("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"))
 
 # Other models' fields that change what is computed, and what they are where they change nothing (as null does). None
@@ -84,22 +84,6 @@ FOREIGN: dict[str, Any] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 0),
 }  # fmt: skip
 
-# Keys of the rope's parameters that both compute alike, by type. Some need a second look: see `_rope_problem`.
-ROPE_KEYS: dict[str, frozenset[str]] = {
-    "linear": frozenset(("factor",)),
-    "llama3": frozenset(("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
-    "yarn": frozenset(
-        ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
-         "mscale_all_dim", "truncate")
-    ),
-    "longrope": frozenset(
-        ("factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor")
-    ),
-}  # fmt: skip
-# "default" is what is left when another type is switched off, with all of its keys.
-ROPE_KEYS["default"] = frozenset().union(*ROPE_KEYS.values())
-ANY_ROPE_KEYS = frozenset(("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"))
-
 
 def check_fields(hf_config: Any, context_len: int) -> None:
     """Check that SGLang's class computes what the model's configuration says, up to the context.
@@ -111,25 +95,12 @@ def check_fields(hf_config: Any, context_len: int) -> None:
     Raises:
         Refused: with the field, and the way out if there is one.
     """
-    name = hf_config.architectures[0]
-    model = MODELS[name]
-    if hf_config.model_type != model.model_type:
-        raise Refused(
-            f"config.json has architecture {name} and model_type {hf_config.model_type!r}, and SGLang would compute "
-            f"the former where transformers computes the latter; make them agree (model_type {model.model_type!r})"
-        )
-    if getattr(hf_config, "is_heterogeneous", False):
-        raise Refused(f"config.json has per_layer_config, which SGLang's {name} does not read; serve another checkpoint")
-    for field, without in _neutral(model).items():
-        value = getattr(hf_config, field, None)
-        if value not in (None, [], without):
-            raise Refused(
-                f"config.json has {field} {_short(value)}, with which SGLang's {name} would answer wrongly, without "
-                f"an error; if the weights do without it, remove it or give {_override(field, without)}"
-            )
-    if problem := _rope_problem(hf_config, model, context_len):
-        raise Refused(f"config.json has {problem}")
-    if problem := _window_problem(hf_config, model, context_len):
+    model = MODELS[hf_config.architectures[0]]
+    for problem in chain(
+        _field_problems(hf_config, model),
+        rope_problems(hf_config, model.takes, context_len),
+        _window_problems(hf_config, model, context_len),
+    ):
         raise Refused(f"config.json has {problem}")
 
 
@@ -156,6 +127,24 @@ def check_class(model: Any, name: str) -> None:
         )
 
 
+def _field_problems(hf_config: Any, model: Architecture) -> Iterator[str]:
+    name = hf_config.architectures[0]
+    if hf_config.model_type != model.model_type:
+        yield (
+            f"architecture {name} and model_type {hf_config.model_type!r}, and SGLang would compute the former where "
+            f"transformers computes the latter; make them agree (model_type {model.model_type!r})"
+        )
+    if getattr(hf_config, "is_heterogeneous", False):
+        yield f"per_layer_config, which SGLang's {name} does not read; serve another checkpoint"
+    for field, without in _neutral(model).items():
+        value = getattr(hf_config, field, None)
+        if value not in (None, [], without):
+            yield (
+                f"{field} {short(value)}, with which SGLang's {name} would answer wrongly, without an error; if the "
+                f"weights do without it, remove it or give {override(field, without)}"
+            )
+
+
 def _neutral(model: Architecture) -> dict[str, Any]:
     """The fields that must change nothing, and the values with which they do not."""
     from transformers import CONFIG_MAPPING
@@ -170,116 +159,18 @@ def _default(field: Any) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def _window_problem(hf_config: Any, model: Architecture, context_len: int) -> str | None:
-    """None of the classes has a window: it must be longer than anything that is served."""
+def _window_problems(hf_config: Any, model: Architecture, context_len: int) -> Iterator[str]:
+    """None of the classes has a window: it must be as long as anything that is served."""
     name, kinds = hf_config.architectures[0], getattr(hf_config, "layer_types", None) or []
     if others := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
-        return f"layers of type {', '.join(others)}, which SGLang's {name} does not have; serve another checkpoint"
+        yield f"layers of type {', '.join(others)}, which SGLang's {name} does not have; serve another checkpoint"
     window = getattr(hf_config, "sliding_window", None)
+    slides = "sliding_attention" in kinds
+    if window is None and slides:
+        yield "layers of type sliding_attention, and no sliding_window; give one, or serve another checkpoint"
     # Qwen has it in the layers that slide, the others in all.
-    slides = "sliding_attention" in kinds or not model.model_type.startswith("qwen")
-    if not slides or (window is not None and context_len <= window):
-        return None
-    if window is None:
-        return "sliding_attention layers, and no sliding_window" if kinds else None
-    return (
-        f"sliding_window {window}, which SGLang's {name} does not have: beyond it the context of {context_len} tokens "
-        f"would be answered wrongly, without an error; give --context-length {window} or less"
-    )
-
-
-def _rope_problem(hf_config: Any, model: Architecture, context_len: int) -> str | None:
-    """What the two compute differently of the positions."""
-    rope = getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {}
-    if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
-        return f"rope parameters by type of layer ({', '.join(nested)}), which SGLang does not read; give one for all"
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "dynamic":
-        context = hf_config.max_position_embeddings
-        return (
-            "rope type 'dynamic', which SGLang scales for the longest sequence at every length; "
-            f"{_override('rope_scaling', {'rope_type': 'default', 'type': 'default'})} with --context-length {context} "
-            "or less is the same without"
+    if window is not None and window < context_len and (slides or not model.model_type.startswith("qwen")):
+        yield (
+            f"sliding_window {window}, which SGLang's {name} does not have: beyond it the context of {context_len} "
+            f"tokens would be answered wrongly, without an error; give --context-length {window} or less"
         )
-    if kind not in ROPE_KEYS:
-        return f"rope type {kind!r}, which is not served; these are: {', '.join(sorted(ROPE_KEYS))}"
-    if kind == "default" and rope.get("type", kind) != kind:
-        return f"rope_type 'default' and type {rope['type']!r}, and SGLang goes by the former; give both alike"
-    for key in sorted(rope.keys() - ROPE_KEYS[kind] - ANY_ROPE_KEYS):
-        if rope[key] is not None:
-            return f"{key} {_short(rope[key])} for rope type {kind!r}, which SGLang and transformers do not read alike"
-    # SGLang's Phi-3 has it beside the rope's parameters, transformers' among them; the others have neither.
-    beside = (getattr(hf_config, "partial_rotary_factor", None) if "partial_rotary_factor" in model.takes else None) or 1
-    if (among := rope.get("partial_rotary_factor") or beside) != beside:
-        return (
-            f"partial_rotary_factor {among} among the rope's parameters, where SGLang does not read it; "
-            f"give {_override('partial_rotary_factor', among)} as well"
-            if "partial_rotary_factor" in model.takes
-            else f"partial_rotary_factor {among}, which SGLang does not read; serve another checkpoint"
-        )
-    if kind == "default":
-        return None
-    return _scaling_problem(hf_config, model, kind, rope, context_len)
-
-
-def _scaling_problem(
-    hf_config: Any, model: Architecture, kind: str, rope: dict[str, Any], context_len: int
-) -> str | None:
-    """The numbers of a rope type that both have, where they do different things with them."""
-    factor, length, beside = rope.get("factor"), rope.get(_LENGTH), getattr(hf_config, _LENGTH, None)
-    if _LENGTH in model.takes or length is None:
-        length = beside or length or hf_config.max_position_embeddings
-    elif kind != "linear" and beside not in (None, length):
-        return f"{_LENGTH} {beside}, and {length} among the rope's parameters, which SGLang takes; make them agree"
-    if kind == "linear" and not isinstance(factor, float):
-        return (
-            f"factor {factor!r} for rope type 'linear', with which SGLang fails; "
-            f"give a number with a point: {_override('rope_scaling', {'factor': float(factor or 1)})}"
-        )
-    if kind == "yarn":
-        scale = _yarn_scale(factor)
-        mscales = [rope[key] for key in ("mscale", "mscale_all_dim") if rope.get(key) is not None]
-        if factor is None or any(key in rope and not rope[key] for key in ("beta_fast", "beta_slow")):
-            return "factor, beta_fast or beta_slow null or 0 for rope type 'yarn', with which SGLang fails; give numbers"
-        if len(mscales) == 2:
-            if not all(mscales):
-                return "mscale or mscale_all_dim 0 for rope type 'yarn', which SGLang and transformers read differently"
-            scale = _yarn_scale(factor, mscales[0]) / _yarn_scale(factor, mscales[1])
-        return _attention_factor_problem(rope, kind, scale)
-    if kind == "longrope":
-        ratio = hf_config.max_position_embeddings / length
-        if factor is not None and not math.isclose(factor, ratio):
-            return (
-                f"factor {factor} for rope type 'longrope', of which SGLang takes max_position_embeddings / "
-                f"original_max_position_embeddings, here {ratio:g}; make them agree"
-            )
-        scale = math.sqrt(1 + math.log(ratio) / math.log(length)) if ratio > 1 else 1.0
-        if problem := _attention_factor_problem(rope, kind, scale):
-            return problem
-        if context_len > length:
-            return (
-                f"rope type 'longrope', of which SGLang takes the long factors for a whole batch as soon as one of its "
-                f"tokens is beyond {length}, so that answers would depend on other requests; give --context-length "
-                f"{length} or less"
-            )
-    return None
-
-
-def _attention_factor_problem(rope: dict[str, Any], kind: str, computed: float) -> str | None:
-    given = rope.get("attention_factor")
-    if given is None or math.isclose(given, computed, rel_tol=1e-6):
-        return None
-    return f"attention_factor {given} for rope type {kind!r}, where SGLang always takes {computed:.6g}; remove it"
-
-
-def _yarn_scale(factor: float | None, mscale: float = 1.0) -> float:
-    return 1.0 if factor is None or factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-
-def _override(field: str, value: Any) -> str:
-    return f"--json-model-override-args '{json.dumps({field: value})}'"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
