@@ -11,14 +11,17 @@ import inspect
 import math
 import re
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import transformers
 from model_classes import Case, difference, in_runtime
 from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refused
+from sglang_shift.launch_server import resolve
 from sglang_shift.model_fields import FOREIGN, HARMLESS, MODELS, ROPE, TAKEN, WINDOW, check_class, check_fields
 from sglang_shift.refusals import check_model
+from sglang_shift.server_args import ShiftServerArgs
 
 LLAMA, MISTRAL, PHI3, QWEN2, QWEN3 = MODELS
 SHIFT = ShiftConfig(2, 2, True, "tokens")
@@ -345,3 +348,29 @@ def test_a_class_that_sglang_may_not_import_is_refused(monkeypatch):
     with pytest.raises(Refused, match="SGLANG_DISABLED_MODEL_ARCHS=llama"):
         check(Case(LLAMA))
     check(Case(QWEN2))
+
+
+def test_a_rank_refuses_the_class_that_it_loaded(monkeypatch):
+    from sglang_shift import runner
+
+    def load(self):
+        self.model = type("TransformersForCausalLM", (), {})()
+
+    loading = object.__new__(runner.ShiftModelRunner)
+    loading.server_args, loading.model_config = None, Case(LLAMA).model_config()
+    monkeypatch.setattr(runner.ModelRunner, "load_model", load)
+    monkeypatch.setattr(runner, "shift_config_of", lambda _: SHIFT)
+    monkeypatch.setattr(runner, "get_flags", lambda: SimpleNamespace(sp=SimpleNamespace()))
+    monkeypatch.setattr(runner.parallel, "build", lambda _: None)
+    monkeypatch.setattr(runner.region, "parallel", None)
+    with pytest.raises(Refused, match="TransformersForCausalLM for architecture LlamaForCausalLM"):
+        loading.load_model()
+
+
+def test_a_window_is_refused_before_anything_starts(tmp_path):
+    case = Case(MISTRAL, {"sliding_window": 64})
+    case.write(str(tmp_path))
+    flags = {"model_path": str(tmp_path), "tp_size": 2, "enable_shift_parallel": True}
+    with pytest.raises(Refused, match=r"sliding_window 64.* 256 tokens .* give --context-length 64 or less"):
+        resolve(ShiftServerArgs(**flags))
+    resolve(ShiftServerArgs(**flags, context_length=64))
