@@ -225,6 +225,7 @@ def demo_config(**changes):
         quantization=None,
         is_generation=True,
         is_multimodal=False,
+        context_len=fields["max_position_embeddings"],
         head_dim=fields["head_dim"],
         num_attention_heads=fields["num_attention_heads"],
         get_total_num_kv_heads=lambda: fields["num_key_value_heads"],

@@ -9,6 +9,7 @@ from sglang_shift_kernels.layout import SCALE_BYTES
 
 from sglang_shift.config import QUEUE_FIELDS, ShiftConfig, policies_using
 from sglang_shift.errors import Refused
+from sglang_shift.model_fields import MODELS, check_fields
 from sglang_shift.policies import POLICIES, QueueDepth, load_policy
 
 POLICY_FIELDS = ("shift_policy", "shift_threshold", *("shift_" + name for name in QUEUE_FIELDS), "shift_calibration")
@@ -20,14 +21,7 @@ SP_FIELDS = {
 }
 """Settings of SP mode, which need no switching; why they are pointless without it."""
 
-# Dense decoders on SGLang's layer boundaries whose every mode is tested against transformers.
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Phi3ForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-)
+ARCHITECTURES = tuple(MODELS)
 
 # (what the user asked for, whether these settings ask for it, why it cannot be served)
 FEATURES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -75,7 +69,8 @@ FEATURES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("weight offloading", lambda a: a.cpu_offload_gb > 0 or a.offload_group_size > 0,
      "SP mode reads the base weights in place"),
     ("--is-embedding", lambda a: a.is_embedding, "models with a pooler have no exit from the token-sharded region"),
-    ("--model-impl transformers", lambda a: a.model_impl == "transformers", "its layers have no boundaries"),
+    ("--model-impl transformers or mindspore", lambda a: a.model_impl in ("transformers", "mindspore"),
+     "its layers have no boundaries"),
     ("--enable-deterministic-inference with switching",
      lambda a: a.enable_deterministic_inference and a.enable_shift_parallel and a.shift_policy not in ("tp", "sp"),
      "sums are ordered differently in the two modes; add --shift-policy tp or sp"),
@@ -159,6 +154,19 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def check_registry(name: str) -> None:
+    """Check that SGLang may import its own class; the rank checks which one it loaded.
+
+    Raises:
+        Refused: it may not, and would serve the model by transformers' code without a word.
+    """
+    from sglang.srt.environ import envs
+
+    module = MODELS[name].native.partition(":")[0]
+    if module in envs.SGLANG_DISABLED_MODEL_ARCHS.get():
+        raise Refused(f"SGLANG_DISABLED_MODEL_ARCHS={module} keeps SGLang from its own {name}; unset it")
+
+
 def check_model(model_config: Any, config: ShiftConfig) -> None:
     """Check that the model is one that every mode serves, at this size.
 
@@ -171,6 +179,7 @@ def check_model(model_config: Any, config: ShiftConfig) -> None:
         raise Refused(
             f"architecture {name} is not served with sequence parallelism; these are: {', '.join(ARCHITECTURES)}"
         )
+    check_registry(name)
     if model_config.quantization is not None or getattr(hf_config, "quantization_config", None):
         raise Refused(
             f"quantized weights ({model_config.quantization or 'quantization_config'}) are not served with "
@@ -178,6 +187,7 @@ def check_model(model_config: Any, config: ShiftConfig) -> None:
         )
     if not model_config.is_generation or model_config.is_multimodal:
         raise Refused(f"{name} is served for text generation only")
+    check_fields(hf_config, model_config.context_len)
     world_size = config.world_size
     heads, kv_heads = model_config.num_attention_heads, model_config.get_total_num_kv_heads()
     if heads % world_size:

@@ -27,6 +27,7 @@ from sglang_shift.exchange_backends import Operands, make_exchange
 from sglang_shift.graph_runners import SpDecodeGraphRunner
 from sglang_shift.graphs import ModeGraphs
 from sglang_shift.layout import RankLayout
+from sglang_shift.model_fields import check_class
 from sglang_shift.modes import Mode
 from sglang_shift.projections import OutputProjection, QkvProjection
 from sglang_shift.region import region
@@ -56,6 +57,7 @@ class ShiftModelRunner(ModelRunner):
         get_flags().sp.enabled = True
         groups = region.parallel = parallel.build(RankLayout(config.world_size, config.sp_size))
         super().load_model()
+        check_class(self.model, self.model_config.hf_config.architectures[0])
         before = self._free_gib() + self.weight_load_mem_usage
         backup = get_exec().features.enable_weights_cpu_backup
         with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=backup):

@@ -62,4 +62,13 @@ DIGESTS = {
     "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.release_memory_occupation": "cda5d3de681667f6",
     "sglang.srt.managers.scheduler:run_scheduler_process": "f52f0de806e29a75",
     "sglang.srt.configs.update_config:adjust_config_with_unaligned_cpu_tp": "fcbd518636d151c3",
+    "sglang.srt.models.llama:LlamaDecoderLayer.__init__": "1957fea61f6a96bf",
+    "sglang.srt.models.llama:LlamaAttention.__init__": "0991a7e2878908a3",
+    "sglang.srt.models.llama:LlamaMLP.__init__": "233cbc1bbdd3ab6f",
+    "sglang.srt.models.qwen2:Qwen2DecoderLayer.__init__": "433d5136aab8322a",
+    "sglang.srt.models.qwen2:Qwen2Attention.__init__": "5c815ad6a6847e4f",
+    "sglang.srt.models.qwen2:Qwen2MLP.__init__": "945c704230437799",
+    "sglang.srt.models.qwen3:Qwen3DecoderLayer.__init__": "ab092ad8604aea9f",
+    "sglang.srt.models.qwen3:Qwen3Attention.__init__": "ea657cee90138960",
+    "sglang.srt.layers.rotary_embedding.factory:get_rope": "a2b4328e816d795e",
 }

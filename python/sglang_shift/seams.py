@@ -192,6 +192,21 @@ SEAMS: tuple[Seam, ...] = (
          "builds the module's Scheduler"),
     Seam("relies on", "sglang.srt.configs.update_config:adjust_config_with_unaligned_cpu_tp", "",
          "what the CPU platform keeps from padding KV heads"),
+    *(
+        Seam("relies on", "sglang.srt.models." + name + ".__init__", "", "which fields of config.json it reads")
+        for name in (
+            "llama:LlamaDecoderLayer",
+            "llama:LlamaAttention",
+            "llama:LlamaMLP",
+            "qwen2:Qwen2DecoderLayer",
+            "qwen2:Qwen2Attention",
+            "qwen2:Qwen2MLP",
+            "qwen3:Qwen3DecoderLayer",
+            "qwen3:Qwen3Attention",
+        )
+    ),
+    Seam("relies on", "sglang.srt.layers.rotary_embedding.factory:get_rope", "",
+         "which parameters of a rope it reads"),
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -24,6 +25,7 @@ from sglang.srt.layers.linear import (
 )
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from sglang_shift.errors import Refused
 from sglang_shift.parallel import SequenceParallel
@@ -60,7 +62,7 @@ class BaseWeights:
         parallel: The groups.
 
     Raises:
-        Refused: a linear layer is of a kind, or in a place, that SP mode does not know.
+        Refused: a layer is of a kind, or in a place, that SP mode does not know.
     """
 
     def __init__(self, model: torch.nn.Module, parallel: SequenceParallel) -> None:
@@ -99,7 +101,8 @@ def find_projections(model: torch.nn.Module) -> Iterator[tuple[Any, type[Project
 
     Raises:
         Refused: a parallel linear is not one of a QKV/output pair beside a RadixAttention or of a
-            gate_up/down pair.
+            gate_up/down pair, or another module has weights and is no norm and no embedding: what it
+            sums, and over which ranks, is not known.
     """
     roles: dict[torch.nn.Module, type[Projection]] = {}
     for parent in model.modules():
@@ -112,15 +115,15 @@ def find_projections(model: torch.nn.Module) -> Iterator[tuple[Any, type[Project
         elif len(merged) == len(rows) == 1 and len(merged[0].output_sizes) == 2:
             roles[merged[0]], roles[rows[0]] = GateUpProjection, DownProjection
     for name, module in model.named_modules():
-        if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
-            continue
-        problem = _problem_with(module, known=module in roles)
+        linear = isinstance(module, ColumnParallelLinear | RowParallelLinear)
+        problem = _problem_with(module, known=module in roles) if linear else _stranger(module)
         if problem:
             raise Refused(
-                f"{type(model).__name__} has a linear layer that SP mode cannot run: {name} {problem}; "
+                f"{type(model).__name__} has a layer that SP mode cannot run: {name} {problem}; "
                 "serve this model without --sp-size and --enable-shift-parallel"
             )
-        yield module, roles[module]
+        if linear:
+            yield module, roles[module]
 
 
 class BaseLinearMethod(UnquantizedLinearMethod):
@@ -157,6 +160,13 @@ def _problem_with(linear: Any, *, known: bool) -> str | None:
     if getattr(linear, "gather_output", False) or not getattr(linear, "input_is_parallel", True):
         return "gathers its output or splits its input"
     return "returns its bias instead of adding it" if linear.skip_bias_add else None
+
+
+def _stranger(module: torch.nn.Module) -> str | None:
+    """What is wrong with a module that is no parallel linear: experts, say, divide and sum in a way of their own."""
+    if isinstance(module, VocabParallelEmbedding | RMSNorm) or next(module.parameters(recurse=False), None) is None:
+        return None
+    return f"is a {type(module).__name__}, which is no projection, norm or embedding"
 
 
 def _shard_dim(linear: Any) -> int:
