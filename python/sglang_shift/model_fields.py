@@ -147,12 +147,17 @@ def _field_problems(hf_config: Any, model: Architecture) -> Iterator[str]:
 
 def _neutral(model: Architecture) -> dict[str, Any]:
     """The fields that must change nothing, and the values with which they do not."""
-    from transformers import CONFIG_MAPPING
-
-    known = {field.name: _default(field) for field in fields(CONFIG_MAPPING[model.model_type])}
+    known = _known(model)
     foreign = {field: field in model.has or value for field, value in FOREIGN.items() if field not in known}
     served = TAKEN | HARMLESS | ROPE | WINDOW | set(model.takes)
     return {field: value for field, value in (foreign | known).items() if field not in served}
+
+
+def _known(model: Architecture) -> dict[str, Any]:
+    """The fields of transformers' class, and their defaults."""
+    from transformers import CONFIG_MAPPING
+
+    return {field.name: _default(field) for field in fields(CONFIG_MAPPING[model.model_type])}
 
 
 def _default(field: Any) -> Any:
@@ -164,7 +169,8 @@ def _window_problems(hf_config: Any, model: Architecture, context_len: int) -> I
     name, kinds = hf_config.architectures[0], getattr(hf_config, "layer_types", None) or []
     if others := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
         yield f"layers of type {', '.join(others)}, which SGLang's {name} does not have; serve another checkpoint"
-    window = getattr(hf_config, "sliding_window", None)
+    # A field of transformers' class; where it has none, transformers does without a window as well.
+    window = hf_config.sliding_window if "sliding_window" in _known(model) else None
     slides = "sliding_attention" in kinds
     if window is None and slides:
         yield "layers of type sliding_attention, and no sliding_window; give one, or serve another checkpoint"

@@ -79,21 +79,3 @@ def context_of(config: Any, given: int | None = None) -> int:
     if given is not None and given > context:
         raise ShiftError(f"--context-length {given} is more than the model's {context}; give that or less")
     return context if given is None else given
-
-
-def check_window(config: Any, context: int) -> None:
-    """Check that no layer looks back less far than sequences are long: SGLang's classes look back at all tokens.
-
-    Raises:
-        ShiftError: one does.
-        ValueError: its window is no number of tokens.
-    """
-    # A field of this class; transformers ignores it in others.
-    window = config.sliding_window if hasattr(type(config), "sliding_window") else None
-    if window is None or "sliding_attention" not in getattr(config, "layer_types", ["sliding_attention"]):
-        return
-    if size_in({"sliding_window": window}, "sliding_window", least=2) < context:
-        raise ShiftError(
-            f"config.json has sliding_window {window}, which SGLang's {config.architectures[0]} does not have: beyond "
-            f"it the context of {context} tokens would be answered wrongly; give --context-length {window} or less"
-        )

@@ -10,7 +10,8 @@ from typing import Any
 
 from sglang_shift.decoder_layer import Layer, check_dense, layer_of
 from sglang_shift.errors import ShiftError
-from sglang_shift.plan.config import architecture_of, check_window, completed, context_of
+from sglang_shift.model_fields import check_fields
+from sglang_shift.plan.config import architecture_of, completed, context_of
 
 BESIDE = "hf_quant_config.json"
 """The file in which NVIDIA's checkpoints say how they are quantized."""
@@ -93,7 +94,7 @@ def _model(file: Path, raw: Any, context_length: int | None) -> Model:
     # Served in 16 bits, as SGLang does with --dtype auto, where it is float32 or none is given.
     layer, _ = layer_of({**config.to_dict(), "dtype": raw.get("dtype") or raw.get("torch_dtype") or "float32"})
     context = context_of(config, context_length)
-    check_window(config, context)
+    check_fields(config, context)
     name, path = _name(file)
     return Model(
         name, layer, config.num_hidden_layers, config.vocab_size, context,
