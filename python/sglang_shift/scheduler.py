@@ -8,13 +8,14 @@ from itertools import islice
 from typing import Any
 
 from sglang.srt.managers import scheduler as sglang_scheduler
-from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.srt.runtime_context import get_device, get_model, get_parallel, get_serving
 from sglang.srt.utils import rank_consensus_checker
 
 from sglang_shift import agreement, platform, seams
+from sglang_shift.admission import NO_TOKENS
 from sglang_shift.calibrator import Calibrator
 from sglang_shift.config import ShiftConfig, shift_config_of
 from sglang_shift.errors import Refused
@@ -143,6 +144,12 @@ class ShiftScheduler(Scheduler):
             kv_reads=reads,
             sp_bucket=sp_bucket,
         )
+
+    def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
+        """As SGLang's; a request that got here without tokens is answered with an error, and never run."""
+        if not req.origin_input_ids:
+            req.set_finish_with_abort(NO_TOKENS)
+        super()._add_request_to_queue(req, is_retracted)
 
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
         """As SGLang's; before and after it the step is reported."""
