@@ -64,7 +64,7 @@ def test_a_rank_never_runs_a_request_without_tokens(monkeypatch):
 @pytest.mark.parametrize("manager", MANAGERS)
 def test_more_samples_than_can_be_made(manager, params):
     request = GenerateReqInput(input_ids=[1], sampling_params=params)
-    with pytest.raises(ValueError, match="n is .* must be at most 16384; send several requests"):
+    with pytest.raises(ValueError, match=r"n is .* must be at most 16384; send several requests"):
         manager.__new__(manager).generate_request(request)
 
 
@@ -73,19 +73,26 @@ def test_samples_that_are_left_to_sglang(params):
     admission.check_samples(params)
 
 
-def tokenized(logprob_start_len=-1, top_logprobs_num=0, **sampling):
-    sampling_params = SamplingParams(**sampling)
-    return SimpleNamespace(
-        sampling_params=sampling_params, logprob_start_len=logprob_start_len, top_logprobs_num=top_logprobs_num
+def tokenized(**values):
+    """A request of one token, with ``values`` for its fields or its sampling parameters."""
+    names = ("input_ids", "mm_inputs", "positional_embed_overrides", "logprob_start_len", "top_logprobs_num")
+    fields = {name: values.pop(name) for name in names if name in values}
+    request = SimpleNamespace(
+        input_ids=[1], mm_inputs=None, positional_embed_overrides=None, logprob_start_len=-1, top_logprobs_num=0
     )
+    request.__dict__.update(fields, sampling_params=SamplingParams(**values))
+    return request
 
 
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
         ({"top_k": 2**31}, "top_k is 2147483648"),
+        ({"input_ids": [5, -1]}, "input_ids has -1"),
+        ({"input_ids": [5, VOCAB, 6]}, f"input_ids has {VOCAB}"),
         ({"stop_token_ids": [1, -1]}, "stop_token_ids has -1"),
         ({"stop_token_ids": [VOCAB]}, f"stop_token_ids has {VOCAB}"),
+        ({"positional_embed_overrides": {}}, "positional_embed_overrides has tensors"),
         ({"logprob_start_len": -2}, "logprob_start_len is -2"),
         ({"top_logprobs_num": -1}, "top_logprobs_num is -1"),
         ({"top_logprobs_num": VOCAB + 1}, f"top_logprobs_num is {VOCAB + 1}"),
@@ -100,6 +107,9 @@ def test_values_that_do_not_fit(values, reason):
     "values",
     [
         {},
+        {"input_ids": None},
+        {"input_ids": [0, VOCAB - 1]},
+        {"input_ids": [VOCAB], "mm_inputs": "an image"},
         {"top_k": -1},
         {"top_k": 2**31 - 1},
         {"stop_token_ids": [0, VOCAB - 1]},

@@ -6,6 +6,7 @@ SGLang's own checks come first; these are for what they let through.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -38,18 +39,32 @@ def check_values(request: Any, vocab_size: int) -> None:
     Raises:
         ValueError: one does not fit.
     """
+    overrides = request.positional_embed_overrides
+    if overrides is not None and not isinstance(overrides, io_struct.PositionalEmbeds):
+        raise ValueError("positional_embed_overrides has tensors and cannot be given as JSON; leave it out")
+    if request.input_ids and request.mm_inputs is None:  # the processor of a multimodal model puts in others
+        check_tokens("input_ids", (min(request.input_ids), max(request.input_ids)), vocab_size)
     params = request.sampling_params
+    check_tokens("stop_token_ids", params.stop_token_ids or (), vocab_size)
     if params.top_k > MAX_TOP_K:
         raise ValueError(f"top_k is {params.top_k} and must be at most {MAX_TOP_K}; give -1 for the whole vocabulary")
-    for token in params.stop_token_ids or ():
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"stop_token_ids has {token}, which is not one of the {vocab_size} tokens; leave it out")
     if isinstance(request, io_struct.TokenizedEmbeddingReqInput):
         return
     if (start := request.logprob_start_len) < -1:
         raise ValueError(f"logprob_start_len is {start} and must be at least -1; give -1 for the new tokens only")
     if not 0 <= (top := request.top_logprobs_num) <= vocab_size:
         raise ValueError(f"top_logprobs_num is {top} and must be between 0 and the {vocab_size} tokens there are")
+
+
+def check_tokens(name: str, tokens: Iterable[int], vocab_size: int) -> None:
+    """Check that each of ``tokens`` exists.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for token in tokens:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"{name} has {token}, but the model's tokens are 0 to {vocab_size - 1}; leave it out")
 
 
 def check_message(message: Any) -> None:
