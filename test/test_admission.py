@@ -60,6 +60,23 @@ def test_a_rank_never_runs_a_request_without_tokens(monkeypatch):
     assert [req.aborted for req in queue] == [admission.NO_TOKENS, None]
 
 
+def test_what_a_request_raises_is_its_answer(monkeypatch):
+    """On every rank alike, as all of them have the same requests; rank 0's answer is the one that is sent."""
+
+    def broken(self, request):
+        raise RuntimeError("dictionary changed size during iteration")
+
+    sent = []
+    monkeypatch.setattr(Scheduler, "handle_generate_request", broken)
+    monkeypatch.setattr(Scheduler, "send_abort_output", lambda self, abort, request: sent.append((abort, request)))
+    request = SimpleNamespace(rid="a")
+    ShiftScheduler.__new__(ShiftScheduler).handle_generate_request(request)
+    ((abort, of),) = sent
+    assert of is request and abort.rid == "a"
+    assert abort.finished_reason["status_code"] == 400
+    assert "cannot be run: dictionary changed size during iteration; correct it" in abort.finished_reason["message"]
+
+
 @pytest.mark.parametrize("params", [{"n": 2**31}, {"n": 2**63}, [{"n": 1}, {"n": 100_000}]])
 @pytest.mark.parametrize("manager", MANAGERS)
 def test_more_samples_than_can_be_made(manager, params):

@@ -168,6 +168,8 @@ def test_sessions(server):
         {"rid": "a"}, {"rid": "b", "session": {"rid": "a"}}, {"rid": "b", "session": {"rid": "nobody"}},
         {"input_ids": [], "session": {"rid": "b"}}, {"input_ids": [], "session": {"rid": "a", "offset": -(10**6)}},
         {"session": {"rid": "a", "offset": 10**9}}, {"session": {"rid": "a", "replace": True}}, {"input_ids": []},
+        {"session": {"rid": "a", "offset": "x"}}, {"session": {"rid": ["a"]}}, {"session": {"id": ["s"]}},
+        {"rid": "c"}, {"session": {"replace": True}},  # each of this line and the one above ended the server
     ]  # fmt: skip
     for turn in turns:
         session = {"id": "s", **turn.pop("session", {})}

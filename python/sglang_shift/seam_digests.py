@@ -13,6 +13,7 @@ DIGESTS = {
     "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod.create_weights": "2a544c0904bc459d",
     "sglang.srt.managers.scheduler:Scheduler.init_tp_model_worker": "0705603e0b266983",
     "sglang.srt.managers.scheduler:Scheduler.run_batch": "4e9bb4d5e649e2f1",
+    "sglang.srt.managers.scheduler:Scheduler.handle_generate_request": "2840bc4fc6926db0",
     "sglang.srt.managers.scheduler:Scheduler._add_request_to_queue": "056a60799b02ac47",
     "sglang.srt.managers.scheduler:Scheduler.process_batch_result": "726305f46a979a47",
     "sglang.srt.managers.scheduler:Scheduler.on_idle": "7b36d7bcce30e1b2",

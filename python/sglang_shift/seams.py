@@ -86,6 +86,8 @@ SEAMS: tuple[Seam, ...] = (
          "sglang_shift.scheduler:ShiftScheduler.init_tp_model_worker", "builds our worker"),
     Seam("overrides", _SCHEDULER + "run_batch", "sglang_shift.scheduler:ShiftScheduler.run_batch",
          "chooses the step's mode"),
+    Seam("overrides", _SCHEDULER + "handle_generate_request",
+         "sglang_shift.scheduler:ShiftScheduler.handle_generate_request", "what a request raises is its answer"),
     Seam("overrides", _SCHEDULER + "_add_request_to_queue",
          "sglang_shift.scheduler:ShiftScheduler._add_request_to_queue", "a request without tokens is never run"),
     Seam("overrides", _SCHEDULER + "process_batch_result",
