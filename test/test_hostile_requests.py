@@ -60,15 +60,12 @@ def completion(prompt, **fields):
 ENDED = {
     "no tokens": (generate(input_ids=[[], []]), "has no tokens"),
     "one without tokens": (generate(input_ids=[[5, 6], []]), "has no tokens"),
-    "no tokens, several samples": (generate({"n": 3}, input_ids=[]), "has no tokens"),
+    "no tokens, several samples": (generate({"n": 3}, input_ids=[[]]), "has no tokens"),
     "no text": (generate(input_ids=None, text=""), "has no tokens"),
     "no texts": (generate(input_ids=None, text=["", ""]), "has no tokens"),
-    "no prompt": (completion(""), "has no tokens"),
-    "no prompts": (completion(["", ""]), "has no tokens"),
-    "a prompt of no tokens": (completion([[]]), "has no tokens"),
     "samples without end": (generate({"n": 2**31}), "n is 2147483648"),
     "samples without end, OpenAI": (completion("a", n=10**9), "n is 1000000000"),
-    "top_k": (generate({"top_k": 2**31}), "top_k is 2147483648"),
+    "top_k": (generate({"top_k": 2**31, "temperature": 1}), "top_k is 2147483648"),
     "top_k, OpenAI": (completion("a", top_k=2**40), "top_k is 1099511627776"),
     "stop token below": (generate({"stop_token_ids": [-1], "min_new_tokens": 2}), "stop_token_ids has -1"),
     "stop token above": (generate({"stop_token_ids": [2**62], "min_new_tokens": 2}), f"stop_token_ids has {2**62}"),
@@ -91,6 +88,10 @@ def test_a_request_that_would_end_a_rank_is_an_error(server, name):
 
 
 ODD = {
+    "no ids": generate(input_ids=[]),
+    "no prompt": completion(""),
+    "no prompts": completion(["", ""]),
+    "a prompt of no tokens": completion([[]]),
     "huge ids": generate(input_ids=[2**62] * 3),
     "ids of text": generate(input_ids=["a"]),
     "too long": generate(input_ids=[5] * 5000),
