@@ -20,6 +20,7 @@ from sglang_shift import agreement, platform, seams
 from sglang_shift.admission import NO_TOKENS
 from sglang_shift.calibrator import Calibrator
 from sglang_shift.config import ShiftConfig, shift_config_of
+from sglang_shift.consensus import same_everywhere
 from sglang_shift.errors import Refused
 from sglang_shift.events import Publisher, StateEvent
 from sglang_shift.internal_state import ShiftInternalState
@@ -156,7 +157,7 @@ class ShiftScheduler(Scheduler):
             super().handle_generate_request(recv_req, **kwargs)
         except Exception as error:
             logger.exception("sglang_shift: the request %s is refused", recv_req.rid)
-            rank_consensus_checker.assert_same("sglang_shift refuses %s: %s", recv_req.rid, error)
+            rank_consensus_checker.assert_same("sglang_shift refuses %s: %s", recv_req.rid, same_everywhere(str(error)))
             reason = FINISH_ABORT(f"the request cannot be run: {error}; correct it", HTTPStatus.BAD_REQUEST)
             self.send_abort_output(AbortReq(rid=recv_req.rid, finished_reason=reason.to_json()), recv_req)
 
