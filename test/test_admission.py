@@ -6,6 +6,7 @@ from array import array
 from types import SimpleNamespace
 
 import pytest
+import torch
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.io_struct import GenerateReqInput, SetInternalStateReq
 from sglang.srt.managers.scheduler import Scheduler
@@ -17,6 +18,7 @@ from sglang_shift.tokenizer import ShiftTokenizerManager, ShiftTokenizerWorker
 
 MANAGERS = (ShiftTokenizerManager, ShiftTokenizerWorker)
 VOCAB = 4096
+MODEL = SimpleNamespace(vocab_size=VOCAB, hidden_size=2, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("manager", MANAGERS)
@@ -92,12 +94,10 @@ def test_samples_that_are_left_to_sglang(params):
 
 def tokenized(**values):
     """A request of one token, with ``values`` for its fields or its sampling parameters."""
-    names = ("input_ids", "mm_inputs", "positional_embed_overrides", "logprob_start_len", "top_logprobs_num")
-    fields = {name: values.pop(name) for name in names if name in values}
-    request = SimpleNamespace(
-        input_ids=[1], mm_inputs=None, positional_embed_overrides=None, logprob_start_len=-1, top_logprobs_num=0
-    )
-    request.__dict__.update(fields, sampling_params=SamplingParams(**values))
+    defaults = {"input_ids": [1], "input_embeds": None, "mm_inputs": None, "positional_embed_overrides": None}
+    defaults |= {"logprob_start_len": -1, "top_logprobs_num": 0}
+    fields = {name: values.pop(name) for name in defaults if name in values}
+    request = SimpleNamespace(**{**defaults, **fields}, sampling_params=SamplingParams(**values))
     return request
 
 
@@ -110,6 +110,7 @@ def tokenized(**values):
         ({"stop_token_ids": [1, -1]}, "stop_token_ids has -1"),
         ({"stop_token_ids": [VOCAB]}, f"stop_token_ids has {VOCAB}"),
         ({"positional_embed_overrides": {}}, "positional_embed_overrides has tensors"),
+        ({"input_embeds": [[0.1, 0.2], [0.1]]}, "input_embeds has a row of 1"),
         ({"logprob_start_len": -2}, "logprob_start_len is -2"),
         ({"top_logprobs_num": -1}, "top_logprobs_num is -1"),
         ({"top_logprobs_num": VOCAB + 1}, f"top_logprobs_num is {VOCAB + 1}"),
@@ -117,14 +118,14 @@ def tokenized(**values):
 )
 def test_values_that_do_not_fit(values, reason):
     with pytest.raises(ValueError, match=reason):
-        admission.check_values(tokenized(**values), VOCAB)
+        admission.check_values(tokenized(**values), MODEL)
 
 
 @pytest.mark.parametrize(
     "values",
     [
         {},
-        {"input_ids": None},
+        {"input_ids": None, "input_embeds": [[0.1, 0.2]]},
         {"input_ids": [0, VOCAB - 1]},
         {"input_ids": [VOCAB], "mm_inputs": "an image"},
         {"top_k": -1},
@@ -135,7 +136,14 @@ def test_values_that_do_not_fit(values, reason):
     ],
 )
 def test_values_that_fit(values):
-    admission.check_values(tokenized(**values), VOCAB)
+    admission.check_values(tokenized(**values), MODEL)
+
+
+def test_embeddings_need_a_model_in_bfloat16():
+    """SGLang makes them bfloat16 whatever the model's dtype is."""
+    model = SimpleNamespace(**{**vars(MODEL), "dtype": torch.float32})
+    with pytest.raises(ValueError, match=r"served in torch\.float32; give --dtype bfloat16"):
+        admission.check_values(tokenized(input_embeds=[[0.1, 0.2]]), model)
 
 
 def test_a_message_that_no_rank_could_read(monkeypatch):

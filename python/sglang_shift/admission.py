@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import msgspec
+import torch
 from sglang.srt.managers import io_struct
 
 NO_TOKENS = "the request has no tokens; give a text, input_ids or input_embeds that is not empty"
@@ -33,12 +34,13 @@ def check_samples(sampling_params: Any) -> None:
             raise ValueError(f"n is {n} and must be at most {MAX_SAMPLES}; send several requests")
 
 
-def check_values(request: Any, vocab_size: int) -> None:
+def check_values(request: Any, model: Any) -> None:
     """Check the values of a tokenized request that have to fit a tensor, or to be an index into one.
 
     Raises:
         ValueError: one does not fit.
     """
+    vocab_size = model.vocab_size
     overrides = request.positional_embed_overrides
     if overrides is not None and not isinstance(overrides, io_struct.PositionalEmbeds):
         raise ValueError("positional_embed_overrides has tensors and cannot be given as JSON; leave it out")
@@ -50,10 +52,25 @@ def check_values(request: Any, vocab_size: int) -> None:
         raise ValueError(f"top_k is {params.top_k} and must be at most {MAX_TOP_K}; give -1 for the whole vocabulary")
     if isinstance(request, io_struct.TokenizedEmbeddingReqInput):
         return
+    if request.input_embeds is not None:
+        check_rows(request.input_embeds, model)
     if (start := request.logprob_start_len) < -1:
         raise ValueError(f"logprob_start_len is {start} and must be at least -1; give -1 for the new tokens only")
     if not 0 <= (top := request.top_logprobs_num) <= vocab_size:
         raise ValueError(f"top_logprobs_num is {top} and must be between 0 and the {vocab_size} tokens there are")
+
+
+def check_rows(rows: Any, model: Any) -> None:
+    """Check embeddings that come with a request: SGLang makes one tensor of them, in bfloat16.
+
+    Raises:
+        ValueError: they are not as wide as the model, or it has another dtype.
+    """
+    if model.dtype != torch.bfloat16:
+        raise ValueError(f"input_embeds are bfloat16, but the model is served in {model.dtype}; give --dtype bfloat16")
+    for row in rows:
+        if len(row) != model.hidden_size:
+            raise ValueError(f"input_embeds has a row of {len(row)}, but the model's have {model.hidden_size} numbers")
 
 
 def check_tokens(name: str, tokens: Iterable[int], vocab_size: int) -> None:

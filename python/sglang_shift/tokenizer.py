@@ -50,7 +50,7 @@ class CheckedRequests(TokenizerManager):
     def _create_tokenized_object(self, *args: Any, **kwargs: Any) -> Any:
         """As SGLang's, if all values fit."""
         tokenized = super()._create_tokenized_object(*args, **kwargs)
-        check_values(tokenized, self.model_config.vocab_size)
+        check_values(tokenized, self.model_config)
         return tokenized
 
     def _dispatch_to_scheduler(self, obj: Any) -> None:
