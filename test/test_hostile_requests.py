@@ -56,7 +56,8 @@ def completion(prompt, **fields):
     return "/v1/completions", {"model": "x", "prompt": prompt, "max_tokens": 4, **fields}
 
 
-# Each of these ended a server, or had it answer no one.
+# These ended a server or had it answer no one, apart from two that asked for what does not exist ("token above",
+# "top_logprobs_num") and were answered with nonsense.
 ENDED = {
     "no tokens": (generate(input_ids=[[], []]), "has no tokens"),
     "one without tokens": (generate(input_ids=[[5, 6], []]), "has no tokens"),
