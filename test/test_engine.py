@@ -21,12 +21,21 @@ def ask(engine, prompts):
         "ignore_eos": True}, return_logprob=True)
     return [(o["output_ids"], [x[0] for x in o["meta_info"]["output_token_logprobs"]]) for o in outputs]
 
+def refused(engine, **request):
+    try:
+        engine.generate(**request)
+    except ValueError as error:
+        return str(error)
+
 def main():
     prompts, other_model = json.loads(sys.stdin.readline()), sys.argv[1]
     engine = sglang_shift.Engine(tp_size=2, sp_size=2, dtype="float32", log_level="warning")
     first = ask(engine, prompts)
     state = engine.get_server_info()["internal_states"][0]["shift"]
     assert state["steps"]["tp"] == 0 < state["steps"]["sp"], state
+    # What would end a rank is an error here, and the engine lives: the answers below are of the same one.
+    assert "has no tokens" in refused(engine, input_ids=[[], []])
+    assert "has no tokens" in refused(engine, prompt="")
     # New weights from disk must reach the whole base weights of every rank, not its own shard only.
     updated = engine.update_weights_from_disk(other_model)
     assert updated[0] if isinstance(updated, tuple) else updated, updated

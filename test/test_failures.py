@@ -130,18 +130,42 @@ def test_sglang_serve_and_nodes_started_differently(servers):
             node.stop()
 
 
+SERVER = ["--dtype", "float32", "--tp-size", "2", "--enable-shift-parallel", "--shift-threshold", "8"]
+
+
+@pytest.mark.server
+def test_two_servers_on_one_machine_and_one_is_told_to_end_under_load(servers):
+    """SIGTERM lets running requests finish and leaves no process; the other server does not notice."""
+    first, ids = servers.get(*SERVER), list(range(50, 80))
+    expected = first.generate(ids, 8).tokens
+    second = Server(SERVER, forked=True)
+    try:
+        second.wait_ready()
+        with ThreadPoolExecutor(8) as pool:
+            running = [pool.submit(second.generate, [*ids, i], 150) for i in range(8)]
+            assert second.generate(ids, 8).tokens == first.generate(ids, 8).tokens == expected
+            second.process.send_signal(signal.SIGTERM)
+            assert [len(future.result(timeout=120).tokens) for future in running] == [150] * 8
+        second.process.wait(120)
+        assert not left_after_a_while(second.process.pid)
+        assert first.generate(ids, 8).tokens == expected
+    finally:
+        second.stop()
+
+
 @pytest.mark.server
 def test_a_rank_that_dies_takes_the_server_down(servers):
-    """A killed rank ends the server with an error, and running requests with it: no hang."""
-    server = servers.get("--tp-size", "2", "--enable-shift-parallel", "--shift-threshold", "8")
+    """A killed rank ends the server with an error, and all running requests with it: no hang."""
+    server = servers.get(*SERVER)
     children = psutil.Process(server.process.pid).children(recursive=True)
     rank = next(p for p in children if "scheduler_TP1" in " ".join(p.cmdline()))
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(server.generate, list(range(50, 200)), 4000)
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(server.generate, list(range(50, 200 + i)), 3800) for i in range(8)]
         time.sleep(1)
         rank.kill()
-        with pytest.raises((requests.RequestException, AssertionError)):
-            running.result(timeout=120)
+        for future in running:
+            with pytest.raises((requests.RequestException, AssertionError)):
+                future.result(timeout=120)
     assert server.process.wait(120) != 0
     assert not left_after_a_while(server.process.pid)
     servers.stop()

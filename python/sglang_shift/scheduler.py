@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
+from http import HTTPStatus
 from itertools import islice
 from typing import Any
 
 from sglang.srt.managers import scheduler as sglang_scheduler
-from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.srt.runtime_context import get_device, get_model, get_parallel, get_serving
 from sglang.srt.utils import rank_consensus_checker
 
 from sglang_shift import agreement, platform, seams
+from sglang_shift.admission import NO_TOKENS
 from sglang_shift.calibrator import Calibrator
 from sglang_shift.config import ShiftConfig, shift_config_of
+from sglang_shift.consensus import same_everywhere
 from sglang_shift.errors import Refused
 from sglang_shift.events import Publisher, StateEvent
 from sglang_shift.internal_state import ShiftInternalState
@@ -143,6 +147,25 @@ class ShiftScheduler(Scheduler):
             kv_reads=reads,
             sp_bucket=sp_bucket,
         )
+
+    def handle_generate_request(self, recv_req: TokenizedGenerateReqInput, **kwargs: Any) -> None:
+        """As SGLang's; what a request raises there is its answer, not the end of the server.
+
+        Every rank has the same requests in the same state, so that all of them refuse it.
+        """
+        try:
+            super().handle_generate_request(recv_req, **kwargs)
+        except Exception as error:
+            logger.exception("sglang_shift: the request %s is refused", recv_req.rid)
+            rank_consensus_checker.assert_same("sglang_shift refuses %s: %s", recv_req.rid, same_everywhere(str(error)))
+            reason = FINISH_ABORT(f"the request cannot be run: {error}; correct it", HTTPStatus.BAD_REQUEST)
+            self.send_abort_output(AbortReq(rid=recv_req.rid, finished_reason=reason.to_json()), recv_req)
+
+    def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
+        """As SGLang's; a request that got here without tokens is answered with an error, and never run."""
+        if not req.origin_input_ids:
+            req.set_finish_with_abort(NO_TOKENS)
+        super()._add_request_to_queue(req, is_retracted)
 
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
         """As SGLang's; before and after it the step is reported."""

@@ -59,6 +59,7 @@ _DECODE_GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner:Deco
 _PREFILL_GRAPHS = "sglang.srt.model_executor.runner.prefill_cuda_graph_runner:PrefillCudaGraphRunner."
 _SCHEDULER_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager."
 _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler."
+_TOKENIZER = "sglang.srt.managers.tokenizer_manager:TokenizerManager."
 _STATE = "sglang.srt.managers.scheduler_components.internal_state:SchedulerInternalStateController."
 
 SEAMS: tuple[Seam, ...] = (
@@ -78,12 +79,18 @@ SEAMS: tuple[Seam, ...] = (
          "SGLang's run_scheduler_process builds the class of this name"),
     Seam("replaces", _UNQUANTIZED, "sglang_shift.weights:BaseLinearMethod",
          "SGLang's linears build the class of this name"),
+    Seam("replaces", "sglang.srt.utils.rank_consensus_checker:_build_payload", "sglang_shift.consensus:build_payload",
+         "what the checker compares is the same on ranks that agree"),
     Seam("overrides", _UNQUANTIZED + ".create_weights", "sglang_shift.weights:BaseLinearMethod.create_weights",
          "a weight is created as a view of its base weight"),
     Seam("overrides", _SCHEDULER + "init_tp_model_worker",
          "sglang_shift.scheduler:ShiftScheduler.init_tp_model_worker", "builds our worker"),
     Seam("overrides", _SCHEDULER + "run_batch", "sglang_shift.scheduler:ShiftScheduler.run_batch",
          "chooses the step's mode"),
+    Seam("overrides", _SCHEDULER + "handle_generate_request",
+         "sglang_shift.scheduler:ShiftScheduler.handle_generate_request", "what a request raises is its answer"),
+    Seam("overrides", _SCHEDULER + "_add_request_to_queue",
+         "sglang_shift.scheduler:ShiftScheduler._add_request_to_queue", "a request without tokens is never run"),
     Seam("overrides", _SCHEDULER + "process_batch_result",
          "sglang_shift.scheduler:ShiftScheduler.process_batch_result", "reports the step once its result is known"),
     Seam("overrides", _SCHEDULER + "on_idle", "sglang_shift.scheduler:ShiftScheduler.on_idle",
@@ -159,6 +166,17 @@ SEAMS: tuple[Seam, ...] = (
             "end_weight_update",
         )
     ),
+    *(
+        Seam("overrides", _TOKENIZER + name, f"sglang_shift.tokenizer:CheckedRequests.{name}", why)
+        for name, why in (
+            ("generate_request", "refuses more samples than can be made"),
+            ("_validate_one_request", "refuses a request without tokens"),
+            ("_create_tokenized_object", "refuses values that fit no tensor"),
+            ("_dispatch_to_scheduler", "refuses what the ranks could not read"),
+            ("_async_dispatch_to_scheduler", "refuses what the ranks could not read"),
+        )
+    ),
+    Seam("relies on", "sglang.srt.managers.io_struct:msgpack_decode", "", "how the ranks read what they are sent"),
     Seam("relies on", "sglang.srt.arg_groups.memory_hook:reserve_for_graph_mb", "",
          "what is reserved for a second set of graphs"),
     Seam("relies on", _EMBEDDING + "VocabParallelEmbedding.forward", "",

@@ -1,7 +1,8 @@
-"""The tokenizer manager: puts each request's steps by mode into its ``meta_info``."""
+"""The tokenizer manager: refuses what would end the ranks; each request's steps by mode in its ``meta_info``."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ from sglang.srt.entrypoints.engine import init_tokenizer_manager as init_stock
 from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
+from sglang_shift.admission import NO_TOKENS, check_message, check_samples, check_values
 from sglang_shift.events import META_INFO_KEY as KEY
 
 
@@ -28,11 +30,45 @@ class ShiftSteps:
             meta_info[KEY] = steps[0]
 
 
-class ShiftTokenizerManager(ShiftSteps, TokenizerManager):
+class CheckedRequests(TokenizerManager):
+    """What would end a rank is answered with an error, and reaches none (:mod:`sglang_shift.admission`)."""
+
+    def generate_request(self, obj: Any, request: Any = None) -> AsyncGenerator[Any]:
+        """As SGLang's, if the request can be multiplied as it asks to be."""
+        check_samples(getattr(obj, "sampling_params", None))
+        return super().generate_request(obj, request)
+
+    def _validate_one_request(self, obj: Any, input_ids: list[int] | None) -> None:
+        """As SGLang's, if the request has tokens."""
+        super()._validate_one_request(obj, input_ids)
+        rows = getattr(obj, "input_embeds", None)
+        # A session may have tokens from before; the processor of a multimodal model may make them later.
+        later = getattr(obj, "session_params", None) or obj.contains_mm_input()
+        if not (input_ids if rows is None else rows) and not later:
+            raise ValueError(NO_TOKENS)
+
+    def _create_tokenized_object(self, *args: Any, **kwargs: Any) -> Any:
+        """As SGLang's, if all values fit."""
+        tokenized = super()._create_tokenized_object(*args, **kwargs)
+        check_values(tokenized, self.model_config)
+        return tokenized
+
+    def _dispatch_to_scheduler(self, obj: Any) -> None:
+        """As SGLang's, if the ranks can read it."""
+        check_message(obj)
+        super()._dispatch_to_scheduler(obj)
+
+    async def _async_dispatch_to_scheduler(self, obj: Any) -> None:
+        """As SGLang's, if the ranks can read it."""
+        check_message(obj)
+        await super()._async_dispatch_to_scheduler(obj)
+
+
+class ShiftTokenizerManager(ShiftSteps, CheckedRequests):
     """SGLang's tokenizer manager, in the main process."""
 
 
-class ShiftTokenizerWorker(ShiftSteps, TokenizerWorker):
+class ShiftTokenizerWorker(ShiftSteps, CheckedRequests, TokenizerWorker):
     """SGLang's tokenizer manager with ``--tokenizer-worker-num`` above 1, in each worker process."""
 
 
