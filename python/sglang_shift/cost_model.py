@@ -135,7 +135,8 @@ class CostModel:
         usual = {phase: _curve(value["usual"][phase], "kv_reads") for phase in PHASES}
         attention = {phase: float(value["attention"][phase]) for phase in PHASES}
         switch = float(value["switch_seconds"])
-        noise = {str(phase): float(error) for phase, error in value.get("noise", {}).items()}  # older files have none
+        raw = dict(value.get("noise", {}))  # older files have none
+        noise = {phase: float(raw[phase]) for phase in PHASES if phase in raw}
         if not all(0 <= number < math.inf for number in (switch, *attention.values(), *noise.values())):
             raise ValueError("a coefficient is negative or not a finite number")
         return CostModel(curves, usual, attention, switch, noise)
