@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import random
-import time
 
 import pytest
 from harness import run_ranks
@@ -105,8 +105,8 @@ def hang_in_different_modes(rank, size, noticed):
         dist.all_reduce(ones, async_op=True) if mode is Mode.TP else dist.all_to_all_single(other, ones, async_op=True)
     )
     assert noticed.wait(60), "the collective cannot say so"
-    watch.stop()
-    del work
+    assert not work.is_completed(), "then there would be nothing to notice"
+    os._exit(0)  # as the watch itself does: nothing that waits for the collective can end in order
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -114,13 +114,8 @@ def test_ranks_that_wait_in_different_collectives_are_told(size):
     import torch.multiprocessing as mp
 
     noticed = mp.get_context("fork").Event()
-    started = time.monotonic()
-    try:
-        run_ranks(size, hang_in_different_modes, noticed)
-    except Exception as error:  # gloo's threads may find out that the others have gone
-        assert "closed" in str(error).lower() or "reset" in str(error).lower(), error
+    run_ranks(size, hang_in_different_modes, noticed)
     assert noticed.is_set()
-    assert time.monotonic() - started < 120
 
 
 def test_a_store_that_is_gone_ends_the_watch_only():

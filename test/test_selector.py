@@ -196,13 +196,15 @@ class TestProbes:
         assert extra > 0.9 * SHARE * spent or selector.steps[Mode.SP] > 0.9 * 20_000 / EVERY
 
     def test_close_ones_come_first(self):
-        """A prefill of one token costs nothing to probe: every 64 steps; one of 2001 is never probed."""
-        selector = ModeSelector(Calibrated(costs(0.01, 0.0199), 512))
-        steps = [StepState(1, 1), StepState(2001, 2001), StepState(4)]
-        probes = [c.step.num_tokens for c in (selector.choose(steps[i % 3]) for i in range(600)) if c.probe]
-        assert probes[0] == 1
-        assert probes.count(1) >= 5 > probes.count(4)
-        assert 2001 not in probes
+        """Of decodes of 1 and of 101 tokens in turn, SP takes 99 % and 1 % longer."""
+        model = costs(0.01, 0.0199)
+        model.curves["decode", Mode.TP] = Curve((1, 101), (0.01, 0.02))
+        model.curves["decode", Mode.SP] = Curve((1, 101), (0.0199, 0.0202))
+        selector = ModeSelector(Calibrated(model, 512))
+        choices = [selector.choose(StepState(1 + 100 * (i % 2))) for i in range(2000)]
+        probes = [c.step.num_tokens for c in choices if c.probe]
+        assert probes[:3] == [101, 101, 101]
+        assert len(probes) > 15 and probes.count(101) > probes.count(1)
 
     def test_a_mode_that_runs_anyway_needs_none(self):
         selector = ModeSelector(Calibrated(costs(0.01, 0.011), 512))

@@ -7,8 +7,8 @@ from sglang_shift.modes import Mode, StepState
 
 EVERY = 64
 """Steps for which a mode has not run in a phase before one is a probe of it."""
-AGAIN = 16
-"""Steps to wait after one that was too dear."""
+AGAIN = 17
+"""Steps to wait after one that was too dear; a prime, so that steps that take turns all get theirs."""
 SHARE = 0.01
 """Of the time that is spent in steps, what probes may take on top: at most this."""
 NEAR = 2.0
