@@ -56,12 +56,15 @@ def whole_choice(policy: ShiftPolicy) -> float:
     """Microseconds of ``choose_mode``, on a scheduler that has what it reads and nothing else; median."""
     import torch
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
+    from sglang_shift.agreement import StepWatch
     from sglang_shift.graphs import PhaseGraphs
     from sglang_shift.scheduler import ShiftScheduler
     from sglang_shift.selector import ModeSelector
 
     scheduler = object.__new__(ShiftScheduler)
     scheduler.shift_selector = ModeSelector(policy)
+    scheduler.shift_watch = StepWatch(1, None)
+    scheduler._agree_on_drift = lambda: None  # one message in 512 steps
     scheduler.running_batch = SimpleNamespace(batch_size=lambda: 64)
     scheduler.waiting_queue = [SimpleNamespace(seqlen=700) for _ in range(1000)]
     scheduler.chunked_req = None

@@ -29,7 +29,7 @@ class ShiftConfig:
         sp_size: S.
         switching: Whether steps may differ (``--enable-shift-parallel``).
         policy: Name of the policy that chooses each step's mode, or ``module:Class``.
-        threshold: Tokens of the ``tokens`` policy; prompt tokens of a long prefill for ``queue-depth``.
+        threshold: Tokens of the ``tokens`` and ``queue-depth`` policies.
         enter_requests: Of ``queue-depth``, as the three that follow.
         leave_requests: See :class:`QueueDepth`.
         enter_tokens: See :class:`QueueDepth`.

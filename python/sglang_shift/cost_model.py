@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from statistics import fmean, median
 from typing import Any
@@ -93,19 +93,27 @@ class CostModel:
         usual: KV reads that the curves contain, by phase.
         attention: Seconds per KV read beyond those, by phase.
         switch_seconds: What the first step after a change of mode costs on top.
+        noise: By phase, the standard error of the logarithm of the modes' ratio at one number of tokens; none
+            where it is not known.
     """
 
     curves: dict[tuple[str, Mode], Curve]
     usual: dict[str, Curve]
     attention: dict[str, float]
     switch_seconds: float = 0.0
+    noise: dict[str, float] = field(default_factory=dict)
 
     def predict(self, mode: Mode, step: StepState) -> float:
         """Seconds that ``step`` takes in ``mode``. A step with any prompt tokens counts as prefill."""
         phase = "prefill" if step.num_prefill_tokens else "decode"
-        tokens = step.padded_tokens if mode is Mode.TP else max(step.num_tokens, step.sp_bucket)
         beyond = max(0.0, step.kv_reads - self.usual[phase](step.num_tokens))
-        return self.curves[phase, mode](tokens) + self.attention[phase] * beyond
+        return self.own(mode, step) + self.attention[phase] * beyond
+
+    def own(self, mode: Mode, step: StepState) -> float:
+        """The same without the attention beyond the usual, which takes as long in both modes."""
+        phase = "prefill" if step.num_prefill_tokens else "decode"
+        tokens = step.padded_tokens if mode is Mode.TP else max(step.num_tokens, step.sp_bucket)
+        return self.curves[phase, mode](tokens)
 
     def crossovers(self, phase: str) -> list[tuple[int, Mode]]:
         """Where the faster mode changes: ``[(tokens from which on, faster mode), ...]``, the first from 1 on."""
@@ -133,6 +141,7 @@ class CostModel:
             "usual": {phase: {"tokens": list(c.tokens), "kv_reads": list(c.values)} for phase, c in self.usual.items()},
             "attention": self.attention,
             "switch_seconds": self.switch_seconds,
+            "noise": self.noise,
         }
 
     @staticmethod
@@ -149,7 +158,9 @@ class CostModel:
         }
         usual = {phase: _curve(value["usual"][phase], "kv_reads") for phase in PHASES}
         attention = {phase: number_of(value["attention"][phase]) for phase in PHASES}
-        return CostModel(curves, usual, attention, number_of(value["switch_seconds"]))
+        raw = dict(value.get("noise", {}))  # older files have none
+        noise = {phase: number_of(raw[phase]) for phase in PHASES if phase in raw}
+        return CostModel(curves, usual, attention, number_of(value["switch_seconds"]), noise)
 
 
 def number_of(value: Any) -> float:
@@ -200,6 +211,7 @@ def fit(measurements: Sequence[Measurement], switch_seconds: float = 0.0) -> Cos
     curves: dict[tuple[str, Mode], Curve] = {}
     usual: dict[str, Curve] = {}
     attention: dict[str, float] = {}
+    noise: dict[str, float] = {}
     for phase in PHASES:
         rows: dict[int, dict[int, dict[Mode, float]]] = {}
         for m in sorted((m for m in measurements if m.phase == phase), key=lambda m: (m.tokens, m.kv_reads)):
@@ -217,16 +229,19 @@ def fit(measurements: Sequence[Measurement], switch_seconds: float = 0.0) -> Cos
         ]
         attention[phase] = max(0.0, median(slopes)) if slopes else 0.0
         means = isotonic(math.sqrt(s[Mode.TP] * s[Mode.SP]) for _, s in first)
-        gains = _gains(shapes, attention[phase])
+        gains, noise[phase] = _gains(shapes, attention[phase])
         for mode, sign in ((Mode.TP, 0.5), (Mode.SP, -0.5)):
             values = [mean * math.exp(sign * gain) for mean, gain in zip(means, gains, strict=True)]
             curves[phase, mode] = Curve(tokens, tuple(isotonic(values)))
         usual[phase] = Curve(tokens, tuple(isotonic(float(reads) for reads, _ in first)))
-    return CostModel(curves, usual, attention, max(0.0, switch_seconds))
+    return CostModel(curves, usual, attention, max(0.0, switch_seconds), noise)
 
 
-def _gains(shapes: dict[int, dict[int, dict[Mode, float]]], attention: float) -> list[float]:
-    """The logarithm of TP's time over SP's by tokens, rising, from seconds by tokens, KV reads and mode."""
+def _gains(shapes: dict[int, dict[int, dict[Mode, float]]], attention: float) -> tuple[list[float], float]:
+    """The logarithm of TP's time over SP's by tokens, rising, from seconds by tokens, KV reads and mode.
+
+    And the standard error of one of them, that is of what was measured at one number of tokens.
+    """
     measured: list[tuple[int, float]] = []
     for tokens, by_reads in shapes.items():
         least = next(iter(by_reads))
@@ -239,7 +254,7 @@ def _gains(shapes: dict[int, dict[int, dict[Mode, float]]], attention: float) ->
     gains = isotonic(fmean(s for (t, _), s in zip(measured, smooth, strict=True) if t == tokens) for tokens in shapes)
     fitted = dict(zip(shapes, gains, strict=True))
     noise = 1.4826 * median(abs(gain - fitted[tokens]) for tokens, gain in measured)
-    return beyond_noise(gains, noise)
+    return beyond_noise(gains, noise), noise / math.sqrt(len(measured) / len(shapes))
 
 
 def beyond_noise(gains: Sequence[float], noise: float) -> list[float]:

@@ -16,3 +16,7 @@ class Refused(ShiftError):
 
 class SeamError(ShiftError):
     """SGLang is not the one this package was written against, or a seam was not installed."""
+
+
+class PolicyFailed(Exception):
+    """A policy of the user's did not choose a mode; every rank knows it in the same step. One sentence."""

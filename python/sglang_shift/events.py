@@ -65,8 +65,8 @@ class StepEvent(msgspec.Struct):
         seconds: How long it took; None where it could not be timed.
         predicted: How long the cost model says it takes in its mode; None without one.
         predicted_other: The same for the other mode.
-        switched: The mode is not that of the step before.
-        reason: Why, for a step that switched; else empty.
+        switched: The mode is not that of the step before, probes left out.
+        reason: Why, for a step that switched or is a probe; else empty.
         exchanged_bytes: Bytes this rank has sent in exchanges since the start.
         exchanges: Exchanges since the start.
         finished: Requests that finished in it.

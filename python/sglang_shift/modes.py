@@ -39,7 +39,7 @@ class StepState:
         bucket: ``num_tokens`` padded to a size that CUDA graphs are captured for; ``num_tokens`` where there is none.
         kv_reads: Pairs of a query token and a KV-cache token that attention computes. For a decode
             step, the sum of the sequence lengths.
-        previous_mode: Mode of the step before; None for the first.
+        previous_mode: Mode that was chosen for the step before; None for the first.
         steps_since_switch: Steps since the mode last changed.
         sp_bucket: ``num_tokens`` padded to the CUDA graph that the step would replay in SP; ``num_tokens`` where it
             would run eagerly.
@@ -70,10 +70,11 @@ class StepState:
 
 
 class ShiftPolicy:
-    """Chooses the mode of a step: a pure function of :class:`StepState`, since every rank must agree.
+    """Chooses the mode of a step.
 
-    Subclass it for ``--shift-policy module:Class``; the class is constructed without arguments, in each
-    rank. It must not look at clocks, random numbers or anything else that differs between ranks.
+    Subclass it for ``--shift-policy module:Class``; the class is constructed without arguments, in each rank.
+    Rank 0's is asked, and all ranks do what it answers. Of the policies here, which cost no message between
+    ranks, each rank has its own: they are pure functions of :class:`StepState`.
     """
 
     def choose(self, step: StepState) -> Mode:

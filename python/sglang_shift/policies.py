@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from sglang_shift.cost_model import PHASES, CostModel
-from sglang_shift.errors import Refused
+from sglang_shift.errors import PolicyFailed, Refused
 from sglang_shift.modes import Mode, ShiftPolicy, StepState
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,20 @@ class TokenThreshold(ShiftPolicy):
 
 @dataclass(frozen=True)
 class QueueDepth(ShiftPolicy):
-    """TP while the queue is short, SP while it is deep, with hysteresis; long prefills are SP at any depth.
+    """What can be said without step times: many tokens are SP, few of a decode TP, and else the queue decides.
 
-    The queue is deep from ``enter_requests`` requests (waiting and running) or ``enter_tokens`` pending
-    prompt tokens on, and short again below both ``leave_requests`` and ``leave_tokens``. In between the
-    mode stays what it was, so that noise at the border does not flap.
+    A step of more than ``threshold`` tokens is SP. Any other decode is TP: how deep the queue is says nothing of
+    how many tokens a decode has, and with few of them SP can take several times as long. Any other prefill is SP
+    while the queue is deep and TP while it is short.
+
+    The queue is what waits, not what runs. It is deep from ``enter_requests`` waiting requests or
+    ``enter_tokens`` pending prompt tokens on, and short again below both ``leave_requests`` and
+    ``leave_tokens``. In between the mode stays what it was, so that noise at the border does not flap.
 
     Attributes:
-        threshold: Prompt tokens in a step above which it is a long prefill.
-        enter_requests: Requests that make the queue deep.
-        leave_requests: Requests below which it is short again.
+        threshold: Tokens in a step above which it is SP.
+        enter_requests: Waiting requests that make the queue deep.
+        leave_requests: Waiting requests below which it is short again.
         enter_tokens: Pending prompt tokens that make the queue deep.
         leave_tokens: Pending prompt tokens below which it is short again.
     """
@@ -67,8 +75,14 @@ class QueueDepth(ShiftPolicy):
 
     def choose(self, step: StepState) -> Mode:
         """The mode of ``step``."""
-        requests, tokens = step.num_waiting + step.num_running, step.pending_prefill_tokens
-        if step.num_prefill_tokens > self.threshold or requests >= self.enter_requests or tokens >= self.enter_tokens:
+        if step.padded_tokens > self.threshold:
+            return Mode.SP
+        return self.by_depth(step) if step.num_prefill_tokens else Mode.TP
+
+    def by_depth(self, step: StepState) -> Mode:
+        """SP while the queue is deep, TP while it is short, in between the mode of the step before, at first TP."""
+        requests, tokens = step.num_waiting, step.pending_prefill_tokens
+        if requests >= self.enter_requests or tokens >= self.enter_tokens:
             return Mode.SP
         if requests < self.leave_requests and tokens < self.leave_tokens:
             return Mode.TP
@@ -76,16 +90,22 @@ class QueueDepth(ShiftPolicy):
 
     def explain(self, step: StepState, mode: Mode) -> str:
         """Which threshold decided."""
-        if step.num_prefill_tokens > self.threshold:
-            return f"a prefill of {step.num_prefill_tokens} tokens"
-        depth = f"{step.num_waiting + step.num_running} requests, {step.pending_prefill_tokens} pending tokens"
+        if step.padded_tokens > self.threshold or not step.num_prefill_tokens:
+            return f"a {step.phase} step of {step.padded_tokens} tokens"
+        return self.depth(step, mode)
+
+    @staticmethod
+    def depth(step: StepState, mode: Mode) -> str:
+        """The queue that decided for ``mode``, in words."""
+        depth = f"{step.num_waiting} waiting, {step.pending_prefill_tokens} pending tokens"
         return f"{'deep' if mode is Mode.SP else 'short'} queue: {depth}"
 
     def describe(self) -> str:
         """One line."""
         return (
-            f"SP from {self.enter_requests} requests or {self.enter_tokens} pending tokens on, TP again below "
-            f"{self.leave_requests} and {self.leave_tokens}; SP for prefills of more than {self.threshold} tokens"
+            f"SP for steps of more than {self.threshold} tokens, and for other prefills from {self.enter_requests} "
+            f"waiting requests or {self.enter_tokens} pending tokens on until they are below {self.leave_requests} "
+            f"and {self.leave_tokens}; else TP"
         )
 
 
@@ -93,7 +113,10 @@ class QueueDepth(ShiftPolicy):
 class Calibrated(ShiftPolicy):
     """The mode with the lower predicted time, where leaving the previous one is worth its cost.
 
-    What a change of mode costs was measured; mostly it is nothing, and then the faster mode is taken. Else
+    Where the predicted times cannot be told apart, the queue decides: SP while it is deep, TP while it is short.
+    That is where they are within twice the standard error of their ratio, or within what the ratio has drifted by.
+
+    What a change of mode costs was measured; mostly it is nothing, and then the mode so found is taken. Else
     a change must gain
 
     - in a prefill, that cost; with more prompts pending, the next step is a prefill of up to a chunk, and
@@ -105,25 +128,37 @@ class Calibrated(ShiftPolicy):
     Attributes:
         costs: Predicted times.
         chunk: Prompt tokens that one step takes (``--chunked-prefill-size``).
+        doubts: By phase, how far the ratio of the modes' times is off, as a share; the same on every rank.
     """
 
     costs: CostModel
     chunk: int
+    doubts: dict[str, float] = field(default_factory=dict)
 
     def choose(self, step: StepState) -> Mode:
         """The mode of ``step``."""
-        tp, sp = self.costs.predict(Mode.TP, step), self.costs.predict(Mode.SP, step)
-        faster = Mode.SP if sp < tp else Mode.TP
+        # Without the attention that takes as long in both modes: it decides nothing.
+        tp, sp = self.costs.own(Mode.TP, step), self.costs.own(Mode.SP, step)
+        wanted = Mode.SP if sp < tp else Mode.TP
+        if self._tied(step, tp, sp):
+            wanted = QUEUE.by_depth(step)
         previous = step.previous_mode
-        if previous is None or faster is previous or not self.costs.switch_seconds:
-            return faster
+        if previous is None or wanted is previous or not self.costs.switch_seconds:
+            return wanted
         if not step.num_prefill_tokens:
             changes = 2 / (1 + step.steps_since_switch)
         elif step.pending_prefill_tokens and self._next(step) is previous:
             changes = 2
         else:
             changes = 1
-        return faster if abs(tp - sp) > changes * self.costs.switch_seconds else previous
+        return wanted if abs(tp - sp) > changes * self.costs.switch_seconds else previous
+
+    def _tied(self, step: StepState, tp: float, sp: float) -> bool:
+        phase = "prefill" if step.num_prefill_tokens else "decode"
+        unsure = 2 * self.costs.noise.get(phase, 0.0)
+        if self.doubts:
+            unsure = max(unsure, self.doubts.get(phase, 0.0))
+        return abs(tp - sp) <= unsure * min(tp, sp)
 
     def _next(self, step: StepState) -> Mode:
         tokens = min(step.pending_prefill_tokens, self.chunk)
@@ -131,9 +166,11 @@ class Calibrated(ShiftPolicy):
         return Mode.SP if prefill["prefill", Mode.SP](tokens) < prefill["prefill", Mode.TP](tokens) else Mode.TP
 
     def explain(self, step: StepState, mode: Mode) -> str:
-        """The predictions."""
+        """The predictions, and the queue where it decides."""
         times = ", ".join(f"{m.value.upper()} {1e3 * self.costs.predict(m, step):.2f} ms" for m in (mode, mode.other))
-        return f"{times} predicted for {step.num_tokens} tokens ({step.phase}), {step.num_waiting} waiting"
+        tied = self._tied(step, self.costs.own(Mode.TP, step), self.costs.own(Mode.SP, step))
+        queue = QUEUE.depth(step, mode) if tied else f"{step.num_waiting} waiting"
+        return f"{times} predicted for {step.num_tokens} tokens ({step.phase}), {queue}"
 
     def describe(self) -> str:
         """One line: where each phase changes mode."""
@@ -148,6 +185,53 @@ class Calibrated(ShiftPolicy):
         )
 
 
+class LedPolicy(ShiftPolicy):
+    """A policy of the user's: rank 0 asks it, and every rank does what it answers there.
+
+    So the ranks choose alike whatever it looks at, and all of them learn that it failed.
+
+    Args:
+        policy: The user's.
+        leads: Whether this is rank 0.
+        share: Returns what rank 0 called it with, on every rank; all call it for every step.
+    """
+
+    FAILED = -1
+
+    def __init__(self, policy: ShiftPolicy, leads: bool, share: Callable[[int], int]) -> None:
+        self.policy, self.leads, self.share = policy, leads, share
+
+    def choose(self, step: StepState) -> Mode:
+        """Rank 0's mode of ``step``.
+
+        Raises:
+            PolicyFailed: the user's policy raised an error on rank 0, or did not answer with a mode there.
+        """
+        modes, answer = list(Mode), self.FAILED
+        if self.leads:
+            try:
+                answer = modes.index(Mode(self.policy.choose(step)))
+            except Exception:  # whatever the user's code raises
+                logger.exception("sglang_shift: %s failed", type(self.policy).__name__)
+        answer = self.share(answer)
+        if answer == self.FAILED:
+            raise PolicyFailed(f"{type(self.policy).__name__} failed on rank 0 of this replica")
+        return modes[answer]
+
+    def explain(self, step: StepState, mode: Mode) -> str:
+        """The user's."""
+        return self.policy.explain(step, mode)
+
+    def describe(self) -> str:
+        """The user's line, or the name of the class where there is none to be had."""
+        try:
+            return str(self.policy.describe())
+        except Exception as error:  # whatever the user's code raises
+            return f"{type(self.policy).__name__} (it does not describe itself: {type(error).__name__}: {error})"
+
+
+QUEUE = QueueDepth()
+"""Decides where step times are not known well enough."""
 POLICIES = ("calibrated", "queue-depth", "tokens", "tp", "sp")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
+from sglang_shift.cost_model import PHASES
 from sglang_shift.events import META_INFO_KEY, Finished, Publisher, StepEvent
 from sglang_shift.modes import Mode
 from sglang_shift.selector import Choice, Drift, ModeSelector
@@ -17,6 +18,8 @@ from sglang_shift.stopwatch import Lap
 logger = logging.getLogger(__name__)
 
 SGLANG_BATCH_LINES = "sglang.srt.managers.scheduler_components.metrics_reporter"
+DRIFT_LOG_STEPS = 64
+"""Steps between looks at drift, which take a median of hundreds of numbers each."""
 SWITCH_LOG_S = 5.0
 """Seconds between log lines about switches."""
 STATE_S = 1.0
@@ -79,12 +82,16 @@ class StepReporter:
         if running is None:
             return
         choice, step, mode = running.choice, running.choice.step, running.choice.mode
-        reason = self._explain(choice) if choice.switched else ""
+        if choice.probe:
+            reason = f"a probe: what {mode.value.upper()} takes, beside the predicted time"
+        else:
+            reason = self._explain(choice) if choice.switched else ""
         seconds = running.lap.seconds if running.lap is not None else None
         if seconds is not None and running.predicted is not None:
-            self.drift.add(mode, running.predicted[mode], seconds)
-            self._log_drift()
+            self.drift.add(mode, running.predicted[mode], seconds, step.phase)
         self._steps += 1
+        if self._steps % DRIFT_LOG_STEPS == 0:
+            self._log_drift()
         self.publisher.send(
             StepEvent(
                 time=time.time(),
@@ -146,6 +153,7 @@ class StepReporter:
         if not self._drift_logged and self.drift.drifted:
             self._drift_logged = True
             ratios = {m.value.upper(): self.drift.ratio(m) for m in Mode}
+            ratios |= {f"TP over SP in a {phase}": self.drift.skew(phase) for phase in PHASES}
             text = ", ".join(f"{m} {r:.2f} x" for m, r in ratios.items() if r is not None)
             logger.info("Step times have drifted from the predicted ones (median of the last steps): %s", text)
 

@@ -21,12 +21,13 @@ from sglang_shift.admission import NO_TOKENS
 from sglang_shift.calibrator import Calibrator
 from sglang_shift.config import ShiftConfig, shift_config_of
 from sglang_shift.consensus import same_everywhere
+from sglang_shift.cost_model import PHASES
 from sglang_shift.errors import Refused
 from sglang_shift.events import Publisher, StateEvent
 from sglang_shift.internal_state import ShiftInternalState
 from sglang_shift.measuring import kv_reads
 from sglang_shift.modes import PENDING_REQUESTS, Mode, StepState
-from sglang_shift.policies import FixedMode
+from sglang_shift.policies import POLICIES, FixedMode, LedPolicy
 from sglang_shift.region import region
 from sglang_shift.reporter import ShiftOutputStreamer, StepReporter
 from sglang_shift.selector import Choice, ModeSelector, make_policy
@@ -52,6 +53,7 @@ class ShiftScheduler(Scheduler):
         if get_parallel().tp_rank == 0:
             publisher = Publisher(get_parallel().dp_rank or 0)
             self.shift_reporter = StepReporter(self.shift_selector, publisher, self.shift_event, region.groups.exchange)
+        self.shift_watch = agreement.StepWatch.of_replica()
         logger.info("sglang_shift: %s; policy: %s", self.shift_config, self.shift_selector.policy_text)
 
     def init_tp_model_worker(self) -> None:
@@ -75,6 +77,7 @@ class ShiftScheduler(Scheduler):
 
         At an orderly end only. An exchange that cannot be closed must not keep the process from ending.
         """
+        self.shift_watch.stop()
         super().release_host_resources()
         try:
             region.groups.exchange.close()
@@ -89,7 +92,10 @@ class ShiftScheduler(Scheduler):
         if broken is not None and config.policy == "calibrated":
             selector.policy = FixedMode(broken.other)
         else:
-            selector.policy = make_policy(config, costs, self.shift_chunk)
+            policy = make_policy(config, costs, self.shift_chunk)
+            if config.policy not in POLICIES:  # the user's
+                policy = LedPolicy(policy, get_parallel().tp_rank == 0, self._from_rank_0)
+            selector.policy = policy
         if config.policy == "calibrated" and costs is None:
             logger.warning("sglang_shift: without a calibration, the policy is: %s", selector.policy_text)
 
@@ -113,8 +119,21 @@ class ShiftScheduler(Scheduler):
         if step.num_tokens == 0:
             return None
         choice = self.shift_selector.choose(step)
+        self.shift_watch.note(step.num_tokens, step.num_prefill_tokens, choice.mode)
+        if self.shift_selector.asks_for_drift:
+            self._agree_on_drift()
         rank_consensus_checker.assert_same("sglang_shift step %s in %s", choice.step, choice.mode)
         return choice
+
+    @staticmethod
+    def _from_rank_0(number: int) -> int:
+        return int(agreement.from_rank_0([number])[0])
+
+    def _agree_on_drift(self) -> None:
+        """What rank 0's clock says of the ratio of the modes' times, from the next step on, on every rank."""
+        found = {} if self.shift_reporter is None else self.shift_reporter.drift.doubts
+        shared = agreement.from_rank_0([found.get(phase, 0.0) for phase in PHASES])
+        self.shift_selector.doubt({phase: share for phase, share in zip(PHASES, shared, strict=True) if share})
 
     def step_state(self, batch: ScheduleBatch) -> StepState:
         """What the policy sees; only what is identical on every rank may enter."""

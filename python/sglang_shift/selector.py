@@ -10,16 +10,20 @@ from typing import Any
 
 from sglang_shift.calibration import Calibration
 from sglang_shift.config import DEFAULT_THRESHOLD, ShiftConfig
-from sglang_shift.cost_model import CostModel
+from sglang_shift.cost_model import PHASES, CostModel
+from sglang_shift.errors import PolicyFailed
 from sglang_shift.modes import Mode, ShiftPolicy, StepState
 from sglang_shift.policies import Calibrated, FixedMode, QueueDepth, TokenThreshold, load_policy
+from sglang_shift.probes import Probes
 
 logger = logging.getLogger(__name__)
 
 DRIFT = 1.5
-"""Actual step times that are this many times the predicted ones, or the predicted them, have drifted."""
+"""Step times have drifted where actual over predicted ones, or this of TP over this of SP, are so far from 1."""
 DRIFT_STEPS = 256
 """Steps of a mode over which drift is measured."""
+ENOUGH_STEPS = 32
+"""Steps of a phase in each mode after which these are compared. Of the mode that is not chosen, most are probes."""
 
 
 def make_policy(config: ShiftConfig, costs: CostModel | None, chunk: int) -> ShiftPolicy:
@@ -27,7 +31,7 @@ def make_policy(config: ShiftConfig, costs: CostModel | None, chunk: int) -> Shi
 
     Args:
         config: The settings.
-        costs: Predicted step times; without them ``calibrated`` becomes ``tokens``.
+        costs: Predicted step times; without them ``calibrated`` becomes ``queue-depth``.
         chunk: Prompt tokens that one step takes.
 
     Raises:
@@ -35,13 +39,13 @@ def make_policy(config: ShiftConfig, costs: CostModel | None, chunk: int) -> Shi
     """
     if config.policy in (Mode.TP.value, Mode.SP.value):
         return FixedMode(Mode(config.policy))
-    if config.policy == "queue-depth":
+    if config.policy == "calibrated" and costs is not None:
+        return Calibrated(costs, chunk)
+    if config.policy in ("calibrated", "queue-depth"):
         return QueueDepth(
             config.threshold, config.enter_requests, config.leave_requests, config.enter_tokens, config.leave_tokens
         )
-    if config.policy == "calibrated" and costs is not None:
-        return Calibrated(costs, chunk)
-    if config.policy in ("calibrated", "tokens"):
+    if config.policy == "tokens":
         return TokenThreshold(config.threshold)
     return load_policy(config.policy)
 
@@ -53,14 +57,14 @@ class Choice:
     Attributes:
         step: The state it was decided on.
         mode: The mode.
-        switched: Whether it is not that of the step before.
-        reason: Why, where it switched; else empty.
+        switched: Whether it is not that of the step before, probes left out.
+        probe: Whether it is the mode that the policy did not choose.
     """
 
     step: StepState
     mode: Mode
     switched: bool
-    reason: str
+    probe: bool = False
 
 
 class ModeSelector:
@@ -69,15 +73,18 @@ class ModeSelector:
     Attributes:
         policy: The policy.
         policy_text: The policy in words.
+        probes: Which steps are probes; None where there are none.
         calibration: Where predictions come from, or None.
+        count: Steps so far.
         steps: Steps so far, by mode.
         tokens: Tokens so far, by mode.
-        switches: Changes of mode so far.
+        switches: Changes of mode so far, probes left out.
     """
 
     def __init__(self, policy: ShiftPolicy) -> None:
         self.policy = policy
         self.calibration: Calibration | None = None
+        self.count = 0
         self.steps = dict.fromkeys(Mode, 0)
         self.tokens = dict.fromkeys(Mode, 0)
         self.switches = 0
@@ -94,6 +101,17 @@ class ModeSelector:
         self._policy = policy
         # Kept: it can take milliseconds, and is asked for every second between steps.
         self.policy_text = policy.describe()
+        self.probes = Probes(policy.costs) if isinstance(policy, Calibrated) else None
+
+    @property
+    def asks_for_drift(self) -> bool:
+        """Whether all ranks are to agree now, between two steps, on what :meth:`doubt` takes."""
+        return self.count % (2 * DRIFT_STEPS) == 0 and isinstance(self._policy, Calibrated)
+
+    def doubt(self, doubts: dict[str, float]) -> None:
+        """How far the ratio of the modes' times is off, by phase, from the next step on; the same on every rank."""
+        if isinstance(self._policy, Calibrated) and self._policy.doubts != doubts:
+            self._policy = replace(self._policy, doubts=doubts)
 
     def counters(self) -> dict[str, Any]:
         """Steps and tokens by mode, and switches, as JSON."""
@@ -106,24 +124,26 @@ class ModeSelector:
     def choose(self, step: StepState) -> Choice:
         """The mode of ``step``, whose ``previous_mode`` and ``steps_since_switch`` are filled in here.
 
-        A policy of the user's that fails is replaced for good, on every rank alike, by ``tokens``.
+        A policy of the user's that fails is replaced for good, on every rank in this step, by ``tokens``.
         """
         step = replace(step, previous_mode=self.previous_mode, steps_since_switch=self.steps_since_switch)
         try:
-            mode = Mode(self.policy.choose(step))
-            switched = self.previous_mode not in (None, mode)
-            reason = self.policy.explain(step, mode) if switched else ""
-        except Exception:  # whatever the user's code raises
+            chosen = self._policy.choose(step)
+        except PolicyFailed as error:
             fallback = TokenThreshold(DEFAULT_THRESHOLD)
-            logger.exception("%s failed; from now on: %s", self.policy_text, fallback.describe())
+            logger.error("sglang_shift: %s; from now on: %s", error, fallback.describe())
             self.policy = fallback
             return self.choose(step)
+        switched = self.previous_mode not in (None, chosen)
+        probe = self.probes is not None and self.probes.due(step, chosen, switched)
+        mode = chosen.other if probe else chosen
+        self.count += 1
         self.steps[mode] += 1
         self.tokens[mode] += step.num_tokens
         self.switches += switched
         self.steps_since_switch = 0 if switched else self.steps_since_switch + 1
-        self.previous_mode = mode
-        return Choice(step, mode, switched, reason)
+        self.previous_mode = chosen  # a policy that stays where it is must not follow a probe
+        return Choice(step, mode, switched, probe)
 
     def predict(self, step: StepState) -> dict[Mode, float] | None:
         """Predicted seconds in each mode, or None without a calibration."""
@@ -136,25 +156,54 @@ class Drift:
     """How far actual step times have moved from the predicted ones: one rank's view, from its clock."""
 
     def __init__(self) -> None:
-        self._ratios = {mode: deque[float](maxlen=DRIFT_STEPS) for mode in Mode}
+        self._ratios = {(phase, mode): deque[float](maxlen=DRIFT_STEPS) for phase in PHASES for mode in Mode}
+        self._all = {mode: deque[float](maxlen=DRIFT_STEPS) for mode in Mode}
 
-    def add(self, mode: Mode, predicted: float, seconds: float) -> None:
-        """Record a step. Times that a clock cannot have measured are left out."""
+    def add(self, mode: Mode, predicted: float, seconds: float, phase: str = "decode") -> None:
+        """Record a step. Times that a clock cannot have measured are left out; a mixed step is a prefill."""
         if predicted > 0 and 0 < seconds < 3600:
-            self._ratios[mode].append(seconds / predicted)
+            self._ratios["decode" if phase == "decode" else "prefill", mode].append(seconds / predicted)
+            self._all[mode].append(seconds / predicted)
 
     def ratio(self, mode: Mode) -> float | None:
         """Median of actual over predicted time of the last steps; None before there are enough."""
-        ratios = self._ratios[mode]
+        ratios = self._all[mode]
         return median(ratios) if len(ratios) == DRIFT_STEPS else None
+
+    def skew(self, phase: str) -> float | None:
+        """How far the ratio of TP's time to SP's is off in ``phase``, as a factor; None before enough of each ran.
+
+        This is what decides between the modes. What slows both alike leaves it at 1.
+        """
+        tp, sp = (self._ratios[phase, mode] for mode in (Mode.TP, Mode.SP))
+        return median(tp) / median(sp) if min(len(tp), len(sp)) >= ENOUGH_STEPS else None
+
+    @property
+    def doubts(self) -> dict[str, float]:
+        """By phase, by which share the predicted ratio of the modes may be off; only where it has drifted.
+
+        Where one mode has not run often enough to compare, what the other is off by.
+        """
+        found = {}
+        for phase in PHASES:
+            off = self.skew(phase)
+            if off is None:
+                off = next((r for mode in Mode if (r := self._of(phase, mode)) is not None), 1.0)
+            if (factor := max(off, 1 / off)) > DRIFT:
+                found[phase] = factor - 1
+        return found
 
     @property
     def drifted(self) -> bool:
-        """Whether either mode's step times are off by more than :data:`DRIFT`."""
-        ratios = [r for mode in Mode if (r := self.ratio(mode)) is not None]
-        return any(not 1 / DRIFT < r < DRIFT for r in ratios)
+        """Whether either mode's step times, or their ratio in a phase, are off by more than :data:`DRIFT`."""
+        off = [self.ratio(mode) for mode in Mode] + [self.skew(phase) for phase in PHASES]
+        return any(r is not None and max(r, 1 / r) > DRIFT for r in off)
 
     def clear(self) -> None:
         """Forget all steps."""
-        for ratios in self._ratios.values():
+        for ratios in (*self._ratios.values(), *self._all.values()):
             ratios.clear()
+
+    def _of(self, phase: str, mode: Mode) -> float | None:
+        ratios = self._ratios[phase, mode]
+        return median(ratios) if len(ratios) == DRIFT_STEPS else None

@@ -66,8 +66,8 @@ class ShiftServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
         Arg(
             help=f"With --enable-shift-parallel, how a step's mode is chosen: {', '.join(POLICIES)}, or a class of "
             "your own as module:Class. calibrated (default): the faster mode by step times measured at start-up. "
-            "queue-depth: SP while the queue is deep. tokens: SP when the step has more than --shift-threshold "
-            "tokens. tp, sp: that mode for every step.",
+            "queue-depth: SP for many tokens, and for prefills while the queue is deep. tokens: SP when the step has "
+            "more than --shift-threshold tokens. tp, sp: that mode for every step.",
             resolvable=True,
         ),
         NS("shift"),
@@ -75,8 +75,8 @@ class ShiftServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
     shift_threshold: A[
         Optional[int],  # noqa: UP045
         Arg(
-            help="Tokens in a step above which the tokens policy runs it in SP, and prompt tokens above which "
-            f"queue-depth does. Default: {DEFAULT_THRESHOLD}. Given alone, it selects the tokens policy.",
+            help="Tokens in a step above which the policies tokens and queue-depth run it in SP. "
+            f"Default: {DEFAULT_THRESHOLD}. Given alone, it selects the tokens policy.",
             resolvable=True,
         ),
         NS("shift"),
@@ -84,14 +84,16 @@ class ShiftServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
     shift_enter_requests: A[
         Optional[int],  # noqa: UP045
         Arg(
-            help="queue-depth: requests, waiting and running, from which on the queue is deep. "
-            f"Default: {QueueDepth.enter_requests}."
+            help=f"queue-depth: waiting requests from which on the queue is deep. Default: {QueueDepth.enter_requests}."
         ),
         NS("shift"),
     ] = None
     shift_leave_requests: A[
         Optional[int],  # noqa: UP045
-        Arg(help=f"queue-depth: requests below which the queue is short again. Default: {QueueDepth.leave_requests}."),
+        Arg(
+            help="queue-depth: waiting requests below which the queue is short again. "
+            f"Default: {QueueDepth.leave_requests}."
+        ),
         NS("shift"),
     ] = None
     shift_enter_tokens: A[
