@@ -94,7 +94,7 @@ def _words(entry: Entry, action: argparse.Action, where: str) -> list[str]:
         if not isinstance(value, bool):
             raise ShiftError(f"{where} is true or false, without quotes, and here it is neither")
         return [flag] if value else []
-    if not isinstance(action, argparse._StoreAction) or action.dest == "config":
+    if not (isinstance(action, argparse._StoreAction) or action.nargs is None) or action.dest == "config":
         raise ShiftError(f"{where} cannot be given in a file; give {flag} on the command line")
     if value is None and entry.text not in (action.choices or ()):  # --disaggregation-mode has one named null
         raise ShiftError(f"{where} has no value; give it one, or take the line out")

@@ -33,7 +33,10 @@ APP_VARIABLE = "SGLANG_HTTP_SERVER_APP_PATH"
 
 PAGE = Path(__file__).parent / "static" / "shift.html"
 
-NOT_READY = "no state of the scheduler has arrived yet; try again when the model has loaded"
+NOT_READY = (
+    "no state of the scheduler has arrived yet; try again when the model has loaded, and see the server's log for "
+    "why it has no events if none arrives"
+)
 
 REUSE_SECONDS = 0.5
 """How long one snapshot is answered to all who ask."""
@@ -54,7 +57,7 @@ def start(replicas: int = 1, metric_labels: Mapping[str, str] | None = None) -> 
     """
     from sglang.srt.entrypoints.http_server import app
 
-    prepare_endpoint()
+    prepare_endpoint(replicas)
     os.environ[REPLICAS_VARIABLE] = str(replicas)
     os.environ.setdefault(APP_VARIABLE, "sglang_shift.http_worker:app")
     hub = Hub(replicas)

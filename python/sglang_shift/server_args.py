@@ -225,7 +225,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def prepare_server_args(argv: list[str], prog: str = "python -m sglang_shift.launch_server") -> ShiftServerArgs:
-    """Parse a command line as SGLang does, and the file it names. Where neither names a model, the demo model is served.
+    """Parse a command line as SGLang does, and the file it names. If neither names a model, the demo model is served.
 
     Raises:
         SystemExit: argparse's, with its message, on a bad flag.
