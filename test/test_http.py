@@ -251,7 +251,8 @@ def test_in_sglangs_own_app(tmp_path, key):
     environment = {k: v for k, v in os.environ.items() if k not in ("SGLANG_SHIFT_EVENTS", http.APP_VARIABLE)}
     done = subprocess.run(
         [sys.executable, "-c", START],
-        env={**environment, "TMPDIR": str(tmp_path), "TEST_API_KEY": key}, capture_output=True, text=True, timeout=120, check=False,
+        env={**environment, "TMPDIR": str(tmp_path), "TEST_API_KEY": key},
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     hub, launcher, worker_hub, worker, app_path, endpoint = json.loads(done.stdout.splitlines()[-1])
