@@ -31,10 +31,10 @@ for arg in "$@"; do
         --api-key) auth=' -H "Authorization: Bearer YOUR_API_KEY"' ;;
         --ssl-certfile) scheme=https ;;
     esac
-    case ${arg%%=*} in
-        --tp-size | --tensor-parallel-size) add_size=false ;;
-        --sp-size | --sequence-parallel-size | --enable-shift-parallel) add_shift=false ;;
-        --config) add_size=false add_shift=false ;;
+    case ${arg%%=*} in # abbreviated as well, as the parser accepts them
+        --tp | --tp-* | --te*) add_size=false ;;
+        --sp-s | --sp-si* | --seq* | --enable-shi*) add_shift=false ;;
+        --conf*) add_size=false add_shift=false ;;
         -h | --help) sed -n 's/^# \{0,1\}//; 2,7p' "${BASH_SOURCE[0]}"; echo; node=-1 ;;
     esac
 done

@@ -68,6 +68,8 @@ def assert_one_sentence(done: subprocess.CompletedProcess[str], *parts: str) -> 
     [
         (["--tp-size", "4", "--sp-size", "3"], ["--sp-size 3", "--tp-size 4"]),
         (["--tp-size", "2", "--sp-size", "2", "--model-path", "nobody/nothing"], ["nobody/nothing"]),
+        (["--tp-size", "2", "--sp-size", "2", "--config=missing.yaml"], ["--config missing.yaml", "No such file"]),
+        (["--tp-size", "2", "--sp-size", "2", "--lora-paths", '{"a": 1}'], ["lora_name"]),
     ],
 )
 def test_bad_flags(flags, parts):

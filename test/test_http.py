@@ -111,13 +111,61 @@ def test_other_methods_and_routes(client):
     assert client.get("/openapi.json").status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/shift", "/shift/status"])
-def test_the_api_key_applies(app, path):
+KEYS = {"no key": None, "wrong": "wrong", "api": "secret", "admin": "admin"}
+CONFIGURED = [(None, None), ("secret", None), (None, "admin"), ("secret", "admin")]
+
+
+def bearer(key: str | None) -> dict[str, str]:
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+
+@pytest.mark.parametrize(("api_key", "admin_api_key"), CONFIGURED)
+def test_the_data_is_protected_as_server_info_is(app, api_key, admin_api_key):
+    """Of SGLang's own app, whose server_info decides; an --admin-api-key alone protects neither."""
+    from sglang.srt.entrypoints.http_server import app as sglang_app
+
+    [server_info] = [r for r in sglang_app.router.routes if getattr(r, "path", None) == "/server_info"]
+    level = getattr(server_info.endpoint, "_auth_level", AuthLevel.NORMAL)
+
+    @app.get("/server_info")
+    @auth_level(level)
+    def like_server_info():
+        return "info"
+
+    add_api_key_middleware(app, api_key=api_key, admin_api_key=admin_api_key)
+    client = TestClient(app)
+    statuses = {
+        name: [client.get(path, headers=bearer(key)).status_code for path in ("/server_info", "/shift/status")]
+        for name, key in KEYS.items()
+    }
+    assert all(info == ours for info, ours in statuses.values())
+    assert {name for name, (_, ours) in statuses.items() if ours == 200} == ({"api"} if api_key else set(KEYS))
+
+
+@pytest.mark.parametrize(("api_key", "admin_api_key"), CONFIGURED)
+@pytest.mark.parametrize("key", KEYS.values())
+def test_the_page_needs_no_key_and_holds_no_data(app, hub, api_key, admin_api_key, key):
+    """A browser opens it without one; then it can ask for it."""
+    add_api_key_middleware(app, api_key=api_key, admin_api_key=admin_api_key)
+    client = TestClient(app)
+    page = client.get("/shift", headers=bearer(key))
+    assert page.status_code == 200 and page.content == http.PAGE.read_bytes()
+    assert "content-security-policy" in page.headers and client.head("/shift").status_code == 200
+
+
+def test_nothing_else_is_opened(app):
     add_api_key_middleware(app, api_key="secret", admin_api_key=None)
     client = TestClient(app)
-    assert client.get(path).status_code == 401
-    assert client.get(path, headers={"Authorization": "Bearer wrong"}).status_code == 401
-    assert client.get(path, headers={"Authorization": "Bearer secret"}).status_code == 200
+    for path in ("/shift/", "/shift/status", "/shift/x", "/shiftx", "//shift", "/SHIFT", "/shift%2f", "/other", "/"):
+        assert client.get(path, follow_redirects=False).status_code == 401, path
+    for method in ("POST", "PUT", "DELETE", "PATCH"):
+        assert client.request(method, "/shift").status_code == 401, method
+
+
+def test_the_page_behind_a_root_path(app):
+    add_api_key_middleware(app, api_key="secret", admin_api_key=None)
+    client = TestClient(app, root_path="/prefix")
+    assert client.get("/prefix/shift").status_code == 200 and client.get("/prefix/shift/status").status_code == 401
 
 
 def test_the_admin_key_applies_to_policies_by_name(app):
@@ -175,8 +223,16 @@ from sglang_shift.http import start
 hub = start(2, {"model_name": "demo"})
 from sglang.srt.entrypoints.http_server import app
 
+if os.environ.get("TEST_API_KEY"):
+    from sglang.srt.utils.auth import add_api_key_middleware
+    add_api_key_middleware(app, api_key=os.environ["TEST_API_KEY"], admin_api_key=None)
+
 def ask():
+    headers = {"Authorization": "Bearer secret"}
     client = TestClient(app)  # not entered: SGLang's lifespan needs a model
+    assert client.get("/shift").status_code == 200
+    assert client.get("/shift/status").status_code == (401 if os.environ.get("TEST_API_KEY") else 503)
+    client.headers.update(headers)
     name = client.post("/set_internal_state", json={"server_args": {"shift_policy": "fast"}})
     return [client.get("/shift/status").status_code, client.get("/shift").status_code, name.status_code, name.json()]
 
@@ -189,12 +245,14 @@ print(json.dumps([[hub.replicas, len(hub.listeners)], launcher,
 """
 
 
-def test_in_sglangs_own_app(tmp_path):
+@pytest.mark.parametrize("key", ["", "secret"])
+def test_in_sglangs_own_app(tmp_path, key):
     """In a process of its own, which also has to end by itself with the hubs running."""
     environment = {k: v for k, v in os.environ.items() if k not in ("SGLANG_SHIFT_EVENTS", http.APP_VARIABLE)}
     done = subprocess.run(
         [sys.executable, "-c", START],
-        env={**environment, "TMPDIR": str(tmp_path)}, capture_output=True, text=True, timeout=120, check=False,
+        env={**environment, "TMPDIR": str(tmp_path), "TEST_API_KEY": key},
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     hub, launcher, worker_hub, worker, app_path, endpoint = json.loads(done.stdout.splitlines()[-1])

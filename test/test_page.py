@@ -9,11 +9,13 @@ import time
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from sglang.srt.utils.auth import add_api_key_middleware
 from sglang_shift import events, http
 from sglang_shift.cost_model import CostModel, Measurement, fit
 from sglang_shift.events import Finished, Publisher, StateEvent, StepEvent
 from sglang_shift.hub import Hub
 from sglang_shift.modes import Mode
+from starlette.middleware.base import BaseHTTPMiddleware
 
 EVIL = "<img src=x onerror='document.title=\"run\"'><script>document.title='run'</script>&amp;"
 LONG = "a_very_long_name_without_any_place_to_break_it_" * 8
@@ -40,13 +42,17 @@ def calibration() -> dict:
 class Served:
     """The page at a free port, and a publisher that its hub hears."""
 
-    def __init__(self) -> None:
+    def __init__(self, api_key: str | None = None) -> None:
         self.publisher = Publisher(0)
         self.hub = Hub()
         self.hub.start()
         self.number = 0
         app = FastAPI()
         http.install(self.hub, app)
+        self.asked: list[tuple[str, str | None]] = []  # addresses and keys
+        if api_key:
+            add_api_key_middleware(app, api_key=api_key, admin_api_key=None)
+        app.add_middleware(BaseHTTPMiddleware, dispatch=self.note)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -55,6 +61,10 @@ class Served:
         self.thread.start()
         while not self.server.started:
             time.sleep(0.02)
+
+    async def note(self, request, call_next):
+        self.asked.append((str(request.url), request.headers.get("Authorization")))
+        return await call_next(request)
 
     @property
     def url(self) -> str:
@@ -103,6 +113,19 @@ def opened(browser, served):
         return browser
 
     return open_page
+
+
+@pytest.fixture
+def locked(tmp_path, monkeypatch):
+    """Served with an API key."""
+    monkeypatch.setenv(events.ENDPOINT_VARIABLE, f"ipc://{tmp_path}/events")
+    served = Served(api_key="a secret")
+    deadline = time.monotonic() + 10
+    while not served.hub.ready and time.monotonic() < deadline:
+        served.state()
+        time.sleep(0.02)
+    yield served
+    served.stop()
 
 
 def words(browser, selector: str) -> str:
@@ -233,3 +256,45 @@ def test_it_waits_for_the_first_state(tmp_path, monkeypatch, browser):
     finally:
         browser.command("Page.navigate", url="about:blank")
         served.stop()
+
+
+def enter(page, key: str) -> None:
+    """As a person does: type, and press Enter."""
+    page.evaluate("document.querySelector('#key-input').focus()")
+    page.command("Input.insertText", text=key)
+    for kind in ("keyDown", "keyUp"):
+        page.command("Input.dispatchKeyEvent", type=kind, key="Enter", windowsVirtualKeyCode=13, text="\r")
+
+
+@pytest.mark.parametrize(("width", "dark"), [(360, False), (1280, True)])
+def test_it_asks_for_the_key(locked, browser, width, dark):
+    browser.open(locked.url, width=width, dark=dark)
+    browser.wait("document.querySelector('#key')?.hidden === false")
+    assert words(browser, "#problem") == "The server wants an API key." and words(browser, "#connection") == "no access"
+    assert browser.evaluate("document.activeElement.id") == "key-input" and fits(browser)
+    assert browser.evaluate("document.querySelector('#main').hidden"), "there is nothing to show"
+    polls = len(locked.asked)
+    for wrong, answer in (("wrong", "does not take this API key"), ("schl\u00fcssel", "is plain ASCII")):
+        enter(browser, wrong)
+        browser.wait(f"document.querySelector('#problem').textContent.includes('{answer}')")
+        assert not browser.evaluate("document.querySelector('#key').hidden")
+        browser.evaluate("document.querySelector('#key-input').value = ''")
+    assert len(locked.asked) == polls + 1, "it must not go on asking with a key that is wrong"
+    enter(browser, "a secret")
+    browser.wait("document.querySelector('#connection').textContent === 'live'")
+    assert browser.evaluate("document.querySelector('#key').hidden") and "demo" in words(browser, "#model")
+    assert not browser.evaluate("document.querySelector('#main').hidden") and fits(browser)
+    browser.wait("document.querySelector('#problem').hidden")
+
+    assert browser.evaluate("location.href") == locked.url and not any("secret" in url for url, _ in locked.asked)
+    assert {key for _, key in locked.asked} == {"Bearer wrong", "Bearer a secret", None}
+    kept = browser.evaluate("[localStorage.length, sessionStorage.length, document.cookie, history.state]")
+    assert kept == [0, 0, "", None]
+    assert "secret" not in browser.evaluate("document.documentElement.outerHTML")
+    assert browser.evaluate("document.querySelector('#key-input').value") == ""
+    browser.command("Page.reload")
+    browser.wait("document.querySelector('#key')?.hidden === false")
+
+
+def test_no_key_is_asked_for_where_there_is_none(opened):
+    assert opened().evaluate("document.querySelector('#key').hidden")

@@ -18,7 +18,7 @@ from sglang_shift.errors import Refused, ShiftError
 from sglang_shift.gemm_backend import SPLIT_K, suit_gemm_backend
 from sglang_shift.launch_server import resolve
 from sglang_shift.refusals import ARCHITECTURES, FEATURES, check_flags, check_model
-from sglang_shift.server_args import ShiftServerArgs, names_model, prepare_server_args
+from sglang_shift.server_args import ShiftServerArgs, prepare_server_args
 
 SHIFT = {"tp_size": 2, "enable_shift_parallel": True}
 
@@ -83,11 +83,6 @@ def test_command_line_serves_the_demo_model_by_default():
     args = prepare_server_args(["--tp-size", "2", "--enable-shift-parallel", "--shift-threshold", "8"])
     assert args.model_path == demo_model_path()
     assert args.shift_threshold == 8
-
-
-@pytest.mark.parametrize("argv", [["--model-path", "x"], ["--model=x"], ["x", "--tp-size", "2"], ["--help"]])
-def test_a_named_model_is_kept(argv):
-    assert names_model(argv)
 
 
 @pytest.mark.parametrize(

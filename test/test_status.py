@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,8 +16,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import msgspec
 import pytest
+import uvicorn
+from fastapi import FastAPI
 from rich.console import Console
-from sglang_shift import status
+from sglang.srt.utils.auth import add_api_key_middleware
+from sglang_shift import http, status
 from sglang_shift.events import Finished, StateEvent, StepEvent
 from sglang_shift.hub import Hub
 from sglang_shift.status_view import sparkline, view
@@ -106,6 +110,38 @@ def test_the_key_and_the_path(server, capsys):
     for url in (server.url + "/", server.url + "/shift", server.url + "/prefix"):
         assert run(capsys, url, "--once", "--api-key", "secret")[0] == 0
     assert server.requests == [(p, "Bearer secret") for p in ("/shift/status", "/shift/status", "/prefix/shift/status")]
+
+
+@pytest.mark.parametrize(
+    ("configured", "right"),
+    [
+        ({"api_key": "secret", "admin_api_key": None}, {"secret"}),
+        ({"api_key": "secret", "admin_api_key": "admin"}, {"secret"}),
+        ({"api_key": None, "admin_api_key": "admin"}, {"secret", "admin", None}),
+    ],
+)
+def test_keys_as_sglang_checks_them(capsys, configured, right):
+    """By SGLang's middleware, over our routes."""
+    app, hub = FastAPI(), Hub()
+    hub.feed(StateEvent(time.time(), 2, 2, "m", "p", "t", None, "", {}, 1, 0, {}, {}, 0))
+    http.install(hub, app)
+    add_api_key_middleware(app, **configured)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+        thread.start()
+        wait_for(lambda: server.started)
+        try:
+            for key in ("secret", "admin", None):
+                code, _, err = run(capsys, url, "--once", *([] if key is None else ["--api-key", key]))
+                assert code == (0 if key in right else 2), (key, err)
+                if key not in right:
+                    assert f"wants {'another' if key else 'an'} API key; give it with --api-key" in err
+        finally:
+            server.should_exit = True
+            thread.join(10)
 
 
 @pytest.mark.parametrize(

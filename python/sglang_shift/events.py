@@ -7,14 +7,19 @@ MessagePack map of the fields below.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import shutil
+import socket as stdlib_socket
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import zmq
+
+logger = logging.getLogger(__name__)
 
 ENDPOINT_VARIABLE = "SGLANG_SHIFT_EVENTS"
 """Environment variable with the endpoint of replica 0; set by the launcher, or by the user before it."""
@@ -140,29 +145,88 @@ class StateEvent(msgspec.Struct):
 _TOPICS: dict[bytes, type[StepEvent] | type[StateEvent]] = {b"step": StepEvent, b"state": StateEvent}
 
 
-def prepare_endpoint() -> str:
+_made: Path | None = None
+"""The folder that :func:`prepare_endpoint` made in this process."""
+
+
+def prepare_endpoint(replicas: int = 1) -> str | None:
     """Choose the endpoint, once, in the launcher: a socket file that only this user can reach.
 
-    Kept in the environment, where the ranks and HTTP workers that it starts find it.
+    Kept in the environment, where the ranks and HTTP workers that it starts find it. One that the user named
+    stays if every replica can publish there. Where none is to be had, there are no events, and the log says why.
     """
-    if not os.environ.get(ENDPOINT_VARIABLE):
-        folder = tempfile.mkdtemp(prefix=FOLDER_PREFIX)
-        os.environ[ENDPOINT_VARIABLE] = f"ipc://{folder}/events"
-    return os.environ[ENDPOINT_VARIABLE]
+    global _made
+    problems = []
+    if named := os.environ.get(ENDPOINT_VARIABLE):
+        if not (problem := _problem(named, replicas)):
+            return named
+        problems.append(f"{named}: {problem}")
+    else:
+        for parent in (None, "/tmp", "/dev/shm"):  # None: by TMPDIR
+            try:
+                folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=parent))
+            except OSError as error:
+                problems.append(f"{parent or 'TMPDIR'}: {error.strerror}")
+                continue
+            if not (problem := _problem(f"ipc://{folder}/events", replicas)):
+                _made, os.environ[ENDPOINT_VARIABLE] = folder, f"ipc://{folder}/events"
+                return os.environ[ENDPOINT_VARIABLE]
+            shutil.rmtree(folder, ignore_errors=True)
+            problems.append(f"{folder}: {problem}")
+    os.environ[ENDPOINT_VARIABLE] = ""
+    logger.warning("sglang_shift: no events, so the page, its data and our metrics are empty (%s)", "; ".join(problems))
+    return None
+
+
+def _problem(endpoint: str, replicas: int) -> str:
+    """Why not every replica can publish at ``endpoint``; empty if each can."""
+    with zmq.Context() as context:  # its end waits until the sockets are closed, and the ports free again
+        for replica in range(replicas):
+            try:
+                with context.socket(zmq.PUB) as socket:
+                    _bind(socket, _endpoint(endpoint, replica))
+            except (zmq.ZMQError, ValueError, OSError) as error:
+                return str(error)
+    return ""
+
+
+def _bind(socket: zmq.Socket[bytes], endpoint: str) -> None:
+    """Bind, but take nothing away: ZMQ replaces whatever is at the path of a socket file.
+
+    Raises:
+        zmq.ZMQError: it cannot.
+        OSError: something is there: a file, or a socket that somebody listens to.
+        ValueError: there is no such endpoint.
+    """
+    path = endpoint.removeprefix("ipc://")
+    if path != endpoint and os.path.lexists(path):
+        if not Path(path).is_socket():
+            raise FileExistsError(f"{path} is there and is no socket")
+        with contextlib.suppress(ConnectionRefusedError), stdlib_socket.socket(stdlib_socket.AF_UNIX) as other:
+            other.connect(path)
+            raise FileExistsError(f"{path} is in use")
+    socket.bind(endpoint)
 
 
 def remove_endpoint() -> None:
     """Remove the folder that :func:`prepare_endpoint` made, if it did."""
-    folder = Path(os.environ.get(ENDPOINT_VARIABLE, "").removeprefix("ipc://")).parent
-    if folder.name.startswith(FOLDER_PREFIX):
-        shutil.rmtree(folder, ignore_errors=True)
+    if _made is not None:
+        shutil.rmtree(_made, ignore_errors=True)
 
 
 def endpoint_of(replica: int) -> str | None:
-    """Where a replica publishes, or None where nobody asked for events (the offline engine)."""
+    """Where a replica publishes, or None where nobody asked for events (the offline engine).
+
+    Raises:
+        ValueError: the environment's endpoint is a TCP one without a port.
+    """
     first = os.environ.get(ENDPOINT_VARIABLE)
-    if not first or replica == 0:
-        return first or None
+    return _endpoint(first, replica) if first else None
+
+
+def _endpoint(first: str, replica: int) -> str:
+    if replica == 0:
+        return first
     if first.startswith("tcp://"):
         host, _, port = first.rpartition(":")
         return f"{host}:{int(port) + replica}"
@@ -170,7 +234,7 @@ def endpoint_of(replica: int) -> str | None:
 
 
 class Publisher:
-    """The PUB socket of one replica. All methods return at once.
+    """The PUB socket of one replica. All methods return at once, and none of them raises.
 
     Args:
         replica: Data-parallel replica.
@@ -180,17 +244,30 @@ class Publisher:
         self.replica = replica
         self._encoder = msgspec.msgpack.Encoder()
         self._socket: zmq.Socket[bytes] | None = None
-        if endpoint := endpoint_of(replica):
-            self._socket = zmq.Context.instance().socket(zmq.PUB)
-            self._socket.set_hwm(HIGH_WATER_MARK)
-            self._socket.setsockopt(zmq.LINGER, 0)
-            self._socket.bind(endpoint)
+        try:
+            if endpoint := endpoint_of(replica):
+                self._socket = zmq.Context.instance().socket(zmq.PUB)
+                self._socket.set_hwm(HIGH_WATER_MARK)
+                self._socket.setsockopt(zmq.LINGER, 0)
+                _bind(self._socket, endpoint)
+        except Exception as error:
+            self._give_up(error)
 
     def send(self, event: StepEvent | StateEvent) -> None:
         """Publish ``event`` if anybody could listen. For a subscriber that is too slow, ZMQ drops it."""
         if self._socket is not None:
             topic = b"step" if isinstance(event, StepEvent) else b"state"
-            self._socket.send_multipart([topic, self._encoder.encode(event)], zmq.NOBLOCK)
+            try:
+                self._socket.send_multipart([topic, self._encoder.encode(event)], zmq.NOBLOCK)
+            except Exception as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Observing must not end a server."""
+        logger.warning("sglang_shift: no more events of replica %s (%s)", self.replica, error)
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
 
 
 class Subscriber:
@@ -209,8 +286,12 @@ class Subscriber:
         self._socket.setsockopt(zmq.RCVTIMEO, timeout_ms)
         self._socket.subscribe(b"")
         for replica in range(replicas):
-            if endpoint := endpoint_of(replica):
-                self._socket.connect(endpoint)
+            try:
+                if endpoint := endpoint_of(replica):
+                    # Where a publisher listens on all addresses, this machine's own is one.
+                    self._socket.connect(endpoint.replace("tcp://*:", "tcp://127.0.0.1:"))
+            except (zmq.ZMQError, ValueError) as error:
+                logger.warning("sglang_shift: no events of replica %s (%s)", replica, error)
 
     def receive(self) -> StepEvent | StateEvent | None:
         """The next event; None if there was none in time.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import HTTPException
-from starlette.routing import BaseRoute, Match
+from starlette.routing import BaseRoute, Match, Route
 
 from sglang_shift.events import prepare_endpoint
 from sglang_shift.hub import Hub
@@ -23,7 +23,7 @@ from sglang_shift.policies import POLICIES
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-    from starlette.types import Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 REPLICAS_VARIABLE = "SGLANG_SHIFT_REPLICAS"
 """Environment variable with the number of replicas; set by the launcher for the HTTP workers it starts."""
@@ -33,7 +33,10 @@ APP_VARIABLE = "SGLANG_HTTP_SERVER_APP_PATH"
 
 PAGE = Path(__file__).parent / "static" / "shift.html"
 
-NOT_READY = "no state of the scheduler has arrived yet; try again when the model has loaded"
+NOT_READY = (
+    "no state of the scheduler has arrived yet; try again when the model has loaded, and see the server's log for "
+    "why it has no events if none arrives"
+)
 
 REUSE_SECONDS = 0.5
 """How long one snapshot is answered to all who ask."""
@@ -54,7 +57,7 @@ def start(replicas: int = 1, metric_labels: Mapping[str, str] | None = None) -> 
     """
     from sglang.srt.entrypoints.http_server import app
 
-    prepare_endpoint()
+    prepare_endpoint(replicas)
     os.environ[REPLICAS_VARIABLE] = str(replicas)
     os.environ.setdefault(APP_VARIABLE, "sglang_shift.http_worker:app")
     hub = Hub(replicas)
@@ -68,34 +71,62 @@ def start(replicas: int = 1, metric_labels: Mapping[str, str] | None = None) -> 
 
 
 def install(hub: Hub, app: FastAPI) -> None:
-    """Put our routes before the app's, which stay as they are. The app's API key applies to them.
+    """Put our routes before the app's, which stay as they are. The app's API key applies to all but the page.
 
     Args:
         hub: Where the data comes from.
         app: SGLang's app.
     """
-    routes: list[BaseRoute] = list(router(hub).routes)
+    page, build = page_route(), app.build_middleware_stack
+    # SGLang adds the middleware that asks for its key later than this, so around ours, wherever we would add it.
+    app.build_middleware_stack = lambda: Public(page, build())  # type: ignore[method-assign]
+    routes: list[BaseRoute] = [page, *router(hub).routes]
     routes += [PolicyNames(r) for r in app.router.routes if getattr(r, "path", None) == "/set_internal_state"]
     app.router.routes[:0] = routes
 
 
-def router(hub: Hub) -> APIRouter:
-    """``GET /shift``, the page, and ``GET /shift/status``, its data."""
+def page_route() -> Route:
+    """``GET /shift``, the page. It is the same for everyone and holds no data, so it is answered without a key."""
     page, policy = load_page()
+    headers = {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+
+    async def shift_page(request: Request) -> Response:
+        return Response(page, media_type="text/html", headers=headers)
+
+    return Route("/shift", shift_page, include_in_schema=False)
+
+
+class Public:
+    """Answers one route before the rest of the app sees the request: without the API key that the rest asks for.
+
+    Args:
+        route: What needs no key.
+        rest: The app, its middleware included.
+    """
+
+    def __init__(self, route: BaseRoute, rest: ASGIApp) -> None:
+        self.route, self.rest = route, rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle the route's requests; hand over all others."""
+        match, child = self.route.matches(scope) if scope["type"] == "http" else (Match.NONE, {})
+        if match is Match.FULL:
+            await self.route.handle({**scope, **child}, receive, send)
+        else:
+            await self.rest(scope, receive, send)
+
+
+def router(hub: Hub) -> APIRouter:
+    """``GET /shift/status``, the page's data."""
     made = APIRouter()
     cache = _Cache(hub)
 
-    # Not async: FastAPI then runs them in threads, so that they never hold up the event loop.
-    @made.get("/shift", include_in_schema=False)
-    def shift_page() -> Response:
-        headers = {
-            "Content-Security-Policy": policy,
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
-            "Cache-Control": "no-cache",
-        }
-        return Response(page, media_type="text/html", headers=headers)
-
+    # Not async: FastAPI then runs it in threads, so that it never holds up the event loop.
     @made.get("/shift/status")
     def shift_status() -> Response:
         """Modes, queue, step times and requests of the last minutes."""

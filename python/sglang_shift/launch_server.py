@@ -5,9 +5,11 @@ Every flag of ``python -m sglang.launch_server`` and ours (``--help``). Without 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sglang_shift.errors import ShiftError
@@ -64,15 +66,28 @@ def resolve(server_args: ShiftServerArgs) -> None:
         ShiftError: with the reason.
     """
     path = server_args.model_path
+    if not path:  # an unset variable of a shell
+        raise ShiftError("--model-path is empty; give a folder with a config.json, or a hub name")
     if path.startswith(("/", "./", "../", "~")) and not os.path.exists(os.path.expanduser(path)):
         raise ShiftError(f"--model-path {path} does not exist; give a folder with a config.json, or a hub name")
-    try:
+    with one_sentence(f"cannot serve --model-path {path} with these flags"):
         server_args.resolve_once()
+
+
+@contextlib.contextmanager
+def one_sentence(what: str) -> Iterator[None]:
+    """Whatever goes wrong becomes one sentence: SGLang and transformers raise many kinds; the user needs the reason.
+
+    Raises:
+        ShiftError: with ``what``, and the reason.
+    """
+    try:
+        yield
     except ShiftError:
         raise
-    except Exception as error:  # SGLang and transformers raise many kinds; the user needs the reason
+    except Exception as error:
         reason = " ".join(str(error).split())[:400] or type(error).__name__
-        raise ShiftError(f"cannot serve --model-path {path} with these flags: {reason}") from error
+        raise ShiftError(f"{what}: {reason}") from error
 
 
 def check_port(host: str, port: int, node_rank: int) -> None:
@@ -110,7 +125,9 @@ def main(argv: list[str], prog: str = "python -m sglang_shift.launch_server") ->
         suppress_noisy_warnings()
         load_plugins()
         try:
-            run_server(prepare_server_args(argv, prog))
+            with one_sentence("these flags cannot be read"):
+                server_args = prepare_server_args(argv, prog)
+            run_server(server_args)
         finally:
             kill_process_tree(os.getpid(), include_parent=False)
             remove_endpoint()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import TYPE_CHECKING
+
+from sglang_shift import config_file
+from sglang_shift.errors import ShiftError
 
 if TYPE_CHECKING:
     from sglang.cli.serve_backends import ServeBackend, ServeBackendDetection, ServeRequest
@@ -24,23 +28,43 @@ FLAGS = (
 )
 
 
-def asks_for_us(argv: tuple[str, ...]) -> bool:
-    """Whether a command line, or the YAML file its ``--config`` names, has one of our flags."""
-    names = [arg.split("=")[0] for arg in argv]
-    if any(name in FLAGS for name in names):
-        return True
-    if "--config" not in names:
-        return False
-    import yaml
+CONFIG = "--config"
 
-    i = names.index("--config")
-    path = argv[i].partition("=")[2] or (argv[i + 1] if i + 1 < len(argv) else "")
+
+def asks_for_us(argv: tuple[str, ...]) -> bool:
+    """Whether a command line, or the YAML file its ``--config`` names, has one of our flags, abbreviated or not."""
+    for i, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        flags = meant(name)
+        if flags and flags <= {*FLAGS}:
+            return True
+        if flags == {CONFIG} and names_us(value if equals else "".join(argv[i + 1 : i + 2])):
+            return True
+    return False
+
+
+def meant(name: str) -> set[str]:
+    """The flags that a word may stand for, by argparse's rules; none if none of ours is among them."""
+    known = {*FLAGS, CONFIG}
+    if name in known:
+        return {name}
+    if not name.startswith("--") or not any(flag.startswith(name) for flag in known):
+        return set()
+    parser = argparse.ArgumentParser()  # only here: an abbreviation of ours may be a flag of SGLang's
+    from sglang.srt.server_args import ServerArgs
+
+    ServerArgs.add_cli_args(parser)
+    known.update(option for action in parser._actions for option in action.option_strings)
+    return {name} if name in known else {flag for flag in known if flag.startswith(name)}
+
+
+def names_us(path: str) -> bool:
+    """Whether a file has one of our flags. What is wrong with a file, SGLang's own parser will say."""
     try:
-        with open(path, encoding="utf-8") as file:
-            keys = yaml.safe_load(file) or {}
-    except (OSError, yaml.YAMLError):
-        return False  # SGLang's own parser will say what is wrong with the file
-    return any("--" + str(key).replace("_", "-") in FLAGS for key in keys)
+        entries = config_file.read(path)
+    except ShiftError:
+        return False
+    return any("--" + entry.name.replace("_", "-") in FLAGS for entry in entries)
 
 
 def detect(request: ServeRequest) -> ServeBackendDetection:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-from typing import Any, Optional, Union
+from typing import Any, NoReturn, Optional, Union
 
 from sglang.srt.arg_groups.arg_utils import NS, A, Arg, add_cli_args_from_dataclass
 from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
 from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 from sglang.srt.server_args import ServerArgs
 
+from sglang_shift import config_file
 from sglang_shift.config import DEFAULT_THRESHOLD, QUEUE_FIELDS, policies_using, shift_config_of
 from sglang_shift.demo import demo_model_path
+from sglang_shift.errors import ShiftError
 from sglang_shift.exchange_backends import BACKENDS, DTYPES, check_exchange
 from sglang_shift.gemm_backend import suit_gemm_backend
 from sglang_shift.graph_memory import suit_graph_memory
@@ -218,38 +220,61 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
     )
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse's, but what is wrong with a file becomes one sentence."""
+
+    file = ""
+
+    def error(self, message: str) -> NoReturn:
+        if self.file:
+            raise ShiftError(f"--config {self.file}: {message[:400]}; correct it there")
+        super().error(message)
+
+
 def prepare_server_args(argv: list[str], prog: str = "python -m sglang_shift.launch_server") -> ShiftServerArgs:
-    """Parse a command line as SGLang does; without ``--model-path`` the demo model is served.
+    """Parse a command line as SGLang does, and the file it names. If neither names a model, the demo model is served.
 
     Raises:
         SystemExit: argparse's, with its message, on a bad flag.
+        ShiftError: a bad ``--config``.
     """
-    parser = argparse.ArgumentParser(prog=prog)
+    parser = _Parser(prog=prog)
     ShiftServerArgs.add_cli_args(parser)
-    if any(arg == "--config" or arg.startswith("--config=") for arg in argv):
-        from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+    eviction_policy = parser.get_default("radix_eviction_policy")
+    # What is None after parsing was named neither on the command line nor in the file.
+    parser.set_defaults(radix_eviction_policy=None)
+    actions = {action.dest: action for action in parser._actions}
+    actions["model_path"].required = False
+    files: list[str] = []
 
-        argv = ConfigArgumentMerger(parser).merge_config_with_args(argv)
-    if not names_model(argv):
-        argv = [*argv, "--model-path", demo_model_path()]
-    raw = parser.parse_args(argv)
-    raw._radix_eviction_policy_explicitly_set = any(arg.split("=")[0] == "--radix-eviction-policy" for arg in argv)
-    logging.basicConfig(
-        level=getattr(logging, raw.log_level.upper()),
-        format="[%(asctime)s] %(message)s",
-        datefmt="%Y-%m-%d %H:%M:%S",
-        force=True,
-    )
+    def noted(path: str) -> str:
+        files.append(path)
+        return path
+
+    actions["config"].type = noted  # argparse keeps the last of two files
+
+    raw, words = parser.parse_args(argv), list(argv)
+    if len(files) > 1:
+        raise ShiftError(f"--config is given twice ({' and '.join(files)}); give one file")
+    if files:
+        parser.file = files[0]
+        from_file = config_file.arguments(parser.file, parser)
+        values = parser.parse_args(from_file)
+        parser.file = ""
+        raw, words = parser.parse_args(argv, namespace=values), [*from_file, *argv]
+
+    level = getattr(logging, raw.log_level.upper(), None)
+    if not isinstance(level, int):
+        raise ShiftError(f"--log-level {raw.log_level} is unknown; choose debug, info, warning, error or critical")
+    logging.basicConfig(level=level, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S", force=True)
+    if raw.model_path is None:
+        raw.model_path = demo_model_path()
+        logger.warning("sglang_shift: no model is named: serving the demo model; for yours, give --model-path")
+    raw._radix_eviction_policy_explicitly_set = raw.radix_eviction_policy is not None
+    if raw.radix_eviction_policy is None:
+        raw.radix_eviction_policy = eviction_policy
     server_args = ShiftServerArgs.from_cli_args(raw)
     from sglang.srt.sampling.watermarking.core import redact_watermark_command_line
 
-    server_args._launch_command = redact_watermark_command_line(argv, raw.watermark_config)
+    server_args._launch_command = redact_watermark_command_line(words, raw.watermark_config)
     return server_args
-
-
-def names_model(argv: list[str]) -> bool:
-    """Whether a command line says which model to serve, or only asks for help."""
-    return any(
-        arg.split("=")[0] in ("--model-path", "--model", "-h", "--help") or (i == 0 and not arg.startswith("-"))
-        for i, arg in enumerate(argv)
-    )

@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, show, and return the exit code: 2 after an error, with one sentence on standard error."""
     parser = argparse.ArgumentParser(prog="python -m sglang_shift.status", description="Watch a server's modes.")
     parser.add_argument("url", nargs="?", default="http://127.0.0.1:30000", help="the server (default: %(default)s)")
-    parser.add_argument("--api-key", help="the server's --api-key")
+    parser.add_argument("--api-key", help="the server's --api-key; its --admin-api-key is not asked for here")
     parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="default: %(default)s")
     parser.add_argument("--once", action="store_true", help="show it once and end")
     parser.add_argument("--json", action="store_true", help="print the data of /shift/status, a line each time")

@@ -1,0 +1,121 @@
+"""The YAML file of ``--config``: each line as the words of a command line, each mistake as one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from sglang_shift.errors import ShiftError
+
+
+class Entry(NamedTuple):
+    """One line of the file.
+
+    Attributes:
+        name: The flag, as it is written.
+        value: What YAML makes of the value.
+        text: The value as it is written; empty for a list or a map.
+    """
+
+    name: str
+    value: Any
+    text: str
+
+    @property
+    def key(self) -> str:
+        """The name with underscores: a file may have either."""
+        return self.name.replace("-", "_")
+
+
+def read(path: str) -> list[Entry]:
+    """The lines of a file.
+
+    Raises:
+        ShiftError: it cannot be read, or is not a YAML map.
+    """
+    if Path(path).suffix.lower() not in (".yaml", ".yml"):
+        raise ShiftError(f"--config {path} is not known to be YAML; the file's name must end in .yaml or .yml")
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ShiftError(f"--config {path} cannot be read: {error.strerror}; give a file that can") from error
+    try:
+        loader = yaml.SafeLoader(content)
+        document = loader.get_single_node()
+        if document is None or document.tag == "tag:yaml.org,2002:null":
+            return []
+        if not isinstance(document, yaml.MappingNode):
+            kind = {"seq": "a list", "str": "a text"}.get(document.tag.rpartition(":")[2], "a number or the like")
+            raise ShiftError(f"--config {path} holds {kind}; write a line such as `tp-size: 4` for each flag")
+        return [
+            Entry(_text(key) or "(a list or a map)", loader.construct_object(value, deep=True), _text(value))
+            for key, value in document.value
+        ]
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a ValueError: a date that does not exist
+        reason = str(error)
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:  # which shows the line, and maybe a key
+            reason = f"{error.problem} in line {error.problem_mark.line + 1}"
+        reason = " ".join(reason.split())[:400]
+        raise ShiftError(f"--config {path} is no YAML: {reason}; correct it there") from error
+
+
+def _text(node: yaml.Node) -> str:
+    return str(node.value) if isinstance(node, yaml.ScalarNode) else ""
+
+
+def arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
+    """A file as the words of a command line of ``parser``, with the meaning that SGLang gives its lines.
+
+    Raises:
+        ShiftError: what is wrong with the file.
+    """
+    named = {option[2:].replace("-", "_"): a for a in parser._actions for option in a.option_strings if len(option) > 2}
+    named = {**{a.dest: a for a in reversed(parser._actions)}, **named}
+    words: list[str] = []
+    seen: list[argparse.Action] = []
+    for entry in read(path):
+        where, action = f"--config {path}: {entry.name}", named.get(entry.key)
+        if action is None:
+            raise ShiftError(f"{where} is not the name of a flag; correct it there, without dashes before it")
+        if action in seen:
+            raise ShiftError(f"{where} is given twice, by one name or by two; keep one of them")
+        seen.append(action)
+        words += _words(entry, action, where)
+    return words
+
+
+def _words(entry: Entry, action: argparse.Action, where: str) -> list[str]:
+    flag, value = action.option_strings[0], entry.value
+    if isinstance(action, argparse._StoreTrueAction):
+        if not isinstance(value, bool):
+            raise ShiftError(f"{where} is true or false, without quotes, and here it is neither")
+        return [flag] if value else []
+    if not (isinstance(action, argparse._StoreAction) or action.nargs is None) or action.dest == "config":
+        raise ShiftError(f"{where} cannot be given in a file; give {flag} on the command line")
+    if value is None and entry.text not in (action.choices or ()):  # --disaggregation-mode has one named null
+        raise ShiftError(f"{where} has no value; give it one, or take the line out")
+    if isinstance(value, list):
+        if action.nargs is None:
+            raise ShiftError(f"{where} takes one value, and here it has a list; give it one")
+        if any(item is None or isinstance(item, (list, dict)) for item in value):
+            raise ShiftError(f"{where} has a list in its list, a map or nothing; give it plain values")
+        return [flag, *map(str, value)] if value else []
+    # One word, so that a value that begins with a dash is none of the flags.
+    return [f"{flag}={_written(entry, action, where)}"]
+
+
+def _written(entry: Entry, action: argparse.Action, where: str) -> str:
+    """A value as a command line has it. A text stays as it is written: an ``--api-key`` of 0123 is not 83."""
+    if isinstance(entry.value, dict):
+        try:
+            return json.dumps(entry.value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ShiftError(f"{where} is no JSON ({error}), as which a map is passed; correct it there") from error
+    text = str(entry.value)
+    if isinstance(entry.value, bool):
+        text = text.lower()
+    return entry.text if action.type is str and text != entry.text.lower() else text
