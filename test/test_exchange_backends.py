@@ -281,6 +281,8 @@ def test_the_exchange_closes_after_what_sglang_releases(monkeypatch, caplog, fai
 
     monkeypatch.setattr(region, "parallel", SimpleNamespace(exchange=SimpleNamespace(close=close)))
     monkeypatch.setattr(Scheduler, "release_host_resources", lambda self: done.append("SGLang's"))
-    ShiftScheduler.__new__(ShiftScheduler).release_host_resources()
-    assert done == ["SGLang's", "exchange"]
+    scheduler = ShiftScheduler.__new__(ShiftScheduler)
+    scheduler.shift_watch = SimpleNamespace(stop=lambda: done.append("watch"))
+    scheduler.release_host_resources()
+    assert done == ["watch", "SGLang's", "exchange"], "a rank that ends is not compared with the others"
     assert ("could not be closed" in caplog.text and "a peer is gone" in caplog.text) is fails
