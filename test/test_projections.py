@@ -6,7 +6,7 @@ import pytest
 import torch
 from model_classes import TINY, Case, build, in_runtime
 from sglang_shift.errors import Refused
-from sglang_shift.model_fields import MODELS
+from sglang_shift.model_fields import MODELS, check_class
 from sglang_shift.weights import find_projections
 
 
@@ -25,7 +25,11 @@ def found():
     from sglang.srt.models.mixtral import MixtralForCausalLM
     from sglang.srt.models.qwen3_moe import Qwen3MoeForCausalLM
 
-    of = {name: roles(build(Case(name).model_config().hf_config)) for name in MODELS}
+    of = {}
+    for name in MODELS:
+        model = build(Case(name).model_config().hf_config)
+        check_class(model, name)
+        of[name] = roles(model)
     sizes = {**TINY, "num_experts_per_tok": 1}
     of["Mixtral"] = roles(MixtralForCausalLM(transformers.MixtralConfig(num_local_experts=2, **sizes)))
     sparse = transformers.Qwen3MoeConfig(num_experts=2, moe_intermediate_size=32, head_dim=16, **sizes)
