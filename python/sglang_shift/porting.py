@@ -175,6 +175,12 @@ def missing_imports(new: Release, package: Path) -> list[str]:
     return sorted(missing)
 
 
+def users(name: str, package: Path) -> str:
+    """The files of ``package`` that have ``name`` as a word, in parentheses; empty where none has."""
+    files = [file.name for file in sorted(package.rglob("*.py")) if re.search(rf"\b{name}\b", file.read_text())]
+    return f" (in our {', '.join(files)})" if files else ""
+
+
 def report(old: Release, new: Release, package: Path) -> str:
     """What a port has to look at, in text."""
     seams, lines = changed_seams(old, new), []
@@ -184,7 +190,7 @@ def report(old: Release, new: Release, package: Path) -> str:
     sections = {
         "imports of ours that are gone": missing_imports(new, package),
         "server flags that are new": sorted(new.flags() - old.flags()),
-        "server flags that are gone": sorted(old.flags() - new.flags()),
+        "server flags that are gone": [name + users(name, package) for name in sorted(old.flags() - new.flags())],
         "requirements that are new": sorted(set(new.requirements) - set(old.requirements)),
         "requirements that are gone": sorted(set(old.requirements) - set(new.requirements)),
     }
