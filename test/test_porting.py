@@ -67,7 +67,7 @@ def test_imports_flags_and_requirements(installed, other, tmp_path):
     metadata.write_text("Name: sglang\nRequires-Dist: torch==99\n")
     package = tmp_path / "package"
     package.mkdir()
-    (package / "a.py").write_text("def f():\n    from sglang.srt.layers.layernorm_sp import runs_sp, jumps_sp\n    args.tp_size\n")
+    (package / "a.py").write_text("from sglang.srt.layers.layernorm_sp import runs_sp, jumps_sp\nargs.tp_size\n")
     report = porting.report(installed, Release.unpacked(other), package)
     assert "1 imports of ours that are gone\n  sglang.srt.layers.layernorm_sp:jumps_sp" in report
     assert "1 server flags that are new\n  tp_width" in report
