@@ -21,10 +21,10 @@ IMAGE = f"sglang-shift:{sglang_shift.__version__}"
 
 
 def parse(arguments: list[str]):
-    """As the launcher does; an unknown flag fails."""
+    """As the launcher does; an unknown or shortened flag fails."""
     import argparse
 
-    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
     ShiftServerArgs.add_cli_args(parser)
     return parser.parse_args(["--model-path", "model", *arguments])
 
