@@ -15,7 +15,7 @@ REPO = Path(__file__).resolve().parent.parent
     "command",
     [
         ["ruff", "check", "."],
-        ["ruff", "format", "--check", "python", "kernels", "benchmark", "test", "scripts"],
+        ["ruff", "format", "--check", "python", "kernels", "benchmark", "test", "scripts", "examples"],
         ["mypy"],
     ],
     ids=" ".join,

@@ -1,0 +1,25 @@
+"""A policy of your own. Serve the demo model with it:
+
+    PYTHONPATH=examples python -m sglang_shift.launch_server --tp-size 2 --enable-shift-parallel \\
+        --shift-policy custom_policy:BusyOrLong
+"""
+
+from sglang_shift.modes import Mode, ShiftPolicy, StepState
+
+
+class BusyOrLong(ShiftPolicy):
+    """SP for prompts of more than 48 tokens, and for every step while at least four requests are in the server.
+
+    ``choose`` runs on every rank, and all ranks must answer alike. So it may use ``step`` and nothing else:
+    no clock, no random number.
+    """
+
+    def choose(self, step: StepState) -> Mode:
+        busy = step.num_waiting + step.num_running >= 4
+        return Mode.SP if busy or step.num_prefill_tokens > 48 else Mode.TP
+
+    def explain(self, step: StepState, mode: Mode) -> str:
+        return f"{step.num_waiting + step.num_running} requests, {step.num_prefill_tokens} prompt tokens"
+
+    def describe(self) -> str:
+        return "SP for at least 4 requests or more than 48 prompt tokens, else TP"
