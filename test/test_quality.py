@@ -23,9 +23,3 @@ REPO = Path(__file__).resolve().parent.parent
 def test_clean(command):
     done = subprocess.run([sys.executable, "-m", *command], cwd=REPO, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_no_module_is_longer_than_300_lines():
-    modules = [p for folder in ("python", "kernels") for p in (REPO / folder).rglob("*.py")]
-    lengths = {str(p.relative_to(REPO)): len(p.read_text().splitlines()) for p in modules}
-    assert {name: n for name, n in lengths.items() if n > 300} == {}

@@ -76,6 +76,7 @@ def load(monkeypatch, world, sp, device="meta", pynccl=PyNccl):
         "get_schedule": lambda: SimpleNamespace(chunked_prefill_size=CHUNK),
         "get_parallel": lambda: SimpleNamespace(nnodes=1),
         "BaseWeights": lambda model, groups: weights,
+        "check_class": lambda model, name: None,
     }.items():
         monkeypatch.setattr(runner, name, value)
     monkeypatch.setattr(parallel, "build", lambda layout: built)
@@ -83,6 +84,7 @@ def load(monkeypatch, world, sp, device="meta", pynccl=PyNccl):
     monkeypatch.setattr(runner.ModelRunner, "load_model", lambda self: None)
     mine = runner.ShiftModelRunner.__new__(runner.ShiftModelRunner)
     mine.server_args = mine.model = None
+    mine.model_config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]))
     mine.device, mine.dtype, mine.weight_load_mem_usage = device, torch.bfloat16, 0.0
     mine.memory_saver_adapter = SimpleNamespace(region=lambda *args, **kwargs: nullcontext())
     mine._free_gib = lambda: 0.0  # type: ignore[method-assign]
