@@ -1,4 +1,4 @@
-"""Ruff and mypy are clean, and every file is of a size that can be read."""
+"""Ruff and mypy are clean."""
 
 from __future__ import annotations
 
