@@ -14,6 +14,7 @@ from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers
 from model_classes import Case, difference, in_runtime
 from sglang_shift.config import ShiftConfig
@@ -127,8 +128,17 @@ REFUSED = {
         {"override": {"rope_scaling": {"rope_type": "default", "type": "default"}}, "context": 256},
     ),
     "yarn, attention": (Case(LLAMA, yarn(attention_factor=1.0)), "takes 1.13863", None),
-    "yarn, attn": (Case(LLAMA, yarn(attn_factor=1.3)), "attn_factor 1.3", None),
-    "yarn, extrapolation": (Case(LLAMA, yarn(extrapolation_factor=0.5)), "extrapolation_factor 0.5", None),
+    "yarn, attn": (
+        Case(LLAMA, yarn(attn_factor=1.3)), "attn_factor 1.3", {"override": {"rope_scaling": {"attn_factor": 1}}}
+    ),
+    "yarn, attn, null": (
+        Case(QWEN3, yarn(attn_factor=None)), "attn_factor None", {"override": {"rope_scaling": {"attn_factor": 1}}}
+    ),
+    "yarn, extrapolation": (
+        Case(LLAMA, yarn(extrapolation_factor=0.5)),
+        "extrapolation_factor 0.5",
+        {"override": {"rope_scaling": {"extrapolation_factor": 1}}},
+    ),
     "yarn, mscale": (Case(LLAMA, yarn(mscale=0.7, mscale_all_dim=0)), "mscale_all_dim 0", None),
     "yarn, null": (Case(LLAMA, yarn(beta_fast=None)), "beta_fast", None),
     "yarn, length outside": (
@@ -289,6 +299,8 @@ PUBLISHED = {
     "CodeLlama": (published(LLAMA, 4096, 32, 32, 16384, rope_theta=1000000), None),
     "SmolLM2": (published(LLAMA, 2048, 32, 32, 8192, rope_interleaved=False, is_llama_config=True), None),
     "DeepSeek Coder": (published(LLAMA, 4096, 32, 32, 16384, rope_scaling={"factor": 4.0, "type": "linear"}), None),
+    "Vicuna 16k": (published(LLAMA, 4096, 32, 32, 4096, max_sequence_length=16384,
+                             rope_scaling={"factor": 4.0, "type": "linear"}), 16384),
     "Mistral 0.1": (published(MISTRAL, 4096, 32, 8, 32768, sliding_window=4096), 4096),
     "Mistral 0.2": (published(MISTRAL, 4096, 32, 8, 32768, sliding_window=None, rope_theta=1e6), None),
     "Mistral 0.3": (published(MISTRAL, 4096, 32, 8, 32768, sliding_window=None, rope_theta=1e6), None),
@@ -330,6 +342,44 @@ def test_published_checkpoints(name):
 def test_granites_code_models_are_refused():
     with pytest.raises(Refused, match="mlp_bias True"):
         check(published(LLAMA, 2560, 32, 32, 2048, attention_bias=True, mlp_bias=True))
+
+
+def test_ministral_is_served_up_to_its_window():
+    """Transformers takes a Mistral with layer_types for another model, with this window in some layers."""
+    layers = ["full_attention", *["sliding_attention"] * 3] * 10
+    ministral = published(MISTRAL, 4096, 32, 8, 131072, head_dim=128, sliding_window=32768, layer_types=layers)
+    with pytest.raises(Refused, match=r"model_type 'ministral'.* give .*'{.model_type.: .mistral.}'"):
+        check(ministral)
+    overridden = replace(ministral, override={"model_type": "mistral"})
+    with pytest.raises(Refused, match="give --context-length 32768 or less"):
+        check(overridden)
+    check(replace(overridden, context=32768))
+
+
+def test_linear_scaling_ends_where_sglang_extends_its_table():
+    from sglang.srt.layers.rotary_embedding import get_rope
+
+    def table(positions):
+        return get_rope(16, 16, positions, 10000, True, {"rope_type": "linear", "factor": 4.0})
+
+    extended, whole = table(64), table(128).cos_sin_cache
+    extended._ensure_cos_sin_cache_length(511)  # as SGLang does for the context
+    assert torch.equal(extended.cos_sin_cache[:256], whole[:256])
+    assert not torch.allclose(extended.cos_sin_cache[256:512], whole[256:], atol=0.5), "the control"
+
+    longer = Case(QWEN2, {"max_sequence_length": 1024, "rope_scaling": {"type": "linear", "factor": 4.0}})
+    with pytest.raises(Refused, match=r"beyond 1024 tokens.*the context is 4096; give --context-length 1024 or less"):
+        check(longer)
+    check(replace(longer, context=1024))
+
+
+def test_an_override_that_sglang_does_not_read_is_refused():
+    case = Case(LLAMA, {"rope_theta": 500.0}, override={"rope_theta": 900.0})
+    with pytest.raises(Refused, match=r"rope_theta 900\.0, and 500\.0 among"):
+        check(case)
+    way_out = replace(case, override={"rope_scaling": {"rope_theta": 900.0}})
+    assert way_out.model_config().hf_config.rope_parameters["rope_theta"] == 900.0
+    check(way_out)
 
 
 def test_the_class_that_was_loaded_decides():

@@ -132,7 +132,8 @@ def _field_problems(hf_config: Any, model: Architecture) -> Iterator[str]:
     if hf_config.model_type != model.model_type:
         yield (
             f"architecture {name} and model_type {hf_config.model_type!r}, and SGLang would compute the former where "
-            f"transformers computes the latter; make them agree (model_type {model.model_type!r})"
+            "transformers computes the latter; if the weights are the former's, give "
+            f"{override('model_type', model.model_type)}"
         )
     if getattr(hf_config, "is_heterogeneous", False):
         yield f"per_layer_config, which SGLang's {name} does not read; serve another checkpoint"

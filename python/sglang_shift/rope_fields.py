@@ -19,6 +19,8 @@ KEYS: dict[str, frozenset[str]] = {
     ),
     "longrope": frozenset(("factor", LENGTH, "attention_factor", "short_factor", "long_factor")),
 }
+# SGLang's only, of yarn, and how it answers as transformers does, which does not read them.
+YARN_NEUTRAL = {"attn_factor": 1, "extrapolation_factor": 1}
 # "default" is also what is left when another type is switched off, with all of its parameters.
 KEYS["default"] = frozenset().union(*KEYS.values())
 OF_ANY_TYPE = frozenset(("rope_type", "type", "rope_theta", PARTIAL, "finetuned"))
@@ -47,12 +49,24 @@ def rope_problems(hf_config: Any, takes: Collection[str], context_len: int) -> I
     if kind == "default" and rope.get("type", kind) != kind:
         yield f"rope_type 'default' and type {rope['type']!r}, and SGLang goes by the former; give both alike"
     for key in sorted(rope.keys() - KEYS[kind] - OF_ANY_TYPE):
-        if rope[key] is not None:
+        if kind == "yarn" and key in YARN_NEUTRAL:
+            if rope[key] != YARN_NEUTRAL[key]:
+                yield (
+                    f"{key} {short(rope[key])} for rope type 'yarn', which only SGLang reads; give "
+                    f"{override('rope_scaling', {key: YARN_NEUTRAL[key]})}, or serve another checkpoint"
+                )
+        elif rope[key] is not None:
             yield (
                 f"{key} {short(rope[key])} for rope type {kind!r}, which SGLang and transformers do not read alike; "
                 "remove it, or serve another checkpoint"
             )
     yield from _partial_problems(hf_config, takes, rope)
+    theta, among = getattr(hf_config, "rope_theta", None), rope.get("rope_theta")
+    if None not in (theta, among) and theta != among:  # transformers leaves one; the user's override is another
+        yield (
+            f"rope_theta {theta}, and {among} among the rope's parameters, which SGLang takes; give "
+            f"{override('rope_scaling', {'rope_theta': theta})}"
+        )
     length, beside = rope.get(LENGTH), getattr(hf_config, LENGTH, None)
     if LENGTH in takes or length is None:
         length = beside or length or hf_config.max_position_embeddings
@@ -82,6 +96,12 @@ def _linear(rope: dict[str, Any], length: int, ratio: float, context_len: int) -
         yield (
             f"factor {factor!r} for rope type 'linear', with which SGLang fails; give a number with a point: "
             f"{override('rope_scaling', {'factor': float(factor or 1)})}"
+        )
+    # Where the context goes by another field, max_sequence_length, or by the user.
+    elif context_len > (longest := int(round(length * ratio) * factor)):
+        yield (
+            f"rope type 'linear', which SGLang does not scale beyond {longest} tokens, max_position_embeddings times "
+            f"{factor:g}, and the context is {context_len}; give --context-length {longest} or less"
         )
 
 
