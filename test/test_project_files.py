@@ -47,6 +47,15 @@ def test_links_lead_somewhere(name):
         assert not fragment or fragment in anchors(target.read_text()), link
 
 
+@pytest.mark.parametrize("page", sorted(p for folder in (".", "docs", "kernels") for p in (REPO / folder).glob("*.md")))
+def test_each_row_of_a_table_is_below_its_header(page):
+    """An empty line ends a table: the rows after it would be shown as text."""
+    lines = ["", *page.read_text().splitlines(), ""]
+    for before, line, after in zip(lines, lines[1:], lines[2:], strict=False):
+        if line.startswith("|") and not before.startswith("|"):
+            assert re.fullmatch(r"\|[-:| ]+\|", after), line
+
+
 def test_the_parts_named_in_concepts_exist():
     rows = re.findall(r"^\| [^|]*\| (`[^|]*`) \|", (REPO / "docs" / "concepts.md").read_text(), re.M)
     files = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]

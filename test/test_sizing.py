@@ -139,6 +139,16 @@ def test_no_s_fits():
     assert "\n" not in str(refusal.value)
 
 
+def test_what_to_give_where_the_weights_fit_and_the_pool_does_not():
+    """Llama-3.1-8B on two GPUs of 24 GB: one request of its 131,072 tokens has no room, and shorter ones have."""
+    ways = "a smaller --context-length or --max-total-tokens, --sp-size 2 with a pool of what is left"
+    with pytest.raises(Refused, match=ways):
+        choose_sp_size(WEIGHTS, 19 * GIB, Pool(10 * GIB, 40 * GIB, "the pool"))
+    with pytest.raises(Refused) as refusal:
+        choose_sp_size(WEIGHTS, 9 * GIB, Pool(1, 1, "the pool"))
+    assert "--context-length" not in str(refusal.value), "no pool is small enough"
+
+
 def settings(**fields):
     plain = {"kv_cache_dtype": "auto", "tp_size": 8, "max_total_tokens": None, "mem_fraction_static": 0.8}
     return SimpleNamespace(**{**plain, "device": "cuda", **fields})

@@ -214,9 +214,10 @@ def choose_sp_size(weights: Mapping[int, int], memory: int, pool: Pool) -> Choic
     if weights[s] + pool.needed <= memory:
         left = _size(memory - weights[s])
         return Choice(s, f"no S fits beside {pool.words}; S={s} leaves the most, {left}; {numbers}")
+    smaller = f", a smaller --context-length or --max-total-tokens, --sp-size {s} with a pool of what is left"
     raise Refused(
-        f"--sp-size auto finds no S whose weights fit beside {pool.words} ({numbers}); give a larger --tp-size or "
-        "a smaller --max-total-tokens, or serve without sequence parallelism"
+        f"--sp-size auto finds no S whose weights fit beside {pool.words} ({numbers}); give a larger --tp-size"
+        f"{smaller if weights[s] < memory else ''}, or serve without sequence parallelism"
     )
 
 
