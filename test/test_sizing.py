@@ -140,7 +140,6 @@ def test_no_s_fits():
 
 
 def test_what_to_give_where_the_weights_fit_and_the_pool_does_not():
-    """Llama-3.1-8B on two GPUs of 24 GB: one request of its 131,072 tokens has no room, and shorter ones have."""
     ways = "a smaller --context-length or --max-total-tokens, --sp-size 2 with a pool of what is left"
     with pytest.raises(Refused, match=ways):
         choose_sp_size(WEIGHTS, 19 * GIB, Pool(10 * GIB, 40 * GIB, "the pool"))
@@ -169,6 +168,21 @@ def test_pool_by_default_is_half_of_the_memory_or_one_request():
     assert pool_of(settings(), model(), 64 * GIB).wanted == 32 * GIB
     assert pool_of(settings(), model(), 64 * GIB).needed == per_request
     assert pool_of(settings(), model(), 8 * GIB).wanted == per_request
+
+
+def test_a_context_that_has_no_room_is_no_reason_to_refuse():
+    """Llama-3.1-8B on two GPUs of 24 GB, say: stock SGLang serves it, but for the longest requests."""
+    memory, longest = 20 * GIB, 131072 * 40960
+    assert longest > memory // 8
+    pool = pool_of(settings(), model(), memory)
+    weights = {2: memory - memory // 8}
+    assert choose_sp_size(weights, memory, pool).sp_size == 2
+    assert "one request of 131072 tokens needs 5.0 GiB" in choose_sp_size(weights, memory, pool).reason
+    with pytest.raises(Refused, match="finds no S"):
+        choose_sp_size({2: weights[2] + 1}, memory, pool)
+    asked = pool_of(settings(max_total_tokens=131072), model(), memory)
+    with pytest.raises(Refused, match="finds no S"):
+        choose_sp_size(weights, memory, asked)
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [("auto", 2), ("bf16", 2), ("fp8_e4m3", 1)])

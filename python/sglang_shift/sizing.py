@@ -167,14 +167,19 @@ def rank_memory_bytes(settings: Any) -> int:
     return int(capacity * MIB * settings.mem_fraction_static)
 
 
+LEAST_SHARE = 8
+"""A KV pool that nobody gave the size of must have 1/8 of the memory, or room for the longest request."""
+
+
 def pool_of(settings: Any, model_config: Any, memory: int) -> Pool:
     """The KV pool to leave room for, in the ``memory`` that it shares with the weights.
 
     ``--max-total-tokens`` says it exactly; on a CPU it always has a value, because the platform
-    sizes the pool without regard to S. Without it, the pool must hold one request of the model's
-    full context, and should have at least half of the memory: the pool bounds how many requests run
-    at a time, and so the throughput, while a larger S only takes communication off steps that have
-    many tokens anyway. Once the pool has half, a smaller S could not even double it.
+    sizes the pool without regard to S. Without it, the pool should hold one request of the model's
+    full context, and have at least half of the memory: the pool bounds how many requests run at a
+    time, and so the throughput, while a larger S only takes communication off steps that have many
+    tokens anyway. Once the pool has half, a smaller S could not even double it. What it must have is
+    less, since SGLang serves shorter requests where the longest has no room: 1/8 of the memory.
     """
     config = model_config.hf_config
     kv_dtype = str(settings.kv_cache_dtype)
@@ -185,10 +190,11 @@ def pool_of(settings: Any, model_config: Any, memory: int) -> Pool:
         size = settings.max_total_tokens * per_token
         return Pool(size, size, f"a KV pool of {settings.max_total_tokens} tokens ({_size(size)})")
     context = model_config.context_len
-    needed = context * per_token
-    wanted = max(needed, memory // 2)
-    what = f"half of the memory, {_size(wanted)}" if wanted > needed else f"{_size(wanted)}"
-    return Pool(needed, wanted, f"a KV pool of {what} (one request of {context} tokens needs {_size(needed)})")
+    longest = context * per_token
+    wanted = max(longest, memory // 2)
+    what = f"half of the memory, {_size(wanted)}" if wanted > longest else f"{_size(wanted)}"
+    words = f"a KV pool of {what} (one request of {context} tokens needs {_size(longest)})"
+    return Pool(min(longest, memory // LEAST_SHARE), wanted, words)
 
 
 def choose_sp_size(weights: Mapping[int, int], memory: int, pool: Pool) -> Choice:
