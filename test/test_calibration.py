@@ -431,7 +431,13 @@ def test_a_change_of_mode_is_timed(make):
     assert make().start().costs.switch_seconds == pytest.approx(SWITCH)
 
 
-OTHERS = ("NCCL_P2P_DISABLE", "flashinfer", "topology", "max_running")
+SGLANG_S = ("SGLANG_USE_1STAGE_ALLREDUCE", "SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2", "SGLANG_ENABLE_PCIE_IPC_ALLREDUCE")
+OTHERS = ("NCCL_P2P_DISABLE", *SGLANG_S, "flashinfer", "topology", "max_running")
+
+
+def test_a_gemm_backend_that_one_mode_does_not_have_everywhere_is_in_the_key():
+    """``gemv`` multiplies O and down in SP only."""
+    assert "bf16_gemm_backend" in calibration_key.SERVER_ARGS
 
 
 @pytest.mark.parametrize("name", [*calibration_key.SERVER_ARGS, *OTHERS])
