@@ -128,3 +128,24 @@ def test_a_store_that_is_gone_ends_the_watch_only():
     watch.start()
     watch._thread.join(10)
     assert not watch._thread.is_alive() and not ended
+
+
+def child_that_ends():
+    StepWatch(1, None)._end()
+
+
+def test_the_end_of_a_rank_is_told_to_its_parent():
+    """The controller of data-parallel replicas, say, which looks after none of its ranks."""
+    import multiprocessing
+    import signal
+
+    told = []
+    before = signal.signal(signal.SIGQUIT, lambda *_: told.append(1))
+    try:
+        child = multiprocessing.get_context("fork").Process(target=child_that_ends)
+        child.start()
+        child.join(60)
+    finally:
+        signal.signal(signal.SIGQUIT, before)
+    assert child.exitcode == 1
+    assert told

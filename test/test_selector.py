@@ -281,8 +281,24 @@ class TestDrift:
         drift = Drift()
         for _ in range(DRIFT_STEPS):
             assert drift.doubts == {}
-            drift.add(Mode.TP, 1e-3, 0.5e-3, "prefill")
+            drift.add(Mode.TP, 1e-3, 2e-3, "prefill")
         assert drift.doubts == {"prefill": pytest.approx(1.0)}
+
+    @pytest.mark.parametrize("alone", [True, False])
+    def test_what_has_become_faster_still_is(self, alone):
+        """TP was predicted to be the faster mode, and is so by more than that: a deep queue must not change it."""
+        drift = Drift()
+        for _ in range(DRIFT_STEPS):
+            drift.add(Mode.TP, 1e-2, 0.4e-2)
+            if not alone:
+                drift.add(Mode.SP, 1.5e-2, 1.5e-2)
+        selector = ModeSelector(Calibrated(costs(0.01, 0.015), 512))
+        selector.doubt(drift.doubts)
+        assert selector.choose(StepState(num_tokens=4, num_waiting=99)).mode is Mode.TP
+        selector = ModeSelector(Calibrated(costs(0.015, 0.01), 512))
+        selector.doubt(drift.doubts)
+        modes = [selector.choose(StepState(num_tokens=4, num_waiting=n)).mode for n in (99, 0)]
+        assert modes == [Mode.SP, Mode.TP], "SP was to be the faster one, and may not be"
 
     def test_doubts_reach_the_policy_at_the_same_step_on_every_rank(self):
         selector = ModeSelector(Calibrated(costs(0.01, 0.0105), 512))

@@ -6,6 +6,7 @@ import datetime
 import json
 import logging
 import os
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -101,14 +102,12 @@ class StepWatch:
     Args:
         rank: This rank in its replica.
         store: The rendezvous store, or what is like it.
-        end: Ends the process. Without an orderly end: the other thread may be waiting.
+        end: Ends the server. Without an orderly end of this process: the other thread may be waiting.
         period: Seconds between comparisons.
     """
 
-    def __init__(
-        self, rank: int, store: Any, end: Callable[[], None] = lambda: os._exit(1), period: float = WATCH_S
-    ) -> None:
-        self._rank, self._store, self._end, self._period = rank, store, end, period
+    def __init__(self, rank: int, store: Any, end: Callable[[], None] | None = None, period: float = WATCH_S) -> None:
+        self._rank, self._store, self._end, self._period = rank, store, end or _end_server, period
         self._count = self._digest = 0
         self._last = (0, 0, (0, 0, Mode.TP))
         self._kept = [self._last] * KEPT_STEPS
@@ -175,6 +174,12 @@ class StepWatch:
                 logger.critical("sglang_shift: %s", problem)
                 self._end()
                 return
+
+
+def _end_server() -> None:
+    """Tell the parent, as SGLang's ranks do when they fail: the controller of replicas does not see them end."""
+    os.kill(os.getppid(), signal.SIGQUIT)
+    os._exit(1)
 
 
 def _in_words(step: tuple[int, int, Mode]) -> str:

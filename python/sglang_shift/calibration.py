@@ -8,7 +8,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -59,7 +59,8 @@ class Calibration:
     costs: CostModel
 
     def renewed(self, took: float, measurements: Sequence[Measurement], switch_seconds: float | None) -> Calibration:
-        """This calibration with new measurements. Over a range that they do not cover, the old ones stay.
+        """This calibration with new measurements. Over a range that they do not cover, the old ones stay, and the
+        old ratio of the modes.
 
         Args:
             took: Seconds the measuring took.
@@ -77,7 +78,11 @@ class Calibration:
             covered[m.phase, m.tokens] = max(m.kv_reads, covered.get((m.phase, m.tokens), 0))
         kept = [m for m in self.measurements if m.kv_reads > covered.get((m.phase, m.tokens), -1)]
         switch = self.costs.switch_seconds if switch_seconds is None else switch_seconds
-        return Calibration.of(self.key, took, [*kept, *measurements], switch)
+        phases = {m.phase for m in measurements}
+        others = [m for m in self.measurements if m.phase not in phases]
+        new = Calibration.of(self.key, took, [*others, *measurements], switch)
+        costs = new.costs.continued(self.costs, measurements)
+        return replace(new, measurements=(*kept, *measurements), costs=costs)
 
     @staticmethod
     def of(key: dict[str, Any], took: float, measurements: Sequence[Measurement], switch_seconds: float) -> Calibration:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,7 @@ from sglang.srt.runtime_context import get_schedule
 from sglang_shift.region import region
 
 SERVER_ARGS = (
+    "bf16_gemm_backend",
     "disable_custom_all_reduce",
     "disable_overlap_schedule",
     "enable_mixed_chunk",
@@ -26,8 +28,8 @@ SERVER_ARGS = (
 )
 """SGLang's settings that change what a collective or a step costs, and not alike in both modes."""
 
-VARIABLES = ("NCCL_", "GLOO_")
-"""Prefixes of environment variables that do."""
+VARIABLES = re.compile(r"NCCL_|GLOO_|SGLANG_\w*ALL_?REDUCE")
+"""How the names of environment variables begin that do."""
 NO_MATTER = ("NCCL_COMM_ID", "NCCL_DEBUG", "NCCL_DEBUG_FILE", "NCCL_DEBUG_SUBSYS")
 
 
@@ -105,5 +107,5 @@ def flashinfer_version() -> str:
 
 def communication_environment() -> dict[str, str]:
     """What the environment tells the libraries that communicate."""
-    names = sorted(name for name in os.environ if name.startswith(VARIABLES) and name not in NO_MATTER)
+    names = sorted(name for name in os.environ if VARIABLES.match(name) and name not in NO_MATTER)
     return {name: os.environ[name] for name in names}

@@ -77,6 +77,12 @@ class Curve:
             return ys[-1] + (tokens - xs[-1]) * (ys[-1] - ys[0]) / (xs[-1] - xs[0])
         return ys[i - 1] + (tokens - xs[i - 1]) * (ys[i] - ys[i - 1]) / (xs[i] - xs[i - 1])
 
+    def continued(self, old: Curve, factor: float = 1.0) -> Curve:
+        """This curve and, beyond its last point, ``factor`` times ``old``, where that is not below it."""
+        least = self.values[-1]
+        more = [(t, max(least, factor * v)) for t, v in zip(old.tokens, old.values, strict=True) if t > self.tokens[-1]]
+        return Curve((*self.tokens, *(t for t, _ in more)), (*self.values, *(v for _, v in more)))
+
 
 @dataclass(frozen=True)
 class CostModel:
@@ -114,6 +120,28 @@ class CostModel:
         phase = "prefill" if step.num_prefill_tokens else "decode"
         tokens = step.padded_tokens if mode is Mode.TP else max(step.num_tokens, step.sp_bucket)
         return self.curves[phase, mode](tokens)
+
+    def continued(self, old: CostModel, measured: Sequence[Measurement]) -> CostModel:
+        """This model where it was ``measured``, and ``old`` beyond: in a whole phase, or from some tokens on.
+
+        The two are not fitted together: by what has drifted they disagree, and that is no noise of either. Beyond,
+        the modes' ratio is the old one, and both modes are as much slower than they were as the one that is slower
+        by more where the measuring ended.
+        """
+        curves, usual, attention, noise = dict(old.curves), dict(old.usual), dict(old.attention), dict(old.noise)
+        for phase in {m.phase for m in measured}:
+            last = self.usual[phase].tokens[-1]
+            factor = max(self.curves[phase, mode](last) / old.curves[phase, mode](last) for mode in Mode)
+            for mode in Mode:
+                curves[phase, mode] = self.curves[phase, mode].continued(old.curves[phase, mode], factor)
+            usual[phase] = self.usual[phase].continued(old.usual[phase])
+            noise[phase] = self.noise[phase]
+            if usual[phase].tokens[-1] > last:
+                noise[phase] = max(noise[phase], old.noise.get(phase, 0.0))
+            shapes = {(m.tokens, m.kv_reads) for m in measured if m.phase == phase}
+            if len(shapes) > len({tokens for tokens, _ in shapes}):
+                attention[phase] = self.attention[phase]
+        return CostModel(curves, usual, attention, self.switch_seconds, noise)
 
     def crossovers(self, phase: str) -> list[tuple[int, Mode]]:
         """Where the faster mode changes: ``[(tokens from which on, faster mode), ...]``, the first from 1 on."""

@@ -114,7 +114,8 @@ class Calibrated(ShiftPolicy):
     """The mode with the lower predicted time, where leaving the previous one is worth its cost.
 
     Where the predicted times cannot be told apart, the queue decides: SP while it is deep, TP while it is short.
-    That is where they are within twice the standard error of their ratio, or within what the ratio has drifted by.
+    That is where they are within twice the standard error of their ratio, or within what the ratio has drifted by
+    against the faster one.
 
     What a change of mode costs was measured; mostly it is nothing, and then the mode so found is taken. Else
     a change must gain
@@ -128,7 +129,8 @@ class Calibrated(ShiftPolicy):
     Attributes:
         costs: Predicted times.
         chunk: Prompt tokens that one step takes (``--chunked-prefill-size``).
-        doubts: By phase, how far the ratio of the modes' times is off, as a share; the same on every rank.
+        doubts: By phase, how far the ratio of the modes' times is off, as a share, above 0 where TP has become the
+            slower one and below 0 where SP has; the same on every rank.
     """
 
     costs: CostModel
@@ -156,8 +158,9 @@ class Calibrated(ShiftPolicy):
     def _tied(self, step: StepState, tp: float, sp: float) -> bool:
         phase = "prefill" if step.num_prefill_tokens else "decode"
         unsure = 2 * self.costs.noise.get(phase, 0.0)
-        if self.doubts:
-            unsure = max(unsure, self.doubts.get(phase, 0.0))
+        if self.doubts:  # of the mode that has become slower than thought; the other is only better than thought
+            slower = self.doubts.get(phase, 0.0)
+            unsure = max(unsure, -slower if sp < tp else slower)
         return abs(tp - sp) <= unsure * min(tp, sp)
 
     def _next(self, step: StepState) -> Mode:

@@ -180,17 +180,19 @@ class Drift:
 
     @property
     def doubts(self) -> dict[str, float]:
-        """By phase, by which share the predicted ratio of the modes may be off; only where it has drifted.
+        """By phase, by which share the predicted ratio of the modes is off; only where it has drifted.
 
-        Where one mode has not run often enough to compare, what the other is off by.
+        Above 0 where TP is slower beside SP than predicted, below 0 where SP is beside TP. Where one mode has not run
+        often enough to compare, it is taken to be as predicted.
         """
         found = {}
         for phase in PHASES:
             off = self.skew(phase)
             if off is None:
-                off = next((r for mode in Mode if (r := self._of(phase, mode)) is not None), 1.0)
+                tp, sp = (self._of(phase, mode) or 1.0 for mode in (Mode.TP, Mode.SP))
+                off = tp / sp
             if (factor := max(off, 1 / off)) > DRIFT:
-                found[phase] = factor - 1
+                found[phase] = factor - 1 if off > 1 else 1 - factor
         return found
 
     @property
