@@ -183,15 +183,16 @@ class Drift:
         """By phase, by which share the predicted ratio of the modes is off; only where it has drifted.
 
         Above 0 where TP is slower beside SP than predicted, below 0 where SP is beside TP. Where one mode has not run
-        often enough to compare, it is taken to be as predicted.
+        often enough to compare, it is taken to be as predicted, and the ratio to be off by :data:`DRIFT` at most: what
+        slowed the mode that ran may well slow both.
         """
         found = {}
         for phase in PHASES:
             off = self.skew(phase)
             if off is None:
                 tp, sp = (self._of(phase, mode) or 1.0 for mode in (Mode.TP, Mode.SP))
-                off = tp / sp
-            if (factor := max(off, 1 / off)) > DRIFT:
+                off = min(max(tp / sp, 1 / DRIFT), DRIFT)
+            if (factor := max(off, 1 / off)) >= DRIFT:
                 found[phase] = factor - 1 if off > 1 else 1 - factor
         return found
 
