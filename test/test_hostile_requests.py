@@ -58,6 +58,11 @@ def completion(prompt, **fields):
     return "/v1/completions", {"model": "x", "prompt": prompt, "max_tokens": 4, **fields}
 
 
+def vertex(**sampling):
+    """SGLang's route whose sampling parameters may have any types; ``/generate`` checks them."""
+    return "/vertex_generate", {"instances": [{"input_ids": IDS}], "parameters": {"sampling_params": sampling}}
+
+
 # These ended a server or had it answer no one, apart from two that asked for what does not exist ("token above",
 # "top_logprobs_num") and were answered with nonsense.
 ENDED = {
@@ -80,9 +85,9 @@ ENDED = {
     "logprob_start_len": (generate(return_logprob=True, logprob_start_len=-2), "logprob_start_len is -2"),
     "top_logprobs_num": (generate(return_logprob=True, top_logprobs_num=-1), "top_logprobs_num is -1"),
     "samples of many prompts": (generate({"n": 100}, input_ids=[[5]] * 1000), "n is 100, for 1000 prompts,"),
-    "logit_bias of text": (generate({"logit_bias": {"1": "x"}}), "logit_bias has a value of another type"),
-    "logit_bias as a list": (generate({"logit_bias": [1]}), "logit_bias has a value of another type"),
-    "skip_special_tokens of text": (generate({"skip_special_tokens": "x"}), "skip_special_tokens has a value of"),
+    "logit_bias of text": (vertex(logit_bias={"1": "x"}), "logit_bias has a value of another type"),
+    "logit_bias as a list": (vertex(logit_bias=[1]), "logit_bias has a value of another type"),
+    "skip_special_tokens of text": (vertex(skip_special_tokens="x"), "skip_special_tokens has a value of"),
     "label that no metric has": (generate(custom_labels={"x": "y"}), "custom_labels has 'x'"),
     "logprobs at no token": (
         generate({"max_new_tokens": 0}, token_indices_to_pool=[10**6], return_logprob=True, token_ids_logprob=[5]),
@@ -147,13 +152,11 @@ ODD = {
     "bootstrap": generate(bootstrap_host="x", bootstrap_port=5, bootstrap_room=7),
     "data-parallel rank": generate(routed_dp_rank=99),
     "stream interval": generate({"stream_interval": 0}, stream=True),
-    "stream interval of text": generate({"stream_interval": "x"}, stream=True),
-    "a number for a flag": generate({"skip_special_tokens": 1, "ignore_eos": 1}),
-    "max_new_tokens 4.0": generate({"max_new_tokens": 4.0}),
-    "max_new_tokens 4.5": generate({"max_new_tokens": 4.5}),
-    "min_new_tokens 1.5": generate({"min_new_tokens": 1.5}),
-    "top_k 5.5": generate({"top_k": 5.5, "temperature": 1}),
-    "schema as a map": generate({"json_schema": {"type": "object"}}),
+    "a number for a flag": vertex(skip_special_tokens=1, ignore_eos=1, max_new_tokens=4.0),
+    "max_new_tokens 4.5": vertex(max_new_tokens=4.5),
+    "min_new_tokens 1.5": vertex(min_new_tokens=1.5),
+    "top_k 5.5": vertex(top_k=5.5, temperature=1),
+    "schema as a map": vertex(json_schema={"type": "object"}),
     "schema of half a character": generate({"json_schema": "\ud800"}),
     "stop of half a character": generate({"stop": "\ud800"}),
     "regex of half a character": generate({"regex": "\ud800"}),
