@@ -43,7 +43,7 @@ def check_samples(request: Any) -> None:
         n = each.get("n") if isinstance(each, dict) else None
         if isinstance(n, int) and n > 1 and n * number > MAX_SAMPLES:
             many = f", for {number} prompts," if number > 1 else ""
-            raise ValueError(f"n is {n}{many} and must be at most {MAX_SAMPLES // number}; send several requests")
+            raise ValueError(f"n is {n}{many} and must be at most {max(1, MAX_SAMPLES // number)}; send several requests")
 
 
 def check_labels(labels: Any) -> None:
@@ -63,8 +63,8 @@ def check_labels(labels: Any) -> None:
 def fit_types(request: Any) -> None:
     """Give all values of a tokenized request the types that its fields have: 4.0 becomes 4.
 
-    SGLang's ranks check types only with ``SGLANG_USE_PICKLE_IPC=0``, and what a client writes into
-    ``sampling_params`` nobody checks before.
+    SGLang's ranks check types only with ``SGLANG_USE_PICKLE_IPC=0``. Before them ``/generate`` does; the Python API,
+    ``/vertex_generate`` and Ollama's routes take ``sampling_params`` with values of any types.
 
     Raises:
         ValueError: a value has another type.
