@@ -38,12 +38,13 @@ def check_samples(request: Any) -> None:
     """
     prompts = getattr(request, "text", None) or getattr(request, "input_ids", None)
     number = len(prompts) if isinstance(prompts, list) and isinstance(prompts[0], (str, list)) else 1
+    most = max(1, MAX_SAMPLES // number)
     params = getattr(request, "sampling_params", None)
     for each in params if isinstance(params, list) else [params]:
         n = each.get("n") if isinstance(each, dict) else None
-        if isinstance(n, int) and n > 1 and n * number > MAX_SAMPLES:
+        if isinstance(n, int) and n > most:
             many = f", for {number} prompts," if number > 1 else ""
-            raise ValueError(f"n is {n}{many} and must be at most {max(1, MAX_SAMPLES // number)}; send several requests")
+            raise ValueError(f"n is {n}{many} and must be at most {most}; send several requests")
 
 
 def check_labels(labels: Any) -> None:
