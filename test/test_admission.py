@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 from sglang.srt.managers import io_struct
@@ -71,7 +72,7 @@ def test_what_a_request_raises_is_its_answer(monkeypatch):
     sent = []
     monkeypatch.setattr(Scheduler, "handle_generate_request", broken)
     monkeypatch.setattr(Scheduler, "send_abort_output", lambda self, abort, request: sent.append((abort, request)))
-    request = SimpleNamespace(rid="a")
+    request = SimpleNamespace(rid="a", input_embeds=None)
     ShiftScheduler.__new__(ShiftScheduler).handle_generate_request(request)
     ((abort, of),) = sent
     assert of is request and abort.rid == "a"
@@ -79,23 +80,35 @@ def test_what_a_request_raises_is_its_answer(monkeypatch):
     assert "cannot be run: dictionary changed size during iteration; correct it" in abort.finished_reason["message"]
 
 
-@pytest.mark.parametrize("params", [{"n": 2**31}, {"n": 2**63}, [{"n": 1}, {"n": 100_000}]])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"input_ids": [1], "sampling_params": {"n": 2**31}},
+        {"input_ids": [1], "sampling_params": {"n": 2**63}},
+        {"input_ids": [[1], [2]], "sampling_params": [{"n": 1}, {"n": 100_000}]},
+        {"input_ids": [[1]] * 1000, "sampling_params": {"n": 17}},
+        {"text": ["a"] * 1000, "sampling_params": {"n": 17}},
+    ],
+)
 @pytest.mark.parametrize("manager", MANAGERS)
-def test_more_samples_than_can_be_made(manager, params):
-    request = GenerateReqInput(input_ids=[1], sampling_params=params)
-    with pytest.raises(ValueError, match=r"n is .* must be at most 16384; send several requests"):
-        manager.__new__(manager).generate_request(request)
+def test_more_samples_than_can_be_made(manager, fields):
+    with pytest.raises(ValueError, match=r"n is .* must be at most \d+; send several requests"):
+        manager.__new__(manager).generate_request(GenerateReqInput(**fields))
 
 
 @pytest.mark.parametrize("params", [None, {}, {"n": 16_384}, {"n": None}, {"n": "x"}, [{"n": 2}, {}], [None], 5])
 def test_samples_that_are_left_to_sglang(params):
-    admission.check_samples(params)
+    admission.check_samples(SimpleNamespace(text="a", sampling_params=params))
+
+
+def test_many_prompts_of_one_sample_each():
+    admission.check_samples(GenerateReqInput(input_ids=[[1]] * 20_000, sampling_params={"n": 1}))
 
 
 def tokenized(**values):
     """A request of one token, with ``values`` for its fields or its sampling parameters."""
     defaults = {"input_ids": [1], "input_embeds": None, "mm_inputs": None, "positional_embed_overrides": None}
-    defaults |= {"logprob_start_len": -1, "top_logprobs_num": 0}
+    defaults |= {"logprob_start_len": -1, "top_logprobs_num": 0, "return_logprob": False, "token_indices_to_pool": None}
     fields = {name: values.pop(name) for name in defaults if name in values}
     request = SimpleNamespace(**{**defaults, **fields}, sampling_params=SamplingParams(**values))
     return request
@@ -139,11 +152,102 @@ def test_values_that_fit(values):
     admission.check_values(tokenized(**values), MODEL)
 
 
-def test_embeddings_need_a_model_in_bfloat16():
-    """SGLang makes them bfloat16 whatever the model's dtype is."""
-    model = SimpleNamespace(**{**vars(MODEL), "dtype": torch.float32})
-    with pytest.raises(ValueError, match=r"served in torch\.float32; give --dtype bfloat16"):
-        admission.check_values(tokenized(input_embeds=[[0.1, 0.2]]), model)
+class Wanted(msgspec.Struct):
+    sampling_params: SamplingParams
+    return_logprob: bool = False
+    custom_logit_processor: str | None = None
+    input_ids: object = None
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"stream_interval": "x"}, "stream_interval has .*Expected `int | null`, got `str`"),
+        ({"logit_bias": {"1": "x"}}, "logit_bias has .*Expected `float`, got `str`"),
+        ({"logit_bias": {"1": None}}, "logit_bias has "),
+        ({"logit_bias": [1]}, "logit_bias has "),
+        ({"skip_special_tokens": "x"}, "skip_special_tokens has .*Expected `bool`, got `str`"),
+        ({"max_new_tokens": 4.5}, "max_new_tokens has "),
+        ({"json_schema": {"type": "object"}}, "json_schema has "),
+    ],
+)
+def test_sampling_parameters_of_another_type(values, reason):
+    """SGLang pickles requests, so that no rank checks them."""
+    assert io_struct._USE_PICKLE_IPC
+    with pytest.raises(ValueError, match=reason):
+        admission.fit_types(Wanted(SamplingParams(**values)))
+
+
+@pytest.mark.parametrize("values", [{"return_logprob": [True]}, {"custom_logit_processor": ["x"]}])
+def test_a_list_for_a_single_request(values):
+    with pytest.raises(ValueError, match=f"{next(iter(values))} has a value of another type"):
+        admission.fit_types(Wanted(SamplingParams(), **values))
+
+
+def test_values_that_only_look_different():
+    """A 1 for True ended the detokenizer. What a processor of the user's reads is the user's affair."""
+    params = {"max_new_tokens": 4.0, "skip_special_tokens": 1, "ignore_eos": 0, "stop_token_ids": [5, 6.0]}
+    deep = {"a": {"b": [1, {"c": 2}]}}
+    request = Wanted(SamplingParams(**params, logit_bias={"1": 2}, custom_params=deep), input_ids=array("q", [1]))
+    admission.fit_types(request)
+    seen = request.sampling_params
+    assert (seen.max_new_tokens, seen.skip_special_tokens, seen.ignore_eos) == (4, True, False)
+    assert type(seen.max_new_tokens) is int and seen.stop_token_ids == {5, 6} and seen.logit_bias == {"1": 2.0}
+    assert seen.custom_params is deep and request.input_ids == array("q", [1])
+
+
+def test_all_fields_of_a_request_have_types_that_are_known():
+    for kind in (io_struct.TokenizedGenerateReqInput, io_struct.TokenizedEmbeddingReqInput, SamplingParams):
+        assert admission._types(kind).keys() == set(kind.__struct_fields__)
+    assert set(admission.UNTYPED) <= admission._types(io_struct.TokenizedGenerateReqInput).keys()
+
+
+def test_labels_that_no_metric_has(monkeypatch):
+    """SGLang gives them to Prometheus while it handles answers, and an error there ends the server."""
+    seen = SimpleNamespace(enable_metrics=True, tokenizer_metrics_allowed_custom_labels=["team"])
+    monkeypatch.setattr(admission, "get_observability", lambda: seen)
+    for labels in (None, {}, {"team": "a"}):
+        admission.check_labels(labels)
+    with pytest.raises(ValueError, match="custom_labels has 'x', which is not in --tokenizer-metrics-allowed"):
+        admission.check_labels({"team": "a", "x": "b"})
+    seen.enable_metrics = False  # then nobody reads them
+    admission.check_labels({"x": "b"})
+
+
+@pytest.mark.parametrize(
+    ("flags", "values", "reason"),
+    [
+        ((128, True), {}, "needs --chunked-prefill-size -1 and --disable-radix-cache"),
+        ((-1, False), {}, "needs --chunked-prefill-size -1 and --disable-radix-cache"),
+        ((-1, True), {"token_indices_to_pool": [3]}, "not among the 3 tokens"),
+        ((-1, True), {"token_indices_to_pool": [-1]}, "not among the 3 tokens"),
+        ((-1, True), {"token_indices_to_pool": []}, "not among the 3 tokens"),
+        ((-1, True), {"return_logprob": False}, "needs max_new_tokens 0"),
+        ((-1, True), {"logprob_start_len": 1}, "needs max_new_tokens 0"),
+        ((-1, True), {"max_new_tokens": 5}, "needs max_new_tokens 0"),
+        ((-1, True), {}, None),
+    ],
+)
+def test_positions_to_read_logprobs_at(monkeypatch, flags, values, reason):
+    chunk, no_cache = flags
+    monkeypatch.setattr(admission, "get_schedule", lambda: SimpleNamespace(chunked_prefill_size=chunk))
+    monkeypatch.setattr(admission, "get_memory", lambda: SimpleNamespace(disable_radix_cache=no_cache))
+    fields = {"input_ids": [1, 2, 3], "token_indices_to_pool": [0, 2], "return_logprob": True}
+    request = tokenized(**{**fields, "logprob_start_len": 0, "max_new_tokens": 0, **values})
+    if reason is None:
+        admission.check_values(request, MODEL)
+    else:
+        with pytest.raises(ValueError, match=reason):
+            admission.check_values(request, MODEL)
+
+
+def test_embeddings_become_those_of_tokens():
+    request = SimpleNamespace(input_embeds=[[0.1, 0.2], [0.3, 0.4]], input_ids=None, session_params=None)
+    request.positional_embed_overrides = None
+    admission.as_overrides(request)
+    assert request.input_embeds is None and len(request.input_ids) == 2
+    overrides = request.positional_embed_overrides
+    assert overrides.positions == [0, 1] and torch.equal(overrides.embeds, torch.tensor([[0.1, 0.2], [0.3, 0.4]]))
 
 
 def test_a_message_that_no_rank_could_read(monkeypatch):

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.server
 
 FLAGS = [
     "--dtype", "float32", "--tp-size", "2", "--enable-shift-parallel", "--shift-threshold", "20",
-    "--chunked-prefill-size", "128", "--reasoning-parser", "qwen3",
+    "--chunked-prefill-size", "128", "--reasoning-parser", "qwen3", "--enable-metrics",
 ]  # fmt: skip
 IDS = list(range(200, 230))
 VOCAB = 4096
@@ -48,12 +48,19 @@ def send(server, path, body, timeout=60):
 
 
 def generate(sampling=None, **fields):
-    body = {"input_ids": IDS, **fields, "sampling_params": {"max_new_tokens": 4, "temperature": 0, **(sampling or {})}}
+    if not isinstance(sampling, list):
+        sampling = {"max_new_tokens": 4, "temperature": 0, **(sampling or {})}
+    body = {"input_ids": IDS, **fields, "sampling_params": sampling}
     return "/generate", {name: value for name, value in body.items() if value is not None}
 
 
 def completion(prompt, **fields):
     return "/v1/completions", {"model": "x", "prompt": prompt, "max_tokens": 4, **fields}
+
+
+def vertex(**sampling):
+    """SGLang's route whose sampling parameters may have any types; ``/generate`` checks them."""
+    return "/vertex_generate", {"instances": [{"input_ids": IDS}], "parameters": {"sampling_params": sampling}}
 
 
 # These ended a server or had it answer no one, apart from two that asked for what does not exist ("token above",
@@ -77,6 +84,15 @@ ENDED = {
     "token above": (generate(input_ids=[3, VOCAB, 4]), f"input_ids has {VOCAB}"),
     "logprob_start_len": (generate(return_logprob=True, logprob_start_len=-2), "logprob_start_len is -2"),
     "top_logprobs_num": (generate(return_logprob=True, top_logprobs_num=-1), "top_logprobs_num is -1"),
+    "samples of many prompts": (generate({"n": 100}, input_ids=[[5]] * 1000), "n is 100, for 1000 prompts,"),
+    "logit_bias of text": (vertex(logit_bias={"1": "x"}), "logit_bias has a value of another type"),
+    "logit_bias as a list": (vertex(logit_bias=[1]), "logit_bias has a value of another type"),
+    "skip_special_tokens of text": (vertex(skip_special_tokens="x"), "skip_special_tokens has a value of"),
+    "label that no metric has": (generate(custom_labels={"x": "y"}), "custom_labels has 'x'"),
+    "logprobs at no token": (
+        generate({"max_new_tokens": 0}, token_indices_to_pool=[10**6], return_logprob=True, token_ids_logprob=[5]),
+        "token_indices_to_pool needs",
+    ),
     "overrides": (generate(positional_embed_overrides={"embeds": []}), "positional_embed_overrides has tensors"),
 }
 
@@ -136,6 +152,56 @@ ODD = {
     "bootstrap": generate(bootstrap_host="x", bootstrap_port=5, bootstrap_room=7),
     "data-parallel rank": generate(routed_dp_rank=99),
     "stream interval": generate({"stream_interval": 0}, stream=True),
+    "a number for a flag": vertex(skip_special_tokens=1, ignore_eos=1, max_new_tokens=4.0),
+    "max_new_tokens 4.5": vertex(max_new_tokens=4.5),
+    "min_new_tokens 1.5": vertex(min_new_tokens=1.5),
+    "top_k 5.5": vertex(top_k=5.5, temperature=1),
+    "schema as a map": vertex(json_schema={"type": "object"}),
+    "schema of half a character": generate({"json_schema": "\ud800"}),
+    "stop of half a character": generate({"stop": "\ud800"}),
+    "regex of half a character": generate({"regex": "\ud800"}),
+    "beam": generate({"beam_width": 2, "n": 2}),
+    "beams without end": generate({"beam_width": 10**9}),
+    "beams of a half": generate({"beam_width": 2.5}),
+    "sampling mask": generate({"top_k": 5, "temperature": 1}, return_sampling_mask=True),
+    "sampling mask of all": generate(return_sampling_mask=True, sampling_logprobs_mode="support"),
+    "routed experts": generate(return_routed_experts=True, routed_experts_start_len=-5),
+    "indexer": generate(return_indexer_topk=True),
+    "flat logprobs": generate(return_flat_raw_output_top_logprobs=True, return_flat_raw_top_logprobs=True),
+    "flat logprobs of none": generate(return_flat_raw_output_top_logprobs=True, return_logprob=True),
+    "flat logprobs of the prompt": generate(
+        return_flat_raw_top_logprobs=True,
+        return_logprob=True,
+        top_logprobs_num=3,
+        logprob_start_len=0,
+        return_flat_raw_top_logprobs_b64=True,
+    ),
+    "worker": generate(http_worker_ipc="ipc:///nowhere"),
+    "delimiters": generate({"max_new_tokens": 0}, multi_item_delimiter_indices=[10**6], return_logprob=True),
+    "waits for images": generate(need_wait_for_mm_inputs=True, num_items_assigned={}, encoder_urls=["x"]),
+    "received never": ("/generate", '{"input_ids": [1, 2], "received_time": NaN, "sampling_params": {}}'),
+    "keys of the cache": generate(extra_key="\u0000", cache_salt="x", routing_key="y"),
+    "hints": generate(kv_hints={"version": "x"}),
+    "hidden states of a list": generate(return_hidden_states=[True]),
+    "logprobs of a list": generate(return_logprob=[True], top_logprobs_num=[1]),
+    "budget of text": generate({"custom_params": {"thinking_budget": "x"}, "regex": "a+"}, require_reasoning=True),
+    "terminator": generate({"custom_params": {"__sglang_reasoning_end_token_ids": [1]}}),
+    "watermark": generate(watermark={"x": 1}),
+    "streams of three": generate({"n": 3, "temperature": 1}, stream=True, return_logprob=True),
+    "a bad one of three": generate([{}, {"regex": "("}, {}], input_ids=[[5], [6], [7]]),
+    "logit_bias, OpenAI": completion("a", logit_bias={"-1": 5}),
+    "responses": ("/v1/responses", {"model": "x", "input": "a", "max_output_tokens": 4, "top_logprobs": 99}),
+    "messages": ("/v1/messages", {"model": "x", "max_tokens": 4, "messages": [{"role": "user", "content": "a"}]}),
+    "tools": (
+        "/v1/chat/completions",
+        {
+            "model": "x",
+            "messages": [{"role": "user", "content": "a"}],
+            "max_tokens": 4,
+            "tool_choice": "required",
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "x"}}}],
+        },
+    ),
     "not JSON": ("/generate", "{"),
     "deep": ("/generate", "[" * 100_000),
     "encode": ("/encode", {"input_ids": []}),

@@ -6,32 +6,86 @@ SGLang's own checks come first; these are for what they let through.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from array import array
+from collections.abc import Collection, Iterable
+from functools import cache
 from typing import Any
 
 import msgspec
 import torch
 from sglang.srt.managers import io_struct
+from sglang.srt.managers.embed_types import PositionalEmbeds
+from sglang.srt.runtime_context import get_memory, get_observability, get_schedule
 
 NO_TOKENS = "the request has no tokens; give a text, input_ids or input_embeds that is not empty"
 
 MAX_SAMPLES = 16_384
-"""The largest n. SGLang copies the request so often before it looks at any other limit."""
+"""The largest n, for all prompts of a request together. SGLang makes the copies before it looks at any other limit."""
 
 MAX_TOP_K = 2**31 - 1
 """The largest top_k that fits the tensor which carries it."""
 
 
-def check_samples(sampling_params: Any) -> None:
+UNTYPED = ("input_ids", "input_embeds", "mm_inputs", "positional_embed_overrides", "time_stats", "sampling_params")
+"""What :func:`fit_types` leaves alone in a request: it may be large, or SGLang itself makes it."""
+
+
+def check_samples(request: Any) -> None:
     """Check n before SGLang makes n copies of the request, while nothing else is answered.
 
     Raises:
         ValueError: n is too large.
     """
-    for params in sampling_params if isinstance(sampling_params, list) else [sampling_params]:
-        n = params.get("n") if isinstance(params, dict) else None
-        if isinstance(n, int) and n > MAX_SAMPLES:
-            raise ValueError(f"n is {n} and must be at most {MAX_SAMPLES}; send several requests")
+    prompts = getattr(request, "text", None) or getattr(request, "input_ids", None)
+    number = len(prompts) if isinstance(prompts, list) and isinstance(prompts[0], (str, list)) else 1
+    most = max(1, MAX_SAMPLES // number)
+    params = getattr(request, "sampling_params", None)
+    for each in params if isinstance(params, list) else [params]:
+        n = each.get("n") if isinstance(each, dict) else None
+        if isinstance(n, int) and n > most:
+            many = f", for {number} prompts," if number > 1 else ""
+            raise ValueError(f"n is {n}{many} and must be at most {most}; send several requests")
+
+
+def check_labels(labels: Any) -> None:
+    """Check ``custom_labels`` of a request: with ``--enable-metrics`` an unknown one ends the process that counts it.
+
+    Raises:
+        ValueError: one is unknown.
+    """
+    for name in labels or ():
+        seen = get_observability()
+        if seen.enable_metrics and name not in (seen.tokenizer_metrics_allowed_custom_labels or ()):
+            raise ValueError(
+                f"custom_labels has {name!r}, which is not in --tokenizer-metrics-allowed-custom-labels; leave it out"
+            )
+
+
+def fit_types(request: Any) -> None:
+    """Give all values of a tokenized request the types that its fields have: 4.0 becomes 4.
+
+    SGLang's ranks check types only with ``SGLANG_USE_PICKLE_IPC=0``. Before them ``/generate`` does; the Python API,
+    ``/vertex_generate`` and Ollama's routes take ``sampling_params`` with values of any types.
+
+    Raises:
+        ValueError: a value has another type.
+    """
+    _fit(request, UNTYPED)
+    _fit(request.sampling_params, ("custom_params",))  # of any depth, for the processors that read it
+
+
+def _fit(struct: msgspec.Struct, untyped: Collection[str]) -> None:
+    for name, kind in _types(type(struct)).items():
+        if name not in untyped:
+            try:
+                setattr(struct, name, msgspec.convert(getattr(struct, name), kind, strict=False))
+            except msgspec.ValidationError as error:
+                raise ValueError(f"{name} has a value of another type than it must have: {error}") from error
+
+
+@cache
+def _types(struct: type[msgspec.Struct]) -> dict[str, Any]:
+    return {field.name: field.type for field in msgspec.structs.fields(struct)}
 
 
 def check_values(request: Any, model: Any) -> None:
@@ -54,6 +108,8 @@ def check_values(request: Any, model: Any) -> None:
         return
     if request.input_embeds is not None:
         check_rows(request.input_embeds, model)
+    if request.token_indices_to_pool is not None:
+        check_pooled(request)
     if (start := request.logprob_start_len) < -1:
         raise ValueError(f"logprob_start_len is {start} and must be at least -1; give -1 for the new tokens only")
     if not 0 <= (top := request.top_logprobs_num) <= vocab_size:
@@ -61,16 +117,45 @@ def check_values(request: Any, model: Any) -> None:
 
 
 def check_rows(rows: Any, model: Any) -> None:
-    """Check embeddings that come with a request: SGLang makes one tensor of them, in bfloat16.
+    """Check embeddings that come with a request.
 
     Raises:
-        ValueError: they are not as wide as the model, or it has another dtype.
+        ValueError: they are not as wide as the model.
     """
-    if model.dtype != torch.bfloat16:
-        raise ValueError(f"input_embeds are bfloat16, but the model is served in {model.dtype}; give --dtype bfloat16")
     for row in rows:
         if len(row) != model.hidden_size:
             raise ValueError(f"input_embeds has a row of {len(row)}, but the model's have {model.hidden_size} numbers")
+
+
+def check_pooled(request: Any) -> None:
+    """Check positions at which logprobs are read, as ``/v1/score`` asks for them with ``score_extraction_token_id``.
+
+    Raises:
+        ValueError: they are not all in the one step that computes the prompt, or the step computes something else.
+    """
+    positions, tokens = request.token_indices_to_pool, request.input_ids or ()
+    if get_schedule().chunked_prefill_size != -1 or not get_memory().disable_radix_cache:
+        raise ValueError("token_indices_to_pool needs --chunked-prefill-size -1 and --disable-radix-cache; restart")
+    if not positions or min(positions) < 0 or max(positions) >= len(tokens):
+        raise ValueError(f"token_indices_to_pool has none, or one not among the {len(tokens)} tokens; correct it")
+    if request.sampling_params.max_new_tokens != 0 or not request.return_logprob or request.logprob_start_len != 0:
+        raise ValueError(
+            "token_indices_to_pool needs max_new_tokens 0, return_logprob, and logprob_start_len 0; give them as well"
+        )
+
+
+def as_overrides(request: Any) -> None:
+    """Have ``input_embeds`` replace the embeddings of as many tokens, which comes to the same.
+
+    Of requests in one step SGLang puts together only the rows that they bring along. Where others bring tokens, rows
+    are missing, and the step ends the server. Tokens whose embeddings are replaced may be together with any.
+    """
+    rows = request.input_embeds
+    if rows is None or request.session_params is not None:  # a session takes none
+        return
+    request.input_ids = array("q", [1]) * len(rows)
+    request.positional_embed_overrides = PositionalEmbeds(torch.tensor(rows), list(range(len(rows))))
+    request.input_embeds = None
 
 
 def check_tokens(name: str, tokens: Iterable[int], vocab_size: int) -> None:

@@ -17,7 +17,7 @@ from sglang.srt.runtime_context import get_device, get_model, get_parallel, get_
 from sglang.srt.utils import rank_consensus_checker
 
 from sglang_shift import agreement, platform, seams
-from sglang_shift.admission import NO_TOKENS
+from sglang_shift.admission import NO_TOKENS, as_overrides
 from sglang_shift.calibrator import Calibrator
 from sglang_shift.config import ShiftConfig, shift_config_of
 from sglang_shift.consensus import same_everywhere
@@ -173,6 +173,7 @@ class ShiftScheduler(Scheduler):
         Every rank has the same requests in the same state, so that all of them refuse it.
         """
         try:
+            as_overrides(recv_req)
             super().handle_generate_request(recv_req, **kwargs)
         except Exception as error:
             logger.exception("sglang_shift: the request %s is refused", recv_req.rid)

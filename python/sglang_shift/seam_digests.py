@@ -56,6 +56,7 @@ DIGESTS = {
     "sglang.srt.arg_groups.memory_hook:reserve_for_graph_mb": "4cd5981a54925352",
     "sglang.srt.layers.vocab_parallel_embedding:VocabParallelEmbedding.forward": "6fb4ad967b230a90",
     "sglang.srt.model_executor.model_runner:ModelRunner._extend_forward_kwargs": "2fb8dbbf8d795a06",
+    "sglang.srt.managers.schedule_batch:ScheduleBatch.prepare_for_extend": "e7ca2d0e335a570e",
     "sglang.srt.model_executor.model_runner_components.cuda_graph_setup:capture_decode_graph": "98b24a36e0212367",
     "sglang.srt.model_executor.model_runner_components.cuda_graph_setup:capture_prefill_graph": "8216b95b70a93038",
     "sglang.srt.model_executor.runner.base_cuda_graph_runner:get_batch_sizes_to_capture": "eebc72cf373bb636",

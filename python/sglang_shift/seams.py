@@ -88,7 +88,8 @@ SEAMS: tuple[Seam, ...] = (
     Seam("overrides", _SCHEDULER + "run_batch", "sglang_shift.scheduler:ShiftScheduler.run_batch",
          "chooses the step's mode"),
     Seam("overrides", _SCHEDULER + "handle_generate_request",
-         "sglang_shift.scheduler:ShiftScheduler.handle_generate_request", "what a request raises is its answer"),
+         "sglang_shift.scheduler:ShiftScheduler.handle_generate_request",
+         "what a request raises is its answer; embeddings replace"),
     Seam("overrides", _SCHEDULER + "_add_request_to_queue",
          "sglang_shift.scheduler:ShiftScheduler._add_request_to_queue", "a request without tokens is never run"),
     Seam("overrides", _SCHEDULER + "process_batch_result",
@@ -169,9 +170,9 @@ SEAMS: tuple[Seam, ...] = (
     *(
         Seam("overrides", _TOKENIZER + name, f"sglang_shift.tokenizer:CheckedRequests.{name}", why)
         for name, why in (
-            ("generate_request", "refuses more samples than can be made"),
+            ("generate_request", "refuses more samples than can be made, and unknown labels"),
             ("_validate_one_request", "refuses a request without tokens"),
-            ("_create_tokenized_object", "refuses values that fit no tensor"),
+            ("_create_tokenized_object", "refuses values of another type, and those that fit no tensor"),
             ("_dispatch_to_scheduler", "refuses what the ranks could not read"),
             ("_async_dispatch_to_scheduler", "refuses what the ranks could not read"),
         )
@@ -183,6 +184,8 @@ SEAMS: tuple[Seam, ...] = (
          "sums its rows by that function alone"),
     Seam("relies on", _RUNNER + "_extend_forward_kwargs", "",
          "calls the embedding for all rows where a request replaces some"),
+    Seam("relies on", "sglang.srt.managers.schedule_batch:ScheduleBatch.prepare_for_extend", "",
+         "puts together which rows the requests of a step replace"),
     Seam("relies on", _CAPTURE + "capture_decode_graph", "", "captures by the class above, and measures"),
     Seam("relies on", _CAPTURE + "capture_prefill_graph", "", "captures by the name above, and measures"),
     Seam("relies on", "sglang.srt.model_executor.runner.base_cuda_graph_runner:get_batch_sizes_to_capture", "",

@@ -10,7 +10,7 @@ from sglang.srt.entrypoints.engine import init_tokenizer_manager as init_stock
 from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
-from sglang_shift.admission import NO_TOKENS, check_message, check_samples, check_values
+from sglang_shift.admission import NO_TOKENS, check_labels, check_message, check_samples, check_values, fit_types
 from sglang_shift.events import META_INFO_KEY as KEY
 
 
@@ -34,8 +34,9 @@ class CheckedRequests(TokenizerManager):
     """What would end a rank is answered with an error, and reaches none (:mod:`sglang_shift.admission`)."""
 
     def generate_request(self, obj: Any, request: Any = None) -> AsyncGenerator[Any]:
-        """As SGLang's, if the request can be multiplied as it asks to be."""
-        check_samples(getattr(obj, "sampling_params", None))
+        """As SGLang's, if the request can be multiplied as it asks to be, and counted."""
+        check_samples(obj)
+        check_labels(getattr(obj, "custom_labels", None))
         return super().generate_request(obj, request)
 
     def _validate_one_request(self, obj: Any, input_ids: list[int] | None) -> None:
@@ -50,6 +51,7 @@ class CheckedRequests(TokenizerManager):
     def _create_tokenized_object(self, *args: Any, **kwargs: Any) -> Any:
         """As SGLang's, if all values fit."""
         tokenized = super()._create_tokenized_object(*args, **kwargs)
+        fit_types(tokenized)
         check_values(tokenized, self.model_config)
         return tokenized
 
