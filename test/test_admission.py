@@ -101,6 +101,11 @@ def test_samples_that_are_left_to_sglang(params):
     admission.check_samples(SimpleNamespace(text="a", sampling_params=params))
 
 
+@pytest.mark.parametrize("prompts", [{"input_ids": []}, {"text": []}, {"text": ""}, {"input_ids": [[]]}])
+def test_samples_of_no_prompt(prompts):
+    admission.check_samples(SimpleNamespace(**prompts, sampling_params={"n": 2}))
+
+
 def test_many_prompts_of_one_sample_each():
     admission.check_samples(GenerateReqInput(input_ids=[[1]] * 20_000, sampling_params={"n": 1}))
 

@@ -37,14 +37,15 @@ def check_samples(request: Any) -> None:
         ValueError: n is too large.
     """
     prompts = getattr(request, "text", None) or getattr(request, "input_ids", None)
-    number = len(prompts) if isinstance(prompts, list) and isinstance(prompts[0], (str, list)) else 1
+    many = isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], (str, list))
+    number = len(prompts) if many else 1
     most = max(1, MAX_SAMPLES // number)
     params = getattr(request, "sampling_params", None)
     for each in params if isinstance(params, list) else [params]:
         n = each.get("n") if isinstance(each, dict) else None
         if isinstance(n, int) and n > most:
-            many = f", for {number} prompts," if number > 1 else ""
-            raise ValueError(f"n is {n}{many} and must be at most {most}; send several requests")
+            of_all = f", for {number} prompts," if number > 1 else ""
+            raise ValueError(f"n is {n}{of_all} and must be at most {most}; send several requests")
 
 
 def check_labels(labels: Any) -> None:
