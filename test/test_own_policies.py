@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -66,8 +67,9 @@ def test_ranks_in_different_modes_end_the_server_with_a_sentence(servers):
         env={"SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "0"},
     )  # fmt: skip
     assert server.generate(list(range(50)), 4).tokens
-    with pytest.raises((requests.RequestException, AssertionError)):
-        server.generate(list(range(TRIGGER)), 4)
+    # Ranks in different collectives wait, fail, or go on with wrong numbers: what becomes of the step is not known.
+    with contextlib.suppress(requests.RequestException, AssertionError):
+        server.generate(list(range(500, 500 + TRIGGER)), 4)  # none of it is cached
     assert server.process.wait(120) != 0
     assert not left_after_a_while(server.process.pid)
     log = server.tail(1_000_000)

@@ -37,8 +37,7 @@ def check_samples(request: Any) -> None:
         ValueError: n is too large.
     """
     prompts = getattr(request, "text", None) or getattr(request, "input_ids", None)
-    many = isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], (str, list))
-    number = len(prompts) if many else 1
+    number = len(prompts) if isinstance(prompts, list) and prompts and isinstance(prompts[0], (str, list)) else 1
     most = max(1, MAX_SAMPLES // number)
     params = getattr(request, "sampling_params", None)
     for each in params if isinstance(params, list) else [params]:
