@@ -265,3 +265,35 @@ def test_a_message_that_no_rank_could_read(monkeypatch):
         io_struct.msgpack_decode(io_struct.msgpack_encode(message))
     with pytest.raises(ValueError, match=r"cannot be sent to the ranks: .*correct that value"):
         admission.check_message(message)
+
+
+@pytest.mark.parametrize("folder", ["/dev/null/x", "nul\0", "file"])
+def test_a_profile_that_could_not_be_written(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output_dir .* cannot be written .*; give another"):
+        admission.check_folder(folder)
+
+
+def test_profiles_that_can_be_written(tmp_path, monkeypatch):
+    admission.check_folder(str(tmp_path / "a" / "b"))
+    monkeypatch.setenv("SGLANG_TORCH_PROFILER_DIR", str(tmp_path / "c"))
+    admission.check_folder(None)
+    assert (tmp_path / "c").is_dir() and not list((tmp_path / "c").iterdir())
+
+
+def test_levels_of_logging():
+    for level in (None, 0, 3):
+        admission.check_logging(level)
+    for level in (-1, 4, 99):
+        with pytest.raises(ValueError, match=f"log_requests_level is {level} and must be between 0 and 3"):
+            admission.check_logging(level)
+
+
+def test_weights_in_a_format_that_does_not_exist():
+    """SGLang raises an error in the rank, which ends it; the base weights stay as they are."""
+    from sglang_shift.runner import ShiftWeightUpdater
+
+    updater = ShiftWeightUpdater.__new__(ShiftWeightUpdater)  # without a runner: nothing may be asked of it
+    done, message = updater.update_weights_from_disk("/nowhere", "x", recapture_cuda_graph=False)
+    assert not done and message.startswith("load_format 'x' is unknown; give one of auto, pt, safetensors")

@@ -24,6 +24,9 @@ pytestmark = pytest.mark.server
 FLAGS = ("--dtype", "float32", "--tp-size", "2", "--enable-shift-parallel", "--enable-metrics")
 
 
+SWITCHED = r"Switched to (SP|TP): \d+ tokens \((prefill|decode)\), \d+ running, \d+ waiting"
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("calibrated")
@@ -126,13 +129,14 @@ def test_a_change_that_makes_no_sense_changes_nothing(server, values, status):
 
 def test_batch_lines_and_switches_in_the_log(server, default_policy):
     server.set(shift_policy="tokens", shift_threshold=8)
-    for i in range(3):
+    deadline, i, log = time.monotonic() + 30, 0, ""
+    while not re.search(SWITCHED, log) and time.monotonic() < deadline:  # at most a line in five seconds
         server.generate(list(range(500 + 40 * i, 530 + 40 * i)), 45)
-    log = server.tail(1_000_000)
+        i, log = i + 1, server.tail(1_000_000)
     modes = re.findall(r"(Prefill|Decode) batch.*, mode: (TP|SP)", log)
     assert ("Prefill", "SP") in modes
     assert ("Decode", "TP") in modes
-    assert re.search(r"Switched to (SP|TP): \d+ tokens \((prefill|decode)\), \d+ running, \d+ waiting", log)
+    assert re.search(SWITCHED, log)
     assert log.count("Switched to") < server.state["switches"], "the log is rate-limited"
 
 

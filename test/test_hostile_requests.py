@@ -220,6 +220,9 @@ ODD = {
     "internal state huge": ("/set_internal_state", '{"server_args": {"shift_threshold": 1e300}}'),
     "internal state text": ("/set_internal_state", '{"server_args": {"shift_policy": [1]}}'),
     "profile stopped": ("/stop_profile", {}),
+    "profile into a file": ("/start_profile", {"output_dir": "/dev/null/x"}),  # ended the server when it was stopped
+    "logging of no level": ("/configure_logging", {"log_requests": True, "log_requests_level": 99}),
+    "weights in no format": ("/update_weights_from_disk", {"model_path": "/nowhere", "load_format": "x"}),
     "weights from nowhere": ("/update_weights_from_disk", {"model_path": "/nowhere"}),
 }
 

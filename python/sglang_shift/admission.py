@@ -6,6 +6,8 @@ SGLang's own checks come first; these are for what they let through.
 
 from __future__ import annotations
 
+import os
+import tempfile
 from array import array
 from collections.abc import Collection, Iterable
 from functools import cache
@@ -156,6 +158,31 @@ def as_overrides(request: Any) -> None:
     request.input_ids = array("q", [1]) * len(rows)
     request.positional_embed_overrides = PositionalEmbeds(torch.tensor(rows), list(range(len(rows))))
     request.input_embeds = None
+
+
+def check_folder(folder: str | None) -> None:
+    """Check that a profile can be written: the ranks find out when they have made it, and end.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    folder = folder or os.environ.get("SGLANG_TORCH_PROFILER_DIR") or "/tmp"  # as SGLang
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:  # a ValueError: a name with a null byte
+        raise ValueError(f"output_dir {folder!r} cannot be written ({error}); give another") from error
+
+
+def check_logging(level: int | None) -> None:
+    """Check ``log_requests_level``: SGLang sets it before it looks at it, and then fails at every request.
+
+    Raises:
+        ValueError: there is no such level.
+    """
+    if level is not None and level not in range(4):
+        raise ValueError(f"log_requests_level is {level} and must be between 0 and 3")
 
 
 def check_tokens(name: str, tokens: Iterable[int], vocab_size: int) -> None:

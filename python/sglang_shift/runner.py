@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from sglang.srt.configs.load_config import LoadFormat
 from sglang.srt.constants import GPU_MEMORY_TYPE_WEIGHTS
 from sglang.srt.model_executor.cuda_graph_config import Phase
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -166,10 +167,14 @@ class ShiftWeightUpdater(WeightUpdater):
 
     __slots__ = ()
 
-    def update_weights_from_disk(self, *args: Any, **kwargs: Any) -> tuple[bool, str]:
-        """As SGLang's (which rolls back after a failure)."""
+    def update_weights_from_disk(
+        self, model_path: str, load_format: str, *args: Any, **kwargs: Any
+    ) -> tuple[bool, str]:
+        """As SGLang's (which rolls back after a failure); an unknown format is an error, not the end of the rank."""
+        if load_format.lower() not in list(LoadFormat):
+            return False, f"load_format {load_format!r} is unknown; give one of {', '.join(LoadFormat)}"
         self._shards_change()
-        return super().update_weights_from_disk(*args, **kwargs)
+        return super().update_weights_from_disk(model_path, load_format, *args, **kwargs)
 
     def receive_weights_from_distributed(self, *args: Any, **kwargs: Any) -> Any:
         """As SGLang's; a rank that fails to receive does not load."""

@@ -50,6 +50,8 @@ DIGESTS = {
     "sglang.srt.managers.tokenizer_manager:TokenizerManager.generate_request": "894e0b7b04509520",
     "sglang.srt.managers.tokenizer_manager:TokenizerManager._validate_one_request": "913d991d70106bff",
     "sglang.srt.managers.tokenizer_manager:TokenizerManager._create_tokenized_object": "4e62a4179d7a19b9",
+    "sglang.srt.managers.tokenizer_manager:TokenizerManager.start_profile": "4ffd0f2d47378c50",
+    "sglang.srt.managers.tokenizer_manager:TokenizerManager.configure_logging": "b2a9ba0d7d293331",
     "sglang.srt.managers.tokenizer_manager:TokenizerManager._dispatch_to_scheduler": "ed9f20c2b6f0ea70",
     "sglang.srt.managers.tokenizer_manager:TokenizerManager._async_dispatch_to_scheduler": "9acd2adb466677db",
     "sglang.srt.managers.io_struct:msgpack_decode": "3eec1cab28d10a98",

@@ -173,6 +173,8 @@ SEAMS: tuple[Seam, ...] = (
             ("generate_request", "refuses more samples than can be made, and unknown labels"),
             ("_validate_one_request", "refuses a request without tokens"),
             ("_create_tokenized_object", "refuses values of another type, and those that fit no tensor"),
+            ("start_profile", "refuses a folder that cannot be written"),
+            ("configure_logging", "refuses an unknown level"),
             ("_dispatch_to_scheduler", "refuses what the ranks could not read"),
             ("_async_dispatch_to_scheduler", "refuses what the ranks could not read"),
         )

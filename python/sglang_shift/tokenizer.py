@@ -10,7 +10,16 @@ from sglang.srt.entrypoints.engine import init_tokenizer_manager as init_stock
 from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
-from sglang_shift.admission import NO_TOKENS, check_labels, check_message, check_samples, check_values, fit_types
+from sglang_shift.admission import (
+    NO_TOKENS,
+    check_folder,
+    check_labels,
+    check_logging,
+    check_message,
+    check_samples,
+    check_values,
+    fit_types,
+)
 from sglang_shift.events import META_INFO_KEY as KEY
 
 
@@ -54,6 +63,16 @@ class CheckedRequests(TokenizerManager):
         fit_types(tokenized)
         check_values(tokenized, self.model_config)
         return tokenized
+
+    async def start_profile(self, req: Any = None) -> Any:
+        """As SGLang's, if the profile can be written."""
+        check_folder(None if req is None else req.output_dir)
+        return await super().start_profile(req)
+
+    def configure_logging(self, obj: Any) -> None:
+        """As SGLang's, if there is such a level."""
+        check_logging(obj.log_requests_level)
+        super().configure_logging(obj)
 
     def _dispatch_to_scheduler(self, obj: Any) -> None:
         """As SGLang's, if the ranks can read it."""
