@@ -131,7 +131,8 @@ def test_batch_lines_and_switches_in_the_log(server, default_policy):
     server.set(shift_policy="tokens", shift_threshold=8)
     deadline, i, log = time.monotonic() + 30, 0, ""
     while not re.search(SWITCHED, log) and time.monotonic() < deadline:  # at most a line in five seconds
-        server.generate(list(range(500 + 40 * i, 530 + 40 * i)), 45)
+        start = 500 + 40 * (i % 80)
+        server.generate(list(range(start, start + 30)), 45)
         i, log = i + 1, server.tail(1_000_000)
     modes = re.findall(r"(Prefill|Decode) batch.*, mode: (TP|SP)", log)
     assert ("Prefill", "SP") in modes
