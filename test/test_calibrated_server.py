@@ -249,7 +249,7 @@ def test_profiler_spans_carry_the_mode(server, folder, default_policy):
 
 
 def test_a_drifted_calibration_is_renewed_while_the_server_idles(servers, folder, reference, tmp_path):
-    """On a server whose prefix cache is full. Requests that arrive meanwhile are answered as ever."""
+    """Lap by lap, with slots of the real pool. Requests that arrive meanwhile are answered as ever."""
     [file] = folder.glob("cache/*.json")
     text = re.sub(r'"seconds": ([0-9.e-]+)', lambda m: f'"seconds": {float(m[1]) / 20}', file.read_text())
     wrong = json.loads(text)
