@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""What it costs that ranks choose alike: microseconds, over gloo, with ranks that do nothing else.
+
+    python benchmark/agreement.py --ranks 2 4
+
+The broadcast of a policy's answer (`agreement.from_rank_0`), SGLang's own broadcast of no requests, and what
+`agreement.StepWatch` takes: for each step, and each time that rank 0 tells and another rank compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import socket
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter_ns
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from sglang.srt.utils import broadcast_pyobj
+from sglang_shift import agreement
+from sglang_shift.modes import Mode
+
+LAPS = 2000
+
+
+def microseconds(run: Callable[[], object], laps: int = LAPS) -> float:
+    """The median of ``laps`` calls."""
+    times = []
+    for _ in range(laps):
+        start = perf_counter_ns()
+        run()
+        times.append(perf_counter_ns() - start)
+    return median(times) / 1e3
+
+
+def watched(watch: agreement.StepWatch) -> float:
+    """Tell or compare once, after a step: all ranks together, so that each finds what is new."""
+    times = []
+    for _ in range(200):
+        watch.note(64, 0, Mode.TP)
+        dist.barrier()
+        if watch._rank == 0:
+            start = perf_counter_ns()
+            watch.compare()
+            times.append(perf_counter_ns() - start)
+        dist.barrier()
+        if watch._rank > 0:
+            start = perf_counter_ns()
+            watch.compare()
+            times.append(perf_counter_ns() - start)
+    return median(times) / 1e3
+
+
+def measure(rank: int, size: int, port: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    group = SimpleNamespace(ranks=list(range(size)), cpu_group=dist.group.WORLD)
+    agreement.get_parallel = lambda: SimpleNamespace(tp_group=group)  # type: ignore[attr-defined]
+    watch = agreement.StepWatch(rank, dist.PrefixStore("watch", dist.distributed_c10d._get_default_store()))
+    answer = microseconds(lambda: agreement.from_rank_0([1.0]))
+    requests = microseconds(lambda: broadcast_pyobj([], rank, dist.group.WORLD, src=0))
+    note = microseconds(lambda: watch.note(64, 0, Mode.TP), 20_000)
+    told: list[float | None] = [None] * size
+    dist.all_gather_object(told, watched(watch))
+    if rank == 0:
+        print(f"{size:5d} {answer:17.0f} {requests:16.0f} {note:14.2f} {told[0]:6.0f} {told[1]:9.0f}")
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What it costs that ranks choose alike.")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="default: 2 4")
+    sizes = parser.parse_args().ranks
+    print("ranks  answer broadcast  SGLang's of none  noting a step  tells  compares   (microseconds, medians)")
+    for size in sizes:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        # Forked: a spawned rank would import SGLang again.
+        mp.start_processes(measure, (size, port), nprocs=size, start_method="fork")
+
+
+if __name__ == "__main__":
+    main()
