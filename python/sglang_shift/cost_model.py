@@ -18,6 +18,11 @@ MOST_POINTS, MOST_TOKENS, MOST = 1000, 2**31 - 1, 1e15
 """Of a saved curve: its points, their tokens and their values. More is no step's."""
 
 
+def phase_of(step: StepState) -> str:
+    """The phase whose times ``step`` has: one with any prompt tokens is a prefill."""
+    return "prefill" if step.num_prefill_tokens else "decode"
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One step shape, timed in one mode.
@@ -110,16 +115,15 @@ class CostModel:
     noise: dict[str, float] = field(default_factory=dict)
 
     def predict(self, mode: Mode, step: StepState) -> float:
-        """Seconds that ``step`` takes in ``mode``. A step with any prompt tokens counts as prefill."""
-        phase = "prefill" if step.num_prefill_tokens else "decode"
+        """Seconds that ``step`` takes in ``mode``."""
+        phase = phase_of(step)
         beyond = max(0.0, step.kv_reads - self.usual[phase](step.num_tokens))
         return self.own(mode, step) + self.attention[phase] * beyond
 
     def own(self, mode: Mode, step: StepState) -> float:
         """The same without the attention beyond the usual, which takes as long in both modes."""
-        phase = "prefill" if step.num_prefill_tokens else "decode"
         tokens = step.padded_tokens if mode is Mode.TP else max(step.num_tokens, step.sp_bucket)
-        return self.curves[phase, mode](tokens)
+        return self.curves[phase_of(step), mode](tokens)
 
     def continued(self, old: CostModel, measured: Sequence[Measurement]) -> CostModel:
         """This model where it was ``measured``, and ``old`` beyond: in a whole phase, or from some tokens on.

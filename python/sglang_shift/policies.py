@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from sglang_shift.cost_model import PHASES, CostModel
+from sglang_shift.cost_model import PHASES, CostModel, phase_of
 from sglang_shift.errors import PolicyFailed, Refused
 from sglang_shift.modes import Mode, ShiftPolicy, StepState
 
@@ -156,7 +156,7 @@ class Calibrated(ShiftPolicy):
         return wanted if abs(tp - sp) > changes * self.costs.switch_seconds else previous
 
     def _tied(self, step: StepState, tp: float, sp: float) -> bool:
-        phase = "prefill" if step.num_prefill_tokens else "decode"
+        phase = phase_of(step)
         unsure = 2 * self.costs.noise.get(phase, 0.0)
         if self.doubts:  # of the mode that has become slower than thought; the other is only better than thought
             slower = self.doubts.get(phase, 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_shift.cost_model import PHASES, CostModel
+from sglang_shift.cost_model import PHASES, CostModel, phase_of
 from sglang_shift.modes import Mode, StepState
 
 EVERY = 64
@@ -38,7 +38,7 @@ class Probes:
         A step that switches is none: it would stay in the mode of the step before.
         """
         self._steps += 1
-        phase = "prefill" if step.num_prefill_tokens else "decode"
+        phase = phase_of(step)
         other = chosen.other
         self._due[phase, chosen] = self._steps + EVERY
         if switched or self._steps < self._due[phase, other]:
