@@ -5,10 +5,9 @@ python test/diverging_server.py --port N [the flags of launch_server]
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Any
 
+from serving import serve
 from sglang_shift.modes import Mode, ShiftPolicy, StepState
 
 TRIGGER = 77
@@ -32,14 +31,4 @@ def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
 
 
 if __name__ == "__main__":
-    from sglang.srt.entrypoints.http_server import launch_server
-    from sglang.srt.utils import kill_process_tree
-    from sglang_shift.launch_server import resolve
-    from sglang_shift.server_args import prepare_server_args
-
-    server_args = prepare_server_args(sys.argv[1:])
-    resolve(server_args)
-    try:
-        launch_server(server_args, run_scheduler_process_func=run_scheduler_process)
-    finally:
-        kill_process_tree(os.getpid(), include_parent=False)
+    serve(run_scheduler_process)
