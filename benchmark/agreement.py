@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from sglang.srt.utils import broadcast_pyobj
-from sglang_shift import agreement
 from sglang_shift.modes import Mode
+from sglang_shift.runtime import agreement
 
 LAPS = 2000
 

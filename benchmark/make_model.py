@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    from sglang_shift.random_model import write_random_model
+    from sglang_shift.models.random_model import write_random_model
 
     parameters = write_random_model(
         args.dir,

@@ -25,12 +25,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from sglang_shift.cost_model import CostModel, Measurement, fit
+from sglang_shift.cost.model import CostModel, Measurement, fit
 from sglang_shift.modes import Mode, ShiftPolicy
-from sglang_shift.policies import Calibrated, FixedMode, QueueDepth, TokenThreshold
-from sglang_shift.simulator import Server, simulate
-from sglang_shift.traces import read_trace
-from sglang_shift.traffic import Lengths, Request, bursty, ramp, scaled, steady, window
+from sglang_shift.policy.builtin import Calibrated, FixedMode, QueueDepth, TokenThreshold
+from sglang_shift.simulate.simulator import Server, simulate
+from sglang_shift.simulate.traces import read_trace
+from sglang_shift.simulate.traffic import Lengths, Request, bursty, ramp, scaled, steady, window
 
 THRESHOLDS = (0, *(2**i for i in range(14)))
 LOWER_IS_BETTER = {"mean_ttft": True, "mean_tpot": True, "throughput": False, "mean_e2e": True, "p99_e2e": True}

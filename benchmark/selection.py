@@ -19,9 +19,9 @@ from time import perf_counter_ns
 from types import SimpleNamespace
 
 from policies import Shape, add_server_arguments, made_up, policies, read_calibration, server_of
-from sglang_shift.cost_model import CostModel
+from sglang_shift.cost.model import CostModel
 from sglang_shift.modes import ShiftPolicy, StepState
-from sglang_shift.simulator import Server, simulate
+from sglang_shift.simulate.simulator import Server, simulate
 
 LIMIT_US = 50.0
 
@@ -56,10 +56,10 @@ def whole_choice(policy: ShiftPolicy) -> float:
     """Microseconds of ``choose_mode``, on a scheduler that has what it reads and nothing else; median."""
     import torch
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
-    from sglang_shift.agreement import StepWatch
-    from sglang_shift.graphs import PhaseGraphs
-    from sglang_shift.scheduler import ShiftScheduler
-    from sglang_shift.selector import ModeSelector
+    from sglang_shift.graphs.mode_graphs import PhaseGraphs
+    from sglang_shift.policy.selector import ModeSelector
+    from sglang_shift.runtime.agreement import StepWatch
+    from sglang_shift.runtime.scheduler import ShiftScheduler
 
     scheduler = object.__new__(ShiftScheduler)
     scheduler.shift_selector = ModeSelector(policy)

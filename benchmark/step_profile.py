@@ -24,10 +24,10 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sglang_shift.benchmark import servers
-from sglang_shift.benchmark.contenders import Contender, contenders
-from sglang_shift.benchmark.link import Link
 from sglang_shift.errors import ShiftError
+from sglang_shift.tools.benchmark import servers
+from sglang_shift.tools.benchmark.contenders import Contender, contenders
+from sglang_shift.tools.benchmark.link import Link
 
 PREFILLS, DECODES = 3, 96
 """Steps that are profiled."""

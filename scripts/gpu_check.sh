@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check on this machine's GPUs what can be checked there: python -m sglang_shift.gpu_check.
+# Check on this machine's GPUs what can be checked there: python -m sglang_shift.tools.gpu_check.
 #
 # Uses $PYTHON, else python3, where that has SGLang and a PyTorch that finds a GPU. Else it sets up .venv, which takes
 # a network.

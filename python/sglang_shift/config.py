@@ -5,14 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sglang.srt.arg_groups.overrides import resolution_result
-
-from sglang_shift.policies import QueueDepth
-
 DEFAULT_THRESHOLD = 256
 
 QUEUE_FIELDS = ("enter_requests", "leave_requests", "enter_tokens", "leave_tokens")
-"""Fields of :class:`ShiftConfig` and of :class:`QueueDepth`; the flags are ``--shift-...``."""
+"""Fields of :class:`ShiftConfig` and of the policy ``queue-depth``; the flags are ``--shift-...``."""
 
 
 def policies_using(field: str) -> tuple[str, ...]:
@@ -31,9 +27,9 @@ class ShiftConfig:
         policy: Name of the policy that chooses each step's mode, or ``module:Class``.
         threshold: Tokens of the ``tokens`` and ``queue-depth`` policies.
         enter_requests: Of ``queue-depth``, as the three that follow.
-        leave_requests: See :class:`QueueDepth`.
-        enter_tokens: See :class:`QueueDepth`.
-        leave_tokens: See :class:`QueueDepth`.
+        leave_requests: See :class:`sglang_shift.policy.builtin.QueueDepth`.
+        enter_tokens: See :class:`sglang_shift.policy.builtin.QueueDepth`.
+        leave_tokens: See :class:`sglang_shift.policy.builtin.QueueDepth`.
         calibration: ``auto``, ``off``, or a file.
         exchange: Backend of the exchange: ``auto``, ``flashinfer`` or ``collective``.
         exchange_dtype: What it sends: ``auto``, the activations as they are, or ``fp8``.
@@ -45,10 +41,10 @@ class ShiftConfig:
     switching: bool
     policy: str
     threshold: int = DEFAULT_THRESHOLD
-    enter_requests: int = QueueDepth.enter_requests
-    leave_requests: int = QueueDepth.leave_requests
-    enter_tokens: int = QueueDepth.enter_tokens
-    leave_tokens: int = QueueDepth.leave_tokens
+    enter_requests: int = 32
+    leave_requests: int = 16
+    enter_tokens: int = 2048
+    leave_tokens: int = 512
     calibration: str = "off"
     exchange: str = "auto"
     exchange_dtype: str = "auto"
@@ -59,8 +55,10 @@ def shift_config_of(server_args: Any) -> ShiftConfig | None:
     """The configuration that ``server_args`` ask for, or None where they ask for stock SGLang.
 
     Args:
-        server_args: A :class:`sglang_shift.server_args.ShiftServerArgs`, or any of SGLang's.
+        server_args: A :class:`sglang_shift.args.server_args.ShiftServerArgs`, or any of SGLang's.
     """
+    from sglang.srt.arg_groups.overrides import resolution_result
+
     if not hasattr(server_args, "sp_size"):
         return None
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from sglang.srt.entrypoints.engine import Engine as SglangEngine
 
-from sglang_shift import seams
-from sglang_shift.demo import demo_model_path
-from sglang_shift.scheduler import run_scheduler_process
-from sglang_shift.server_args import ShiftServerArgs
-from sglang_shift.tokenizer import init_tokenizer_manager
+from sglang_shift.args.server_args import ShiftServerArgs
+from sglang_shift.models.demo import demo_model_path
+from sglang_shift.runtime.scheduler import run_scheduler_process
+from sglang_shift.runtime.tokenizer_manager import init_tokenizer_manager
+from sglang_shift.seams import registry
 
 
 class Engine(SglangEngine):
@@ -27,7 +27,7 @@ class Engine(SglangEngine):
     init_tokenizer_manager_func = staticmethod(init_tokenizer_manager)
 
     def __init__(self, **kwargs: Any) -> None:
-        seams.check_sources()
+        registry.check_sources()
         if "server_args" not in kwargs:
             kwargs.setdefault("model_path", demo_model_path())
         super().__init__(**kwargs)

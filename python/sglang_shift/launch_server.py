@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from sglang_shift.errors import ShiftError
 
 if TYPE_CHECKING:
-    from sglang_shift.server_args import ShiftServerArgs
+    from sglang_shift.args.server_args import ShiftServerArgs
 
 
 def run_server(server_args: ShiftServerArgs) -> None:
@@ -27,18 +27,18 @@ def run_server(server_args: ShiftServerArgs) -> None:
     from sglang.launch_server import run_server as run_stock_server
     from sglang.srt.entrypoints.http_server import launch_server
 
-    from sglang_shift import seams
     from sglang_shift.config import shift_config_of
-    from sglang_shift.scheduler import run_scheduler_process
+    from sglang_shift.runtime.scheduler import run_scheduler_process
+    from sglang_shift.seams import registry
 
     resolve(server_args)
     check_port(server_args.host, server_args.port, server_args.node_rank)
     if shift_config_of(server_args) is None:
         run_stock_server(server_args)
     else:
-        from sglang_shift.tokenizer import init_tokenizer_manager
+        from sglang_shift.runtime.tokenizer_manager import init_tokenizer_manager
 
-        seams.check_sources()
+        registry.check_sources()
         if server_args.node_rank == 0:
             observe(server_args)
         launch_server(
@@ -52,11 +52,11 @@ def observe(server_args: ShiftServerArgs) -> None:
     """Have the status page and the metrics on SGLang's HTTP server."""
     from sglang.srt.arg_groups.overrides import resolution_result
 
-    from sglang_shift import http
+    from sglang_shift.observe import routes
 
     name = resolution_result(server_args, "served_model_name") or server_args.model_path
     labels = {"model_name": name, **(server_args.extra_metric_labels or {})}
-    http.start(server_args.dp_size, labels if server_args.enable_metrics else None)
+    routes.start(server_args.dp_size, labels if server_args.enable_metrics else None)
 
 
 def resolve(server_args: ShiftServerArgs) -> None:
@@ -112,15 +112,15 @@ def check_port(host: str, port: int, node_rank: int) -> None:
 def main(argv: list[str], prog: str = "python -m sglang_shift.launch_server") -> None:
     """Parse, check, serve; on exit no process is left behind."""
     try:
-        from sglang_shift import seams
+        from sglang_shift.seams import registry
 
-        seams.check_version()
+        registry.check_version()
         from sglang.srt.plugins import load_plugins
         from sglang.srt.utils import kill_process_tree
         from sglang.srt.utils.common import suppress_noisy_warnings
 
-        from sglang_shift.events import remove_endpoint
-        from sglang_shift.server_args import prepare_server_args
+        from sglang_shift.args.server_args import prepare_server_args
+        from sglang_shift.observe.events import remove_endpoint
 
         suppress_noisy_warnings()
         load_plugins()

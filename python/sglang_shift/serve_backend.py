@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from sglang_shift import config_file
+from sglang_shift.args import config_file
 from sglang_shift.errors import ShiftError
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""The command line: our flags, how they are resolved, and what is refused."""

@@ -1,0 +1,280 @@
+"""SGLang's server arguments with ours: flags, defaults and resolution."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import Any, NoReturn, Optional, Union
+
+from sglang.srt.arg_groups.arg_utils import NS, A, Arg, add_cli_args_from_dataclass
+from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
+from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+from sglang.srt.server_args import ServerArgs
+
+from sglang_shift.args import config_file
+from sglang_shift.args.chunk_size import suit_chunk_size
+from sglang_shift.args.gemm_backend import suit_gemm_backend
+from sglang_shift.args.graph_memory import suit_graph_memory
+from sglang_shift.args.refusals import check_flags, check_model
+from sglang_shift.args.sp_size import AUTO, auto_sp_size, check_sp_size, parse_sp_size
+from sglang_shift.config import DEFAULT_THRESHOLD, QUEUE_FIELDS, policies_using, shift_config_of
+from sglang_shift.errors import ShiftError
+from sglang_shift.graphs.plan import price_of_no_graphs
+from sglang_shift.models.demo import demo_model_path
+from sglang_shift.parallel.exchange.choose import BACKENDS, DTYPES, check_exchange
+from sglang_shift.policy.builtin import POLICIES, QueueDepth
+
+logger = logging.getLogger(__name__)
+
+FIELDS = [
+    "sp_size",
+    "enable_shift_parallel",
+    "shift_policy",
+    "shift_threshold",
+    *("shift_" + name for name in QUEUE_FIELDS),
+    "shift_calibration",
+    "shift_exchange",
+    "shift_exchange_dtype",
+    "shift_graph_buckets",
+]
+
+
+class ShiftServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
+    """SGLang's ``ServerArgs`` and the fields of Shift Parallelism. Same constructor keywords."""
+
+    # Optional[...] rather than `| None`: SGLang's parser builder reads the annotations.
+    sp_size: A[
+        Optional[Union[int, str]],  # noqa: UP007, UP045
+        Arg(
+            help="Ulysses sequence parallelism over S ranks; S divides --tp-size P and the base configuration "
+            "is SP=S, TP=P/S. auto: the largest S whose weights fit beside the KV pool. Alone: every step runs in "
+            "it. Default with --enable-shift-parallel: auto, and on a CPU P.",
+            aliases=["--sequence-parallel-size"],
+            type_parser=parse_sp_size,
+            resolvable=True,
+        ),
+        NS("shift"),
+    ] = None
+    enable_shift_parallel: A[
+        bool,
+        Arg(
+            help="Shift Parallelism: each step runs in full tensor parallelism (TP) or in the base configuration "
+            "(SP), as --shift-policy decides."
+        ),
+        NS("shift"),
+    ] = False
+    shift_policy: A[
+        Optional[str],  # noqa: UP045
+        Arg(
+            help=f"With --enable-shift-parallel, how a step's mode is chosen: {', '.join(POLICIES)}, or a class of "
+            "your own as module:Class. calibrated (default): the faster mode by step times measured at start-up. "
+            "queue-depth: SP for many tokens, and for prefills while the queue is deep. tokens: SP when the step has "
+            "more than --shift-threshold tokens. tp, sp: that mode for every step.",
+            resolvable=True,
+        ),
+        NS("shift"),
+    ] = None
+    shift_threshold: A[
+        Optional[int],  # noqa: UP045
+        Arg(
+            help="Tokens in a step above which the policies tokens and queue-depth run it in SP. "
+            f"Default: {DEFAULT_THRESHOLD}. Given alone, it selects the tokens policy.",
+            resolvable=True,
+        ),
+        NS("shift"),
+    ] = None
+    shift_enter_requests: A[
+        Optional[int],  # noqa: UP045
+        Arg(
+            help=f"queue-depth: waiting requests from which on the queue is deep. Default: {QueueDepth.enter_requests}."
+        ),
+        NS("shift"),
+    ] = None
+    shift_leave_requests: A[
+        Optional[int],  # noqa: UP045
+        Arg(
+            help="queue-depth: waiting requests below which the queue is short again. "
+            f"Default: {QueueDepth.leave_requests}."
+        ),
+        NS("shift"),
+    ] = None
+    shift_enter_tokens: A[
+        Optional[int],  # noqa: UP045
+        Arg(
+            help="queue-depth: pending prompt tokens from which on the queue is deep. "
+            f"Default: {QueueDepth.enter_tokens}."
+        ),
+        NS("shift"),
+    ] = None
+    shift_leave_tokens: A[
+        Optional[int],  # noqa: UP045
+        Arg(
+            help="queue-depth: pending prompt tokens below which the queue is short again. "
+            f"Default: {QueueDepth.leave_tokens}."
+        ),
+        NS("shift"),
+    ] = None
+    shift_calibration: A[
+        Optional[str],  # noqa: UP045
+        Arg(
+            help="Where the calibrated policy has its step times from. auto (default): saved ones for this model, "
+            "hardware and versions, else measured now and saved. off: none, so the default policy is tokens. FILE: "
+            "that file; it is measured and written if it does not exist.",
+            resolvable=True,
+        ),
+        NS("shift"),
+    ] = None
+    shift_graph_buckets: A[
+        Optional[int],  # noqa: UP045
+        Arg(
+            help="CUDA graphs are captured in SP for at most so many batch sizes, and for as many sizes of prefills. "
+            "Where SGLang has more, they are thinned out from the largest down. 0: SP steps run eagerly, which is slow "
+            "for small ones on a GPU. Default: all sizes that the policy may run in SP."
+        ),
+        NS("shift"),
+    ] = None
+
+    shift_exchange: A[
+        Optional[str],  # noqa: UP045
+        Arg(
+            help="What exchanges the sequence around attention in SP. flashinfer: its Ulysses communicator, an NVLink "
+            "kernel or NCCL, on the GPUs of one node. collective: all-to-all with a copy before or after it, "
+            "anywhere. auto (default): flashinfer where it has NVLink.",
+            choices=list(BACKENDS),
+        ),
+        NS("shift"),
+    ] = None
+    shift_exchange_dtype: A[
+        Optional[str],  # noqa: UP045
+        Arg(
+            help="What that exchange sends. auto (default): activations as they are. fp8: e4m3 with a scale for each "
+            "row, about half of the bytes of bfloat16, 3 bits of mantissa; by the collective exchange.",
+            choices=list(DTYPES),
+        ),
+        NS("shift"),
+    ] = None
+
+    def get_tokenizer_worker_class(self) -> Any:
+        """What SGLang runs in each worker process with ``--tokenizer-worker-num`` above 1."""
+        if shift_config_of(self) is None:
+            return super().get_tokenizer_worker_class()
+        from sglang_shift.runtime.tokenizer_manager import ShiftTokenizerWorker
+
+        return ShiftTokenizerWorker
+
+    @staticmethod
+    def add_cli_args(parser: argparse.ArgumentParser) -> None:
+        """Add SGLang's flags, then ours in a group of their own."""
+        ServerArgs.add_cli_args(parser)
+        group = parser.add_argument_group("sglang_shift", "Shift Parallelism; without these, stock SGLang")
+        add_cli_args_from_dataclass(group, ShiftServerArgs, fields=FIELDS)
+
+
+@register_resolution_hook("handle_other_validations")
+def resolve_shift(server_args: Any, previous: Any) -> None:
+    """Refuse what is not served, and record the effective values, once SGLang's own are known.
+
+    Raises:
+        Refused: with the reason, in one sentence.
+    """
+    previous(server_args)
+    if not isinstance(server_args, ShiftServerArgs):
+        return
+    settings = resolving_view(server_args)
+    check_sp_size(settings.sp_size)
+    auto = settings.sp_size == AUTO
+    if settings.sp_size is None and settings.enable_shift_parallel and settings.device != "cpu":
+        auto = True  # S = P would hold whole layers on every rank, and fail only after they were loaded
+    if auto:  # until the model is known to be one that is served, the largest candidate
+        declare_resolution(server_args, "sglang_shift", sp_size=settings.tp_size)
+    check_flags(settings)
+    config = shift_config_of(server_args)
+    if config is None:
+        return
+    check_model(model_config_of(server_args), config)
+    sp_size = config.sp_size
+    if auto:
+        choice = auto_sp_size(server_args)
+        sp_size = choice.sp_size
+        logger.info("sglang_shift: --sp-size auto: %s", choice.reason)
+    suit_gemm_backend(settings.device, settings.bf16_gemm_backend)
+    check_exchange(config, settings.device, sp_size, settings.nnodes)
+    if config.policy != "tp":
+        suited = suit_chunk_size(server_args, sp_size)
+        declare_resolution(server_args, "sglang_shift", **suited.fields)
+        if auto or suited.fields:
+            logger.info("sglang_shift: %s", suited.reason)
+    suited = suit_graph_memory(server_args, config)
+    if suited.fields:
+        declare_resolution(server_args, "sglang_shift", **suited.fields)
+        logger.info("sglang_shift: %s", suited.reason)
+    if price := price_of_no_graphs(config, settings):
+        logger.warning("sglang_shift: %s", price)
+    declare_resolution(
+        server_args,
+        "sglang_shift",
+        sp_size=sp_size,
+        shift_policy=config.policy,
+        shift_threshold=config.threshold if config.policy in policies_using("shift_threshold") else None,
+        shift_calibration=config.calibration,
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, but what is wrong with a file becomes one sentence."""
+
+    file = ""
+
+    def error(self, message: str) -> NoReturn:
+        if self.file:
+            raise ShiftError(f"--config {self.file}: {message[:400]}; correct it there")
+        super().error(message)
+
+
+def prepare_server_args(argv: list[str], prog: str = "python -m sglang_shift.launch_server") -> ShiftServerArgs:
+    """Parse a command line as SGLang does, and the file it names. If neither names a model, the demo model is served.
+
+    Raises:
+        SystemExit: argparse's, with its message, on a bad flag.
+        ShiftError: a bad ``--config``.
+    """
+    parser = _Parser(prog=prog)
+    ShiftServerArgs.add_cli_args(parser)
+    eviction_policy = parser.get_default("radix_eviction_policy")
+    # What is None after parsing was named neither on the command line nor in the file.
+    parser.set_defaults(radix_eviction_policy=None)
+    actions = {action.dest: action for action in parser._actions}
+    actions["model_path"].required = False
+    files: list[str] = []
+
+    def noted(path: str) -> str:
+        files.append(path)
+        return path
+
+    actions["config"].type = noted  # argparse keeps the last of two files
+
+    raw, words = parser.parse_args(argv), list(argv)
+    if len(files) > 1:
+        raise ShiftError(f"--config is given twice ({' and '.join(files)}); give one file")
+    if files:
+        parser.file = files[0]
+        from_file = config_file.arguments(parser.file, parser)
+        values = parser.parse_args(from_file)
+        parser.file = ""
+        raw, words = parser.parse_args(argv, namespace=values), [*from_file, *argv]
+
+    level = getattr(logging, raw.log_level.upper(), None)
+    if not isinstance(level, int):
+        raise ShiftError(f"--log-level {raw.log_level} is unknown; choose debug, info, warning, error or critical")
+    logging.basicConfig(level=level, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S", force=True)
+    if raw.model_path is None:
+        raw.model_path = demo_model_path()
+        logger.warning("sglang_shift: no model is named: serving the demo model; for yours, give --model-path")
+    raw._radix_eviction_policy_explicitly_set = raw.radix_eviction_policy is not None
+    if raw.radix_eviction_policy is None:
+        raw.radix_eviction_policy = eviction_policy
+    server_args = ShiftServerArgs.from_cli_args(raw)
+    from sglang.srt.sampling.watermarking.core import redact_watermark_command_line
+
+    server_args._launch_command = redact_watermark_command_line(words, raw.watermark_config)
+    return server_args

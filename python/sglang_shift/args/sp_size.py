@@ -1,0 +1,247 @@
+"""``--sp-size auto``: what weights and KV cache take on a rank, and the S that suits it.
+
+Computed by the launcher, before any process is started and without touching an accelerator.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
+from sglang.srt.utils import get_device_memory_capacity
+
+from sglang_shift.errors import Refused
+from sglang_shift.platforms.cpu import ShiftCpuPlatform, local_ranks
+
+AUTO = "auto"
+# Of the memory that is free on a machine without a GPU, what weights and KV pools of all its ranks
+# may take together; the rest is for the processes themselves and for activations.
+CPU_FRACTION = 0.8
+# Rows to a multiple of which SGLang pads a vocabulary.
+VOCAB_PADDING = 64
+GIB = 1 << 30
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Choice:
+    """S, and in words why.
+
+    Attributes:
+        sp_size: S.
+        reason: One sentence for the log, with the weights of each candidate.
+    """
+
+    sp_size: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The KV pool that base weights must leave room for.
+
+    Attributes:
+        needed: Bytes without which no S is served.
+        wanted: Bytes beside which the largest S is looked for; ``needed`` or more.
+        words: What ``needed`` and ``wanted`` stand for.
+    """
+
+    needed: int
+    wanted: int
+    words: str
+
+
+def parse_sp_size(text: str) -> int | str:
+    """The value of ``--sp-size`` on a command line or in a ``--config`` file.
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither a whole number nor ``auto``.
+    """
+    if text.strip() == AUTO:
+        return AUTO
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a whole number of ranks nor '{AUTO}'") from None
+
+
+def check_sp_size(value: Any) -> None:
+    """``sp_size`` as given from Python must be None, an integer or ``"auto"``.
+
+    Raises:
+        Refused: it is something else.
+    """
+    if value is None or value == AUTO or (isinstance(value, int) and not isinstance(value, bool)):
+        return
+    raise Refused(f"sp_size {value!r} is neither a whole number of ranks nor '{AUTO}'")
+
+
+def weight_bytes(config: Any, world_size: int, sp_size: int, dtype_bytes: int) -> int:
+    """Bytes of the base configuration's weights on one rank, each storage once.
+
+    The layers are those that SGLang builds for the architectures in
+    :data:`sglang_shift.args.refusals.ARCHITECTURES`, which P must suit: SGLang has no bias in the MLP,
+    whatever ``mlp_bias`` says, and one in QKV for every Qwen2.
+
+    Args:
+        config: The model's Hugging Face configuration.
+        world_size: P.
+        sp_size: S.
+        dtype_bytes: Bytes of one weight.
+    """
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    architecture = config.architectures[0]
+    bias = bool(getattr(config, "attention_bias", False))
+    if architecture in ("LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM"):
+        bias = bias or bool(getattr(config, "bias", False))  # the name that some Llama-like checkpoints use
+    if architecture == "Qwen2ForCausalLM":
+        qkv_bias, o_bias = True, False
+    else:
+        qkv_bias = o_bias = bias
+    # S shards side by side, each with its own copy of a replicated KV head.
+    q_width = sp_size * heads // world_size * _head_dim(config)
+    kv_width = sp_size * _kv_heads_of_rank(config, world_size) * _head_dim(config)
+    qkv = (q_width + 2 * kv_width) * (hidden + qkv_bias)
+    out = q_width * hidden + hidden * o_bias
+    mlp = 3 * hidden * (sp_size * config.intermediate_size // world_size)
+    norms = 2 * hidden + (2 * _head_dim(config) if architecture == "Qwen3ForCausalLM" else 0)
+    embeddings = 1 if config.tie_word_embeddings else 2
+    vocab = embeddings * padded_vocab(config.vocab_size, world_size) // world_size * hidden
+    return (config.num_hidden_layers * (qkv + out + mlp + norms) + hidden + vocab) * dtype_bytes
+
+
+def kv_bytes_per_token(config: Any, world_size: int, kv_dtype_bytes: int) -> int:
+    """Bytes of K and V of one token on one rank, in all layers: the same in both modes, whatever S is."""
+    width = _kv_heads_of_rank(config, world_size) * _head_dim(config)
+    return 2 * config.num_hidden_layers * width * kv_dtype_bytes
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _kv_heads_of_rank(config: Any, world_size: int) -> int:
+    """KV heads of one rank's full-TP shard; where there are fewer than ranks, each is on several."""
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return max(1, kv_heads // world_size)
+
+
+def padded_vocab(vocab_size: int, world_size: int) -> int:
+    """Rows of the embedding on all ranks, padded as SGLang's VocabParallelEmbedding does."""
+    # Not imported from there: the launcher need not load SGLang's layers and their kernels.
+    padding = VOCAB_PADDING
+    if -(-vocab_size // padding) * padding % world_size:
+        padding *= world_size
+    return -(-vocab_size // padding) * padding
+
+
+def on_our_cpu_platform() -> bool:
+    """Whether this machine is served by :class:`sglang_shift.platforms.cpu.ShiftCpuPlatform`."""
+    from sglang.srt.platforms import current_platform
+
+    return isinstance(current_platform, ShiftCpuPlatform)
+
+
+def rank_memory_bytes(settings: Any) -> int:
+    """What a rank has for weights and KV pool together.
+
+    On an accelerator: its capacity, as SGLang reads it, times ``--mem-fraction-static``; what other
+    processes hold is not known here. On a CPU: this rank's share of :data:`CPU_FRACTION` of the
+    memory that is free now.
+
+    Args:
+        settings: A view of the resolved server arguments.
+
+    Raises:
+        Refused: the capacity cannot be read.
+    """
+    if on_our_cpu_platform():
+        return int(psutil.virtual_memory().available * CPU_FRACTION / local_ranks(settings))
+    capacity = get_device_memory_capacity(settings.device)  # MiB
+    if not capacity:
+        raise Refused("--sp-size auto cannot read the memory of this device; give --sp-size a number")
+    return int(capacity * MIB * settings.mem_fraction_static)
+
+
+LEAST_SHARE = 8
+"""A KV pool that nobody gave the size of must have 1/8 of the memory, or room for the longest request."""
+
+
+def pool_of(settings: Any, model_config: Any, memory: int) -> Pool:
+    """The KV pool to leave room for, in the ``memory`` that it shares with the weights.
+
+    ``--max-total-tokens`` says it exactly; on a CPU it always has a value, because the platform
+    sizes the pool without regard to S. Without it, the pool should hold one request of the model's
+    full context, and have at least half of the memory: the pool bounds how many requests run at a
+    time, and so the throughput, while a larger S only takes communication off steps that have many
+    tokens anyway. Once the pool has half, a smaller S could not even double it. What it must have is
+    less, since SGLang serves shorter requests where the longest has no room: 1/8 of the memory.
+    """
+    config = model_config.hf_config
+    kv_dtype = str(settings.kv_cache_dtype)
+    kv_bytes = 1 if kv_dtype.startswith(("fp8", "mxfp8", "nvfp4", "fp4")) else model_config.dtype.itemsize
+    kv_bytes = 2 if kv_dtype in ("bf16", "bfloat16") else kv_bytes
+    per_token = kv_bytes_per_token(config, settings.tp_size, kv_bytes)
+    if settings.max_total_tokens is not None:
+        size = settings.max_total_tokens * per_token
+        return Pool(size, size, f"a KV pool of {settings.max_total_tokens} tokens ({_size(size)})")
+    context = model_config.context_len
+    longest = context * per_token
+    wanted = max(longest, memory // 2)
+    what = f"half of the memory, {_size(wanted)}" if wanted > longest else f"{_size(wanted)}"
+    words = f"a KV pool of {what} (one request of {context} tokens needs {_size(longest)})"
+    return Pool(min(longest, memory // LEAST_SHARE), wanted, words)
+
+
+def choose_sp_size(weights: Mapping[int, int], memory: int, pool: Pool) -> Choice:
+    """The largest S whose weights fit into ``memory`` beside the wanted pool.
+
+    If none does, the smallest S, which leaves the largest pool, as long as that is the needed one.
+
+    Args:
+        weights: Bytes of base weights for each candidate S.
+        memory: Bytes that weights and pool share.
+        pool: The KV pool to leave room for.
+
+    Raises:
+        Refused: no candidate leaves the needed pool.
+    """
+    table = ", ".join(f"S={s} {_size(weights[s])}" for s in sorted(weights))
+    numbers = f"weights a rank: {table}; {_size(memory)} for weights and pool together"
+    if fitting := [s for s in weights if weights[s] + pool.wanted <= memory]:
+        s = max(fitting)
+        which = "the largest candidate, and its weights fit" if s == max(weights) else "the largest that fits"
+        return Choice(s, f"S={s} is {which} beside {pool.words}; {numbers}")
+    s = min(weights)
+    if weights[s] + pool.needed <= memory:
+        left = _size(memory - weights[s])
+        return Choice(s, f"no S fits beside {pool.words}; S={s} leaves the most, {left}; {numbers}")
+    smaller = f", a smaller --context-length or --max-total-tokens, --sp-size {s} with a pool of what is left"
+    raise Refused(
+        f"--sp-size auto finds no S whose weights fit beside {pool.words} ({numbers}); give a larger --tp-size"
+        f"{smaller if weights[s] < memory else ''}, or serve without sequence parallelism"
+    )
+
+
+def auto_sp_size(server_args: Any) -> Choice:
+    """S for ``--sp-size auto``: SGLang's own resolution must be done, and the model be one that is served.
+
+    Raises:
+        Refused: no S fits, or the memory cannot be read.
+    """
+    settings, model_config = resolving_view(server_args), model_config_of(server_args)
+    world_size, memory = settings.tp_size, rank_memory_bytes(settings)
+    weights = {
+        s: weight_bytes(model_config.hf_config, world_size, s, model_config.dtype.itemsize)
+        for s in range(2, world_size + 1)
+        if world_size % s == 0
+    }
+    return choose_sp_size(weights, memory, pool_of(settings, model_config, memory))
+
+
+def _size(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"

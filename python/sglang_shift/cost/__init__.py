@@ -1,0 +1,1 @@
+"""What a step takes: the cost model, its measurement and its file."""

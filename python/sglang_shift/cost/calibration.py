@@ -1,0 +1,224 @@
+"""A calibration: measured step times, what they were measured on, and the file they are kept in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_shift.config import ShiftConfig
+from sglang_shift.cost.model import CostModel, Measurement, fit, number_of
+from sglang_shift.modes import Mode
+
+FORMAT = 1
+CACHE_VARIABLE = "SGLANG_SHIFT_CACHE_DIR"
+"""Environment variable with the folder of saved calibrations."""
+
+MOST_BYTES, MOST_MEASUREMENTS = 4 << 20, 10_000
+"""Of a file. A usual one has some tens of KiB, and hundreds of measurements."""
+
+
+class CalibrationError(Exception):
+    """A calibration cannot be had or used; the server goes on without. One sentence.
+
+    Attributes:
+        broken: The mode that cannot run, if that is why.
+    """
+
+    def __init__(self, message: str, broken: Mode | None = None) -> None:
+        super().__init__(message)
+        self.broken = broken
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Step times of one model on one machine.
+
+    Attributes:
+        key: What they depend on: model, hardware, sizes, versions.
+        made: When, ISO 8601.
+        took: Seconds the measuring took.
+        measurements: The times.
+        costs: The model fitted to them.
+    """
+
+    key: dict[str, Any]
+    made: str
+    took: float
+    measurements: tuple[Measurement, ...]
+    costs: CostModel
+
+    def renewed(self, took: float, measurements: Sequence[Measurement], switch_seconds: float | None) -> Calibration:
+        """This calibration with new measurements. Over a range that they do not cover, the old ones stay, and the
+        old ratio of the modes.
+
+        Args:
+            took: Seconds the measuring took.
+            measurements: The new times.
+            switch_seconds: What a change of mode costs; None if it was not measured.
+
+        Raises:
+            CalibrationError: nothing was measured.
+        """
+        if not measurements:
+            raise CalibrationError("there was no room in the KV pool for any step to measure")
+        # By number of tokens, up to how many KV reads the new ones go.
+        covered: dict[tuple[str, int], int] = {}
+        for m in measurements:
+            covered[m.phase, m.tokens] = max(m.kv_reads, covered.get((m.phase, m.tokens), 0))
+        kept = [m for m in self.measurements if m.kv_reads > covered.get((m.phase, m.tokens), -1)]
+        switch = self.costs.switch_seconds if switch_seconds is None else switch_seconds
+        phases = {m.phase for m in measurements}
+        others = [m for m in self.measurements if m.phase not in phases]
+        new = Calibration.of(self.key, took, [*others, *measurements], switch)
+        costs = new.costs.continued(self.costs, measurements)
+        return replace(new, measurements=(*kept, *measurements), costs=costs)
+
+    @staticmethod
+    def of(key: dict[str, Any], took: float, measurements: Sequence[Measurement], switch_seconds: float) -> Calibration:
+        """Fit and date a calibration.
+
+        Raises:
+            CalibrationError: too little was measured.
+        """
+        try:
+            costs = fit(measurements, switch_seconds)
+        except ValueError as error:
+            raise CalibrationError(f"the calibration is incomplete: {error}") from error
+        return Calibration(key, datetime.now(UTC).isoformat(timespec="seconds"), took, tuple(measurements), costs)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value; :meth:`from_json` reads it."""
+        return {
+            "format": FORMAT,
+            "key": self.key,
+            "made": self.made,
+            "took": self.took,
+            "measurements": [
+                {"phase": m.phase, "mode": m.mode.value, "tokens": m.tokens, "kv_reads": m.kv_reads,
+                 "seconds": m.seconds}
+                for m in self.measurements
+            ],
+            "costs": self.costs.to_json(),
+        }  # fmt: skip
+
+    @staticmethod
+    def from_json(value: Any) -> Calibration:
+        """The calibration that :meth:`to_json` wrote.
+
+        Raises:
+            CalibrationError: ``value`` is something else.
+        """
+        try:
+            if value["format"] != FORMAT:
+                raise CalibrationError(f"it has format {value['format']}, not {FORMAT}")
+            if not (isinstance(value["measurements"], list) and len(value["measurements"]) <= MOST_MEASUREMENTS):
+                raise ValueError(f"measurements are not a list of at most {MOST_MEASUREMENTS}")
+            measurements = tuple(Measurement.from_json(m) for m in value["measurements"])
+            costs = CostModel.from_json(value["costs"])
+            return Calibration(dict(value["key"]), str(value["made"]), number_of(value["took"]), measurements, costs)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CalibrationError(f"it is not a calibration ({type(error).__name__}: {error})") from error
+
+
+def key_of(config: ShiftConfig, model_config: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """What step times depend on.
+
+    Args:
+        config: P and S.
+        model_config: SGLang's; its Hugging Face configuration identifies the model's shapes.
+        settings: Whatever else matters: chunk size, attention backend, dtype of the KV cache, nodes.
+    """
+    shapes = json.dumps(model_config.hf_config.to_dict(), sort_keys=True, default=str)
+    return {
+        "architecture": (model_config.hf_config.architectures or ["unknown"])[0],
+        "shapes": hashlib.sha256(shapes.encode()).hexdigest()[:16],
+        "dtype": str(model_config.dtype),
+        "tp_size": config.world_size,
+        "sp_size": config.sp_size,
+        "hardware": hardware(),
+        "versions": {name: version(name) for name in ("sglang", "sglang_shift", "torch")},
+        **settings,
+    }
+
+
+def hardware() -> str:
+    """This machine's accelerator, or its processor, cores and threads of a rank."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{(names or [platform.machine()])[0]} x {os.cpu_count()}, {torch.get_num_threads()} threads a rank"
+
+
+def cache_folder() -> Path:
+    """The folder of saved calibrations; in a container whose user has no home, one among the temporary files."""
+    if folder := os.environ.get(CACHE_VARIABLE):
+        return Path(folder)
+    cache = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(cache or Path.home() / ".cache", "sglang_shift", "calibrations")
+    except RuntimeError:  # neither HOME nor an entry in the user database
+        return Path(tempfile.gettempdir(), f"sglang_shift-{os.getuid()}", "calibrations")
+
+
+def cache_file(key: dict[str, Any]) -> Path:
+    """Where the calibration with this key is kept."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(cache_folder(), f"{digest}.json")
+
+
+def load(path: Path, key: dict[str, Any]) -> Calibration:
+    """Read a calibration that was made for ``key``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CalibrationError: it cannot be read, or was made for something else; names what differs.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ValueError("it is larger than a calibration")
+        value = json.loads(content.decode())
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise CalibrationError(f"the calibration {path} cannot be read: {error}") from error
+    try:
+        calibration = Calibration.from_json(value)
+    except CalibrationError as error:
+        raise CalibrationError(f"the calibration {path} cannot be used: {error}") from error
+    theirs = calibration.key
+    if differing := [name for name in {**key, **theirs} if key.get(name) != theirs.get(name)]:
+        pairs = ", ".join(f"{name} is {theirs.get(name)} there and {key.get(name)} here" for name in differing)
+        raise CalibrationError(f"the calibration {path} was made for something else: {pairs}")
+    return calibration
+
+
+def save(path: Path, calibration: Calibration) -> None:
+    """Write a calibration; readers see the old file or the new one, never half of it.
+
+    Raises:
+        CalibrationError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            json.dump(calibration.to_json(), file, indent=1)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise CalibrationError(f"the calibration {path} cannot be written: {error}") from error

@@ -1,0 +1,1 @@
+"""What a user sees of a running server: events, metrics, the status page."""

@@ -1,0 +1,20 @@
+"""SGLang's app with our routes, for each worker of ``--tokenizer-worker-num``.
+
+The workers import it by ``SGLANG_HTTP_SERVER_APP_PATH``. Each has a hub of its own for the page; only the
+launcher's process feeds the metrics.
+"""
+
+from __future__ import annotations
+
+import os
+
+from sglang.srt.entrypoints.http_server import app
+
+from sglang_shift.observe.hub import Hub
+from sglang_shift.observe.routes import REPLICAS_VARIABLE, install
+
+__all__ = ["app"]
+
+hub = Hub(int(os.environ.get(REPLICAS_VARIABLE, "1")))
+hub.start()
+install(hub, app)

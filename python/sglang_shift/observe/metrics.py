@@ -1,0 +1,159 @@
+"""Prometheus metrics of the steps, beside SGLang's, where ``--enable-metrics`` asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from sglang_shift.observe.events import StateEvent, StepEvent
+from sglang_shift.observe.hub import Gaps
+from sglang_shift.observe.summaries import MODES, PHASES
+
+PREFIX = "sglang_shift:"
+
+STEP_TIME_BUCKETS = tuple(
+    ms / 1e3
+    for ms in (
+        0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 20, 30, 50, 75,
+        100, 150, 200, 300, 500, 750, 1000, 1500, 2000, 3000, 5000, 10000,
+    )
+)  # fmt: skip
+"""Upper bounds in seconds."""
+
+
+class Metric(NamedTuple):
+    """One metric.
+
+    Attributes:
+        kind: ``counter``, ``gauge`` or ``histogram``.
+        help: What Prometheus shows of it.
+        labels: Its labels, besides SGLang's and ``replica``.
+    """
+
+    kind: str
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+METRICS = {
+    "steps_total": Metric("counter", "Steps run.", ("mode", "phase")),
+    "tokens_total": Metric("counter", "Tokens computed.", ("mode", "phase")),
+    "eager_steps_total": Metric(
+        "counter", "Steps that no captured CUDA graph served, where some are captured for the phase.", ("mode", "phase")
+    ),
+    "switches_total": Metric("counter", "Changes of mode; the label is the new one.", ("mode",)),
+    "queue_requests": Metric("gauge", "Requests, running or waiting.", ("state",)),
+    "pending_prefill_tokens": Metric("gauge", "Prompt tokens that wait for a later step."),
+    "exchanged_bytes_total": Metric("counter", "Bytes that the first rank sent in exchanges around attention."),
+    "exchanges_total": Metric("counter", "Exchanges around attention."),
+    "step_time_seconds": Metric("histogram", "Time of a step.", ("mode", "phase")),
+    "predicted_step_time_seconds_total": Metric(
+        "counter", "Predicted time of the steps that have both a prediction and a measurement.", ("mode", "phase")
+    ),
+    "measured_step_time_seconds_total": Metric(
+        "counter", "Measured time of the steps that have both a prediction and a measurement.", ("mode", "phase")
+    ),
+    "step_time_ratio": Metric("gauge", "Median of actual over predicted step time of late.", ("mode",)),
+    "weight_bytes": Metric("gauge", "Bytes of weights on the first rank.", ("kind",)),
+    "events_dropped_total": Metric("counter", "Step events that did not arrive: the other metrics lack these steps."),
+}
+"""By name, without :data:`PREFIX`."""
+
+
+class Metrics:
+    """Feeds the metrics: a listener of the hub.
+
+    One process only may have one: several would multiply the counters.
+
+    Args:
+        labels: Labels of every metric, such as SGLang's ``model_name``.
+    """
+
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        self.labels = {name: str(value) for name, value in labels.items()}
+        self._metrics: dict[str, Any] = {}
+        self._gaps = Gaps()
+        self._cumulative: dict[tuple[str, int], int] = {}
+        self._replicas: set[int] = set()
+
+    def __call__(self, event: StepEvent | StateEvent) -> None:
+        """Take one event."""
+        if not self._metrics:
+            self._create()
+        if event.replica not in self._replicas:
+            self._begin(event.replica)
+        if isinstance(event, StepEvent):
+            self._take_step(event)
+        else:
+            self._take_state(event)
+
+    def _create(self) -> None:
+        # Not earlier: prometheus_client must be imported after SGLang has set PROMETHEUS_MULTIPROC_DIR,
+        # which it has when it starts the processes that send events.
+        from prometheus_client import Counter, Gauge, Histogram
+
+        for name, metric in METRICS.items():
+            labels = (*self.labels, "replica", *metric.labels)
+            if metric.kind == "counter":
+                made: Any = Counter(PREFIX + name, metric.help, labels)
+            elif metric.kind == "gauge":
+                made = Gauge(PREFIX + name, metric.help, labels, multiprocess_mode="mostrecent")
+            else:
+                made = Histogram(PREFIX + name, metric.help, labels, buckets=STEP_TIME_BUCKETS)
+            self._metrics[name] = made
+
+    def _begin(self, replica: int) -> None:
+        """Let the counters exist from 0 on: a rate needs two values, and a share needs both modes."""
+        self._replicas.add(replica)
+        self._metric("events_dropped_total", replica)
+        for mode in MODES:
+            self._metric("switches_total", replica, mode=mode)
+            for phase in PHASES:
+                self._metric("steps_total", replica, mode=mode, phase=phase)
+                self._metric("tokens_total", replica, mode=mode, phase=phase)
+                self._metric("eager_steps_total", replica, mode=mode, phase=phase)
+
+    def _metric(self, name: str, replica: int, **labels: str) -> Any:
+        return self._metrics[name].labels(**self.labels, replica=str(replica), **labels)
+
+    def _increase(self, name: str, replica: int, cumulative: int) -> None:
+        """Bring a counter to a value counted since the rank's start, whatever was missed; it may restart."""
+        last = self._cumulative.get((name, replica), 0)
+        self._cumulative[name, replica] = cumulative
+        self._metric(name, replica).inc(cumulative - last if cumulative >= last else cumulative)
+
+    def _take_step(self, event: StepEvent) -> None:
+        replica, labels = event.replica, {"mode": event.mode, "phase": event.phase}
+        self._metric("steps_total", replica, **labels).inc()
+        self._metric("tokens_total", replica, **labels).inc(event.tokens)
+        if event.replayed is False:
+            self._metric("eager_steps_total", replica, **labels).inc()
+        if event.switched:
+            self._metric("switches_total", replica, mode=event.mode).inc()
+        self._take_queue(replica, event.running, event.waiting)
+        self._metric("pending_prefill_tokens", replica).set(event.pending_tokens)
+        self._increase("exchanged_bytes_total", replica, event.exchanged_bytes)
+        self._increase("exchanges_total", replica, event.exchanges)
+        if event.seconds is not None:
+            self._metric("step_time_seconds", replica, **labels).observe(event.seconds)
+            if event.predicted is not None:
+                self._metric("predicted_step_time_seconds_total", replica, **labels).inc(event.predicted)
+                self._metric("measured_step_time_seconds_total", replica, **labels).inc(event.seconds)
+        if missed := self._gaps.missed(event):
+            self._metric("events_dropped_total", replica).inc(missed)
+
+    def _take_state(self, event: StateEvent) -> None:
+        replica = event.replica
+        self._take_queue(replica, event.running, event.waiting)
+        if event.running == event.waiting == 0:
+            self._metric("pending_prefill_tokens", replica).set(0)
+        for mode in MODES:
+            if (ratio := event.drift.get(mode)) is not None:
+                self._metric("step_time_ratio", replica, mode=mode).set(ratio)
+        beyond = event.weight_bytes_beyond_base
+        self._metric("weight_bytes", replica, kind="base").set(event.weight_bytes - beyond)
+        self._metric("weight_bytes", replica, kind="beyond_base").set(beyond)
+
+    def _take_queue(self, replica: int, running: int, waiting: int) -> None:
+        self._metric("queue_requests", replica, state="running").set(running)
+        self._metric("queue_requests", replica, state="waiting").set(waiting)

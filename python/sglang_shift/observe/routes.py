@@ -1,0 +1,221 @@
+"""What we add to SGLang's HTTP server: the status page, its data, and policies by name."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import re
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+from fastapi.exceptions import HTTPException
+from starlette.routing import BaseRoute, Match, Route
+
+from sglang_shift.observe.events import prepare_endpoint
+from sglang_shift.observe.hub import Hub
+from sglang_shift.policy.builtin import POLICIES
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+REPLICAS_VARIABLE = "SGLANG_SHIFT_REPLICAS"
+"""Environment variable with the number of replicas; set by the launcher for the HTTP workers it starts."""
+
+APP_VARIABLE = "SGLANG_HTTP_SERVER_APP_PATH"
+"""SGLang's: which app the workers of ``--tokenizer-worker-num`` import."""
+
+PAGE = Path(__file__).parent / "static" / "shift.html"
+
+NOT_READY = (
+    "no state of the scheduler has arrived yet; try again when the model has loaded, and see the server's log for "
+    "why it has no events if none arrives"
+)
+
+REUSE_SECONDS = 0.5
+"""How long one snapshot is answered to all who ask."""
+
+
+def start(replicas: int = 1, metric_labels: Mapping[str, str] | None = None) -> Hub:
+    """Observe from this process on. The launcher calls it, once, before it starts SGLang's server.
+
+    Chooses the events' endpoint, and lets this server and the workers of ``--tokenizer-worker-num`` have
+    the page. This process alone feeds the metrics.
+
+    Args:
+        replicas: Data-parallel replicas (``--dp-size``).
+        metric_labels: Labels of every metric, ``model_name`` first; None without ``--enable-metrics``.
+
+    Returns:
+        The hub, running.
+    """
+    from sglang.srt.entrypoints.http_server import app
+
+    prepare_endpoint(replicas)
+    os.environ[REPLICAS_VARIABLE] = str(replicas)
+    os.environ.setdefault(APP_VARIABLE, "sglang_shift.observe.http_worker:app")
+    hub = Hub(replicas)
+    if metric_labels is not None:
+        from sglang_shift.observe.metrics import Metrics
+
+        hub.listeners.append(Metrics(metric_labels))
+    hub.start()
+    install(hub, app)
+    return hub
+
+
+def install(hub: Hub, app: FastAPI) -> None:
+    """Put our routes before the app's, which stay as they are. The app's API key applies to all but the page.
+
+    Args:
+        hub: Where the data comes from.
+        app: SGLang's app.
+    """
+    page, build = page_route(), app.build_middleware_stack
+    # SGLang adds the middleware that asks for its key later than this, so around ours, wherever we would add it.
+    app.build_middleware_stack = lambda: Public(page, build())  # type: ignore[method-assign]
+    routes: list[BaseRoute] = [page, *router(hub).routes]
+    routes += [PolicyNames(r) for r in app.router.routes if getattr(r, "path", None) == "/set_internal_state"]
+    app.router.routes[:0] = routes
+
+
+def page_route() -> Route:
+    """``GET /shift``, the page. It is the same for everyone and holds no data, so it is answered without a key."""
+    page, policy = load_page()
+    headers = {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+
+    async def shift_page(request: Request) -> Response:
+        return Response(page, media_type="text/html", headers=headers)
+
+    return Route("/shift", shift_page, include_in_schema=False)
+
+
+class Public:
+    """Answers one route before the rest of the app sees the request: without the API key that the rest asks for.
+
+    Args:
+        route: What needs no key.
+        rest: The app, its middleware included.
+    """
+
+    def __init__(self, route: BaseRoute, rest: ASGIApp) -> None:
+        self.route, self.rest = route, rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle the route's requests; hand over all others."""
+        match, child = self.route.matches(scope) if scope["type"] == "http" else (Match.NONE, {})
+        if match is Match.FULL:
+            await self.route.handle({**scope, **child}, receive, send)
+        else:
+            await self.rest(scope, receive, send)
+
+
+def router(hub: Hub) -> APIRouter:
+    """``GET /shift/status``, the page's data."""
+    made = APIRouter()
+    cache = _Cache(hub)
+
+    # Not async: FastAPI then runs it in threads, so that it never holds up the event loop.
+    @made.get("/shift/status")
+    def shift_status() -> Response:
+        """Modes, queue, step times and requests of the last minutes."""
+        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+        if not hub.ready:
+            body = msgspec.json.encode({"error": NOT_READY})
+            return Response(body, 503, media_type="application/json", headers=headers)
+        return Response(cache.get(), media_type="application/json", headers=headers)
+
+    return made
+
+
+class _Cache:
+    """The encoded snapshot, made anew at most every :data:`REUSE_SECONDS`, however many pages are open."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._lock = threading.Lock()
+        self._made = float("-inf")
+        self._body = b""
+
+    def get(self) -> bytes:
+        with self._lock:
+            if time.monotonic() - self._made > REUSE_SECONDS:
+                self._body = msgspec.json.encode(self._hub.snapshot())
+                self._made = time.monotonic()
+            return self._body
+
+
+def load_page() -> tuple[bytes, str]:
+    """The page, and the Content-Security-Policy that allows its own style and script and nothing else."""
+    text = PAGE.read_text(encoding="utf-8")
+    hashes = {}
+    for tag in ("style", "script"):
+        [inline] = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        hashes[tag] = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; style-src 'sha256-{hashes['style']}'; script-src 'sha256-{hashes['script']}'; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return text.encode(), policy
+
+
+class PolicyNames(BaseRoute):
+    """SGLang's ``/set_internal_state`` for policies by name.
+
+    SGLang's request carries numbers only, so the name becomes its index in ``POLICIES``. All else is
+    SGLang's own: its handler, its validation, its level of authentication.
+
+    Args:
+        stock: SGLang's route.
+    """
+
+    def __init__(self, stock: BaseRoute) -> None:
+        self.stock = stock
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """As SGLang's."""
+        return self.stock.matches(scope)
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read the body, replace a name, and hand over.
+
+        Raises:
+            HTTPException: 400, the name is unknown.
+        """
+        message: Message = {"type": "http.request", "body": policy_index(await Request(scope, receive).body())}
+        messages = iter([message])
+
+        async def replay() -> Message:
+            return next(messages, None) or await receive()
+
+        await self.stock.handle(scope, replay, send)
+
+
+def policy_index(body: bytes) -> bytes:
+    """``body`` with the index of the policy that its ``shift_policy`` names; as it is, if it names none.
+
+    Raises:
+        HTTPException: 400, the name is unknown.
+    """
+    try:
+        value: Any = msgspec.json.decode(body)
+        name = value["server_args"]["shift_policy"]
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return body  # SGLang will say what is wrong with it, if anything is
+    if not isinstance(name, str):
+        return body
+    if name not in POLICIES:
+        raise HTTPException(400, f"there is no shift_policy {name[:80]!r}; choose one of {', '.join(POLICIES)}")
+    value["server_args"]["shift_policy"] = POLICIES.index(name)
+    return msgspec.json.encode(value)

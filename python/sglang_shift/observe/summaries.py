@@ -1,0 +1,110 @@
+"""Summaries of the hub's recent steps, requests and states, as JSON values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from sglang_shift.modes import Mode
+from sglang_shift.observe.events import Finished
+
+MODES = tuple(mode.value for mode in Mode)
+PHASES = ("prefill", "decode", "mixed")
+
+Number = TypeVar("Number", int, float)
+
+
+class Step(NamedTuple):
+    """What is kept of a step; the fields are those of :class:`StepEvent`."""
+
+    time: float
+    mode: str
+    phase: str
+    tokens: int
+    seconds: float | None
+    predicted: float | None
+
+
+def served(states: Sequence[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
+    """What is served and how, by the first replica's word; totals over all; each replica's own."""
+    first = states[0][1] if states else {}
+    shared = ("model", "world_size", "sp_size", "policy", "policy_text", "calibration", "calibration_text")
+    own = ("replica", "policy", "policy_text", "drift", "weight_bytes", "weight_bytes_beyond_base", "steps", "tokens")
+    return {name: first.get(name) for name in shared} | {
+        "totals": {
+            "steps": {mode: sum(s["steps"].get(mode, 0) for _, s in states) for mode in MODES},
+            "tokens": {mode: sum(s["tokens"].get(mode, 0) for _, s in states) for mode in MODES},
+            "switches": sum(s["switches"] for _, s in states),
+        },
+        "replicas": [
+            {"age": age} | {name: s[name] for name in (*own, "switches", "running", "waiting")} for age, s in states
+        ],
+    }
+
+
+def columns(steps: Sequence[Step]) -> dict[str, list[Any]]:
+    """The steps, one list for each field."""
+    return {
+        "time": [round(s.time, 3) for s in steps],
+        **{name: [getattr(s, name) for s in steps] for name in ("mode", "phase", "tokens")},
+        **{name: [_rounded(getattr(s, name)) for s in steps] for name in ("seconds", "predicted")},
+    }
+
+
+def step_times(steps: Sequence[Step]) -> list[dict[str, Any]]:
+    """Percentiles of the recent steps' times by mode and phase, and how they compare with what was predicted."""
+    rows = []
+    for mode in MODES:
+        for phase in PHASES:
+            mine = [s for s in steps if (s.mode, s.phase) == (mode, phase)]
+            timed = [(s.seconds, s.predicted) for s in mine if s.seconds is not None]
+            found = percentiles(seconds for seconds, _ in timed)
+            if found:
+                both = [(seconds, predicted) for seconds, predicted in timed if predicted]
+                ratio = sum(s for s, _ in both) / sum(p for _, p in both) if both else None
+                rows.append(
+                    {"mode": mode, "phase": phase, "count": len(timed), "actual_over_predicted": ratio, **found}
+                )
+    return rows
+
+
+def requests_finished(requests: Sequence[Finished]) -> dict[str, Any]:
+    """Percentiles over the requests that finished last."""
+    value: dict[str, Any] = {"count": len(requests)}
+    for name in ("ttft", "tpot", "e2e", "prompt_tokens", "output_tokens"):
+        value[name] = percentiles(x for x in (finite(getattr(r, name)) for r in requests) if x is not None)
+    value["steps"] = {"tp": sum(r.tp_steps for r in requests), "sp": sum(r.sp_steps for r in requests)}
+    return value
+
+
+def percentiles(values: Iterable[float]) -> dict[str, float] | None:
+    """The 50th, 90th and 99th, interpolated; None of nothing."""
+    ordered = sorted(values)
+    if not ordered:
+        return None
+    found = {}
+    for percent in (50, 90, 99):
+        place = percent / 100 * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        found[f"p{percent}"] = ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    return found
+
+
+def finite(value: Number | None) -> Number | None:
+    """``value`` if it is a finite number of at least 0, else None."""
+    return value if value is not None and math.isfinite(value) and value >= 0 else None
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 7)
+
+
+def jsonable(value: Any) -> Any:
+    """``value`` with None for floats that JSON lacks."""
+    if isinstance(value, dict):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""How a step is divided between ranks: the layout, the groups, the token-sharded region."""

@@ -1,0 +1,1 @@
+"""SGLang's hardware platforms, as this package extends them."""

@@ -1,0 +1,88 @@
+"""SGLang's internal state (``/server_info``, ``/set_internal_state``) with the mode selector's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from sglang.srt.managers.io_struct import GetInternalStateReq, GetInternalStateReqOutput, SetInternalStateReq
+from sglang.srt.managers.scheduler_components import internal_state
+from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
+
+from sglang_shift.config import QUEUE_FIELDS, ShiftConfig, policies_using
+from sglang_shift.policy.builtin import POLICIES
+
+NUMBERS = ("threshold", *QUEUE_FIELDS)
+
+
+class ShiftInternalState(SchedulerInternalStateController):
+    """SGLang's internal state with a ``shift`` entry; policy and thresholds are among what can be updated.
+
+    SGLang's request carries numbers only, so a policy is its index in :data:`POLICIES` here; the HTTP
+    route takes names (:mod:`sglang_shift.observe.routes`).
+    """
+
+    requested: dict[str, Any]
+
+    def get_internal_state(self, recv_req: GetInternalStateReq) -> GetInternalStateReqOutput:
+        """SGLang's answer and our counters."""
+        output = super().get_internal_state(recv_req)
+        output.internal_state["shift"] = self.scheduler.shift_state()
+        return output
+
+    def set_internal_state(self, recv_req: SetInternalStateReq) -> Any:
+        """As SGLang's: all of the request or none of it. Every rank handles it in the same iteration."""
+        self.requested = recv_req.server_args
+        output = super().set_internal_state(recv_req)
+        if output.updated and self.scheduler.shift_reporter is not None:
+            self.scheduler.shift_reporter.changed()
+        return output
+
+    def _update_handlers(self) -> dict[str, Any]:
+        handlers = super()._update_handlers()
+        handlers["shift_policy"] = internal_state._UpdateHandler(self._validate_policy, self._apply_policy)
+        for name in NUMBERS:
+            apply = partial(self._apply_number, name)
+            handlers["shift_" + name] = internal_state._UpdateHandler(self._validate_number, apply)
+        return handlers
+
+    def _wanted(self) -> ShiftConfig:
+        """The configuration as it will be with all of the request applied."""
+        config: ShiftConfig = self.scheduler.shift_config
+        index = self.requested.get("shift_policy", -1)
+        if index in range(len(POLICIES)):
+            config = replace(config, policy=POLICIES[int(index)])
+        numbers = {name: self.requested["shift_" + name] for name in NUMBERS if "shift_" + name in self.requested}
+        return replace(config, **numbers)
+
+    def _validate_policy(self, key: str, value: Any) -> None:
+        if isinstance(value, bool) or value not in range(len(POLICIES)):
+            raise internal_state.UpdateRejected(f"{key} must be one of {', '.join(POLICIES)}, got {value!r}.")
+        if not self.scheduler.server_args.enable_shift_parallel:
+            raise internal_state.UpdateRejected(f"Updating {key} needs --enable-shift-parallel.")
+        if POLICIES[int(value)] == "calibrated" and self.scheduler.shift_selector.calibration is None:
+            raise internal_state.UpdateRejected(
+                f"{key} cannot be calibrated: this server has no calibration; start it with --shift-policy calibrated."
+            )
+
+    def _validate_number(self, key: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise internal_state.UpdateRejected(f"{key} must be 0 or more, got {value!r}.")
+        wanted = self._wanted()
+        takers = policies_using(key)
+        if wanted.policy not in takers:
+            raise internal_state.UpdateRejected(
+                f"Updating {key} needs the policy {' or '.join(takers)}; it is {wanted.policy}."
+            )
+        if wanted.leave_requests > wanted.enter_requests or wanted.leave_tokens > wanted.enter_tokens:
+            raise internal_state.UpdateRejected("A queue cannot be short again above where it becomes deep.")
+
+    def _apply_policy(self, key: str, value: Any) -> dict[str, Any]:
+        policy = POLICIES[int(value)]
+        self.scheduler.set_policy(replace(self.scheduler.shift_config, policy=policy))
+        return {key: policy}
+
+    def _apply_number(self, name: str, key: str, value: int) -> dict[str, Any]:
+        self.scheduler.set_policy(replace(self.scheduler.shift_config, **{name: value}))
+        return {key: value}

@@ -1,0 +1,219 @@
+"""What rank 0 tells of each step: events, log lines, and each request's steps by mode."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+
+from sglang_shift.cost.model import PHASES
+from sglang_shift.modes import Mode
+from sglang_shift.observe.events import META_INFO_KEY, Finished, Publisher, StepEvent
+from sglang_shift.policy.selector import Choice, Drift, ModeSelector
+from sglang_shift.runtime.stopwatch import Lap
+
+logger = logging.getLogger(__name__)
+
+SGLANG_BATCH_LINES = "sglang.srt.managers.scheduler_components.metrics_reporter"
+DRIFT_LOG_STEPS = 64
+"""Steps between looks at drift, which take a median of hundreds of numbers each."""
+SWITCH_LOG_S = 5.0
+"""Seconds between log lines about switches."""
+STATE_S = 1.0
+"""Seconds between state events."""
+IN_FLIGHT = 8
+"""Steps whose results may be outstanding; with overlap scheduling there are two."""
+
+
+@dataclass
+class _Running:
+    choice: Choice
+    predicted: dict[Mode, float] | None
+    lap: Lap | None
+    replayed: bool | None
+
+
+class StepReporter:
+    """Follows steps from their launch to their results. On rank 0 of a replica only.
+
+    Args:
+        selector: Whose choices these are.
+        publisher: Where events go.
+        state: Makes a state event.
+        exchange: Has ``bytes_sent`` and ``calls``.
+    """
+
+    def __init__(self, selector: ModeSelector, publisher: Publisher, state: Any, exchange: Any) -> None:
+        self.selector, self.publisher, self.state, self.exchange = selector, publisher, state, exchange
+        self.drift = Drift()
+        self.batch_lines = BatchLines()
+        self._running: dict[int, _Running] = {}
+        self._steps = 0
+        self._state_due = 0.0
+        self._switch_log_due = 0.0
+        self._switches_unlogged = 0
+        self._drift_logged = False
+
+    def launched(self, forward_iter: int, choice: Choice, lap: Lap | None, replayed: bool | None) -> None:
+        """A step was launched; ``replayed`` as in :class:`StepEvent`."""
+        if len(self._running) >= IN_FLIGHT:
+            self._running.pop(next(iter(self._running)))  # a step whose result never came
+        self._running[forward_iter] = _Running(choice, self.selector.predict(choice.step), lap, replayed)
+
+    def processing(self, batch: Any) -> None:
+        """SGLang is about to process a step's result, and to send what its requests produced."""
+        running = self._running.get(batch.forward_iter)
+        if running is None:
+            return
+        mode = running.choice.mode
+        self.batch_lines.mode = mode
+        for req in batch.reqs:
+            if not req.finished():
+                if not hasattr(req, "shift_steps"):
+                    req.shift_steps = dict.fromkeys(Mode, 0)
+                req.shift_steps[mode] += 1
+
+    def processed(self, batch: Any) -> None:
+        """The result was processed: publish the step."""
+        running = self._running.pop(batch.forward_iter, None)
+        if running is None:
+            return
+        choice, step, mode = running.choice, running.choice.step, running.choice.mode
+        if choice.probe:
+            reason = f"a probe: what {mode.value.upper()} takes, beside the predicted time"
+        else:
+            reason = self._explain(choice) if choice.switched else ""
+        seconds = running.lap.seconds if running.lap is not None else None
+        if seconds is not None and running.predicted is not None:
+            self.drift.add(mode, running.predicted[mode], seconds, step.phase)
+        self._steps += 1
+        if self._steps % DRIFT_LOG_STEPS == 0:
+            self._log_drift()
+        self.publisher.send(
+            StepEvent(
+                time=time.time(),
+                step=self._steps,
+                mode=mode.value,
+                phase=step.phase,
+                tokens=step.num_tokens,
+                prefill_tokens=step.num_prefill_tokens,
+                running=step.num_running,
+                waiting=step.num_waiting,
+                pending_tokens=step.pending_prefill_tokens,
+                seconds=seconds,
+                predicted=None if running.predicted is None else running.predicted[mode],
+                predicted_other=None if running.predicted is None else running.predicted[mode.other],
+                switched=choice.switched,
+                reason=reason,
+                exchanged_bytes=self.exchange.bytes_sent,
+                exchanges=self.exchange.calls,
+                finished=finished_in(batch),
+                replayed=running.replayed,
+                replica=self.publisher.replica,
+            )
+        )
+        self.tick()
+
+    def tick(self) -> None:
+        """Publish the state now and then, for subscribers that came late."""
+        if (now := time.monotonic()) >= self._state_due:
+            self._state_due = now + STATE_S
+            self.publisher.send(self.state())
+
+    def recalibrated(self) -> None:
+        """There is a new calibration: predictions start afresh."""
+        self.drift.clear()
+        self._drift_logged = False
+        self.changed()
+
+    def changed(self) -> None:
+        """The policy or the calibration changed: subscribers hear of it at once."""
+        self._state_due = 0.0
+        self.tick()
+
+    def _explain(self, choice: Choice) -> str:
+        try:
+            reason = str(self.selector.policy.explain(choice.step, choice.mode))
+        except Exception as error:  # a policy of the user's
+            reason = f"the policy does not say ({type(error).__name__}: {error})"
+        self._switches_unlogged += 1
+        if (now := time.monotonic()) >= self._switch_log_due:
+            self._switch_log_due = now + SWITCH_LOG_S
+            more = (
+                f" ({self._switches_unlogged} switches since the last such line)" if self._switches_unlogged > 1 else ""
+            )
+            logger.info("Switched to %s: %s%s", choice.mode.value.upper(), reason, more)
+            self._switches_unlogged = 0
+        return reason
+
+    def _log_drift(self) -> None:
+        if not self._drift_logged and self.drift.drifted:
+            self._drift_logged = True
+            ratios = {m.value.upper(): self.drift.ratio(m) for m in Mode}
+            ratios |= {f"TP over SP in a {phase}": self.drift.skew(phase) for phase in PHASES}
+            text = ", ".join(f"{m} {r:.2f} x" for m, r in ratios.items() if r is not None)
+            logger.info("Step times have drifted from the predicted ones (median of the last steps): %s", text)
+
+
+def finished_in(batch: Any) -> list[Finished]:
+    """The requests that finished with this step, by SGLang's own time stamps."""
+    finished = []
+    for req in batch.reqs:
+        steps = getattr(req, "shift_steps", None)
+        if steps is None or not req.finished() or hasattr(req, "shift_reported"):
+            continue
+        req.shift_reported = True
+        times, count = req.time_stats, len(req.output_ids)
+        first, end = times.prefill_finished_time, times.completion_time or time.perf_counter()
+        if first <= 0 or times.wait_queue_entry_time <= 0:
+            continue  # aborted before its first token
+        finished.append(
+            Finished(
+                prompt_tokens=len(req.origin_input_ids),
+                output_tokens=count,
+                ttft=first - times.wait_queue_entry_time,
+                tpot=(end - first) / (count - 1) if count > 1 else None,
+                e2e=end - times.wait_queue_entry_time,
+                tp_steps=steps[Mode.TP],
+                sp_steps=steps[Mode.SP],
+            )
+        )
+    return finished
+
+
+class BatchLines(logging.Filter):
+    """Appends the mode to SGLang's ``Prefill batch`` and ``Decode batch`` log lines.
+
+    Attributes:
+        mode: Of the step whose result is being processed.
+    """
+
+    mode: Mode | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        logging.getLogger(SGLANG_BATCH_LINES).addFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let every record pass."""
+        if self.mode is not None and str(record.msg).startswith(("Prefill batch", "Decode batch")):
+            record.msg = f"{record.msg}, mode: {self.mode.value.upper()}"
+        return True
+
+
+class ShiftOutputStreamer(SchedulerOutputStreamer):
+    """Sends each request's steps by mode along, into its ``meta_info``."""
+
+    has_additional_customized_info = True
+
+    def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
+        """``shift_steps``, for finished requests: a list, as SGLang wants it, of one ``{"tp": n, "sp": n}``."""
+        return {META_INFO_KEY: [[_steps_of(req)] if req.finished() else [] for req in reqs]}
+
+
+def _steps_of(req: Any) -> dict[str, int]:
+    steps = getattr(req, "shift_steps", {})
+    return {mode.value: steps.get(mode, 0) for mode in Mode}

@@ -1,0 +1,281 @@
+"""The scheduler: chooses each step's mode, from state that every rank shares."""
+
+from __future__ import annotations
+
+import logging
+import time
+from http import HTTPStatus
+from itertools import islice
+from typing import Any
+
+from sglang.srt.managers import scheduler as sglang_scheduler
+from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+from sglang.srt.runtime_context import get_device, get_model, get_parallel, get_serving
+from sglang.srt.utils import rank_consensus_checker
+
+from sglang_shift.config import ShiftConfig, shift_config_of
+from sglang_shift.cost.measure import kv_reads
+from sglang_shift.cost.model import PHASES
+from sglang_shift.errors import Refused
+from sglang_shift.modes import PENDING_REQUESTS, Mode, StepState
+from sglang_shift.observe.events import Publisher, StateEvent
+from sglang_shift.parallel.region import region
+from sglang_shift.platforms import cpu
+from sglang_shift.policy.builtin import POLICIES, FixedMode, LedPolicy
+from sglang_shift.policy.selector import Choice, ModeSelector, make_policy
+from sglang_shift.runtime import agreement
+from sglang_shift.runtime.admission import NO_TOKENS, as_overrides
+from sglang_shift.runtime.calibrator import Calibrator
+from sglang_shift.runtime.internal_state import ShiftInternalState
+from sglang_shift.runtime.rank_consensus import same_everywhere
+from sglang_shift.runtime.reporter import ShiftOutputStreamer, StepReporter
+from sglang_shift.runtime.tp_worker import EXPORT_REFUSED, ShiftTpModelWorker
+from sglang_shift.seams import registry
+
+logger = logging.getLogger(__name__)
+
+
+class ShiftScheduler(Scheduler):
+    """SGLang's scheduler that runs each step in TP or in SP."""
+
+    tp_worker: ShiftTpModelWorker
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.shift_chunk = min(
+            self.chunked_prefill_size or self.max_prefill_tokens, self.max_prefill_tokens, self.max_total_num_tokens
+        )
+        self.shift_calibrator = Calibrator(self, self.shift_config, self.shift_chunk)
+        self.shift_selector.calibration = self.shift_calibrator.start()
+        self.set_policy(self.shift_config)
+        self.shift_reporter: StepReporter | None = None
+        if get_parallel().tp_rank == 0:
+            publisher = Publisher(get_parallel().dp_rank or 0)
+            self.shift_reporter = StepReporter(self.shift_selector, publisher, self.shift_event, region.groups.exchange)
+        self.shift_watch = agreement.StepWatch.of_replica()
+        logger.info("sglang_shift: %s; policy: %s", self.shift_config, self.shift_selector.policy_text)
+
+    def init_tp_model_worker(self) -> None:
+        """Agree with the other ranks on versions and settings, then build our worker."""
+        config = shift_config_of(self.server_args)
+        assert config is not None
+        registry.verify()
+        cpu.verify()
+        agreement.check(config)
+        self.shift_config = config
+        # Fixed until everything is built: SGLang runs no steps before.
+        self.shift_selector = ModeSelector(FixedMode(Mode.TP))
+        self.tp_worker = ShiftTpModelWorker(
+            server_args=self.server_args,
+            gpu_id=get_device().gpu_id,
+            nccl_port=self.nccl_port,
+        )
+
+    def release_host_resources(self) -> None:
+        """SGLang's, which is this rank's own; then close the exchange, while the others still answer.
+
+        At an orderly end only. An exchange that cannot be closed must not keep the process from ending.
+        """
+        self.shift_watch.stop()
+        super().release_host_resources()
+        try:
+            region.groups.exchange.close()
+        except Exception:
+            logger.exception("sglang_shift: the exchange could not be closed")
+
+    def set_policy(self, config: ShiftConfig) -> None:
+        """Choose modes by ``config``'s policy from the next step on."""
+        self.shift_config = config
+        selector, broken = self.shift_selector, self.shift_calibrator.broken
+        costs = None if selector.calibration is None else selector.calibration.costs
+        if broken is not None and config.policy == "calibrated":
+            selector.policy = FixedMode(broken.other)
+        else:
+            policy = make_policy(config, costs, self.shift_chunk)
+            if config.policy not in POLICIES:  # the user's
+                policy = LedPolicy(policy, get_parallel().tp_rank == 0, self._from_rank_0)
+            selector.policy = policy
+        if config.policy == "calibrated" and costs is None:
+            logger.warning("sglang_shift: without a calibration, the policy is: %s", selector.policy_text)
+
+    def run_batch(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:
+        """Run one step in the mode that the policy chooses for it."""
+        choice = self.choose_mode(batch)
+        if choice is None:
+            return super().run_batch(batch, *args, **kwargs)
+        runner = self.tp_worker.model_runner
+        with runner.running_in(choice.mode):
+            result = super().run_batch(batch, *args, **kwargs)
+        graphs = runner.graphs.of(choice.step.num_prefill_tokens > 0)
+        replayed = graphs.count(choice.mode, result.can_run_cuda_graph)
+        if self.shift_reporter is not None:
+            self.shift_reporter.launched(batch.forward_iter, choice, self.tp_worker.last_lap, replayed)
+        return result
+
+    def choose_mode(self, batch: ScheduleBatch) -> Choice | None:
+        """The step's mode. Steps without tokens run no model, and have none."""
+        step = self.step_state(batch)
+        if step.num_tokens == 0:
+            return None
+        choice = self.shift_selector.choose(step)
+        self.shift_watch.note(step.num_tokens, step.num_prefill_tokens, choice.mode)
+        if self.shift_selector.asks_for_drift:
+            self._agree_on_drift()
+        rank_consensus_checker.assert_same("sglang_shift step %s in %s", choice.step, choice.mode)
+        return choice
+
+    @staticmethod
+    def _from_rank_0(number: int) -> int:
+        return int(agreement.from_rank_0([number])[0])
+
+    def _agree_on_drift(self) -> None:
+        """What rank 0's clock says of the ratio of the modes' times, from the next step on, on every rank."""
+        found = {} if self.shift_reporter is None else self.shift_reporter.drift.doubts
+        shared = agreement.from_rank_0([found.get(phase, 0.0) for phase in PHASES])
+        self.shift_selector.doubt({phase: share for phase, share in zip(PHASES, shared, strict=True) if share})
+
+    def step_state(self, batch: ScheduleBatch) -> StepState:
+        """What the policy sees; only what is identical on every rank may enter."""
+        mode = batch.forward_mode
+        running, reads = self.running_batch.batch_size(), 0
+        if mode.is_idle() or mode.is_prebuilt():
+            tokens = prefill = 0
+        elif mode.is_extend():
+            tokens = batch.extend_num_tokens
+            if batch.decoding_reqs:  # a mixed step decodes these, a token each; they have left running_batch
+                running = len(batch.decoding_reqs)
+                prefill = tokens - running
+            else:
+                prefill = tokens
+            reads = sum(map(kv_reads, batch.prefix_lens, batch.extend_lens))
+        else:
+            tokens, prefill = batch.batch_size(), 0
+            reads = int(batch.seq_lens_cpu.sum())
+        pending = sum(req.seqlen for req in islice(self.waiting_queue, PENDING_REQUESTS))
+        if self.chunked_req is not None:
+            pending += max(0, len(self.chunked_req.origin_input_ids) - (self.chunked_req.extend_end or 0))
+        bucket, sp_bucket = self.tp_worker.model_runner.graphs.of(prefill > 0).buckets(tokens)
+        return StepState(
+            num_tokens=tokens,
+            num_prefill_tokens=prefill,
+            num_running=running,
+            num_waiting=len(self.waiting_queue),
+            pending_prefill_tokens=pending,
+            bucket=bucket,
+            kv_reads=reads,
+            sp_bucket=sp_bucket,
+        )
+
+    def handle_generate_request(self, recv_req: TokenizedGenerateReqInput, **kwargs: Any) -> None:
+        """As SGLang's; what a request raises there is its answer, not the end of the server.
+
+        Every rank has the same requests in the same state, so that all of them refuse it.
+        """
+        try:
+            as_overrides(recv_req)
+            super().handle_generate_request(recv_req, **kwargs)
+        except Exception as error:
+            logger.exception("sglang_shift: the request %s is refused", recv_req.rid)
+            rank_consensus_checker.assert_same("sglang_shift refuses %s: %s", recv_req.rid, same_everywhere(str(error)))
+            reason = FINISH_ABORT(f"the request cannot be run: {error}; correct it", HTTPStatus.BAD_REQUEST)
+            self.send_abort_output(AbortReq(rid=recv_req.rid, finished_reason=reason.to_json()), recv_req)
+
+    def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
+        """As SGLang's; a request that got here without tokens is answered with an error, and never run."""
+        if not req.origin_input_ids:
+            req.set_finish_with_abort(NO_TOKENS)
+        super()._add_request_to_queue(req, is_retracted)
+
+    def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
+        """As SGLang's; before and after it the step is reported."""
+        reporter = self.shift_reporter
+        if reporter is None:
+            return super().process_batch_result(batch, result)
+        reporter.processing(batch)
+        super().process_batch_result(batch, result)
+        return reporter.processed(batch)
+
+    def on_idle(self) -> None:
+        """As SGLang's; a drifted calibration is renewed meanwhile, a lap at a time."""
+        reporter, selector = self.shift_reporter, self.shift_selector
+        if not self.waiting_queue and self.running_batch.is_empty() and self.chunked_req is None:
+            drifted = reporter is not None and reporter.drift.drifted
+            if calibration := self.shift_calibrator.idle(sum(selector.steps.values()), drifted):
+                selector.calibration = calibration
+                self.set_policy(self.shift_config)
+                if reporter is not None:
+                    reporter.recalibrated()
+        if reporter is not None:
+            reporter.tick()
+        super().on_idle()
+
+    def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
+        """SGLang's with each request's steps by mode; SGLang's Rust server takes no additions."""
+        return ShiftOutputStreamer if self.rust_server is None else super().get_output_streamer_class()
+
+    def init_internal_state(self) -> None:
+        """``/server_info`` carries live counters."""
+        self.internal_state = ShiftInternalState(scheduler=self, record_step_time=sglang_scheduler.RECORD_STEP_TIME)
+
+    def save_remote_model(self, **kwargs: Any) -> None:
+        """Refused; SGLang's RPC answers with the reason.
+
+        Raises:
+            Refused: always.
+        """
+        raise Refused(EXPORT_REFUSED)
+
+    save_sharded_model = save_remote_model
+
+    def shift_event(self) -> StateEvent:
+        """What changes rarely, for subscribers; on rank 0."""
+        selector, report, reporter = self.shift_selector, self.tp_worker.model_runner.weight_report, self.shift_reporter
+        return StateEvent(
+            time=time.time(),
+            world_size=self.shift_config.world_size,
+            sp_size=self.shift_config.sp_size,
+            model=get_serving().served_model_name or get_model().model_path,
+            policy=self.shift_config.policy,
+            policy_text=selector.policy_text,
+            calibration=None if selector.calibration is None else selector.calibration.to_json(),
+            calibration_text=self.shift_calibrator.text,
+            drift={mode.value: reporter.drift.ratio(mode) if reporter else None for mode in Mode},
+            weight_bytes=report.total,
+            weight_bytes_beyond_base=report.beyond_base,
+            **selector.counters(),
+            running=self.running_batch.batch_size(),
+            waiting=len(self.waiting_queue),
+            replica=get_parallel().dp_rank or 0,
+        )
+
+    def shift_state(self) -> dict[str, Any]:
+        """Live counters of this rank, for ``/server_info``."""
+        selector, exchange = self.shift_selector, region.groups.exchange
+        report, calibration = self.tp_worker.model_runner.weight_report, selector.calibration
+        return {
+            "sp_size": self.shift_config.sp_size,
+            "base_tp_size": region.groups.layout.base_tp_size,
+            "policy": selector.policy_text,
+            "calibration": self.shift_calibrator.text,
+            "costs": None if calibration is None else calibration.costs.to_json(),
+            **selector.counters(),
+            "exchange": exchange.text,
+            "exchanges": exchange.calls,
+            "exchanged_bytes": exchange.bytes_sent,
+            "weight_bytes": report.total,
+            "weight_bytes_beyond_base": report.beyond_base,
+            "graphs": self.tp_worker.model_runner.graphs.report(),
+        }
+
+
+def run_scheduler_process(server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """What each rank's process runs: SGLang's own function, on our scheduler where asked for.
+
+    Without our flags it is SGLang's, untouched.
+    """
+    if shift_config_of(server_args) is not None:
+        registry.install()
+    sglang_scheduler.run_scheduler_process(server_args, *args, **kwargs)

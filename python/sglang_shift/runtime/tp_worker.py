@@ -1,0 +1,53 @@
+"""The TP worker: SGLang's, with our model runner, and a stopwatch around each step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.managers.tp_worker import TpModelWorker
+from sglang.srt.runtime_context import get_schedule
+
+from sglang_shift.runtime.model_runner import ShiftModelRunner
+from sglang_shift.runtime.stopwatch import Lap, Stopwatch
+
+# SGLang's exports write whole parameter buffers; ours are views, some of them strided.
+EXPORT_REFUSED = (
+    "weights of a server with sequence parallelism cannot be exported shard by shard, because its TP shards "
+    "are views of larger weights; export them from a server without --sp-size and --enable-shift-parallel"
+)
+
+
+class ShiftTpModelWorker(TpModelWorker):
+    """SGLang's TP worker whose forwards run in the mode the scheduler chose.
+
+    Attributes:
+        last_lap: The time of the last step, once it is known.
+    """
+
+    last_lap: Lap | None = None
+
+    def forward_batch_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """As SGLang's, timed: model, LM head and sampling."""
+        with self.stopwatch.lap() as self.last_lap:
+            return super().forward_batch_generation(*args, **kwargs)
+
+    def send_weights_to_remote_instance(self, recv_req: Any) -> tuple[bool, str]:
+        """Refused, with the reason."""
+        return False, EXPORT_REFUSED
+
+    def _init_model_runner(self) -> None:
+        self.stopwatch = Stopwatch()
+        self._model_runner = ShiftModelRunner(
+            model_config=self.model_config,
+            mem_fraction_static=get_schedule().mem_fraction_static,
+            gpu_id=self.gpu_id,
+            nccl_port=self.nccl_port,
+            server_args=self.server_args,
+            is_draft_worker=self.is_draft_worker,
+            req_to_token_pool=self.req_to_token_pool,
+            token_to_kv_pool_allocator=self.token_to_kv_pool_allocator,
+            memory_pool_config=self.memory_pool_config,
+            draft_attention_backend=self.draft_attention_backend,
+            draft_model_idx=None,
+            load_group=self.load_group,
+        )

@@ -1,0 +1,293 @@
+"""A simulator of the scheduler's steps: the same policy objects, no model, a clock driven by a cost model.
+
+What it answers: how a policy would do on some traffic, if steps took what the cost model says. The
+batches are made as SGLang makes them, in arrival order and prompts first. What it leaves out: the
+radix cache, requests that are retracted (KV cache is reserved for a request's whole output when it is
+admitted, as for ``ignore_eos``), the time between steps (SGLang overlaps it), and everything outside
+the scheduler.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from math import ceil
+from statistics import fmean
+
+from sglang_shift.cost.model import CostModel
+from sglang_shift.modes import PENDING_REQUESTS, Mode, ShiftPolicy, StepState
+from sglang_shift.simulate.traffic import Request
+
+Observer = Callable[[StepState, Mode, float], None]
+"""Called with each step, its mode and its seconds, before the next one is chosen."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """What limits the batches.
+
+    Attributes:
+        chunk: Prompt tokens that one step takes (``--chunked-prefill-size``).
+        pool: Tokens that the KV pool holds (``--max-total-tokens``).
+        max_running: Requests that hold KV cache at most (``--max-running-requests``).
+        mixed: Prefill steps also decode the running requests, a token each, which count towards the
+            chunk (``--enable-mixed-chunk``).
+        buckets: Ascending batch sizes of the CUDA graphs of decode steps; none where they run eagerly.
+    """
+
+    chunk: int = 8192
+    pool: int = 400_000
+    max_running: int = 1024
+    mixed: bool = False
+    buckets: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1 or self.max_running < 1:
+            raise ValueError("a server needs a chunk of at least a token and room for a running request")
+        if self.mixed and self.chunk <= self.max_running:
+            raise ValueError("mixed steps need a chunk of more tokens than requests run at most")
+
+    def bucket(self, tokens: int) -> int:
+        """``tokens`` of a decode step, padded to the graph that it replays; beyond the largest, as they are."""
+        i = bisect_left(self.buckets, tokens)
+        return self.buckets[i] if i < len(self.buckets) else tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A request that was served. Times are in seconds.
+
+    Attributes:
+        request: The request.
+        ttft: From its arrival to its first token.
+        tpot: Per token after the first; None for a single token.
+        e2e: From its arrival to its last token.
+    """
+
+    request: Request
+    ttft: float
+    tpot: float | None
+    e2e: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a simulation went.
+
+    Attributes:
+        served: All requests, in the order of their arrival.
+        steps: Steps by mode.
+        tokens: Tokens computed by mode: every prompt token, and every output token but each request's first,
+            which comes with its prompt.
+        switches: Changes of mode.
+        makespan: Seconds from the first arrival to the last token.
+        busy: Seconds in steps among them.
+    """
+
+    served: list[Served]
+    steps: dict[Mode, int]
+    tokens: dict[Mode, int]
+    switches: int
+    makespan: float
+    busy: float
+
+    @property
+    def throughput(self) -> float:
+        """Prompt and output tokens per second of the makespan."""
+        return sum(s.request.prompt + s.request.output for s in self.served) / self.makespan
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the requests, and more: seconds, tokens per second, numbers.
+
+        The mean TPOT is over the requests of more than one token; 0 where there are none.
+        """
+        e2e = sorted(s.e2e for s in self.served)
+        return {
+            "mean_ttft": fmean(s.ttft for s in self.served),
+            "mean_tpot": fmean([s.tpot for s in self.served if s.tpot is not None] or [0.0]),
+            "throughput": self.throughput,
+            "mean_e2e": fmean(e2e),
+            "p99_e2e": e2e[ceil(0.99 * len(e2e)) - 1],
+            "switches": float(self.switches),
+            "makespan": self.makespan,
+            "busy": self.busy,
+        }
+
+
+def simulate(
+    requests: Sequence[Request],
+    policy: ShiftPolicy,
+    truth: CostModel,
+    server: Server | None = None,
+    observe: Observer | None = None,
+) -> Result:
+    """Serve ``requests``.
+
+    Args:
+        requests: At least one; in any order.
+        policy: Asked for the mode of every step, as by the real scheduler.
+        truth: What a step takes. The policy's own model, if it has one, may be another.
+        server: Limits of the batches; None for :class:`Server`'s defaults.
+        observe: Called after each step.
+
+    Raises:
+        ValueError: no requests, or one that the KV pool cannot hold.
+    """
+    return _Simulation(requests, policy, truth, server or Server()).run(observe)
+
+
+@dataclass(slots=True)
+class _Step:
+    """A step that is about to run: the parts of prompts that it computes, and whether it decodes."""
+
+    state: StepState
+    finished_prompts: list[int] = field(default_factory=list)
+    decodes: bool = False
+
+
+class _Simulation:
+    """The state of the server. Requests are known by their index in the order of arrival.
+
+    Since they are admitted in this order, those waiting are always ``head`` to ``arrived``. What decodes is
+    kept in sums, so that a decode step costs the same for any number of requests.
+    """
+
+    def __init__(self, requests: Sequence[Request], policy: ShiftPolicy, truth: CostModel, server: Server) -> None:
+        if not requests:
+            raise ValueError("there are no requests to serve")
+        if any(r.prompt + r.output > server.pool for r in requests):
+            raise ValueError(f"a request has more tokens than the KV pool holds ({server.pool})")
+        self.requests = sorted(requests, key=lambda r: r.time)
+        self.policy, self.truth, self.server = policy, truth, server
+        self.prompts = [0, *accumulate(r.prompt for r in self.requests)]
+        self.clock = self.requests[0].time
+        self.arrived = self.head = 0
+        self.free = server.pool
+        self.chunked: int | None = None  # the admitted request whose prompt is not finished
+        self.chunked_done = 0  # tokens of it that are
+        self.running = 0
+        self.reads = 0  # sum of the sequence lengths in the next decode step
+        self.decoded = 0  # decode steps so far
+        self.ends: dict[int, list[int]] = {}  # requests by the decode step that is their last
+        self.first = [0.0] * len(self.requests)
+        self.end = [0.0] * len(self.requests)
+        self.unserved = len(self.requests)
+        self.mode: Mode | None = None
+        self.since_switch = 0
+
+    def run(self, observe: Observer | None) -> Result:
+        """Step until all requests are served."""
+        steps, tokens, switches, busy = dict.fromkeys(Mode, 0), dict.fromkeys(Mode, 0), 0, 0.0
+        choose, predict = self.policy.choose, self.truth.predict
+        while self.unserved:
+            self._arrive()
+            step = self._next_step()
+            mode = choose(step.state)
+            seconds = predict(mode, step.state)
+            self.since_switch += 1
+            if self.mode not in (None, mode):
+                switches += 1
+                seconds += self.truth.switch_seconds
+                self.since_switch = 0  # as the real selector counts
+            self.mode = mode
+            self.clock += seconds
+            busy += seconds
+            steps[mode] += 1
+            tokens[mode] += step.state.num_tokens
+            if step.decodes:
+                self._finish_decode()
+            for i in step.finished_prompts:
+                self._finish_prompt(i)
+            if observe is not None:
+                observe(step.state, mode, seconds)
+        served = [self._served(i, r) for i, r in enumerate(self.requests)]
+        return Result(served, steps, tokens, switches, self.clock - self.requests[0].time, busy)
+
+    def _served(self, i: int, r: Request) -> Served:
+        tpot = (self.end[i] - self.first[i]) / (r.output - 1) if r.output > 1 else None
+        return Served(r, self.first[i] - r.time, tpot, self.end[i] - r.time)
+
+    def _arrive(self) -> None:
+        """Queue what has arrived. With nothing to do, the clock goes on to the next arrival."""
+        requests = self.requests
+        if not self.running and self.chunked is None and self.head == self.arrived:
+            self.clock = max(self.clock, requests[self.arrived].time)
+        while self.arrived < len(requests) and requests[self.arrived].time <= self.clock:
+            self.arrived += 1
+
+    def _next_step(self) -> _Step:
+        """Prompts first; a decode step where there are none, or none can be admitted."""
+        if self.chunked is not None or self.head < self.arrived:
+            finished, prompt_tokens, reads = self._fill_chunk()
+            if prompt_tokens:
+                if not (self.server.mixed and self.running):
+                    return _Step(self._state(prompt_tokens, prompt_tokens, prompt_tokens, reads), finished)
+                tokens = prompt_tokens + self.running
+                return _Step(self._state(tokens, prompt_tokens, tokens, reads + self.reads), finished, True)
+        running = self.running
+        return _Step(self._state(running, 0, self.server.bucket(running), self.reads), decodes=True)
+
+    def _fill_chunk(self) -> tuple[list[int], int, int]:
+        """Take up to a chunk of prompt tokens: the prompts that they finish, the tokens, their KV reads."""
+        room = budget = self.server.chunk - (self.running if self.server.mixed else 0)
+        finished: list[int] = []
+        reads = 0
+        if self.chunked is not None:
+            done = self.chunked_done
+            now = min(self.requests[self.chunked].prompt - done, room)
+            reads += now * done + now * (now + 1) // 2
+            room -= now
+            self.chunked_done += now
+            if self.chunked_done == self.requests[self.chunked].prompt:
+                finished.append(self.chunked)
+                self.chunked = None
+        while room and self.head < self.arrived and self.running + len(finished) < self.server.max_running:
+            r = self.requests[self.head]
+            if r.prompt + r.output > self.free:
+                break
+            self.free -= r.prompt + r.output
+            now = min(r.prompt, room)
+            reads += now * (now + 1) // 2
+            room -= now
+            if now == r.prompt:
+                finished.append(self.head)
+            else:
+                self.chunked, self.chunked_done = self.head, now
+            self.head += 1
+        return finished, budget - room, reads
+
+    def _state(self, tokens: int, prompt_tokens: int, bucket: int, reads: int) -> StepState:
+        """What the policy sees, once the step's prompts have left the queue."""
+        head, prompts = self.head, self.prompts
+        pending = prompts[min(head + PENDING_REQUESTS, self.arrived)] - prompts[head] if head < self.arrived else 0
+        if self.chunked is not None:
+            pending += self.requests[self.chunked].prompt - self.chunked_done
+        waiting = self.arrived - head
+        return StepState(
+            tokens, prompt_tokens, self.running, waiting, pending, bucket, reads, self.mode, self.since_switch
+        )
+
+    def _finish_decode(self) -> None:
+        self.decoded += 1
+        self.reads += self.running
+        for i in self.ends.pop(self.decoded, ()):
+            self.running -= 1
+            self.reads -= self.requests[i].prompt + self.requests[i].output
+            self._finish(i)
+
+    def _finish_prompt(self, i: int) -> None:
+        r = self.requests[i]
+        self.first[i] = self.clock
+        if r.output == 1:
+            self._finish(i)
+            return
+        self.running += 1
+        self.reads += r.prompt + 1
+        self.ends.setdefault(self.decoded + r.output - 1, []).append(i)
+
+    def _finish(self, i: int) -> None:
+        self.end[i] = self.clock
+        self.free += self.requests[i].prompt + self.requests[i].output
+        self.unserved -= 1

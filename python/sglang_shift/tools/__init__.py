@@ -1,0 +1,1 @@
+"""Commands beside the server: benchmark, planner, GPU checks, terminal view, port check."""

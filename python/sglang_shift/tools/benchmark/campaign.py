@@ -1,0 +1,239 @@
+"""The order of it all: every contender, every workload, every round; what is done stays done."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from tqdm import tqdm
+
+from sglang_shift.errors import ShiftError
+from sglang_shift.simulate.traffic import Request
+from sglang_shift.tools.benchmark.client import Client, errors
+from sglang_shift.tools.benchmark.contenders import Contender
+from sglang_shift.tools.benchmark.link import Link
+from sglang_shift.tools.benchmark.records import Visit, Visits
+from sglang_shift.tools.benchmark.servers import NO_ANSWER, Failure, Server, call, start
+from sglang_shift.tools.benchmark.watch import Watch, change, counters
+from sglang_shift.tools.benchmark.workloads import Plan, Workload
+
+SETTLE_S = 1.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a campaign runs.
+
+    Attributes:
+        out: Folder for all that it writes.
+        rounds: Visits to each contender by each workload.
+        flags: More flags for every server that is started.
+        together: Keep all servers, the idle ones stopped (SIGSTOP), and go from contender to contender with every
+            workload; else one server at a time sees all workloads of a round.
+        link_rate: Bits per second of the emulated link; None for no link.
+        vocabulary: Token ids of prompts are less than this.
+        model: Name of the model, for servers with OpenAI's API alone.
+        timeout: Seconds that a start may take, and a workload.
+        port: Of the servers; 0 for any free one.
+        facts: What else must be the same for visits to be comparable, such as the model.
+    """
+
+    out: Path
+    rounds: int
+    flags: Sequence[str]
+    together: bool
+    link_rate: float | None
+    vocabulary: int
+    model: str
+    timeout: float
+    port: int
+    facts: dict[str, Any]
+
+
+class Campaign:
+    """Visits every contender with every workload, in every round.
+
+    Args:
+        plan: The workloads.
+        contenders: Whom to visit. The first one's saturated throughput is the unit of the arrival rates.
+        settings: How.
+
+    Raises:
+        ShiftError: the folder holds a campaign of other settings.
+    """
+
+    def __init__(self, plan: Plan, contenders: Sequence[Contender], settings: Settings) -> None:
+        self.plan, self.contenders, self.settings = plan, contenders, settings
+        self.visits = Visits(settings.out / "visits.jsonl")
+        self._state = settings.out / "campaign.json"
+        self._servers: dict[str, Server] = {}
+        self._clients: dict[str, Client] = {}
+        self._links: list[Link] = []
+        self._done = {(v.contender, v.workload, v.round) for v in self.visits.read()}
+        self.capacity = self._resume()
+
+    def run(self) -> list[Visit]:
+        """Make the visits that are not there yet; all visits.
+
+        Raises:
+            Failure: a server did not start or ended, or requests failed.
+        """
+        if self._done:
+            say(f"resuming: {len(self._done)} visits are in {self.visits.path}")
+        try:
+            if self.capacity is None:
+                self.capacity = self._measure_capacity()
+                self._save()
+            workloads = self.plan.workloads(self.capacity)
+            tasks = [t for t in self._tasks(workloads) if (t[1].name, t[2].name, t[0]) not in self._done]
+            with tqdm(total=sum(len(w.requests) for _, _, w in tasks), unit="request", smoothing=0.05) as bar:
+                for number, contender, workload in tasks:
+                    bar.set_description(f"round {number}/{self.settings.rounds}, {contender.name}, {workload.name}")
+                    with self._serving(contender) as server:
+                        self.visits.add([self._visit(server, contender, workload, number, bar)])
+        finally:
+            self.close()
+        return self.visits.read()
+
+    def close(self) -> None:
+        """End all servers and links."""
+        while self._servers:
+            self._servers.popitem()[1].stop()
+        while self._links:
+            self._links.pop().close()
+
+    def _tasks(self, workloads: Sequence[Workload]) -> Iterator[tuple[int, Contender, Workload]]:
+        """The order of visits rotates, so that a machine that is slower for a while favours no one."""
+        for number in range(1, self.settings.rounds + 1):
+            if self.settings.together:
+                for i, workload in enumerate(workloads):
+                    for contender in _rotated(self.contenders, number - 1 + i):
+                        yield number, contender, workload
+            else:
+                for contender in _rotated(self.contenders, number - 1):
+                    for workload in workloads:
+                        yield number, contender, workload
+
+    @contextmanager
+    def _serving(self, contender: Contender) -> Iterator[Server]:
+        """A contender's server, awake."""
+        name = contender.name
+        if not self.settings.together and name not in self._servers:
+            self.close()
+        if contender.url is not None:
+            server = Server([], contender.url, None)
+            self._client(contender, server)
+            yield server
+            return
+        if name in self._servers:
+            server = self._servers[name]
+            if self.settings.together:
+                server.resume()
+        else:
+            server = self._start(contender)
+        yield server
+        if self.settings.together:
+            server.pause()
+
+    def _start(self, contender: Contender) -> Server:
+        link = None
+        if self.settings.link_rate is not None and contender.ranks > 1:
+            link = Link(contender.ranks, self.settings.link_rate)
+            self._links.append(link)
+        flags = [*contender.flags, "--enable-metrics", *self.settings.flags]
+        log = self.settings.out / f"{contender.name.replace('/', '_').replace(':', '_')}.log"
+        server = start(flags, self.settings.port, log, link)
+        self._servers[contender.name] = server
+        server.wait_until_healthy(self.settings.timeout)
+        # What a server does for the first time takes longer: as many requests at once as it will ever see.
+        self._client(contender, server).run(self.plan.saturated(), seed=-1)
+        return server
+
+    def _client(self, contender: Contender, server: Server) -> Client:
+        if contender.name not in self._clients or contender.url is None:
+            s = self.settings
+            api = "sglang" if contender.url is None or _has_generate(server.url) else "openai"
+            self._clients[contender.name] = Client(server.url, api, s.model, s.vocabulary, s.timeout)
+        return self._clients[contender.name]
+
+    def _visit(self, server: Server, contender: Contender, workload: Workload, number: int, bar: Any) -> Visit:
+        load_average = os.getloadavg()[0]
+        first = workload.requests[0]
+        client = self._clients[contender.name]
+        client.run(Workload("warm-up", "warm-up", [Request(0.0, first.prompt, min(first.output, 8))]), seed=-number)
+        with suppress(Failure):  # servers of other makers have no such thing
+            if contender.url is None or client.native:
+                server.flush()
+        time.sleep(SETTLE_S)
+        before, started = counters(server.url), datetime.now().isoformat(timespec="seconds")
+        with Watch(server.url) as watch:
+            records = client.run(workload, number, bar.update)
+        for error in errors(records):
+            server.check_alive(f"under load ({workload.name})", 5)
+            say(f"{contender.name}, {workload.name}: a request failed: {error}")
+        if all(r.error for r in records):
+            raise Failure(f"{contender.name}: no request of {workload.name} was answered", server.log)
+        ends = [r.end for r in records if not r.error]
+        return Visit(
+            contender.name, workload.name, workload.kind, workload.x, number,
+            max(ends) - min(r.sent for r in records if not r.error), records, watch.samples,
+            change(before, counters(server.url)), started, load_average,
+        )  # fmt: skip
+
+    def _measure_capacity(self) -> float:
+        """Prompt and output tokens per second of the first contender, when all requests come at once."""
+        contender, workload = self.contenders[0], self.plan.saturated()
+        say(f"measuring the saturated throughput of {contender.name}: the unit of the arrival rates")
+        with self._serving(contender) as server, tqdm(total=2 * len(workload.requests), unit="request") as bar:
+            found = [self._visit(server, contender, workload, n, bar) for n in (1, 2)]
+        return fmean(sum(r.prompt + r.output for r in v.requests) / v.seconds for v in found)
+
+    def _resume(self) -> float | None:
+        """The capacity that an earlier run of the same campaign measured."""
+        if not self._state.exists():
+            if self._done:
+                raise ShiftError(f"{self.settings.out} holds visits, but not of what campaign; choose another --out")
+            return None
+        saved, facts = json.loads(self._state.read_text()), self._facts()
+        if saved["facts"] != facts:
+            differing = [name for name in facts if saved["facts"].get(name) != facts[name]]
+            raise ShiftError(
+                f"{self.settings.out} holds a campaign with other settings ({', '.join(differing)}); "
+                "repeat that command to go on with it, or choose another --out"
+            )
+        return saved["capacity"]
+
+    def _facts(self) -> dict[str, Any]:
+        facts = {**self.settings.facts, "flags": list(self.settings.flags), "link_rate": self.settings.link_rate,
+                 "first contender": self.contenders[0].name}  # fmt: skip
+        return json.loads(json.dumps(facts, default=str))
+
+    def _save(self) -> None:
+        self.settings.out.mkdir(parents=True, exist_ok=True)
+        self._state.write_text(json.dumps({"facts": self._facts(), "capacity": self.capacity}, indent=1) + "\n")
+
+
+def _rotated(contenders: Sequence[Contender], by: int) -> list[Contender]:
+    by %= len(contenders)
+    return [*contenders[by:], *contenders[:by]]
+
+
+def _has_generate(url: str) -> bool:
+    """Whether a server is SGLang, and so has an API in token ids of its own."""
+    with suppress(*NO_ANSWER, ValueError):
+        return "model_path" in call(url + "/get_model_info")
+    return False
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    tqdm.write(f"benchmark: {text}", file=sys.stderr)

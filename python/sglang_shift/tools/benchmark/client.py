@@ -1,0 +1,115 @@
+"""Sends a workload and times the answers, with the request functions of SGLang's ``bench_serving``.
+
+Ours are the order of sending, the prompts as token ids, so that lengths and shared prefixes are true, and a
+record of every request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from sglang_shift.tools.benchmark.records import RequestRecord
+from sglang_shift.tools.benchmark.workloads import Workload, prompt_ids
+
+# What bench_serving reads of its own command line while it sends.
+BENCH_SERVING = argparse.Namespace(
+    temperature=0.0, top_p=1.0, disable_ignore_eos=False, disable_stream=False, return_logprob=False,
+    return_routed_experts=False, logprob_start_len=-1, top_logprobs_num=0, token_ids_logprob=None,
+    cache_report=True, header=None,
+)  # fmt: skip
+# bench_serving takes no notice of a token without text, which a special token is.
+ALL_TOKENS = {"skip_special_tokens": False}
+
+
+class Client:
+    """Sends workloads to one server.
+
+    Args:
+        url: The server's address.
+        api: ``sglang``, its ``/generate``; or ``openai``, ``/v1/completions``.
+        model: Name of the model, for OpenAI's API.
+        vocabulary: Token ids of prompts are less than this.
+        timeout: Seconds that a workload may take.
+
+    Attributes:
+        native: Whether it uses SGLang's own API.
+    """
+
+    def __init__(self, url: str, api: str, model: str, vocabulary: int, timeout: float) -> None:
+        from sglang.benchmark import serving
+
+        serving.set_global_args(BENCH_SERVING)
+        self.vocabulary, self.timeout, self.model = vocabulary, timeout, model
+        self._request = serving.RequestFuncInput
+        self._send: Any = {
+            "sglang": serving.async_request_sglang_generate,
+            "openai": serving.async_request_openai_completions,
+        }[api]
+        self._url = url + {"sglang": "/generate", "openai": "/v1/completions"}[api]
+        self.native = api == "sglang"
+
+    def run(self, workload: Workload, seed: int, done: Callable[[], object] = lambda: None) -> list[RequestRecord]:
+        """Send all requests and wait for their answers.
+
+        Args:
+            workload: What to send.
+            seed: Of the prompts' tokens.
+            done: Called whenever a request has ended.
+
+        Returns:
+            A record of each request, in the workload's order. Those not ended in time carry that as an error.
+        """
+        # Made beforehand: it takes time, and requests are to be sent on time.
+        prompts = [prompt_ids(r, i, seed, self.vocabulary) for i, r in enumerate(workload.requests)]
+        return asyncio.run(self._run(workload, prompts, done))
+
+    async def _run(
+        self, workload: Workload, prompts: list[list[int]], done: Callable[[], object]
+    ) -> list[RequestRecord]:
+        started = time.perf_counter()
+        limit = asyncio.Semaphore(workload.concurrency) if workload.concurrency else contextlib.nullcontext()
+
+        async def one(number: int) -> RequestRecord:
+            request = workload.requests[number]
+            await asyncio.sleep(started + request.time - time.perf_counter())
+            async with limit:
+                record = await self._one(prompts[number], request.output, request.time, started)
+            done()
+            return record
+
+        return await asyncio.gather(*(one(i) for i in range(len(prompts))))
+
+    async def _one(self, ids: list[int], output: int, due: float, started: float) -> RequestRecord:
+        if self.native:
+            sampling = {"temperature": 0.0, "max_new_tokens": output, "ignore_eos": True, **ALL_TOKENS}
+            extra: dict[str, Any] = {"sampling_params": sampling}
+        else:
+            extra = dict(ALL_TOKENS)
+        asked = self._request(ids, self._url, len(ids), output, self.model, "", None, extra)
+        sent = time.perf_counter() - started
+        try:
+            got = await asyncio.wait_for(self._send(asked), max(0.0, self.timeout - sent))
+        except TimeoutError:
+            return failed(due, f"not answered {self.timeout:.0f} s after the workload's start (--timeout)")
+        if not got.success:
+            return failed(due, got.error.strip().rpartition("\n")[2] or "no answer")
+        if got.output_len != output or not got.ttft:
+            return failed(due, f"{got.output_len} tokens came instead of {output}")
+        ttft, latency, *itl = (round(t, 6) for t in (got.ttft, got.latency, *got.itl))
+        sent = round(got.start_time - started, 6)
+        return RequestRecord(due, sent, ttft, latency, itl, got.prompt_len, got.output_len, got.cached_tokens)
+
+
+def failed(due: float, error: str) -> RequestRecord:
+    """The record of a request without an answer."""
+    return RequestRecord(due, due, 0.0, 0.0, [], 0, 0, error=error)
+
+
+def errors(records: list[RequestRecord]) -> Iterator[str]:
+    """What went wrong, each thing once."""
+    return iter(dict.fromkeys(r.error for r in records if r.error))

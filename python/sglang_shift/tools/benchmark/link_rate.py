@@ -1,0 +1,230 @@
+"""The rate of an emulated link: with it, communication has the share of a layer's time that it has on GPUs.
+
+    python -m sglang_shift.tools.benchmark.link_rate --model-path DIR --ranks 2 --target llama-70b
+
+The share is rho, the time of a layer's two all-reduces over that of its GEMMs, both in TP and of one token.
+On the target both follow from published figures; here the GEMMs are measured and the rate is what is left
+to choose. docs/emulated-link.md has the figures in a table, and how sure they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from threading import Barrier
+
+from sglang_shift.errors import ShiftError
+from sglang_shift.models.decoder_layer import ELEMENT_BYTES, Layer, layer_of
+
+TOKENS = 1024
+"""Of the step whose GEMMs are measured."""
+
+REPEATS = 15
+START_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A published figure: the value that counts, the least and the most it may be, and where it is from."""
+
+    value: float
+    low: float
+    high: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model on GPUs whose rho is to be had.
+
+    Attributes:
+        name: In words.
+        layer: Its layer.
+        layer_source: Where the sizes are from.
+        gemm_flops: A GPU's sustained FLOP/s in GEMMs.
+        bus_bandwidth: Bytes per second of its all-reduces, as nccl-tests count them.
+        ranks: GPUs.
+        element_bytes: Bytes of an activation's element in an all-reduce.
+    """
+
+    name: str
+    layer: Layer
+    layer_source: str
+    gemm_flops: Figure
+    bus_bandwidth: Figure
+    ranks: int = 8
+    element_bytes: int = 2
+
+    @property
+    def rho(self) -> Figure:
+        """All-reduce time over GEMM time; low and high where both figures are at their ends."""
+        flops, bandwidth = self.gemm_flops, self.bus_bandwidth
+        return Figure(
+            self._rho(flops.value, bandwidth.value),
+            self._rho(flops.low, bandwidth.high),
+            self._rho(flops.high, bandwidth.low),
+            "computed",
+        )
+
+    def _rho(self, flops: float, bandwidth: float) -> float:
+        communication = self.layer.all_reduce_bytes(self.ranks, self.element_bytes) / bandwidth
+        return communication / (2 * self.layer.parameters / self.ranks / flops)
+
+
+# The value is for Llama 70B's up projection at TP=8, with row-wise scales, on an H100 held to 500 W; low is
+# with the activations' quantisation; high is the best of the kernel that SGLang uses for large shapes.
+_FP8 = Figure(
+    1141.38e12,
+    876.66e12,
+    1520e12,
+    "Add fp8 row/block-wise scaled GEMMs, https://github.com/pytorch/FBGEMM/pull/2546; high: Route large SM90 "
+    "row/column-scaled FP8 GEMMs to Torch, https://github.com/sgl-project/sglang/pull/34318",
+)
+# 8 x H200, the table's PyTorch column, at the size nearest to a chunk's: 4096 tokens, and 2048 and 8192.
+_ALL_REDUCE = (
+    "Networking Benchmarks, How the calls are timed, "
+    "https://github.com/stas00/ml-engineering/blob/master/network/benchmarks/README.md"
+)
+
+TARGETS = {
+    "llama-70b": Target(
+        "Llama-3.3-70B FP8, TP=8 on 8 x H200",
+        Layer(hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128),
+        "config.json of a derivative, https://huggingface.co/hf-100/Llama-3.3-Instruct-Spellbound-StoryWriter-70B-"
+        "instruct-0.3-chkpt-744-4bit/commit/99da9afd021d09b4e1b9063318d57deafd66a10e",
+        _FP8,
+        Figure(368.86e9, 301.25e9, 414.54e9, f"{_ALL_REDUCE}, 64 MiB (32 and 128)"),
+    ),
+    "qwen-32b": Target(
+        "Qwen3-32B FP8, TP=8 on 8 x H200",
+        Layer(hidden=5120, intermediate=25600, heads=64, kv_heads=8, head_dim=128),
+        "MindSpeed-RL, qwen3_32b.yaml, https://gitcode.com/Ascend/MindSpeed-RL/blob/master/configs/model/qwen3_32b.yaml",
+        _FP8,
+        Figure(301.25e9, 255.90e9, 368.86e9, f"{_ALL_REDUCE}, 32 MiB for 40 (16 for 20, and 64 for 80)"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A link's rate and why.
+
+    Attributes:
+        rate: Bits per second that each rank sends, and receives.
+        rho: The target's.
+        gemm_flops: The slowest rank's, measured.
+        text: All that led to it, in lines.
+    """
+
+    rate: float
+    rho: float
+    gemm_flops: float
+    text: str
+
+
+def read_layer(model_path: str | Path) -> tuple[Layer, str]:
+    """The layer's sizes and the dtype of a model's ``config.json``.
+
+    Raises:
+        ShiftError: there is none, or it is not a dense decoder's.
+    """
+    file = Path(model_path) / "config.json"
+    try:
+        return layer_of(json.loads(file.read_text()))
+    except KeyError as error:
+        raise ShiftError(f"{file} has no {error}; give the folder of a dense decoder as --model-path") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise ShiftError(f"{file}: {error}; give the folder of a dense decoder as --model-path") from error
+
+
+def rate_for(layer: Layer, ranks: int, element_bytes: int, flops: float, rho: float) -> float:
+    """Bits per second at which the all-reduces take ``rho`` times as long as the GEMMs, at ``flops`` a rank."""
+    gemm_seconds = 2 * layer.parameters / ranks / flops
+    return 8 * layer.all_reduce_bytes(ranks, element_bytes) / (rho * gemm_seconds)
+
+
+def most_gain(layer: Layer, ranks: int, rho: float) -> float:
+    """Time of a layer's GEMMs and communication in TP over that in SP, at the same rate."""
+    share = layer.exchange_bytes(ranks, 1) / layer.all_reduce_bytes(ranks, 1)
+    return (1 + rho) / (1 + rho * share)
+
+
+def gemm_flops(shards: list[tuple[int, int]], dtype: str, ranks: int) -> float:
+    """FLOP/s of the slowest of ``ranks`` processes of one thread that do a layer's GEMMs at once."""
+    context = get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(ranks, context) as pool:
+        start = manager.Barrier(ranks)
+        futures = [pool.submit(_layer_seconds, shards, dtype, start) for _ in range(ranks)]
+        slowest = max(future.result() for future in futures)
+    return 2 * TOKENS * sum(outputs * inputs for outputs, inputs in shards) / slowest
+
+
+def _layer_seconds(shards: list[tuple[int, int]], dtype: str, start: Barrier) -> float:
+    import torch
+
+    torch.set_num_threads(1)
+    kind = getattr(torch, dtype)
+    products = [(torch.randn(TOKENS, k).to(kind), torch.randn(n, k).to(kind)) for n, k in shards]
+    times = []
+    for i in range(1 + REPEATS):
+        if i == 1:  # the first is a warm-up
+            start.wait(START_SECONDS)
+        before = time.perf_counter()
+        for x, weight in products:
+            torch.nn.functional.linear(x, weight)
+        times.append(time.perf_counter() - before)
+    return median(times[1:])
+
+
+def chosen_rate(model_path: str | Path, ranks: int, target: str) -> Choice:
+    """The rate for a model on this machine; takes some seconds of all its cores.
+
+    Raises:
+        ShiftError: an unknown target, or a model or a number of ranks that the rule is not for.
+    """
+    if target not in TARGETS:
+        raise ShiftError(f"there is no target {target}; choose one of {', '.join(TARGETS)}")
+    if ranks < 2:
+        raise ShiftError(f"--ranks {ranks}: a rank alone has nothing to send; give 2 or more")
+    goal = TARGETS[target]
+    layer, dtype = read_layer(model_path)
+    size = ELEMENT_BYTES[dtype]
+    flops = gemm_flops(layer.shards(ranks), dtype, ranks)
+    rho = goal.rho
+    rate, slow, fast = (rate_for(layer, ranks, size, flops, r) for r in (rho.value, rho.high, rho.low))
+    lines = [
+        f"target      {goal.name}: {goal.layer.parameters / 1e6:.0f} M parameters a layer ({goal.layer_source})",
+        f"GEMMs       {goal.gemm_flops.value / 1e12:.0f} TFLOP/s a GPU ({goal.gemm_flops.source})",
+        f"all-reduce  {goal.bus_bandwidth.value / 1e9:.0f} GB/s ({goal.bus_bandwidth.source})",
+        f"rho         {rho.value:.2f} ({rho.low:.2f} to {rho.high:.2f}): all-reduce time over GEMM time",
+        f"here        {flops / 1e9:.1f} GFLOP/s in {dtype}, the slowest of {ranks} ranks of one thread (measured)",
+        f"rate        {rate / 1e6:.0f} Mbit/s ({slow / 1e6:.0f} to {fast / 1e6:.0f})",
+        f"sent        by a rank per token and layer: {layer.all_reduce_bytes(ranks, size):.0f} bytes in TP, "
+        f"{layer.exchange_bytes(ranks, size):.0f} in SP",
+        f"so          SP gains at most {most_gain(layer, ranks, rho.value):.2f} x on TP",
+    ]
+    return Choice(rate, rho.value, flops, "\n".join(lines))
+
+
+def main(argv: list[str]) -> None:
+    """Print the rate and what led to it."""
+    parser = argparse.ArgumentParser(prog="python -m sglang_shift.tools.benchmark.link_rate")
+    parser.add_argument("--model-path", required=True, help="folder of the benchmark's model")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--target", default="llama-70b", choices=TARGETS)
+    args = parser.parse_args(argv)
+    try:
+        print(chosen_rate(args.model_path, args.ranks, args.target).text)
+    except ShiftError as error:
+        parser.exit(2, f"sglang_shift: error: {error}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

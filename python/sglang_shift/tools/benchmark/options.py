@@ -1,0 +1,217 @@
+"""The command line of ``python -m sglang_shift.benchmark``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sglang_shift.errors import ShiftError
+from sglang_shift.simulate.traces import read_azure, read_mooncake
+from sglang_shift.simulate.traffic import Request, scaled, window
+from sglang_shift.tools.benchmark.contenders import DEFAULT
+from sglang_shift.tools.benchmark.records import MADE_UP, TRACES
+from sglang_shift.tools.benchmark.workloads import Plan, Sizes, Trace
+
+# To see that everything works, in about two minutes.
+SMOKE: dict[str, Any] = {
+    "rounds": 1, "contenders": ["stock-tp", "shift:tokens"], "workloads": ["single", "saturated", "rate"],
+    "prompt": (32, 128), "output": (4, 8), "lengths": (64,), "singles": 2, "single_output": 4, "saturated": 6,
+    "rates": (0.5,), "rate_requests": 4,
+}  # fmt: skip
+FIELDS = tuple(Sizes.__dataclass_fields__)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All options, with their defaults."""
+    p = argparse.ArgumentParser(
+        prog="python -m sglang_shift.benchmark",
+        description="Shift Parallelism beside its peers, on this machine: the same requests to each, interleaved.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument(
+        "--contenders",
+        nargs="+",
+        default=list(DEFAULT),
+        metavar="NAME",
+        help="stock-tp, stock-dp, tp, sp, shift, shift:POLICY, or NAME=URL of a server that runs; the "
+        "first one's throughput is the unit of the arrival rates",
+    )
+    p.add_argument("--model-path", help="model to serve; the package's demo model if left out")
+    p.add_argument("--tp-size", type=int, default=2, metavar="P", help="ranks, or replicas of stock-dp")
+    p.add_argument("--sp-size", type=int, metavar="S", help="of sp and shift; P if left out")
+    p.add_argument("--dtype", help="passed on to the servers")
+    p.add_argument(
+        "--kv-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of the KV pool; a replica of stock-dp gets 1/P, "
+        "the same bytes; if left out, each server sizes its own",
+    )
+    p.add_argument("--rounds", type=int, default=3, help="visits to each contender by each workload")
+    p.add_argument(
+        "--together",
+        action="store_true",
+        help="start all servers once, stop those whose turn it is not (SIGSTOP), and go from one to the "
+        "next with every workload: needs memory for all",
+    )
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=Path("benchmark/out"),
+        metavar="DIR",
+        help="folder for results, plots and logs; the same command goes on where it was interrupted",
+    )
+    p.add_argument("--port", type=int, default=0, help="port of the servers; 0: any that is free")
+    p.add_argument(
+        "--timeout",
+        type=float,
+        default=900,
+        metavar="SECONDS",
+        help="what a server may take to start, and a workload to be answered",
+    )
+    p.add_argument("--smoke", action="store_true", help="a quick try of everything; options given still count")
+    p.add_argument("--report", action="store_true", help="measure nothing: tables and plots of what is in --out")
+    _workloads(p.add_argument_group("workloads"))
+    _link(p.add_argument_group("emulated link (root and iproute2 needed; docs/emulated-link.md)"))
+    p.add_argument("flags", nargs="*", metavar="-- FLAG", help="more flags, for every server that is started")
+    return p
+
+
+def _workloads(group: argparse._ArgumentGroup) -> None:
+    s = Sizes()
+    group.add_argument(
+        "--workloads",
+        nargs="*",
+        choices=MADE_UP,
+        default=list(MADE_UP),
+        metavar="KIND",
+        help=f"of {', '.join(MADE_UP)}; traces are added by their files",
+    )
+    group.add_argument("--prompt", type=int, nargs=2, default=s.prompt, metavar=("FROM", "TO"), help="prompt tokens")
+    group.add_argument("--output", type=int, nargs=2, default=s.output, metavar=("FROM", "TO"), help="output tokens")
+    group.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=s.lengths,
+        metavar="N",
+        help="prompt lengths of single requests; those beyond the model's context are left out",
+    )
+    group.add_argument("--singles", type=int, default=s.singles, help="single requests of each length")
+    group.add_argument("--single-output", type=int, default=s.single_output, help="output tokens of each")
+    group.add_argument("--saturated", type=int, default=s.saturated, metavar="N", help="requests sent at once")
+    group.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=s.rates,
+        metavar="X",
+        help="arrival rates, as shares of what the first contender does saturated",
+    )
+    group.add_argument("--rate-requests", type=int, default=s.rate_requests, help="requests at each rate")
+    group.add_argument("--burst", type=int, default=s.burst, help="requests in a burst")
+    group.add_argument("--bursts", type=int, default=s.bursts, help="how many bursts")
+    group.add_argument(
+        "--burst-stream",
+        type=float,
+        default=s.burst_stream,
+        metavar="X",
+        help="rate of the stream between bursts, as --rates",
+    )
+    group.add_argument(
+        "--burst-every",
+        type=float,
+        default=s.burst_every,
+        metavar="X",
+        help="time from burst to burst, in units of what a burst alone takes",
+    )
+    group.add_argument("--long", type=int, default=s.long, help="prompt tokens of long-mix's long prompts")
+    group.add_argument("--long-every", type=int, default=s.long_every, help="every so many requests one is long")
+    group.add_argument("--mix-requests", type=int, default=s.mix_requests, help="requests of long-mix")
+    group.add_argument("--mix-rate", type=float, default=s.mix_rate, metavar="X", help="its rate, as --rates")
+    for kind, what in (("azure", "an Azure LLM inference trace (CSV)"), ("mooncake", "a Mooncake trace (JSONL)")):
+        group.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"replay {what}")
+        group.add_argument(
+            f"--{kind}-window",
+            type=float,
+            nargs=2,
+            default=(0.0, 60.0),
+            metavar=("START", "SECONDS"),
+            help="the part to replay",
+        )
+        group.add_argument(f"--{kind}-length", type=float, default=1.0, metavar="X", help="factor on its lengths")
+    group.add_argument(
+        "--trace-load",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="arrivals are scaled so that their tokens come at this rate, as --rates",
+    )
+    group.add_argument("--trace-speed", type=float, metavar="X", help="arrivals come X times as fast, instead")
+    for name, what in (("ttft", "TTFT"), ("tpot", "TPOT"), ("e2e", "end-to-end time")):
+        group.add_argument(
+            f"--slo-{name}", type=float, metavar="MS", help=f"goodput counts requests of at most this {what}"
+        )
+
+
+def _link(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--link",
+        metavar="TARGET",
+        help="join the ranks by a link as slow, beside their computing, as "
+        "that of a target: llama-70b or qwen-32b on 8 H200",
+    )
+    group.add_argument("--link-rate", type=float, metavar="BIT_PER_S", help="this rate instead of the derived one")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options; ``--smoke`` changes defaults, which options given override."""
+    p = parser()
+    if p.parse_known_args(argv)[0].smoke:
+        p.set_defaults(**SMOKE)
+    args = p.parse_args(argv)
+    counts = ("tp_size", "rounds", "singles", "saturated", "rate_requests", "burst", "bursts", "long_every",
+              "mix_requests", "single_output", "long", "timeout", "azure_length", "mooncake_length", "trace_load",
+              "mix_rate", "burst_stream", "burst_every", "kv_tokens", "sp_size", "trace_speed",
+              "link_rate")  # fmt: skip
+    for name in counts:
+        if (value := getattr(args, name)) is not None and value <= 0:
+            p.error(f"--{name.replace('_', '-')} {value:g} is not positive")
+    for name in ("prompt", "output"):
+        if not 1 <= getattr(args, name)[0] <= getattr(args, name)[1]:
+            p.error(f"--{name} takes two numbers, the first from 1 on and not above the second")
+    if (args.link or args.link_rate) and args.kv_tokens is None:
+        p.error("--link needs --kv-tokens: each rank is alone on its node and would take memory for itself alone")
+    if min(*args.lengths, *args.rates) <= 0:
+        p.error("--lengths and --rates must be positive")
+    return args
+
+
+def plan(args: argparse.Namespace, context: int) -> Plan:
+    """The workloads that the options ask for.
+
+    Raises:
+        ShiftError: a trace cannot be read, or has nothing in its window.
+    """
+    changes = {name: _tuple(getattr(args, name)) for name in FIELDS}
+    traces = {kind: _trace(kind, args) for kind in TRACES if getattr(args, kind)}
+    return Plan([*args.workloads, *traces], replace(Sizes(), **changes), context, traces)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _trace(kind: str, args: argparse.Namespace) -> Trace:
+    path, (start, seconds) = getattr(args, kind), getattr(args, f"{kind}_window")
+    read = {"azure": read_azure, "mooncake": read_mooncake}[kind]
+    try:
+        requests: list[Request] = window(read(path), start, seconds)
+    except (OSError, ValueError) as error:
+        raise ShiftError(f"--{kind} {path} cannot be read as such a trace: {error}") from error
+    if not requests:
+        raise ShiftError(f"--{kind}-window {start:g} {seconds:g}: no request of {path} arrives in that time")
+    return Trace(kind, scaled(requests, length=getattr(args, f"{kind}_length")), args.trace_load, args.trace_speed)

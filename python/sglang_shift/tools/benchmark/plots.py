@@ -1,0 +1,297 @@
+"""Pictures of the figures, as PNG. They need matplotlib, which is optional."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from math import ceil, isinf, isnan, nan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglang_shift.errors import ShiftError
+from sglang_shift.tools.benchmark.figures import BASELINES, SHIFT, Comparison, Spread, digits
+from sglang_shift.tools.benchmark.records import Sample, Visit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Style = dict[str, Any]
+
+WIDTH = 8.0
+"""Inches: text of 8 points and more is readable where the picture is shown 800 pixels wide."""
+
+DPI = 150
+LINE = 90
+"""Characters that fit beside each other."""
+
+ARRIVAL_BINS = 80
+MOST_NUMBERS = 6
+"""Bars of a panel above which numbers fit."""
+
+LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "e2e": "E2E"}
+
+# Okabe and Ito's colours, which the colour-blind can tell apart: https://jfly.uni-koeln.de/color/
+KNOWN: dict[str, Style] = {
+    "shift": {"color": "#D55E00", "marker": "o"},
+    "stock-tp": {"color": "#0072B2", "marker": "s"},
+    "stock-dp": {"color": "#009E73", "marker": "^"},
+    "sp": {"color": "#CC79A7", "marker": "D"},
+}
+OTHERS: list[Style] = [
+    {"color": ("#E69F00", "#56B4E9", "#000000", "#F0E442")[i % 4], "marker": "vPX*"[(i + i // 4) % 4]}
+    for i in range(16)
+]  # fmt: skip
+MODES = {"TP": "#C8C8C8", "SP": "#6E6E6E"}
+"""Greys: no contender's colours."""
+
+
+def write(comparison: Comparison, folder: Path) -> list[Path]:
+    """Write all plots that the visits allow.
+
+    Returns:
+        The files, none where there is nothing to plot.
+
+    Raises:
+        ShiftError: matplotlib is not installed.
+    """
+    paths: list[Path] = []
+    for name, figure in _figures(comparison):
+        stem = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
+        path = folder / f"{len(paths) + 1:02d}-{stem}.png"
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=DPI)
+        paths.append(path)
+    return paths
+
+
+def _figures(comparison: Comparison) -> Iterator[tuple[str, Figure]]:
+    if figure := latency_against_throughput(comparison):
+        yield "rates", figure
+    if figure := by_prompt_length(comparison):
+        yield "prompt-lengths", figure
+    for workload, kind in comparison.workloads.items():
+        if kind not in ("single", "saturated", "rate"):
+            if figure := bars(comparison, workload):
+                yield workload, figure
+            if pair := _visits_to_watch(comparison, workload):
+                yield f"{workload}-timeline", timeline(*pair, styles(comparison.contenders))
+
+
+def _visits_to_watch(comparison: Comparison, workload: str) -> tuple[Visit, Visit | None] | None:
+    """The first visit of ``shift``, and that of a baseline in the same round."""
+    mine = {(v.round, v.contender): v for v in comparison.visits if v.workload == workload}
+    rounds = sorted(r for r, contender in mine if contender == SHIFT)
+    if not rounds:
+        return None
+    others = (mine.get((rounds[0], contender)) for contender in BASELINES)
+    return mine[rounds[0], SHIFT], next((v for v in others if v), None)
+
+
+def styles(contenders: Sequence[str]) -> dict[str, Style]:
+    """A colour and a marker for each contender, the same in all plots of these contenders."""
+    others = [c for c in contenders if c not in KNOWN]
+    return {c: KNOWN[c] if c in KNOWN else OTHERS[others.index(c) % len(OTHERS)] for c in contenders}
+
+
+def panels(title: str, rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure and its axes, row by row; a ShiftError where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ShiftError("plots need matplotlib, which is not installed: `pip install matplotlib`") from error
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
+    """One below the axes, of all contenders in any of them."""
+    handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if handles:
+        most = max(1, LINE // (max(map(len, handles)) + 6))
+        columns = ceil(len(handles) / ceil(len(handles) / most))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
+
+
+def _hint(ax: Axes, text: str) -> None:
+    ax.set_title(text, fontsize=8, color="0.35")
+
+
+def _log_scale(ax: Axes) -> None:
+    """On the y axis, once everything is drawn: with numbers such as 20 and 500 instead of powers of ten."""
+    from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, NullLocator
+
+    if isinf(ax.dataLim.minposy):  # nothing is: all requests failed
+        return
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(AutoLocator() if high < 10 * low else LogLocator(subs=(1, 2, 5), numticks=8))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _whiskers(spreads: Iterable[Spread]) -> list[list[float]]:
+    """From the medians down and up, in ms."""
+    pairs = [((s.median - s.low) * 1e3, (s.high - s.median) * 1e3) for s in spreads]
+    return [list(side) for side in zip(*pairs, strict=True)]
+
+
+def _thousands(tokens: float) -> str:
+    return f"{tokens / 1024:g}k" if tokens >= 1024 else f"{tokens:g}"
+
+
+def latency_against_throughput(comparison: Comparison) -> Figure | None:
+    """Median TTFT and TPOT over tokens/s, a point for each contender and rate; None if there is nothing to show.
+
+    The rates are marked for one contender only: those of all would cover each other.
+    """
+    workloads = comparison.of_kind("rate")
+    if not workloads:
+        return None
+    named = SHIFT if any(comparison.visited(SHIFT, w) for w in workloads) else comparison.contenders[0]
+    figure, axes = panels("Latency against throughput, by arrival rate (medians over the rounds)", 1, 2, 4.6)
+    for ax, latency in zip(axes, ("ttft", "tpot"), strict=True):
+        for contender, style in styles(comparison.contenders).items():
+            points = []
+            for workload in workloads:
+                tokens = comparison.spread(contender, workload, "total_tokens_per_s")
+                seconds = comparison.spread(contender, workload, f"{latency}_p50")
+                if tokens and seconds:
+                    points.append((tokens.median, seconds.median * 1e3))
+                    if contender == named:
+                        _mark_rate(ax, comparison.x[workload], tokens.median, row=len(points) % 3)
+            if points:
+                ax.plot(*zip(*points, strict=True), label=contender, **style)
+        ax.set_xlabel("prompt and output tokens/s")
+        ax.set_ylabel(f"{LATENCIES[latency]} p50, ms")
+        _hint(ax, f"lower and further right is better; grey: the rates of {named}")
+        ax.margins(0.12, 0.2)
+        _log_scale(ax)
+    _legend(figure, axes)
+    return figure if figure.legends else None
+
+
+def _mark_rate(ax: Axes, rate: float, x: float, row: int) -> None:
+    """At the foot, where no points are; neighbours are in rows of their own."""
+    ax.axvline(x, color="0.85", linewidth=0.8, zorder=0)
+    where: Style = {"transform": ax.get_xaxis_transform(), "ha": "center", "fontsize": 8}
+    ax.text(x, 0.015 + 0.04 * row, f"{rate:.3g}/s", **where)
+
+
+def by_prompt_length(comparison: Comparison) -> Figure | None:
+    """Median TTFT, TPOT and E2E of single requests over the prompt's length; None if there is nothing to show."""
+    workloads = comparison.of_kind("single")
+    if not workloads:
+        return None
+    figure, axes = panels("One request at a time: p50 by prompt length (median, min to max over the rounds)", 1, 3, 4.2)
+    for ax, (latency, name) in zip(axes, LATENCIES.items(), strict=True):
+        for contender, style in styles(comparison.contenders).items():
+            found = {comparison.x[w]: comparison.spread(contender, w, f"{latency}_p50") for w in workloads}
+            spreads = {x: spread for x, spread in found.items() if spread}
+            if spreads:
+                middles = [s.median * 1e3 for s in spreads.values()]
+                ax.errorbar(list(spreads), middles, _whiskers(spreads.values()), capsize=3, label=contender, **style)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks([comparison.x[w] for w in workloads], [_thousands(comparison.x[w]) for w in workloads])
+        _log_scale(ax)
+        ax.set_xlabel("prompt tokens")
+        ax.set_ylabel(f"{name} p50, ms")
+        _hint(ax, "lower is better")
+    _legend(figure, axes)
+    return figure if figure.legends else None
+
+
+def bars(comparison: Comparison, workload: str) -> Figure | None:
+    """p50 and p99 of TTFT, TPOT and E2E as bars, a panel each; None if no request of the workload succeeded."""
+    title = f"{workload}: latency (median, min to max over the rounds; lower is better)"
+    figure, axes = panels(title, 2, 3, 5.4)
+    metrics = [(f"{latency}_{p}", f"{name} {p}, ms") for p in ("p50", "p99") for latency, name in LATENCIES.items()]
+    for ax, (metric, label) in zip(axes, metrics, strict=True):
+        for i, (contender, style) in enumerate(styles(comparison.contenders).items()):
+            spread = comparison.spread(contender, workload, metric)
+            if spread:
+                height = spread.median * 1e3
+                ax.bar(i, height, color=style["color"], label=contender)
+                if spread.rounds > 1:
+                    ax.errorbar(i, height, _whiskers([spread]), color="black", capsize=3, linewidth=1)
+                if len(comparison.contenders) <= MOST_NUMBERS:
+                    above: Style = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "fontsize": 7}
+                    ax.annotate(f"{height:.{digits(height)}f}", (i, spread.high * 1e3), **above)
+        ax.set_xticks([])
+        ax.set_ylabel(label)
+        ax.margins(y=0.15)
+    _legend(figure, axes)
+    figure.align_ylabels(axes)
+    return figure if figure.legends else None
+
+
+def timeline(visit: Visit, other: Visit | None, style: dict[str, Style]) -> Figure:
+    """A visit second by second: arrivals, the queue, the modes of the steps, and each request's TTFT.
+
+    Args:
+        visit: Of a contender.
+        other: Of another one, by the same workload: its TTFTs are hollow dots.
+        style: By contender.
+    """
+    title = f"{visit.workload}: {visit.contender}, second by second (round {visit.round})"
+    figure, axes = panels(title, 4, 1, 8.0, sharex=True, height_ratios=(1, 1.2, 0.7, 2))
+    arrivals, queue, modes, latency = axes
+    _arrivals(arrivals, visit)
+    times = [s.time for s in visit.samples]
+    for name, line in (("running", "-"), ("waiting", "--")):
+        values = [nan if (v := getattr(s, name)) is None else v for s in visit.samples]
+        queue.plot(times, values, line, color="black", linewidth=1.2, label=name, drawstyle="steps-post")
+    queue.set_ylabel("requests")
+    queue.set_ylim(bottom=0)
+    _mode_bands(modes, visit.samples)
+    for v, filled in ((visit, True), *([(other, False)] if other else [])):
+        _ttfts(latency, v, style[v.contender], filled)
+    _log_scale(latency)
+    latency.set_ylabel("TTFT, s (lower is better)")
+    latency.set_xlabel("seconds from the start; TTFT over the time of arrival")
+    for ax in (queue, modes, latency):
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.05), frameon=False, fontsize=9)
+    figure.align_ylabels(axes)
+    return figure
+
+
+def _arrivals(ax: Axes, visit: Visit) -> None:
+    due = [r.due for r in visit.requests]
+    bins = [i * max(due, default=0.0) / ARRIVAL_BINS for i in range(ARRIVAL_BINS + 1)]
+    width = bins[1] or 1.0
+    ax.hist(due, bins if bins[1] else 1, weights=[1 / width] * len(due), color="0.45")
+    ax.set_ylabel("arrivals,\nrequests/s")
+
+
+def _mode_bands(ax: Axes, samples: Sequence[Sample]) -> None:
+    """The share of the steps since the last sample that ran in each mode; blank where none ran."""
+    told = [s for s in samples if s.tp_steps is not None and s.sp_steps is not None]
+    shares = []
+    for a, b in pairwise(told):
+        tp, sp = (b.tp_steps or 0) - (a.tp_steps or 0), (b.sp_steps or 0) - (a.sp_steps or 0)
+        shares.append(tp / (tp + sp) if tp + sp else nan)
+    if shares:
+        edges, tops = [s.time for s in told], [nan if isnan(share) else 1.0 for share in shares]
+        ax.stairs(shares, edges, fill=True, color=MODES["TP"], label="TP")
+        ax.stairs(tops, edges, baseline=shares, fill=True, color=MODES["SP"], label="SP")
+    ax.set_ylim(0, 1)
+    ax.set_yticks([0, 0.5, 1], ["0", "50", "100"])
+    ax.set_ylabel("steps, %")
+
+
+def _ttfts(ax: Axes, visit: Visit, style: Style, filled: bool) -> None:
+    served = [r for r in visit.requests if not r.error]
+    failed = [r.due for r in visit.requests if r.error]
+    face = style["color"] if filled else "none"
+    x, y = [r.due for r in served], [r.ttft for r in served]
+    ax.scatter(x, y, s=16, facecolors=face, edgecolors=style["color"], marker=style["marker"], label=visit.contender)
+    if failed:
+        at_the_foot = [0.02] * len(failed)
+        where = {"transform": ax.get_xaxis_transform(), "marker": "x", "color": style["color"], "linestyle": ""}
+        ax.plot(failed, at_the_foot, label=f"{visit.contender}, failed", **where)

@@ -1,0 +1,297 @@
+"""Tables of the figures, in Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv as csv_format
+import json as json_format
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from sglang_shift.errors import ShiftError
+from sglang_shift.tools.benchmark import plots
+from sglang_shift.tools.benchmark.figures import BASELINES, SHIFT, Comparison, Limits, Spread, best_of, digits
+from sglang_shift.tools.benchmark.records import TRACES, Visit
+
+_TIMES = ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99", "e2e_p50", "e2e_p99")
+_TRAFFIC = (
+    *_TIMES,
+    *("total_tokens_per_s", "output_tokens_per_s", "goodput", "goodput_share"),
+    *("cached_share", "kv_max", "queue_max"),
+)
+ROWS = {
+    "single": ("ttft_p50", "tpot_p50"),
+    "saturated": ("total_tokens_per_s", "output_tokens_per_s"),
+    "rate": ("ttft_p50", "ttft_p99", "tpot_p50", "total_tokens_per_s", "goodput"),
+    **dict.fromkeys(("bursty", "long-mix", *TRACES), _TRAFFIC),
+}
+"""The metrics in the table of a kind of workload."""
+
+LABELS = {name: (f"{name[:-4].upper()} {name[-3:]}, ms", 1e3) for name in _TIMES} | {
+    "total_tokens_per_s": ("total tokens/s", 1.0),
+    "output_tokens_per_s": ("output tokens/s", 1.0),
+    "goodput": ("goodput, requests/s", 1.0),
+    "goodput_share": ("good requests, %", 100.0),
+    "cached_share": ("cached prompt tokens, %", 100.0),
+    "kv_max": ("KV usage max, %", 100.0),
+    "queue_max": ("queue max, requests", 1.0),
+    "exchanged_bytes": ("exchanged, MiB", 2.0**-20),
+    "errors": ("failed requests", 1.0),
+}
+"""What a metric is called, and the factor to the unit there."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target of the project: ``shift``'s metric over the best of others', within a round, at every workload.
+
+    Attributes:
+        kind: Of the workloads.
+        metric: Of :func:`~sglang_shift.tools.benchmark.figures.figures`.
+        others: Contenders.
+        bound: At least this where higher is better, else at most.
+    """
+
+    kind: str
+    metric: str
+    others: tuple[str, ...]
+    bound: float
+
+    def __str__(self) -> str:
+        name = LABELS[self.metric][0].partition(",")[0]
+        than = "the best of " * (len(self.others) > 1) + ", ".join(map(_code, self.others))
+        return f"{name} {'>=' if self.at_least else '<='} {self.bound:g} x {than}"
+
+    @property
+    def at_least(self) -> bool:
+        """Whether more is better."""
+        return best_of(self.metric) is max
+
+    def met(self, ratio: float) -> bool:
+        """Whether a ratio reaches the bound."""
+        return ratio >= self.bound if self.at_least else ratio <= self.bound
+
+
+TARGETS = (
+    Target("single", "ttft_p50", BASELINES, 1.02),
+    Target("single", "tpot_p50", ("stock-tp",), 1.02),
+    Target("saturated", "total_tokens_per_s", ("stock-tp",), 1.5),
+    Target("saturated", "total_tokens_per_s", ("stock-dp",), 0.9),
+    *(Target("rate", metric, BASELINES, 1.03) for metric in ("ttft_p50", "tpot_p50")),
+    *(Target(kind, metric, BASELINES, 1.0) for kind in TRACES for metric in ("e2e_p50", "e2e_p99")),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a target at a workload.
+
+    Attributes:
+        target: In words.
+        workload: Its name; that of the kind where there is none.
+        got: The ratio; None where there is none.
+        met: None where it cannot be said.
+        note: Why there is no ratio, or what else to know.
+    """
+
+    target: str
+    workload: str
+    got: Spread | None
+    met: bool | None
+    note: str = ""
+
+
+def outcomes(comparison: Comparison) -> list[Outcome]:
+    """All targets at all workloads. The median ratio counts."""
+    found = []
+    for target in TARGETS:
+        workloads = comparison.of_kind(target.kind)
+        found += [_outcome(comparison, target, w) for w in workloads]
+        if not workloads:
+            found.append(Outcome(str(target), target.kind, None, None, "not measured"))
+    return found
+
+
+def _outcome(comparison: Comparison, target: Target, workload: str) -> Outcome:
+    missing = [c for c in (SHIFT, *target.others) if not comparison.visited(c, workload)]
+    if missing:
+        return Outcome(str(target), workload, None, None, f"no visit of {', '.join(map(_code, missing))}")
+    failed = int(sum(comparison.values(SHIFT, workload, "errors").values()))
+    note = f"{failed} failed requests of {_code(SHIFT)}" if failed else ""
+    ratio = comparison.ratio(SHIFT, target.others, workload, target.metric)
+    if ratio is not None:
+        return Outcome(str(target), workload, ratio, target.met(ratio.median), note)
+    mine, *theirs = (comparison.values(c, workload, target.metric) for c in (SHIFT, *target.others))
+    if failed and not mine and any(theirs):
+        return Outcome(str(target), workload, None, False, note)
+    return Outcome(str(target), workload, None, None, "no round in which all have this figure")
+
+
+def reach(comparison: Comparison) -> str:
+    """The targets with what was got, as a Markdown table; those that cannot be judged below it, with the reason."""
+    every = outcomes(comparison)
+    lines = ["| target | workload | got | |", "| --- | --- | --: | --- |"]
+    for o in every:
+        if o.met is not None:
+            verdict = ("met" if o.met else "**missed**") + (f"; {o.note}" if o.note else "")
+            lines.append(f"| {o.target} | {_code(o.workload)} | {_ratio(o.got)} | {verdict} |")
+    left_out = [f"- {_code(o.workload)}: {o.note} ({o.target})." for o in every if o.met is None]
+    lines = lines if len(lines) > 2 else ["No target can be judged."]
+    return "\n".join(lines + (["", "Left out:", "", *left_out] if left_out else [])) + "\n"
+
+
+def tables(comparison: Comparison) -> str:
+    """A Markdown table for each kind of workload that was measured."""
+    parts = []
+    for kind, metrics in ROWS.items():
+        if workloads := comparison.of_kind(kind):
+            lines = [line for workload in workloads for line in _rows(comparison, workload, metrics)]
+            parts.append("\n".join([f"## {kind}", "", *_head(comparison), *lines]) + "\n")
+    return "\n".join(parts)
+
+
+def _others(comparison: Comparison) -> list[str]:
+    """The baselines that ``shift`` has a column of ratios to."""
+    return [c for c in BASELINES if c in comparison.contenders] if SHIFT in comparison.contenders else []
+
+
+def _head(comparison: Comparison) -> list[str]:
+    names = [_code(c) for c in comparison.contenders] + [f"{_code(SHIFT)} / best baseline"] * bool(_others(comparison))
+    return ["| workload | | " + " | ".join(names) + " |", "| --- | --- |" + " --: |" * len(names)]
+
+
+def _rows(comparison: Comparison, workload: str, metrics: Sequence[str]) -> list[str]:
+    others = _others(comparison)
+    rows = []
+    for metric in (*metrics, "exchanged_bytes", "errors"):
+        spreads = [comparison.spread(c, workload, metric) for c in comparison.contenders]
+        if not any(spreads) or (metric == "errors" and not any(s.high for s in spreads if s)):
+            continue
+        label, factor = LABELS[metric]
+        best = best_of(metric)
+        medians = [s.median for s in spreads if s]
+        winner = best(medians) if best and len(medians) > 1 else None
+        cells = [_cell(s, factor, s is not None and s.median == winner) for s in spreads]
+        if others:
+            cells.append(_ratio(comparison.ratio(SHIFT, others, workload, metric)) if best else "")
+        rows.append([label, *cells])
+    steps = [[comparison.spread(c, workload, f"{m}_steps") for m in ("tp", "sp")] for c in comparison.contenders]
+    if any(map(any, steps)):
+        cells = [" / ".join(f"{s.median:.0f}" if s else "-" for s in pair) if any(pair) else "-" for pair in steps]
+        rows.append(["steps TP / SP", *cells, *[""] * bool(others)])
+    return [f"| {_code(workload) if i == 0 else ''} | " + " | ".join(row) + " |" for i, row in enumerate(rows)]
+
+
+def _cell(spread: Spread | None, factor: float, bold: bool) -> str:
+    if spread is None:
+        return "-"
+    values = [value * factor for value in (spread.median, spread.low, spread.high)]
+    whole = all(value == int(value) for value in values)
+    decimals = 0 if whole else digits(values[0] or values[2])
+    middle, low, high = (f"{value:.{decimals}f}" for value in values)
+    return (f"**{middle}**" if bold else middle) + (f" ({low} to {high})" if spread.rounds > 1 else "")
+
+
+def _ratio(spread: Spread | None) -> str:
+    if spread is None:
+        return "-"
+    return f"{spread.median:.3f}" + (f" ({spread.low:.3f} to {spread.high:.3f})" if spread.rounds > 1 else "")
+
+
+def _code(name: str) -> str:
+    """A name in a Markdown table."""
+    return "`" + " ".join(name.split()).replace("`", "'").replace("|", "\\|") + "`"
+
+
+def csv(comparison: Comparison) -> str:
+    """A row for each visit, with all its figures; times in seconds."""
+    rows = _visit_rows(comparison)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    text = StringIO()
+    writer = csv_format.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def json(comparison: Comparison, heading: dict[str, Any], limits: Limits | None = None) -> str:
+    """What :func:`csv` has, the figures over the rounds by contender and workload, and the targets' outcomes."""
+    metrics = dict.fromkeys(name for visit in comparison.visits for name in comparison.figures(visit))
+    summary = {
+        c: {
+            w: {m: asdict(s) for m in metrics if (s := comparison.spread(c, w, m)) is not None}
+            for w in comparison.workloads
+            if comparison.visited(c, w)
+        }
+        for c in comparison.contenders
+    }
+    value = {
+        "heading": heading,
+        "limits": asdict(limits or Limits()),
+        "targets": [asdict(outcome) for outcome in outcomes(comparison)],
+        "summary": summary,
+        "visits": _visit_rows(comparison),
+    }
+    return json_format.dumps(value, indent=1) + "\n"
+
+
+def _visit_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    names = ("contender", "workload", "kind", "x", "round", "started", "load_average")
+    return [{name: getattr(v, name) for name in names} | comparison.figures(v) for v in comparison.visits]
+
+
+def markdown(comparison: Comparison, heading: dict[str, Any], limits: Limits | None = None) -> str:
+    """The heading, the targets, the tables and how to read them."""
+    good = [f"{name.upper()} {s:g} s" for name, s in asdict(limits or Limits()).items() if s is not None]
+    notes = [
+        "Median over the rounds (min to max). Bold: the best median. Tokens/s and goodput: higher is better; times: "
+        "lower. Ratios are taken within a round, to the best of the baselines there, and then their median. "
+        "Latencies are of requests that did not fail. Steps: median over the rounds.",
+        *([f"Goodput: requests/s within {', '.join(good)}."] if good else []),
+    ]
+    parts = [
+        "\n".join(_facts(heading)),
+        "## Targets\n\n" + reach(comparison).rstrip(),
+        tables(comparison).rstrip(),
+        *notes,
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _facts(heading: dict[str, Any], indent: str = "") -> list[str]:
+    lines = []
+    for name, value in heading.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}- {name}:", *_facts(value, indent + "  ")]
+        elif "\n" in str(value):  # a block of code, which keeps its lines
+            lines += [f"{indent}- {name}:", "", *(f"{indent}      {line}" for line in str(value).splitlines()), ""]
+        else:
+            lines += [f"{indent}- {name}: {value}"]
+    return lines
+
+
+def write(folder: Path, visits: Iterable[Visit], heading: dict[str, Any], limits: Limits | None = None) -> str:
+    """Write results.md, results.csv, results.json and, with matplotlib, plots into ``folder``.
+
+    Args:
+        folder: Made if it does not exist.
+        visits: All of the campaign.
+        heading: What was measured on what, as JSON values; dicts in it are lists of their own.
+        limits: For the goodput; None for no goodput.
+
+    Returns:
+        The text of results.md.
+    """
+    comparison = Comparison(visits, limits)
+    try:
+        pictures = [f"![{path.stem}]({path.relative_to(folder)})" for path in plots.write(comparison, folder / "plots")]
+    except ShiftError as error:
+        pictures = [f"No plots: {error}."]
+    text = markdown(comparison, heading, limits) + "".join(f"\n{line}\n" for line in pictures)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.md").write_text(text)
+    (folder / "results.csv").write_text(csv(comparison))
+    (folder / "results.json").write_text(json(comparison, heading, limits))
+    return text

@@ -1,0 +1,98 @@
+"""Reads a server's state while a workload runs: its Prometheus metrics, and our counters."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from sglang_shift.tools.benchmark.records import Sample
+from sglang_shift.tools.benchmark.servers import NO_ANSWER, call
+
+# The first that a server has counts. Ours are of every step, SGLang's of every batch line it logs.
+RUNNING = ("sglang_shift:queue_requests{running}", "sglang:num_running_reqs", "vllm:num_requests_running")
+WAITING = ("sglang_shift:queue_requests{waiting}", "sglang:num_queue_reqs", "vllm:num_requests_waiting")
+KV_USAGE = ("sglang:token_usage", "vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
+STEPS = "sglang_shift:steps_total{%s}"
+COUNTERS = ("switches", "exchanged_bytes", "exchanges")
+
+
+def read_metrics(text: str) -> dict[str, list[float]]:
+    """The values of every metric in Prometheus' text format, one a set of labels.
+
+    A label called ``mode`` or ``state`` goes into the name: ``sglang_shift:steps_total{tp}``.
+    """
+    from prometheus_client.parser import text_string_to_metric_families
+
+    found: dict[str, list[float]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            label = sample.labels.get("state") or sample.labels.get("mode")
+            found.setdefault(sample.name + (f"{{{label}}}" if label else ""), []).append(sample.value)
+    return found
+
+
+def counters(url: str) -> dict[str, int] | None:
+    """Our counters so far, summed over replicas; None from another server."""
+    try:
+        states = [s["shift"] for s in call(url + "/server_info")["internal_states"]]
+    except (*NO_ANSWER, KeyError, TypeError, ValueError):
+        return None
+    total = {f"{mode}_steps": sum(s["steps"][mode] for s in states) for mode in ("tp", "sp")}
+    return total | {name: sum(s[name] for s in states) for name in COUNTERS}
+
+
+class Watch:
+    """Samples a server's metrics from a thread, while a ``with`` block runs.
+
+    Args:
+        url: The server's address. One without ``/metrics`` gives no samples.
+        interval: Seconds between samples.
+
+    Attributes:
+        samples: What was read, in order.
+    """
+
+    def __init__(self, url: str, interval: float = 1.0) -> None:
+        self.samples: list[Sample] = []
+        self._url, self._interval = url, interval
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._started, self._first = time.perf_counter(), self._read()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while self._first is not None and not self._stop.wait(self._interval):
+            if (found := self._read()) is not None:
+                self.samples.append(self._sample(found, time.perf_counter() - self._started))
+
+    def _read(self) -> dict[str, list[float]] | None:
+        try:
+            return read_metrics(call(self._url + "/metrics", text=True))
+        except (*NO_ANSWER, ValueError):
+            return None
+
+    def _sample(self, found: dict[str, list[float]], at: float) -> Sample:
+        def pick(names: tuple[str, ...], combine: Callable[[list[float]], float]) -> float | None:
+            return next((combine(found[name]) for name in names if name in found), None)
+
+        def steps(mode: str) -> int | None:
+            name = STEPS % mode
+            return int(sum(found[name]) - sum((self._first or {}).get(name, []))) if name in found else None
+
+        return Sample(
+            round(at, 3), pick(RUNNING, sum), pick(WAITING, sum), pick(KV_USAGE, max), steps("tp"), steps("sp")
+        )
+
+
+def change(before: dict[str, int] | None, after: dict[str, int] | None) -> dict[str, Any] | None:
+    """What the counters went up by."""
+    return None if before is None or after is None else {name: after[name] - before[name] for name in after}

@@ -1,0 +1,212 @@
+"""What is sent: named lists of requests, the same for every contender."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sglang_shift.simulate.traffic import Request, bursty, scaled, steady
+
+FIRST_TOKEN = 256
+"""Token ids below are often special, or single bytes."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A named list of requests.
+
+    Attributes:
+        name: How reports call it.
+        kind: As in :class:`~sglang_shift.tools.benchmark.records.Visit`.
+        requests: In the order of their times.
+        concurrency: Requests in flight at most; None sends each at its time.
+        x: As in :class:`~sglang_shift.tools.benchmark.records.Visit`.
+    """
+
+    name: str
+    kind: str
+    requests: Sequence[Request]
+    concurrency: int | None = None
+    x: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and output tokens of all requests."""
+        return sum(r.prompt + r.output for r in self.requests)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the workloads are. Lengths in tokens, ranges as in :data:`~sglang_shift.simulate.traffic.Lengths`.
+
+    Attributes:
+        prompt: Prompts of all workloads but ``single`` and traces.
+        output: Outputs, likewise.
+        lengths: Prompt lengths of ``single``.
+        singles: Requests of each such length.
+        single_output: Output of each.
+        saturated: Requests sent at once.
+        rates: Arrival rates of the sweep, as shares of the capacity.
+        rate_requests: Requests at each rate.
+        burst_stream: Rate of the bursty workload's steady stream, as a share of the capacity.
+        burst: Requests in a burst.
+        bursts: How many bursts.
+        burst_every: Seconds between bursts, in units of the time that a burst alone takes at capacity.
+        long: Prompt tokens of the long prompts of ``long-mix``.
+        long_every: Every so many requests one is long.
+        mix_requests: Requests of ``long-mix``.
+        mix_rate: Its rate, as a share of the capacity in tokens.
+    """
+
+    prompt: tuple[int, int] = (128, 2048)
+    output: tuple[int, int] = (16, 256)
+    lengths: tuple[int, ...] = (128, 512, 2048, 8192, 32768)
+    singles: int = 5
+    single_output: int = 32
+    saturated: int = 64
+    rates: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25)
+    rate_requests: int = 48
+    burst_stream: float = 0.25
+    burst: int = 24
+    bursts: int = 3
+    burst_every: float = 2.0
+    long: int = 32768
+    long_every: int = 16
+    mix_requests: int = 48
+    mix_rate: float = 0.5
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A recorded trace to replay.
+
+    Attributes:
+        kind: ``azure`` or ``mooncake``.
+        requests: Of the chosen window, lengths scaled, times as recorded.
+        load: What the mean arrival rate of its tokens becomes, as a share of the capacity.
+        speed: Factor by which arrivals come faster than recorded, instead of ``load``.
+    """
+
+    kind: str
+    requests: Sequence[Request]
+    load: float = 0.8
+    speed: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All workloads of a campaign.
+
+    Attributes:
+        kinds: Which of them, in this order.
+        sizes: How large.
+        context: Tokens that a prompt and its output may have together.
+        traces: By kind.
+    """
+
+    kinds: Sequence[str]
+    sizes: Sizes
+    context: int
+    traces: dict[str, Trace] = field(default_factory=dict)
+
+    def saturated(self) -> Workload:
+        """All requests at once. Its throughput with the first contender is the campaign's capacity."""
+        return Workload("saturated", "saturated", self._fit(self._steady(1.0, self.sizes.saturated, 1, at_once=True)))
+
+    def workloads(self, capacity: float) -> list[Workload]:
+        """The workloads in the order of ``kinds``.
+
+        Args:
+            capacity: Prompt and output tokens per second.
+        """
+        made: list[Workload] = []
+        for kind in self.kinds:
+            made += {
+                "single": self._single,
+                "saturated": lambda _: [self.saturated()],
+                "rate": self._rates,
+                "bursty": self._bursty,
+                "long-mix": self._long_mix,
+            }.get(kind, lambda c, kind=kind: [self._replay(self.traces[kind], c)])(capacity)
+        return made
+
+    def _single(self, _: float) -> list[Workload]:
+        s = self.sizes
+        fitting = [n for n in s.lengths if n + s.single_output <= self.context]
+        return [
+            Workload(f"single {n}", "single", [Request(0.0, n, s.single_output)] * s.singles, concurrency=1, x=n)
+            for n in fitting
+        ]
+
+    def _rates(self, capacity: float) -> list[Workload]:
+        made = []
+        for i, share in enumerate(self.sizes.rates):
+            rate = share * self._requests_per_second(capacity)
+            requests = self._fit(self._steady(rate, self.sizes.rate_requests, 10 + i))
+            made.append(Workload(f"rate {rate:.3g}/s", "rate", requests, x=rate))
+        return made
+
+    def _bursty(self, capacity: float) -> list[Workload]:
+        s, rate = self.sizes, self._requests_per_second(capacity)
+        every = s.burst_every * s.burst / rate
+        lengths: dict[str, Any] = {"prompt": s.prompt, "output": s.output}
+        requests = bursty(
+            s.burst_stream * rate, seconds=s.bursts * every, burst=s.burst, every=every, seed=2, **lengths
+        )
+        return [Workload("bursty", "bursty", self._fit(requests))]
+
+    def _long_mix(self, capacity: float) -> list[Workload]:
+        s = self.sizes
+        long = min(s.long, self.context - s.output[1])
+        short = self._fit(self._steady(1.0, s.mix_requests, 3))
+        mixed = [
+            Request(r.time, long, r.output) if i % s.long_every == s.long_every // 2 else r for i, r in enumerate(short)
+        ]
+        return [Workload("long-mix", "long-mix", _at_load(mixed, s.mix_rate * capacity))]
+
+    def _replay(self, trace: Trace, capacity: float) -> Workload:
+        requests = self._fit(trace.requests)
+        if trace.speed is not None:
+            return Workload(trace.kind, trace.kind, scaled(requests, time=1 / trace.speed))
+        return Workload(trace.kind, trace.kind, _at_load(requests, trace.load * capacity))
+
+    def _steady(self, rate: float, requests: int, seed: int, at_once: bool = False) -> list[Request]:
+        made = steady(rate, prompt=self.sizes.prompt, output=self.sizes.output, requests=requests, seed=seed)
+        return scaled(made, time=0.0) if at_once else made
+
+    def _requests_per_second(self, capacity: float) -> float:
+        saturated = self.saturated()
+        return capacity * len(saturated.requests) / saturated.tokens
+
+    def _fit(self, requests: Sequence[Request]) -> list[Request]:
+        return scaled(requests, context=self.context)
+
+
+def _at_load(requests: Sequence[Request], tokens_per_second: float) -> list[Request]:
+    """The requests at other times, so that their tokens come at this rate on average."""
+    span = requests[-1].time
+    tokens = sum(r.prompt + r.output for r in requests)
+    return scaled(requests, time=tokens / (tokens_per_second * span)) if span else list(requests)
+
+
+def prompt_ids(request: Request, number: int, seed: int, vocabulary: int) -> list[int]:
+    """The tokens of a request's prompt: equal blocks are equal tokens, all else is the request's own.
+
+    Args:
+        request: The request.
+        number: Which one of its workload it is.
+        seed: Of the visit: the same for all contenders, another in every round.
+        vocabulary: Token ids are less than this.
+    """
+    ids: list[int] = []
+    for i, block in enumerate(request.blocks):
+        end = round((i + 1) * request.block_length)
+        ids += _tokens(f"{seed} block {block} {i}", end - len(ids), vocabulary)
+    ids += _tokens(f"{seed} request {number}", max(0, request.prompt - len(ids)), vocabulary)
+    return ids[: request.prompt]
+
+
+def _tokens(seed: str, count: int, vocabulary: int) -> list[int]:
+    return random.Random(seed).choices(range(min(FIRST_TOKEN, vocabulary - 1), vocabulary), k=count)

@@ -1,0 +1,165 @@
+"""GEMMs of one rank in both modes, and whether a TP shard may be a view of its base weight.
+
+The full-TP shards of O and down are slices of columns of the base weights: their rows are not adjacent. Each
+is timed as such a view and as a contiguous copy, which would take memory of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from sglang_shift.parallel.layout import padded_local_tokens
+from sglang_shift.tools.gpu_check.record import Record
+from sglang_shift.tools.gpu_check.report import aligned
+from sglang_shift.tools.gpu_check.shapes import DEPLOYMENTS, Deployment, Matrix
+from sglang_shift.tools.gpu_check.timing import Timer, error_of
+
+TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
+"""Of a step. A rank has as many rows in TP, and 1/S of them in SP."""
+
+FP8 = torch.float8_e4m3fn
+FREE, RESOLUTION = 1.05, 1e-6
+"""A view is free where it takes at most so many times as long as a copy, or seconds longer: so little may be the
+measurement's noise."""
+
+TOLERANCE = 0.02
+"""Of products in bfloat16 against others, which may sum in another order: the error over the norm."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a view costs at one number of tokens, beside a contiguous copy; both in seconds."""
+
+    model: str
+    projection: str
+    tokens: int
+    view: float
+    copy: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times as long it takes."""
+        return self.view / self.copy
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a copy would not pay."""
+        return self.ratio <= FREE or self.view - self.copy <= RESOLUTION
+
+
+def check(record: Record) -> None:
+    """Every matrix of every deployment, in bfloat16 and in fp8 where ``torch._scaled_mm`` takes it."""
+    device = torch.device("cuda")
+    timer = Timer(device)
+    for dtype in (torch.bfloat16, FP8):
+        if dtype is FP8 and torch.cuda.get_device_capability(device) < (8, 9):
+            record.note("fp8: skipped: this GPU multiplies no fp8 numbers")
+            continue
+        costs = [cost for deployment in DEPLOYMENTS for cost in measure(record, deployment, dtype, timer)]
+        for text in verdict(costs, name_of(dtype)):
+            record.note(text)
+    record.note("weights are views, whatever this says: there is one copy of them; no fp8 model is served yet")
+
+
+def measure(
+    record: Record, deployment: Deployment, dtype: torch.dtype, timer: Timer, steps: tuple[int, ...] = TOKENS
+) -> Iterator[Cost]:
+    """Time the GEMMs of a rank in both modes; the costs of views as they are found."""
+    for projection, shard in deployment.shards.items():
+        base = random_weight(deployment.bases[projection], dtype, timer.device)
+        view = base[: shard.outputs, : shard.inputs]  # as good as those of the rank's own SP index
+        copy = view.contiguous()
+        for tokens in steps:
+            said = {"deployment": deployment.name, "projection": projection, "dtype": name_of(dtype), "tokens": tokens}
+            rows = random_rows(tokens, shard.inputs, dtype, timer.device)
+            contiguous = _time(record, {**said, "held": "shard"}, rows, copy, timer)
+            if shard.is_view:
+                seconds = _time(record, {**said, "held": "view"}, rows, view, timer)
+                if contiguous is not None and seconds is not None:
+                    _check_view(record, said, rows, view, copy)
+                    yield Cost(deployment.name, projection, tokens, seconds, contiguous)
+            local = padded_local_tokens(tokens, deployment.sp)
+            rows = random_rows(local, base.shape[1], dtype, timer.device)
+            _time(record, {**said, "held": "base"}, rows, base, timer)
+
+
+def _time(record: Record, said: dict[str, object], x: torch.Tensor, weight: torch.Tensor, timer: Timer) -> float | None:
+    """Seconds of one product; None where it is refused."""
+    try:
+        seconds = timer.seconds(lambda: product(x, weight))
+    except (RuntimeError, ValueError) as error:
+        record.row(**said, refused=" ".join(str(error).split())[:200])
+        return None
+    matrix, rows = Matrix(weight.shape[0], weight.shape[1], weight.stride(0)), x.shape[0]
+    record.row(
+        **said,
+        n=matrix.outputs,
+        k=matrix.inputs,
+        stride=matrix.stride,
+        m=rows,
+        us=round(1e6 * seconds, 2),
+        tflops=round(matrix.flops(rows) / seconds / 1e12, 2),
+        gb_per_s=round(matrix.traffic(rows, weight.element_size()) / seconds / 1e9, 1),
+    )
+    return seconds
+
+
+def _check_view(
+    record: Record, said: dict[str, object], x: torch.Tensor, view: torch.Tensor, copy: torch.Tensor
+) -> None:
+    if not (off := error_of(product(x, view), product(x, copy))) <= TOLERANCE:
+        record.problem(f"{said}: the view's product differs by {off:.2g} of its norm from the copy's")
+
+
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x @ weight.T``; of fp8 with one scale for all, which is 1, to bfloat16."""
+    if weight.dtype is not FP8:
+        return F.linear(x, weight)
+    scale = one(x.device)
+    return torch._scaled_mm(x, weight.t(), scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16)
+
+
+@cache
+def one(device: torch.device) -> torch.Tensor:
+    """The scale."""
+    return torch.ones((), dtype=torch.float32, device=device)
+
+
+def random_weight(matrix: Matrix, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``[outputs, inputs]``; with random rows its products are about 1."""
+    return (torch.randn(matrix.outputs, matrix.inputs, device=device) * matrix.inputs**-0.5).to(dtype)
+
+
+def random_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``[rows, width]``."""
+    return torch.randn(rows, width, device=device).to(dtype)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As in the figures."""
+    return "fp8" if dtype is FP8 else str(dtype).removeprefix("torch.")
+
+
+def verdict(costs: list[Cost], dtype: str) -> list[str]:
+    """Where the view is free and where a copy would pay, in words and as a table of time over a copy's time."""
+    if not costs:
+        return [f"{dtype}: no view was taken: every such shard would need a contiguous copy"]
+    dear = [cost for cost in costs if not cost.is_free]
+    allowed = f"up to {FREE:g} x a copy's time, or {1e6 * RESOLUTION:g} us more"
+    text = f"{dtype}: a view is free ({allowed}) in {len(costs) - len(dear)} of {len(costs)} cases"
+    if dear:
+        worst = max(dear, key=lambda cost: cost.ratio)
+        where = f"{worst.model}, {worst.projection}, {worst.tokens} tokens"
+        text += f"; dearest: {where}: {worst.ratio:.2f} x, which argues for a copy there"
+    steps = sorted({cost.tokens for cost in costs})
+    found = {(cost.model, cost.projection, cost.tokens): cost.ratio for cost in costs}
+    rows: list[list[object]] = [[f"{dtype}: view / copy, by tokens", *steps]]
+    for model, projection in dict.fromkeys((cost.model, cost.projection) for cost in costs):
+        cells = [found.get((model, projection, tokens)) for tokens in steps]
+        rows.append([f"{model}: {projection}", *("refused" if ratio is None else f"{ratio:.2f}" for ratio in cells)])
+    return [text, aligned(rows)]

@@ -1,0 +1,102 @@
+"""CUDA graphs of both modes: captured with one pool of memory, replayed in any order, and right.
+
+A group that is all alike (:mod:`stack`) stands for the other ranks, so that both modes must also give the same.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from sglang_shift.modes import Mode
+from sglang_shift.tools.gpu_check.record import Record
+from sglang_shift.tools.gpu_check.shapes import DEPLOYMENTS, Deployment
+from sglang_shift.tools.gpu_check.stack import Batch, Stack
+from sglang_shift.tools.gpu_check.timing import captured, error_of
+
+LAYERS = 4
+BATCHES = (Batch(64, 1, 512), Batch(16, 1, 512), Batch(8, 1, 512), Batch(8, 64))
+"""The largest first, as SGLang captures: the others find room in its memory."""
+
+TOLERANCE = 0.02
+"""Of bfloat16, over the norm: both modes sum the same in another order, layer by layer."""
+
+
+@dataclass
+class Captured:
+    """A graph with the tensors that it reads and writes."""
+
+    batch: Batch
+    mode: Mode
+    stack: Stack
+    graph: Any
+    input: torch.Tensor
+    output: torch.Tensor
+
+
+def check(record: Record) -> None:
+    """Both sets of graphs at each S of a small model on 8 ranks."""
+    device = torch.device("cuda")
+    for sp in (2, 4, 8):
+        deployment = Deployment("Llama-8B", DEPLOYMENTS[-1].layer, LAYERS, ranks=8, sp=sp)
+        with torch.no_grad():
+            check_modes_agree(record, deployment, torch.bfloat16, device, TOLERANCE)
+            check_replays(record, capture(record, deployment, device))
+
+
+def check_modes_agree(
+    record: Record, deployment: Deployment, dtype: torch.dtype, device: torch.device, tolerance: float,
+    batches: tuple[Batch, ...] = BATCHES, layers: int = LAYERS,
+) -> None:  # fmt: skip
+    """In a group that is all alike, a rank's rows in SP are the first ones of TP."""
+    for batch in batches:
+        stack = Stack(deployment, layers, batch, dtype, device)
+        x = stack.input(Mode.TP)
+        rows = batch.tokens // deployment.sp
+        tp, sp = stack.run(x, Mode.TP), stack.run(x[:rows].clone(), Mode.SP)
+        error = error_of(sp, tp[:rows])
+        record.row(deployment=deployment.name, phase=batch.phase, tokens=batch.tokens, error=error)
+        if not error <= tolerance:
+            record.problem(f"{deployment.name}, {batch}: the modes differ by {error:.2g} of the norm")
+
+
+def capture(record: Record, deployment: Deployment, device: torch.device) -> list[Captured]:
+    """All batches in TP, then all in SP, in one pool of memory; its growth and the time are recorded."""
+    stacks = [Stack(deployment, LAYERS, batch, torch.bfloat16, device) for batch in BATCHES]
+    pool, found = torch.cuda.graph_pool_handle(), []
+    for mode in Mode:
+        free, start = _free(device), time.perf_counter()
+        for stack in stacks:
+            x = stack.input(mode)
+            graph, output = captured(partial(stack.run, x, mode), pool)
+            found.append(Captured(stack.batch, mode, stack, graph, x, output))
+        seconds, taken = time.perf_counter() - start, free - _free(device)
+        said = {"deployment": deployment.name, "mode": mode.value}
+        record.row(**said, graphs=len(stacks), seconds=round(seconds, 3), bytes=taken)
+        text = f"{len(stacks)} graphs in {mode.value}: {seconds:.2f} s, {taken / 2**20:.0f} MiB"
+        record.note(f"{deployment.name}: {text}")
+    return found
+
+
+def check_replays(record: Record, graphs: list[Captured]) -> None:
+    """Each graph, in an order that mixes modes and sizes, with new input, against the same step run eagerly."""
+    order = [graph for pair in zip(graphs[: len(graphs) // 2], reversed(graphs), strict=False) for graph in pair]
+    for one in order + order[::-1]:
+        one.input.copy_(one.stack.input(one.mode))
+        one.graph.replay()
+        replayed = one.output.clone()
+        error = error_of(replayed, one.stack.run(one.input, one.mode))
+        said = {"deployment": one.stack.deployment.name, "mode": one.mode.value, "tokens": one.batch.tokens}
+        record.row(**said, replay_error=error)
+        if not error <= TOLERANCE:
+            record.problem(f"{said}: a replay differs by {error:.2g} of the norm from the eager step")
+
+
+def _free(device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]

@@ -1,0 +1,72 @@
+"""The kernels that pack and unpack an exchange: right, and their bandwidth beside that of a device copy."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+
+from sglang_shift.tools.gpu_check.record import Record, Skip
+from sglang_shift.tools.gpu_check.shapes import DEPLOYMENTS
+from sglang_shift.tools.gpu_check.timing import Timer
+
+ROWS = (1, 16, 128, 1024, 4096)
+"""Tokens of a rank."""
+
+PACKAGE = "sglang_shift_kernels"
+
+
+def check(record: Record) -> None:
+    """Every packing and unpacking of a bfloat16 exchange, plain and as fp8."""
+    try:
+        import sglang_shift_kernels as kernels
+        from sglang_shift_kernels import gpu, operations, reference
+    except ImportError as error:
+        raise Skip(f"{PACKAGE} cannot be imported ({error}); put the folder kernels on PYTHONPATH") from error
+    device = torch.device("cuda")
+    fp8 = kernels.fp8_supported(device)
+    if not fp8:
+        record.note("fp8: skipped: this GPU has no instruction that makes e4m3")
+    timer, shares = Timer(device), defaultdict(list)
+    for (size, qkv, o), model in exchanges().items():
+        for rows in ROWS:
+            shape = operations.Shape(size, rows, qkv, o)
+            for operation in operations.operations(shape, torch.bfloat16, device):
+                if fp8 or "fp8" not in operation.name:
+                    said = {"operation": operation.name, "model": model, "ranks": size, "rows": rows}
+                    row = measure(record, said, operation, (gpu, reference, operations.traffic), timer)
+                    if row and rows == ROWS[-1]:
+                        shares[operation.name].append(row["share of a copy"])
+    for name, found in shares.items():
+        record.note(f"{name}: {min(found):.2f} to {max(found):.2f} of a copy's bandwidth at {ROWS[-1]} rows")
+
+
+def exchanges() -> dict[tuple[int, int, int], str]:
+    """S, the QKV columns and the O columns of a rank, and the first model that has them."""
+    found: dict[tuple[int, int, int], str] = {}
+    for deployment in DEPLOYMENTS:
+        found.setdefault((deployment.sp, *deployment.widths), deployment.model)
+    return found
+
+
+def measure(
+    record: Record, said: dict[str, Any], operation: Any, modules: tuple[Any, Any, Any], timer: Timer
+) -> dict[str, Any] | None:
+    """Check one operation, and time it unless its result is a view."""
+    gpu, reference, traffic = modules
+    result = operation.run(gpu)
+    if not torch.equal(result, operation.run(reference)):
+        record.problem(f"{said}: not what the reference gives")
+        return None
+    moved = traffic(operation.arguments[0], result)
+    if not moved.moved:
+        return None
+    seconds, copy = timer.seconds(lambda: operation.run(gpu)), timer.copy_seconds(moved.moved)
+    figures = {"us": 1e6 * seconds, "GB/s": moved.moved / seconds / 1e9, "copy GB/s": moved.moved / copy / 1e9}
+    return record.row(
+        **said,
+        bytes=moved.moved,
+        **{name: round(value, 2) for name, value in figures.items()},
+        **{"share of a copy": round(copy / seconds, 3), "of the minimum": round(moved.moved / moved.minimum, 3)},
+    )

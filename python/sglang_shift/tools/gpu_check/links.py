@@ -1,0 +1,108 @@
+"""What the links between GPUs do: all-to-all and all-reduce from 8 bytes to 1 GB, as CUDA graphs of them.
+
+NCCL's, and SGLang's custom all-reduce, which its TP groups use up to some megabytes. Bandwidth is the bus
+bandwidth of nccl-tests: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sglang_shift.tools.gpu_check import environment
+from sglang_shift.tools.gpu_check.attempts import attempt
+from sglang_shift.tools.gpu_check.child import one_line
+from sglang_shift.tools.gpu_check.record import Record, Row
+from sglang_shift.tools.gpu_check.report import aligned
+from sglang_shift.tools.gpu_check.timing import Timer, captured
+
+SIZES = tuple(8**power for power in range(1, 11))
+"""Bytes of a rank's buffer: 8 B to 1 GiB."""
+
+WORLDS = (2, 4, 8)
+ALL_TO_ALL, SGLANG = "all-to-all", "SGLang's all-reduce"
+OPERATIONS = (ALL_TO_ALL, "all-reduce", SGLANG)
+MANY, FEW, SMALL = 20, 3, 1 << 20
+"""Calls in a graph: many of small ones, so that what a replay takes does not count."""
+
+
+def check(record: Record) -> None:
+    """Every group of 2, 4 and 8 that there are GPUs for; each operation in ranks of its own."""
+    for world in (size for size in WORLDS if size <= environment.gpus()):
+        measured: list[Row] = []
+        for operation in OPERATIONS:
+            label, devices = f"{world} GPUs, {operation}", [f"cuda:{i}" for i in range(world)]
+            for row in attempt(record, label, sweep, devices, "nccl", operation) or ():
+                if "skipped" in row:
+                    record.note(f"{label}: skipped: {row['skipped']}")
+                else:
+                    measured.append(record.row(**row))
+        record.note(table(world, measured))
+
+
+def sweep(device: torch.device, operation: str) -> list[Row]:
+    """One rank's part: an operation of :data:`OPERATIONS` at every size."""
+    timer = Timer(device)
+    if operation != SGLANG:
+        return list(_measure(operation, _all_to_all if operation == ALL_TO_ALL else dist.all_reduce, timer))
+    try:
+        custom = custom_all_reduce(device)
+    except Exception as error:  # whatever its libraries raise where they cannot
+        return [{"skipped": one_line(error)}]
+    return list(_measure(operation, custom.custom_all_reduce, timer, custom))
+
+
+def _repeat(call: Callable[[torch.Tensor], Any], x: torch.Tensor, calls: int) -> list[Any]:
+    return [call(x) for _ in range(calls)]
+
+
+def _measure(name: str, call: Callable[[torch.Tensor], Any], timer: Timer, custom: Any = None) -> Iterator[Row]:
+    world = dist.get_world_size()
+    for size in SIZES:
+        x = torch.zeros(size // 2, dtype=torch.bfloat16, device=timer.device)
+        if size % (2 * world) and name == ALL_TO_ALL:
+            x = torch.zeros(size, dtype=torch.uint8, device=timer.device)
+        if custom is not None and not custom.should_custom_ar(x):
+            continue
+        calls = MANY if size < SMALL else FEW
+        with nullcontext() if custom is None else custom.capture():
+            graph, _ = captured(partial(_repeat, call, x, calls))
+        seconds = timer.seconds(graph.replay) / calls
+        row: Row = {"operation": name, "ranks": world, "bytes": size, "us": round(1e6 * seconds, 2)}
+        yield row | {"bus_gb_per_s": round(bus_share(name, world) * size / seconds / 1e9, 2)}
+
+
+def bus_share(operation: str, world: int) -> float:
+    """Bus bandwidth over that of the buffer, as nccl-tests count: what crosses a rank's link for each byte."""
+    return (1 if operation == ALL_TO_ALL else 2) * (world - 1) / world
+
+
+def _all_to_all(x: torch.Tensor) -> torch.Tensor:
+    received = torch.empty_like(x)
+    dist.all_to_all_single(received, x)
+    return received
+
+
+def custom_all_reduce(device: torch.device) -> Any:
+    """SGLang's communicator over all ranks. Collective."""
+    from sglang.srt.distributed.device_communicators.custom_all_reduce import dispatch_custom_allreduce
+
+    group = dist.new_group(backend="gloo")
+    communicator = dispatch_custom_allreduce(group=group, device=device)(group=group, device=device)
+    if communicator.disabled:
+        raise RuntimeError("it is disabled between these GPUs")
+    return communicator
+
+
+def table(world: int, rows: list[Row]) -> str:
+    """Microseconds by size and operation."""
+    names = list(dict.fromkeys(row["operation"] for row in rows))
+    found = {(row["operation"], row["bytes"]): row["us"] for row in rows}
+    sizes = sorted({row["bytes"] for row in rows})
+    body = [[size, *(found.get((name, size), "") for name in names)] for size in sizes]
+    return aligned([[f"{world} GPUs: bytes", *(f"{name}, us" for name in names)], *body])

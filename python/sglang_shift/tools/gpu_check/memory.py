@@ -1,0 +1,71 @@
+"""The real SGLang with its memory saver: weights are released, and come back with their values in both modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from sglang_shift.tools.benchmark.servers import Server, call, serving
+from sglang_shift.tools.gpu_check import one_gpu
+from sglang_shift.tools.gpu_check.answers import compare, prompts
+from sglang_shift.tools.gpu_check.comparison import SHIFT, START_SECONDS, THRESHOLDS, ask, set_threshold
+from sglang_shift.tools.gpu_check.engine import EAGER, SHARING, VOCABULARY, model_flags
+from sglang_shift.tools.gpu_check.record import Record, Skip
+
+SAVER = ["--enable-memory-saver", "--enable-weights-cpu-backup"]
+TOLERANCE = 1e-3
+"""Of a logprob: the same server, the same steps."""
+
+
+def check(record: Record) -> None:
+    """Two ranks on one GPU, over gloo.
+
+    Raises:
+        Skip: SGLang's memory saver is not installed.
+        ShiftError, OSError, HTTPException: the server does not start, or does not answer.
+    """
+    if find_spec("torch_memory_saver") is None:
+        raise Skip("torch_memory_saver is not installed")
+    with TemporaryDirectory(prefix="sglang_shift_") as name:
+        folder = Path(name)
+        flags = [*model_flags(folder), "--attention-backend", "triton", "--tp-size", "2"]
+        flags += [*SHARING, *EAGER, *SHIFT, *SAVER]
+        # Both ranks hold the whole layers, and half of the rest each: at least one model in all.
+        least = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
+        variables = one_gpu.environment("gloo", folder / "gloo")
+        log = record.folder / "engine-memory.log"
+        with serving(flags, 0, log, START_SECONDS, variables) as server:
+            check_release(record, server, lambda: torch.cuda.mem_get_info(0)[0], least)
+
+
+def check_release(record: Record, server: Server, free: Callable[[], int], least: int) -> None:
+    """Ask, release, resume and ask again, in either mode.
+
+    Args:
+        record: Where differences and figures go.
+        server: With a memory saver that backs weights up.
+        free: Bytes of memory that nobody has.
+        least: Bytes that must be freed.
+    """
+    asked = prompts(VOCABULARY)
+    before = {}
+    for mode in ("tp", "sp"):
+        set_threshold(server, THRESHOLDS[mode])
+        before[mode] = ask(server, asked)
+    held = free()
+    call(server.url + "/release_memory_occupation", body={}, text=True)
+    freed = free() - held
+    call(server.url + "/resume_memory_occupation", body={}, text=True)
+    taken = held + freed - free()
+    record.row(freed_bytes=freed, taken_bytes=taken, least_bytes=least)
+    record.note(f"released {freed / 2**20:.0f} MiB and took {taken / 2**20:.0f} again; weights are {least / 2**20:.0f}")
+    if min(freed, taken) < least:
+        record.problem(f"{freed} bytes were freed and {taken} taken again, less than the weights' {least}")
+    for mode in ("tp", "sp"):
+        set_threshold(server, THRESHOLDS[mode])
+        for problem in compare(ask(server, asked), before[mode], TOLERANCE).problems:
+            record.problem(f"{mode}, after resuming: {problem}")

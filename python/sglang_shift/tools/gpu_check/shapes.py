@@ -1,0 +1,108 @@
+"""Models as they are deployed, and the matrices of one of their ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sglang_shift.parallel.layout import padded_local_tokens
+from sglang_shift.tools.benchmark.link_rate import TARGETS, Layer
+
+PROJECTIONS = ("qkv", "o", "gate_up", "down")
+ROW_PARALLEL = ("o", "down")
+"""Their TP shards are slices of columns of the base weights; those of the others are slices of rows."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight of ``outputs`` rows and ``inputs`` columns, whose rows are ``stride`` elements apart."""
+
+    outputs: int
+    inputs: int
+    stride: int
+
+    @property
+    def is_view(self) -> bool:
+        """Whether it is a slice of columns of a larger one."""
+        return self.stride != self.inputs
+
+    @property
+    def contiguous(self) -> Matrix:
+        """The same without gaps."""
+        return Matrix(self.outputs, self.inputs, self.inputs)
+
+    def flops(self, rows: int) -> int:
+        """Of ``rows`` rows times this: a multiplication and an addition for each element and row."""
+        return 2 * rows * self.outputs * self.inputs
+
+    def traffic(self, rows: int, element_bytes: int, output_bytes: int = 2) -> int:
+        """Bytes: the input and the weight read once, the output written once."""
+        return (rows + self.outputs) * self.inputs * element_bytes + rows * self.outputs * output_bytes
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A model on P ranks with base weights for S.
+
+    Attributes:
+        model: Its name.
+        layer: One of its layers.
+        layers: How many it has.
+        ranks: P.
+        sp: S.
+    """
+
+    model: str
+    layer: Layer
+    layers: int
+    ranks: int
+    sp: int
+
+    @property
+    def name(self) -> str:
+        """In a table."""
+        return f"{self.model}, P={self.ranks}, S={self.sp}"
+
+    @property
+    def shards(self) -> dict[str, Matrix]:
+        """A rank's full-TP shards, by projection, each as a view of its base weight."""
+        shapes = dict(zip(PROJECTIONS, self.layer.shards(self.ranks), strict=True))
+        return {name: Matrix(n, k, k * self.sp if name in ROW_PARALLEL else k) for name, (n, k) in shapes.items()}
+
+    @property
+    def bases(self) -> dict[str, Matrix]:
+        """A rank's base weights: S shards, one above the other or side by side."""
+        return {
+            name: Matrix(m.outputs * (1 if name in ROW_PARALLEL else self.sp), m.stride, m.stride)
+            for name, m in self.shards.items()
+        }
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Columns that a rank's QKV projection gives, and those that its O projection takes."""
+        shards = self.shards
+        return shards["qkv"].outputs, shards["o"].inputs
+
+    def sent_bytes(self, tokens: int, element_bytes: int) -> dict[str, float]:
+        """What a rank sends to others in one layer of a step, by mode.
+
+        TP: two ring all-reduces over P ranks, each of which sends 2 (P - 1) / P of its input
+        (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md). SP: the exchange around
+        attention, and the same all-reduces of the rank's rows over the P / S ranks of a base-TP group.
+        """
+        rows, base_tp = padded_local_tokens(tokens, self.sp), self.ranks // self.sp
+        exchange = (self.sp - 1) * rows * sum(self.widths) * element_bytes
+        hidden = self.layer.hidden * element_bytes
+        tp, base = (4 * n * hidden * (p - 1) / p for n, p in ((tokens, self.ranks), (rows, base_tp)))
+        return {"tp": tp, "sp": exchange + base}
+
+
+_LLAMA_70B, _QWEN_32B = (TARGETS[name].layer for name in ("llama-70b", "qwen-32b"))
+# config.json of meta-llama/Llama-3.1-8B.
+_LLAMA_8B = Layer(hidden=4096, intermediate=14336, heads=32, kv_heads=8, head_dim=128)
+
+DEPLOYMENTS = (
+    Deployment("Llama-70B", _LLAMA_70B, 80, ranks=8, sp=8),
+    Deployment("Llama-70B", _LLAMA_70B, 80, ranks=8, sp=4),
+    Deployment("Qwen-32B", _QWEN_32B, 64, ranks=8, sp=8),
+    Deployment("Llama-8B", _LLAMA_8B, 32, ranks=2, sp=2),
+)

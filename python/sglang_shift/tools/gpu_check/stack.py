@@ -1,0 +1,173 @@
+"""A few decoder layers of one rank in both modes, on one device: the group's other ranks are all like this one.
+
+The projections and the exchange are this package's own. If every rank holds the same shards and the same
+tokens, then what comes from rank j is what this rank would send to itself, and a sum over n ranks is n times
+its own part. So the links are replaced by a copy of as many bytes on the device, and yet both modes compute
+what such a group would: the same.
+
+Left out, as it is the same in both modes: the rotary embedding. Attention is PyTorch's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+from sglang_shift.modes import Mode
+from sglang_shift.parallel.exchange.collective import SequenceExchange
+from sglang_shift.parallel.layout import RankLayout
+from sglang_shift.parallel.region import region
+from sglang_shift.parallel.topology import SequenceParallel
+from sglang_shift.tools.gpu_check.shapes import ROW_PARALLEL, Deployment
+from sglang_shift.weights.projections import (
+    BaseWeight,
+    DownProjection,
+    GateUpProjection,
+    OutputProjection,
+    QkvProjection,
+)
+
+KINDS = {"qkv": QkvProjection, "o": OutputProjection, "gate_up": GateUpProjection, "down": DownProjection}
+
+
+class AlikeGroup:
+    """A group of ranks that all hold the same."""
+
+    rank_in_group = 0
+    device_group = None
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+
+    def all_to_all_single(self, output: torch.Tensor, input: torch.Tensor) -> None:
+        """Every rank sends block 0 to this one."""
+        output.view(self.world_size, -1).copy_(input.view(self.world_size, -1)[0])
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """As many times ``x`` as there are ranks."""
+        return x * self.world_size
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step.
+
+    Attributes:
+        requests: A multiple of S: each rank carries 1/S of them, and all ranks' are alike.
+        new: Tokens that each computes.
+        context: Tokens of its KV cache before; a prefill (``new`` > 1) has none.
+    """
+
+    requests: int
+    new: int
+    context: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of the step."""
+        return self.requests * self.new
+
+    @property
+    def phase(self) -> str:
+        """``prefill`` or ``decode``."""
+        return "prefill" if self.new > 1 else "decode"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer: its linears by projection, and the KV cache of the requests."""
+
+    linears: dict[str, Any]
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class Stack:
+    """Layers of one rank.
+
+    Args:
+        deployment: The model, P and S.
+        layers: How many.
+        batch: The step that it runs.
+        dtype: Of weights and activations.
+        device: Where.
+    """
+
+    def __init__(
+        self, deployment: Deployment, layers: int, batch: Batch, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.deployment, self.batch, self.dtype, self.device = deployment, batch, dtype, device
+        layout = RankLayout(deployment.ranks, deployment.sp)
+        sp_group: Any = AlikeGroup(layout.sp_size)
+        base_tp_group: Any = AlikeGroup(layout.base_tp_size) if layout.base_tp_size > 1 else None
+        self.parallel = SequenceParallel(layout, 0, sp_group, base_tp_group, SequenceExchange(sp_group))
+        self.group = AlikeGroup(deployment.ranks)
+        (qkv, query), head_dim = deployment.widths, deployment.layer.head_dim
+        self.heads, self.kv_heads = query // head_dim, (qkv - query) // 2 // head_dim
+        self._generator = torch.Generator(device).manual_seed(0)
+        cache = (batch.requests, self.kv_heads, batch.context + batch.new, head_dim)
+        self.layers = [Layer(self._linears(), self._alike(*cache), self._alike(*cache)) for _ in range(layers)]
+
+    def input(self, mode: Mode) -> torch.Tensor:
+        """What a step begins with: ``[T, h]`` in TP, ``[T / S, h]`` in SP."""
+        rows = self._alike(self.batch.tokens, self.deployment.layer.hidden)
+        return rows if mode is Mode.TP else rows[: self.batch.tokens // self.deployment.sp].clone()
+
+    def run(self, x: torch.Tensor, mode: Mode) -> torch.Tensor:
+        """All layers; the shape of ``x`` stays."""
+        region.num_tokens = self.batch.tokens
+        for layer in self.layers:
+            x = x + self._project(layer, "o", self._attention(layer, self._project(layer, "qkv", norm(x), mode)), mode)
+            gate, up = self._project(layer, "gate_up", norm(x), mode).chunk(2, dim=-1)
+            x = x + self._project(layer, "down", F.silu(gate) * up, mode)
+        return x
+
+    def _project(self, layer: Layer, name: str, x: torch.Tensor, mode: Mode) -> torch.Tensor:
+        linear = layer.linears[name]
+        if mode is Mode.SP:
+            return linear.ulysses.forward(x)
+        product = linear.quant_method.apply(linear, x)
+        return self.group.all_reduce(product) if name in ROW_PARALLEL else product
+
+    def _attention(self, layer: Layer, qkv: torch.Tensor) -> torch.Tensor:
+        """``[T, (heads + 2 kv_heads) d]`` to ``[T, heads d]``, with the new tokens' keys and values in the cache."""
+        batch, heads, kv_heads = self.batch, self.heads, self.kv_heads
+        by_head = qkv.view(batch.requests, batch.new, heads + 2 * kv_heads, -1).transpose(1, 2)
+        query, key, value = by_head.split((heads, kv_heads, kv_heads), dim=1)
+        layer.keys[:, :, batch.context :].copy_(key)
+        layer.values[:, :, batch.context :].copy_(value)
+        out = F.scaled_dot_product_attention(
+            query, layer.keys, layer.values, is_causal=batch.new > 1, enable_gqa=heads != kv_heads
+        )
+        return out.transpose(1, 2).reshape(batch.tokens, -1)
+
+    def _linears(self) -> dict[str, Any]:
+        """Linears as the model's are: TP weights as views of base weights, S shards of which are the same."""
+        linears, sp = {}, self.deployment.sp
+        for name, shard in self.deployment.shards.items():
+            weight = self._random(shard.outputs, shard.inputs) * shard.inputs**-0.5
+            base = weight.repeat(1, sp) if name in ROW_PARALLEL else weight.repeat(sp, 1)
+            linear = SimpleNamespace(
+                weight=base[: shard.outputs, : shard.inputs], bias=None, quant_method=UnquantizedLinearMethod()
+            )
+            linear.ulysses = KINDS[name](linear, BaseWeight(base, None), self.parallel)
+            linears[name] = linear
+        return linears
+
+    def _alike(self, first: int, *rest: int) -> torch.Tensor:
+        """``first`` random items, of which each rank's are the same."""
+        sp = self.deployment.sp
+        return self._random(first // sp, *rest).repeat(sp, *(1 for _ in rest))
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self._generator, device=self.device).to(self.dtype)
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm over the last dimension, with weights of 1."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-5)

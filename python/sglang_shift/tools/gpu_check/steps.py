@@ -1,0 +1,84 @@
+"""The time of a rank's step in both modes, eager and as a CUDA graph, without the links between ranks.
+
+Some layers are timed, as one rank of a group that is all alike (:mod:`stack`), and the time is said per layer.
+What the links add is to be computed from the bytes that are said with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from sglang_shift.modes import Mode
+from sglang_shift.tools.gpu_check.record import Record
+from sglang_shift.tools.gpu_check.report import aligned
+from sglang_shift.tools.gpu_check.shapes import DEPLOYMENTS, Deployment
+from sglang_shift.tools.gpu_check.stack import Batch, Stack
+from sglang_shift.tools.gpu_check.timing import Timer, captured
+
+LAYERS = 4
+"""So many that the weights of none are in the L2 cache when its turn comes."""
+
+DECODES, CONTEXT = (8, 64, 256), 1024
+PREFILLS = (1024, 8192)
+"""Tokens, in S prompts: each rank's tokens are then whole prompts."""
+
+RUNS = 7
+
+
+def check(record: Record) -> None:
+    """Every deployment that its GPUs could hold in bfloat16."""
+    device = torch.device("cuda")
+    timer = Timer(device)
+    for deployment in DEPLOYMENTS[1:]:  # Llama-70B in bfloat16 at S=8 would be 140 GB on each rank
+        with torch.no_grad():
+            rows = [row for batch in batches(deployment.sp) for row in measure(record, deployment, batch, timer)]
+        record.note(table(deployment.name, rows))
+
+
+def batches(sp: int) -> Iterator[Batch]:
+    """Decodes and prefills that S ranks can share."""
+    yield from (Batch(requests, 1, CONTEXT) for requests in DECODES)
+    yield from (Batch(sp, tokens // sp) for tokens in PREFILLS)
+
+
+def measure(
+    record: Record, deployment: Deployment, batch: Batch, timer: Timer, dtype: torch.dtype = torch.bfloat16,
+    layers: int = LAYERS,
+) -> list[dict[str, object]]:  # fmt: skip
+    """Time one step in both modes; on a GPU also as a CUDA graph."""
+    stack = Stack(deployment, layers, batch, dtype, timer.device)
+    sent = deployment.sent_bytes(batch.tokens, dtype.itemsize)
+    rows = []
+    for mode in Mode:
+        step = partial(stack.run, stack.input(mode), mode)
+        seconds = {"eager": timer.seconds(step, RUNS)}
+        if timer.device.type == "cuda":
+            graph, _ = captured(step)
+            seconds["graph"] = timer.seconds(graph.replay, RUNS)
+        times = {}
+        for how, taken in seconds.items():
+            times[f"{how}_us_per_layer"] = round(1e6 * taken / layers, 2)
+            times[f"{how}_ms_all_layers"] = round(1e3 * taken / layers * deployment.layers, 3)
+        rows.append(
+            record.row(
+                deployment=deployment.name,
+                phase=batch.phase,
+                tokens=batch.tokens,
+                requests=batch.requests,
+                context=batch.context,
+                mode=mode.value,
+                bytes_sent_per_layer=round(sent[mode.value]),
+                **times,
+            )
+        )
+    return rows
+
+
+def table(name: str, rows: list[dict[str, object]]) -> str:
+    """Microseconds of a layer by step, mode and execution."""
+    columns = ("phase", "tokens", "mode", "eager_us_per_layer", "graph_us_per_layer", "bytes_sent_per_layer")
+    heading = (f"{name}:", "tokens", "mode", "eager us/layer", "graph us/layer", "bytes sent/layer")
+    return aligned([heading, *([row.get(column, "") for column in columns] for row in rows)])

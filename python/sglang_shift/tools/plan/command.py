@@ -1,0 +1,178 @@
+"""``python -m sglang_shift.plan``: how to serve a model on GPUs that are not there, or the cost model checked."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sglang_shift.errors import ShiftError
+from sglang_shift.simulate.traces import MOST_TOKENS, read_trace
+from sglang_shift.simulate.traffic import Lengths, Request, scaled, steady, window
+from sglang_shift.tools.plan import paper, report
+from sglang_shift.tools.plan.hardware import gpus, parse_gpus
+from sglang_shift.tools.plan.model import Model, read_model
+from sglang_shift.tools.plan.search import search
+
+MODULE = "sglang_shift.plan"
+WINDOW = 900.0
+"""Seconds of a trace, where none are given: as long a part as the Shift Parallelism paper replays."""
+
+LEAST, MOST = 1e-6, 1e6
+"""Of rates and paces: with smaller and larger ones the simulator's clock would lose its milliseconds."""
+
+MOST_REQUESTS = 10**6
+
+
+def words_of(found: Lengths) -> str:
+    """Lengths in words."""
+    return f"{found[0]} to {found[1]}" if isinstance(found, tuple) else str(found)
+
+
+def lengths(given: str) -> Lengths:
+    """``N`` or ``LOW-HIGH`` of the command line.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    low, *rest = (int(part) for part in given.split("-"))
+    high = rest[0] if rest else low
+    if len(rest) > 1 or not 1 <= low <= high <= MOST_TOKENS:
+        raise ValueError(given)
+    return (low, high) if rest else low
+
+
+def factor(given: str) -> float:
+    """A rate or a pace of the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: it is something else.
+    """
+    try:
+        found = float(given)
+    except ValueError:
+        found = math.nan
+    if not LEAST <= found <= MOST:
+        raise argparse.ArgumentTypeError(f"'{given}' must be more than 0, a number from {LEAST:g} to {MOST:g}")
+    return found
+
+
+def request_count(given: str) -> int:
+    """A number of requests of the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: it is something else.
+    """
+    return _whole(given, 1, MOST_REQUESTS)
+
+
+def context_length(given: str) -> int:
+    """Tokens of a context of the command line, with room for a prompt and an output.
+
+    Raises:
+        argparse.ArgumentTypeError: it is something else.
+    """
+    return _whole(given, 2, MOST_TOKENS)
+
+
+def _whole(given: str, least: int, most: int) -> int:
+    try:
+        found = int(given)
+    except ValueError:
+        found = least - 1
+    if not least <= found <= most:
+        raise argparse.ArgumentTypeError(f"'{given}' is not a whole number from {least} to {most}")
+    return found
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of the command line."""
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
+    add = parser.add_argument
+    add("--check", action="store_true", help="predict the Shift Parallelism paper's table, and say how far off it is")
+    add("--model", type=Path, metavar="PATH", help="a config.json, or the folder that has one")
+    add("--gpus", metavar="NxKIND", help=f"for example 8xH200; kinds: {', '.join(gpus())}")
+    add("--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help="auto is bfloat16")
+    add("--context-length", type=context_length, metavar="N", help="the longest sequence, if not the model's own")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--trace", type=Path, metavar="FILE", help="Azure's (.csv) or Mooncake's (.jsonl)")
+    source.add_argument("--rate", type=factor, metavar="R", help="made-up traffic instead: requests per second")
+    add("--window", type=float, nargs=2, default=(0.0, WINDOW), metavar=("START", "SECONDS"), help="of the trace")
+    add("--pace", type=factor, default=1.0, metavar="F", help="the trace's requests come F times as fast")
+    add("--prompt", type=lengths, default=4096, metavar="N|LOW-HIGH", help="made-up prompts' tokens (%(default)s)")
+    add("--output", type=lengths, default=250, metavar="N|LOW-HIGH", help="their outputs' tokens (%(default)s)")
+    add("--requests", type=request_count, default=1000, help="made-up ones (%(default)s)")
+    add("--plot", type=Path, metavar="FILE.png", help="also draw latency against throughput")
+    args = parser.parse_args(argv)
+    if not args.check and not (args.model and args.gpus and (args.trace or args.rate)):
+        parser.error("give --model, --gpus and one of --trace and --rate; or --check")
+    start, seconds = args.window
+    if not (math.isfinite(start) and seconds > 0):
+        parser.error(f"--window takes a second to start at and more than 0 seconds, not {start:g} {seconds:g}")
+    return args
+
+
+def requests_of(args: argparse.Namespace, model: Model) -> tuple[list[Request], str]:
+    """The traffic, and what it is in words.
+
+    Raises:
+        ShiftError: the trace cannot be read, or has nothing in the window.
+    """
+    if args.rate:
+        made = steady(args.rate, prompt=args.prompt, output=args.output, requests=args.requests)
+        words = f"{len(made)} requests at {args.rate:g}/s, prompts of {words_of(args.prompt)} tokens and outputs of "
+        return fitted(made, words + words_of(args.output), model)
+    start, seconds = args.window
+    try:
+        found = window(read_trace(args.trace), start, seconds)
+    except (OSError, ValueError) as error:
+        raise ShiftError(
+            f"--trace {args.trace} cannot be read: {error}; give a .csv of Azure's or a .jsonl of Mooncake's"
+        ) from error
+    if not found:
+        raise ShiftError(f"--trace {args.trace} has no request from second {start:g} to {start + seconds:g}")
+    words = f"{len(found)} requests of {args.trace.name}, second {start:g} to {start + seconds:g}"
+    words += f", {args.pace:g} times as fast" if args.pace != 1 else ""
+    return fitted(scaled(found, time=1 / args.pace), words, model)
+
+
+def fitted(requests: list[Request], words: str, model: Model) -> tuple[list[Request], str]:
+    """Requests cut to the model's context, and in words how many were."""
+    made = scaled(requests, context=model.context)
+    cut = sum(r != given for r, given in zip(made, requests, strict=True))
+    return made, f"{words}; {cut} of them cut to the context of {model.context} tokens" if cut else words
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Print the plan that the arguments ask for, as Markdown, and draw it where they say so.
+
+    Raises:
+        ShiftError: there is none, or no picture of it.
+    """
+    if args.plot:
+        report.check_plot(args.plot)
+    count, gpu = parse_gpus(args.gpus)
+    model = read_model(args.model, args.context_length)
+    requests, traffic = requests_of(args, model)
+    kv_dtype = "fp8" if args.kv_cache_dtype == "fp8" else "bfloat16"
+    found = search(model, gpu, count, requests, kv_dtype, lambda words: print(words, file=sys.stderr, flush=True))
+    where = f"{count} x {gpu.name}"
+    print(report.text(found, model, where, traffic), flush=True)
+    if args.plot:
+        report.plot(found, f"{model.name} on {where}", args.plot)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print a plan or the check; 2 where it is refused."""
+    args = parse(argv)
+    try:
+        if args.check:
+            print(paper.report())
+        else:
+            plan(args)
+    except ShiftError as error:
+        print(f"sglang_shift: error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,143 @@
+"""GPUs as published figures describe them: what a kernel or a collective of some size takes."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from math import hypot
+from typing import Any
+
+from sglang_shift.cost.model import Curve, isotonic
+from sglang_shift.errors import ShiftError
+
+NODE = 8
+"""GPUs of the largest group for which there are figures."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel that takes a time of its own, and time in proportion to its work.
+
+    Attributes:
+        latency: Seconds without any work.
+        rate: Bytes or FLOPs per second.
+    """
+
+    latency: float
+    rate: float
+
+    def seconds(self, work: float) -> float:
+        """For ``work`` bytes or FLOPs."""
+        return self.latency + work / self.rate
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """Matrix products of one dtype: a roofline whose corner is rounded.
+
+    ``latency + sqrt((bytes / bandwidth)**2 + (FLOPs / flops)**2)``: few rows wait for the weights to be read, many
+    for the arithmetic, and in between for both.
+
+    Attributes:
+        latency: Seconds without any work.
+        bandwidth: Bytes per second.
+        flops: FLOP/s.
+        weight_bytes: Of a weight, and of an input's element.
+    """
+
+    latency: float
+    bandwidth: float
+    flops: float
+    weight_bytes: int
+
+    def seconds(self, rows: int, outputs: int, inputs: int) -> float:
+        """``[rows, inputs]`` times a weight ``[outputs, inputs]``; what comes out has elements of 2 bytes."""
+        moved = (rows + outputs) * inputs * self.weight_bytes + 2 * rows * outputs
+        return self.latency + hypot(moved / self.bandwidth, 2 * rows * outputs * inputs / self.flops)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU in a node of its kind.
+
+    Attributes:
+        name: As in ``--gpus``.
+        memory_mib: Its memory.
+        hbm: Nominal bytes per second of its memory; nothing is computed from it.
+        gemms: By ``bfloat16``, ``fp8`` (a scale per channel and token) and ``fp8_block`` (per 128 x 128).
+        prefill_attention: By FLOPs, those of the causal half only.
+        decode_attention: By bytes of KV cache read, for a KV cache of ``bfloat16`` or ``fp8``.
+        elementwise: Any kernel that reads and writes once, by bytes.
+        all_reduces: Seconds by bytes of the message, for each number of ranks.
+        all_to_alls: Seconds by bytes of a rank's buffer, for each number of ranks.
+    """
+
+    name: str
+    memory_mib: int
+    hbm: float
+    gemms: dict[str, Gemm]
+    prefill_attention: Kernel
+    decode_attention: dict[str, Kernel]
+    elementwise: Kernel
+    all_reduces: dict[int, Curve]
+    all_to_alls: dict[int, Curve]
+
+    def all_reduce(self, ranks: int, size: float) -> float:
+        """Seconds of an all-reduce of ``size`` bytes; none for one rank."""
+        return self.all_reduces[ranks](round(size)) if ranks > 1 else 0.0
+
+    def all_to_all(self, ranks: int, size: float) -> float:
+        """Seconds of an all-to-all of ``size`` bytes on each rank, its own block included; none for one rank.
+
+        A rank sends, and receives, ``(ranks - 1) / ranks`` of them. An all-gather to ``size`` bytes on each rank
+        receives as much, and is taken for one.
+        """
+        return self.all_to_alls[ranks](round(size)) if ranks > 1 else 0.0
+
+
+@cache
+def gpus() -> dict[str, Gpu]:
+    """All GPUs with figures, by name."""
+    content = json.loads(files("sglang_shift.tools.plan").joinpath("figures.json").read_text())
+    sizes = tuple(content["collective_bytes"])
+    return {name: _gpu(name, raw, sizes) for name, raw in content["gpus"].items()}
+
+
+def _gpu(name: str, raw: dict[str, Any], sizes: tuple[int, ...]) -> Gpu:
+    def kernel(of: dict[str, float]) -> Kernel:
+        return Kernel(1e-6 * of["latency_us"], of["per_s"])
+
+    def collectives(of: dict[str, list[float]]) -> dict[int, Curve]:
+        # Small ones do not always take longer than smaller ones, in measurements.
+        return {int(ranks): Curve(sizes, tuple(isotonic(1e-6 * us for us in times))) for ranks, times in of.items()}
+
+    gemms = {
+        dtype: Gemm(1e-6 * of["latency_us"], of["bytes_per_s"], of["flops"], 2 if dtype == "bfloat16" else 1)
+        for dtype, of in raw["gemm"].items()
+    }
+    decode = {dtype: kernel(of) for dtype, of in raw["decode_attention"].items()}
+    return Gpu(
+        name, raw["memory_mib"], raw["hbm_bytes_per_s"], gemms, kernel(raw["prefill_attention"]), decode,
+        kernel(raw["elementwise"]), collectives(raw["all_reduce_us"]), collectives(raw["all_to_all_us"]),
+    )  # fmt: skip
+
+
+def parse_gpus(text: str) -> tuple[int, Gpu]:
+    """The number of GPUs and their kind, of ``8xH200``.
+
+    Raises:
+        ShiftError: it is something else, or there are no figures for it.
+    """
+    match = re.fullmatch(r"(\d{1,4})\s*[xX]\s*(\S+)", text.strip())
+    known = " or ".join(gpus())
+    if match is None:
+        raise ShiftError(f"--gpus '{text}' is not a number of GPUs and their kind; give for example {NODE}xH200")
+    count, name = int(match[1]), match[2].upper()
+    if name not in gpus():
+        raise ShiftError(f"--gpus {text}: there are no figures for a {match[2]}; give {known}")
+    if not 1 <= count <= NODE:
+        raise ShiftError(f"--gpus {text}: there are figures for the links inside a node only; give 1 to {NODE} GPUs")
+    return count, gpus()[name]

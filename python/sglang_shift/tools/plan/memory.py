@@ -1,0 +1,88 @@
+"""What a GPU's memory holds: weights, what Shift needs beyond TP, activations and graphs, and the KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from sglang.srt.arg_groups.cuda_graph_hook import generate_prefill_cuda_graph_batch_sizes
+from sglang.srt.arg_groups.overrides import pre_capture_activation_reserve_mb_of
+
+from sglang_shift.args.sp_size import MIB, kv_bytes_per_token, padded_vocab, weight_bytes
+from sglang_shift.parallel.layout import RankLayout
+from sglang_shift.tools.plan.hardware import Gpu
+from sglang_shift.tools.plan.model import Model
+
+# SGLang's defaults for GPUs of 60 to 160 GiB, handle_gpu_memory_settings in srt/arg_groups/memory_hook.py; in MiB.
+LEAST_RESERVE = 10 * 1024
+PER_DECODE_GRAPH_REQUEST, PER_PREFILL_GRAPH = 2, 8
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU's memory.
+
+    Attributes:
+        weights: The full-TP shard.
+        base: The rest of the base weights, which both modes share.
+        graphs: Those of a second mode, which SGLang itself does not reserve memory for.
+        reserve: Activations and the graphs of one mode, as SGLang reserves them.
+        kv_per_token: K and V of a token.
+        total: All of it.
+    """
+
+    weights: int
+    base: int
+    graphs: int
+    reserve: int
+    kv_per_token: int
+    total: int
+
+    @property
+    def pool(self) -> int:
+        """What is left for the KV cache; negative where the rest does not fit."""
+        return self.total - self.weights - self.base - self.graphs - self.reserve
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return max(0, self.pool) // self.kv_per_token
+
+
+def memory(
+    model: Model, gpu: Gpu, layout: RankLayout, chunk: int, kv_dtype: str = "bfloat16", *, shifts: bool = False
+) -> Memory:
+    """A GPU's memory.
+
+    Args:
+        model: The model.
+        gpu: The GPU.
+        layout: Of its replica; S = 1 is TP alone.
+        chunk: Prompt tokens that one step takes.
+        kv_dtype: ``bfloat16`` or ``fp8``.
+        shifts: Whether both modes run, each with graphs of its own.
+    """
+    ranks = layout.world_size
+    weights = _weights(model, ranks, 1)
+    batch = 256 if ranks < 4 else 512  # the largest decode graph
+    prefills = len(generate_prefill_cuda_graph_batch_sizes(chunk))
+    graphs = PER_DECODE_GRAPH_REQUEST * batch + PER_PREFILL_GRAPH * prefills
+    settings = SimpleNamespace(disaggregation_mode="null", chunked_prefill_size=chunk, tp_size=ranks, pp_size=1)
+    # No GPU: its least would be for the activations alone, and here it is for all.
+    reserve = max(LEAST_RESERVE, pre_capture_activation_reserve_mb_of(settings, None) + graphs)
+    return Memory(
+        weights,
+        _weights(model, ranks, layout.sp_size) - weights,
+        graphs * MIB if shifts else 0,
+        int(reserve * MIB),
+        kv_bytes_per_token(model.config, ranks, 1 if kv_dtype == "fp8" else 2),
+        gpu.memory_mib * MIB,
+    )
+
+
+def _weights(model: Model, ranks: int, sp: int) -> int:
+    """Bytes of the base weights of S = ``sp``; embeddings and LM head are never quantized."""
+    if not model.quantized:
+        return weight_bytes(model.config, ranks, sp, 2)
+    vocabulary = padded_vocab(model.vocabulary, ranks) // ranks * model.layer.hidden * (1 if model.tied else 2)
+    return weight_bytes(model.config, ranks, sp, 1) + vocabulary

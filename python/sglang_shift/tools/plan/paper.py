@@ -1,0 +1,158 @@
+"""The cost model beside the Shift Parallelism paper's table, to which nothing in it is fitted.
+
+The table (arXiv 2509.16495): 8 x H200, FP8, prompts of 4k tokens, 250 tokens out. Its engine is vLLM 0.10.1, its models
+are RedHatAI/Llama-3.3-70B-Instruct-FP8-dynamic and Qwen/Qwen3-32B-FP8:
+https://github.com/snowflakedb/ArcticInference/blob/main/benchmark/reproducibility/server.sh
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import fmean
+
+from sglang_shift.parallel.layout import RankLayout
+from sglang_shift.simulate.traffic import Request
+from sglang_shift.tools.benchmark.link_rate import TARGETS
+from sglang_shift.tools.plan.hardware import NODE, gpus
+from sglang_shift.tools.plan.memory import memory
+from sglang_shift.tools.plan.model import Model
+from sglang_shift.tools.plan.search import Candidate, serve
+from sglang_shift.tools.plan.step_time import Engine, StepTimes
+
+PROMPT, OUTPUT = 4096, 250
+FLOOD = 2000
+"""Requests that are there at once, for the peak."""
+
+GOAL = 0.15
+
+MODELS = {
+    "Llama-70B": Model("Llama-3.3-70B", TARGETS["llama-70b"].layer, 80, 128_256, 131_072, "fp8"),
+    "Qwen-32B": Model(
+        "Qwen3-32B", TARGETS["qwen-32b"].layer, 64, 151_936, 40_960, "fp8_block", architecture="Qwen3ForCausalLM"
+    ),
+}
+KV_DTYPES = {"Llama-70B": "bfloat16", "Qwen-32B": "fp8"}
+
+CONFIGURATIONS = {
+    "DP": Candidate(RankLayout(1, 1), NODE),
+    "TP": Candidate(RankLayout(NODE, 1), 1),
+    "SP": Candidate(RankLayout(NODE, NODE), 1, policy="sp"),
+    "Shift": Candidate(RankLayout(NODE, NODE), 1, policy="calibrated"),
+}
+METRICS = ("TTFT, ms", "TPOT, ms", "tokens/s")
+
+PUBLISHED: dict[str, dict[str, tuple[float, float, float]]] = {
+    "Llama-70B": {
+        "DP": (614, 22.5, 45_900),
+        "TP": (159, 9.34, 24_700),
+        "SP": (103, 32.5, 37_200),
+        "Shift": (102, 10.1, 37_400),
+    },
+    "Qwen-32B": {
+        "DP": (385, 18.8, 70_100),
+        "TP": (113, 8.68, 38_300),
+        "SP": (79.8, 24.4, 52_300),
+        "Shift": (86.4, 9.48, 53_800),
+    },
+}
+
+VLLM_STEP, VLLM_REQUEST = 0.0012, 0.0182
+"""What vLLM V1 takes besides the GPU, per step and before a request's first token: docs/cost-model.md."""
+
+CUTLASS_BLOCK = {1: 1.25, 512: 1.41}
+"""vLLM 0.10.1's block-wise FP8 products over DeepGEMM's, of which the figures are: docs/cost-model.md."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One of the table's.
+
+    Attributes:
+        model: Its name.
+        configuration: ``DP``, ``TP``, ``SP`` or ``Shift``.
+        metric: One of :data:`METRICS`.
+        predicted: By the cost model.
+        published: By the paper.
+    """
+
+    model: str
+    configuration: str
+    metric: str
+    predicted: float
+    published: float
+
+    @property
+    def error(self) -> float:
+        """Relative to what was published."""
+        return self.predicted / self.published - 1
+
+
+def engine_of(model: Model) -> Engine:
+    """The paper's engine."""
+    factor = CUTLASS_BLOCK if model.weights == "fp8_block" else {1: 1.0}
+    return Engine(VLLM_STEP, VLLM_REQUEST, factor)
+
+
+def predict(name: str, configuration: str, engine: Engine) -> tuple[float, float, float]:
+    """TTFT and TPOT of a request that is alone, in ms, and tokens per second of many at once."""
+    model, candidate, gpu = MODELS[name], CONFIGURATIONS[configuration], gpus()["H200"]
+    kv_dtype = KV_DTYPES[name]
+    costs = StepTimes(model, gpu, candidate.layout, kv_dtype, engine).cost_model()
+    pool = memory(model, gpu, candidate.layout, candidate.chunk, kv_dtype, shifts=candidate.shifts).tokens
+    alone = serve([Request(0.0, PROMPT, OUTPUT)], candidate, costs, pool).served[0]
+    flood = serve([Request(0.0, PROMPT, OUTPUT)] * FLOOD, candidate, costs, pool)
+    return 1e3 * (alone.ttft + engine.request), 1e3 * (alone.tpot or 0.0), flood.throughput
+
+
+def check(engine: Callable[[Model], Engine] = engine_of) -> list[Cell]:
+    """Every cell of the table, with the figures of each model's engine."""
+    return [
+        Cell(name, configuration, *numbers)
+        for name, rows in PUBLISHED.items()
+        for configuration, published in rows.items()
+        for numbers in zip(METRICS, predict(name, configuration, engine(MODELS[name])), published, strict=True)
+    ]
+
+
+def compared(cells: list[Cell]) -> list[float]:
+    """How far off the ratio of each two configurations of a model is, in the end-to-end time of a request alone.
+
+    That is what plans rank by. What slows all configurations down alike is not in it.
+    """
+    by = {(c.model, c.configuration, c.metric): c for c in cells}
+    found = []
+    for model in dict.fromkeys(c.model for c in cells):
+        ends = []
+        for name in PUBLISHED[model]:
+            ttft, tpot = (by[model, name, metric] for metric in METRICS[:2])
+            more = OUTPUT - 1
+            ends.append((ttft.predicted + more * tpot.predicted) / (ttft.published + more * tpot.published))
+        found += [max(a / b, b / a) - 1 for a, b in combinations(ends, 2)]
+    return found
+
+
+def table(cells: list[Cell]) -> str:
+    """The cells as a Markdown table."""
+    lines = ["| Model | | Metric | Predicted | Published | Error |", "|---|---|---|--:|--:|--:|"]
+    for c in cells:
+        numbers = [f"{n:,.0f}" if n >= 1000 else f"{n:.3g}" for n in (c.predicted, c.published)]
+        lines.append(f"| {c.model} | {c.configuration} | {c.metric} | {numbers[0]} | {numbers[1]} | {c.error:+.0%} |")
+    return "\n".join(lines)
+
+
+def summary(cells: list[Cell]) -> str:
+    """How many cells are as near as they should be, and how far off they and their ratios are."""
+    errors, ratios = [abs(c.error) for c in cells], compared(cells)
+    near = sum(error <= GOAL for error in errors)
+    return (
+        f"{near} of {len(cells)} within {GOAL:.0%}; {fmean(errors):.1%} off on average, {max(errors):.0%} at worst. "
+        f"The end-to-end times of two configurations compared: {fmean(ratios):.1%}, {max(ratios):.0%} at worst."
+    )
+
+
+def report() -> str:
+    """The check as Markdown: with the figures of the paper's engine, and in a line without, as plans are made."""
+    cells, plain = check(), check(lambda _: Engine())
+    return f"{table(cells)}\n\n{summary(cells)}\n\nWithout the engine's figures, as in plans: {summary(plain)}"

@@ -1,0 +1,193 @@
+"""A plan in words, as tables and as a picture."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sglang_shift.args.sp_size import GIB
+from sglang_shift.cost.model import PHASES, CostModel
+from sglang_shift.errors import ShiftError
+from sglang_shift.tools.benchmark.plots import DPI, KNOWN, panels
+from sglang_shift.tools.plan.memory import Memory
+from sglang_shift.tools.plan.model import Model
+from sglang_shift.tools.plan.search import COMPARED, PEAK_REQUESTS, Candidate, Outcome, Plan
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+HEADINGS = (
+    "Replicas", "P", "S", "Chunk", "Policy", "TTFT, ms", "TPOT, ms", "E2E, s", "p99 E2E, s", "Peak tokens/s",
+    "Weights", "Shift", "Reserve", "KV cache, GiB", "KV tokens",
+)  # fmt: skip
+
+OFF = 0.25
+"""How far off such predictions are on average, beside the paper's table: docs/cost-model.md."""
+
+KINDS = {"stock-tp": "TP alone", "sp": "SP alone", "shift": "shift"}
+"""What a picture tells apart, by the names of the benchmark's styles."""
+
+
+def text(plan: Plan, model: Model, gpus: str, traffic: str) -> str:
+    """The whole plan, as Markdown.
+
+    Args:
+        plan: The plan.
+        model: Of what.
+        gpus: As given.
+        traffic: What it is for, in words.
+    """
+    best = plan.best.candidate
+    command = ["python", "-m", "sglang_shift.launch_server", *flags(best, plan.best.memory, model.path, plan.kv_dtype)]
+    if model.shortened:
+        command += ["--context-length", str(model.context)]
+    lines = [
+        f"# {model.name} ({model.weights}, KV cache in {plan.kv_dtype}) on {gpus}\n",
+        f"Traffic: {traffic}.\n",
+        *([_overload(plan)] if plan.overloaded else []),
+        f"Recommended: {_words(best, plan.gpus)}. Each replica is a server of its own, started with\n",
+        f"    {shlex.join(command)}\n",
+        f"Faster mode, predicted: {_crossovers(plan.best.costs) if best.layout.sp_size > 1 else 'TP, as S is 1'}.\n",
+        _near(plan),
+    ]
+    if model.quantized:
+        lines.append("\nsglang_shift does not serve quantized models yet: this plan is for when it does.")
+    lines += [
+        "\n## Layouts\n",
+        "Memory is of one GPU, in GiB: the full-TP shard, what SP and Shift need beside it, activations and graphs, KV"
+        f" cache. TTFT, TPOT and E2E are means. Peak: {PEAK_REQUESTS} such requests at once.\n",
+        table(plan.layouts, plan),
+        "\n## Chunks and policies of the best layout\n",
+        table(plan.settings, plan),
+        f"\nPredicted, not measured, and without an engine's own times: {OFF:.0%} off on average beside the Shift "
+        "Parallelism paper's table. docs/cost-model.md says from what.",
+    ]
+    return "\n".join(lines)
+
+
+def flags(candidate: Candidate, held: Memory, path: str, kv_dtype: str) -> list[str]:
+    """A replica's, for ``python -m sglang_shift.launch_server``: with them, it is what was simulated."""
+    layout = candidate.layout
+    given = ["--model-path", path, "--tp-size", str(layout.world_size), "--chunked-prefill-size", str(candidate.chunk)]
+    if kv_dtype == "fp8":
+        given += ["--kv-cache-dtype", "fp8_e4m3"]
+    if held.graphs:
+        # The server lowers SGLang's default for a second mode's graphs, too (graph_memory); this is what was tried.
+        given += ["--mem-fraction-static", f"{(held.total - held.reserve - held.graphs) / held.total:.3f}"]
+    if layout.sp_size > 1:
+        given += ["--sp-size", str(layout.sp_size)]
+        if candidate.shifts:
+            given.append("--enable-shift-parallel")
+        if candidate.policy.startswith("tokens "):
+            given += ["--shift-policy", "tokens", "--shift-threshold", candidate.policy.removeprefix("tokens ")]
+    return given
+
+
+def _words(candidate: Candidate, gpus: int) -> str:
+    layout, n = candidate.layout, candidate.replicas
+    replicas = "one replica" if n == 1 else f"{n} replicas"
+    modes = f"S = {layout.sp_size}, policy {candidate.policy}" if layout.sp_size > 1 else "TP alone"
+    idle = f", {left} of {gpus} GPUs idle" if (left := _idle(candidate, gpus)) else ""
+    return f"{replicas} of P = {layout.world_size} GPUs, {modes}, chunks of {candidate.chunk} tokens{idle}"
+
+
+def _idle(candidate: Candidate, gpus: int) -> int:
+    return gpus - candidate.replicas * candidate.layout.world_size
+
+
+def _overload(plan: Plan) -> str:
+    return (
+        f"The traffic brings {plan.offered:,.0f} tokens/s, more than any layout serves (at most {plan.most:,.0f}): "
+        "latencies grow for as long as it lasts, and what is recommended has the highest peak.\n"
+    )
+
+
+def _near(plan: Plan) -> str:
+    off = f"Where it compares two ways to serve, the model is {COMPARED:.0%} off on average."
+    if not plan.near:
+        return f"{off} Nothing else that was tried comes within that."
+    measure = "time per token at the peak" if plan.overloaded else "mean end-to-end time"
+    others = [f"- {_words(candidate, plan.gpus)}: {more:+.1%}" for candidate, more in plan.near.items()]
+    return "\n".join([f"{off} These are within that ({measure}), so prefer the simplest:\n", *others])
+
+
+def _crossovers(costs: CostModel) -> str:
+    found = {p: [f"{m.value.upper()} from {n}" for n, m in costs.crossovers(p)] for p in PHASES}
+    return "; ".join(f"{phase} {', '.join(words)}" for phase, words in found.items()) + " tokens on"
+
+
+def table(outcomes: Sequence[Outcome], plan: Plan) -> str:
+    """One row each; the best's is bold."""
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "--:|" * len(HEADINGS)]
+    for outcome in outcomes:
+        cells = _cells(outcome, plan.gpus)
+        if outcome.candidate == plan.best.candidate:
+            cells = [f"**{cell}**" for cell in cells]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cells(outcome: Outcome, gpus: int) -> list[str]:
+    c, held, m = outcome.candidate, outcome.memory, outcome.metrics
+    times = ["too little memory", "", "", "", ""]
+    if m:
+        times = [f"{1e3 * m['mean_ttft']:.0f}", f"{1e3 * m['mean_tpot']:.1f}", f"{m['mean_e2e']:.2f}",
+                 f"{m['p99_e2e']:.2f}", f"{outcome.peak:.0f}"]  # fmt: skip
+    sizes = [f"{size / GIB:.1f}" for size in (held.weights, held.base + held.graphs, held.reserve, held.pool)]
+    replicas = f"{c.replicas} ({idle} idle)" if (idle := _idle(c, gpus)) else str(c.replicas)
+    where = [replicas, *map(str, (c.layout.world_size, c.layout.sp_size, c.chunk))]
+    return [*where, c.policy, *times, *sizes, str(held.tokens)]
+
+
+def check_plot(path: Path) -> None:
+    """What can be known of :func:`plot` before a search.
+
+    Raises:
+        ShiftError: matplotlib is not installed, or the folder is not there.
+    """
+    panels("", 1, 1, 1.0)
+    if not path.parent.is_dir():
+        raise ShiftError(f"--plot {path}: there is no folder {path.parent}; make it or give another")
+
+
+def plot(plan: Plan, title: str, path: Path) -> None:
+    """Latency against peak throughput of all that was tried, as a PNG.
+
+    Raises:
+        ShiftError: matplotlib is not installed, or the file cannot be written.
+    """
+    caption = "lower and further right is better; P/S beside each layout, the plan ringed"
+    figure, axes = panels(f"{title}\n{caption}", 1, 2, 4.4)
+    for ax, metric, label in zip(axes, ("mean_ttft", "mean_tpot"), ("TTFT", "TPOT"), strict=True):
+        points = {candidate: (o.peak, 1e3 * o.metrics[metric]) for candidate, o in plan.tried.items()}
+        for kind, words in KINDS.items():
+            mine = [point for candidate, point in points.items() if _kind(candidate) == kind]
+            if mine:
+                ax.plot(*zip(*mine, strict=True), linestyle="", label=words, **KNOWN[kind])
+        ax.plot(*points[plan.best.candidate], "o", markersize=13, markerfacecolor="none", color="black")
+        _name_layouts(ax, plan, points)
+        ax.set_xlabel("peak prompt and output tokens/s")
+        ax.set_ylabel(f"mean {label}, ms")
+        ax.set_yscale("log")
+        for set_format in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+            set_format("{x:g}")
+        ax.margins(0.15, 0.2)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS), frameon=False)
+    try:
+        figure.savefig(path, dpi=DPI, format="png")
+    except OSError as error:
+        raise ShiftError(f"--plot {path} cannot be written: {error.strerror}") from error
+
+
+def _name_layouts(ax: Axes, plan: Plan, points: Mapping[Candidate, tuple[float, float]]) -> None:
+    for outcome in plan.layouts:
+        candidate = outcome.candidate
+        if candidate in points:
+            name = f"{candidate.layout.world_size}/{candidate.layout.sp_size}"
+            ax.annotate(name, points[candidate], xytext=(6, 4), textcoords="offset points", fontsize=7)
+
+
+def _kind(candidate: Candidate) -> str:
+    return "shift" if candidate.shifts else "sp" if candidate.policy == "sp" else "stock-tp"

@@ -1,0 +1,255 @@
+"""Which layout, chunk and policy serve some traffic best: each is tried in the step simulator.
+
+Two rounds: every layout with one chunk and one policy; then every chunk and policy with the best layout. What is
+best has the lowest mean end-to-end time, which holds the queue, the first token and all others; under more traffic
+than any layout serves, where that time only says how long the traffic lasts, the highest peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+
+from sglang_shift.cost.model import PHASES, CostModel
+from sglang_shift.errors import ShiftError
+from sglang_shift.modes import Mode, ShiftPolicy
+from sglang_shift.parallel.layout import RankLayout
+from sglang_shift.policy.builtin import Calibrated, FixedMode, TokenThreshold
+from sglang_shift.simulate.simulator import Result, Server, simulate
+from sglang_shift.simulate.traffic import Request
+from sglang_shift.tools.plan.hardware import Gpu
+from sglang_shift.tools.plan.memory import Memory, memory
+from sglang_shift.tools.plan.model import Model
+from sglang_shift.tools.plan.step_time import StepTimes
+
+CHUNK = 8192
+"""SGLang's default for these GPUs."""
+
+CHUNKS = (2048, 4096, CHUNK, 16384)
+GROUPS = (1, 2, 4, 8)
+"""Ranks of a replica for which there are figures."""
+
+PEAK_REQUESTS = 2000
+"""Of the traffic, over again where it has fewer: all at once, they show what a candidate serves at most."""
+
+COMPARED = 0.15
+"""How far off the ratio of two end-to-end times is on average, beside the paper's table: docs/cost-model.md."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to serve.
+
+    Attributes:
+        layout: Of each replica.
+        replicas: How many.
+        chunk: ``--chunked-prefill-size``.
+        policy: ``tp``, ``sp``, ``calibrated`` or ``tokens N``.
+    """
+
+    layout: RankLayout
+    replicas: int
+    chunk: int = CHUNK
+    policy: str = "tp"
+
+    @property
+    def shifts(self) -> bool:
+        """Whether its steps may differ in mode."""
+        return self.policy not in ("tp", "sp")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a candidate did.
+
+    Attributes:
+        candidate: The candidate.
+        memory: Of one GPU.
+        costs: Step times of a replica.
+        metrics: As of :meth:`Result.metrics`; empty where the KV cache is too small for the traffic.
+        peak: Prompt and output tokens per second when all requests are there at once; 0 likewise.
+    """
+
+    candidate: Candidate
+    memory: Memory
+    costs: CostModel
+    metrics: dict[str, float]
+    peak: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do.
+
+    Attributes:
+        best: The recommendation.
+        layouts: Every layout with the default chunk, TP alone or the ``calibrated`` policy.
+        settings: Chunks and policies of the best layout.
+        gpus: How many there are.
+        kv_dtype: Of the KV cache: ``bfloat16`` or ``fp8``.
+        offered: Prompt and output tokens per second that the traffic brings; 0 where all of it comes at once.
+        overloaded: Whether that is more than any layout serves.
+    """
+
+    best: Outcome
+    layouts: list[Outcome]
+    settings: list[Outcome]
+    gpus: int
+    kv_dtype: str
+    offered: float
+    overloaded: bool
+
+    @property
+    def most(self) -> float:
+        """The highest peak of the layouts."""
+        return max(o.peak for o in self.layouts)
+
+    @property
+    def tried(self) -> dict[Candidate, Outcome]:
+        """All that were served, each once."""
+        return {o.candidate: o for o in (*self.layouts, *self.settings) if o.metrics}
+
+    @property
+    def near(self) -> dict[Candidate, float]:
+        """What the cost model cannot tell from the best, the nearest first, and how much worse it is to be."""
+        best = cost(self.best, self.overloaded)
+        worse = {candidate: cost(o, self.overloaded) / best - 1 for candidate, o in self.tried.items()}
+        del worse[self.best.candidate]
+        return {c: more for c, more in sorted(worse.items(), key=lambda item: item[1]) if more <= COMPARED}
+
+
+def cost(outcome: Outcome, overloaded: bool) -> float:
+    """What the best has least of: the mean end-to-end time, or the time per token at the peak; in seconds."""
+    return 1 / outcome.peak if overloaded else outcome.metrics["mean_e2e"]
+
+
+def offered(requests: Sequence[Request]) -> float:
+    """Prompt and output tokens per second, from the first arrival to the last; 0 where all come at once."""
+    times = [r.time for r in requests]
+    seconds = max(times) - min(times)
+    return sum(r.prompt + r.output for r in requests) / seconds if seconds else 0.0
+
+
+def layouts(model: Model, gpus: int) -> Iterator[tuple[RankLayout, int]]:
+    """All (P, S) by which the model can be divided, and as many replicas as there are GPUs for."""
+    for ranks in GROUPS:
+        if ranks > gpus:
+            continue
+        try:
+            model.layer.shards(ranks)
+        except ShiftError:
+            continue
+        for sp in GROUPS:
+            if ranks % sp == 0:
+                yield RankLayout(ranks, sp), gpus // ranks
+
+
+def policy_of(name: str, costs: CostModel, chunk: int) -> ShiftPolicy:
+    """The policy that a candidate names."""
+    if name == "calibrated":
+        return Calibrated(costs, chunk)
+    if name.startswith("tokens "):
+        return TokenThreshold(int(name.removeprefix("tokens ")))
+    return FixedMode(Mode(name))
+
+
+def thresholds(costs: CostModel) -> list[int]:
+    """Where a threshold on a step's tokens may lie: below the first number from which on SP is faster, by phase."""
+    found = {tokens - 1 for phase in PHASES for tokens, mode in costs.crossovers(phase) if mode is Mode.SP}
+    return sorted(found)
+
+
+def serve(requests: Sequence[Request], candidate: Candidate, costs: CostModel, pool: int) -> Result:
+    """Requests spread over the replicas in turn, each served by the simulator, and all taken together."""
+    server = Server(chunk=candidate.chunk, pool=pool)
+    ordered = sorted(requests, key=lambda r: r.time)
+    shares = [part for i in range(candidate.replicas) if (part := ordered[i :: candidate.replicas])]
+    results = [simulate(part, policy_of(candidate.policy, costs, candidate.chunk), costs, server) for part in shares]
+    served = [s for result in results for s in result.served]
+    return Result(
+        served,
+        {mode: sum(r.steps[mode] for r in results) for mode in Mode},
+        {mode: sum(r.tokens[mode] for r in results) for mode in Mode},
+        sum(r.switches for r in results),
+        max(s.request.time + s.e2e for s in served) - ordered[0].time,
+        sum(r.busy for r in results),
+    )
+
+
+def search(
+    model: Model,
+    gpu: Gpu,
+    gpus: int,
+    requests: Sequence[Request],
+    kv_dtype: str = "bfloat16",
+    progress: Callable[[str], None] = lambda _: None,
+) -> Plan:
+    """Find the best way to serve.
+
+    Args:
+        model: The model.
+        gpu: The kind of the GPUs.
+        gpus: How many.
+        requests: The traffic, at least one.
+        kv_dtype: Of the KV cache: ``bfloat16`` or ``fp8``.
+        progress: Told what is tried next.
+
+    Raises:
+        ShiftError: no layout fits.
+    """
+    longest = max(r.prompt + r.output for r in requests)
+    flood = [replace(r, time=0.0) for r in islice(cycle(requests), PEAK_REQUESTS)]
+
+    def attempt(candidate: Candidate, costs: CostModel) -> Outcome:
+        held = memory(model, gpu, candidate.layout, candidate.chunk, kv_dtype, shifts=candidate.shifts)
+        if held.tokens < longest:
+            return Outcome(candidate, held, costs, {}, 0.0)
+        progress(describe(candidate))
+        metrics = serve(requests, candidate, costs, held.tokens).metrics()
+        peak = serve(flood, candidate, costs, held.tokens).throughput
+        return Outcome(candidate, held, costs, metrics, peak)
+
+    tried = []
+    for layout, replicas in layouts(model, gpus):
+        costs = StepTimes(model, gpu, layout, kv_dtype).cost_model()
+        policy = "calibrated" if layout.sp_size > 1 else "tp"
+        tried.append(attempt(Candidate(layout, replicas, policy=policy), costs))
+    if not any(outcome.metrics for outcome in tried):
+        most = max(tried, key=lambda o: o.memory.tokens)
+        raise ShiftError(
+            f"{model.name} does not fit {gpus} x {gpu.name}: no layout leaves a KV cache for the longest request "
+            f"({longest} tokens; the most is {most.memory.tokens}); give more GPUs or shorter requests"
+        )
+    brought = offered(requests)
+    overloaded = brought > max(outcome.peak for outcome in tried)
+
+    def best_of(outcomes: list[Outcome]) -> Outcome:
+        return min((o for o in outcomes if o.metrics), key=lambda o: cost(o, overloaded))
+
+    best = best_of(tried)
+    settings = [best]
+    settings += [attempt(replace(best.candidate, chunk=c), best.costs) for c in CHUNKS if c != CHUNK]
+    best = best_of(settings)
+    settings += [attempt(candidate, best.costs) for candidate in policies(best)]
+    return Plan(best_of(settings), tried, settings, gpus, kv_dtype, brought, overloaded)
+
+
+def policies(best: Outcome) -> list[Candidate]:
+    """The same with other policies, where it may shift. TP alone needs no base weights."""
+    shifting = best.candidate
+    if not shifting.shifts:
+        return []
+    tp = replace(shifting, layout=RankLayout(shifting.layout.world_size, 1), policy="tp")
+    # A threshold of no tokens is SP throughout, which is tried anyway.
+    names = ["sp", *(f"tokens {n}" for n in thresholds(best.costs) if n)]
+    return [tp, *(replace(shifting, policy=name) for name in names)]
+
+
+def describe(candidate: Candidate) -> str:
+    """In a few words."""
+    layout = candidate.layout
+    return (
+        f"{candidate.replicas} x (P={layout.world_size}, S={layout.sp_size}), chunk {candidate.chunk}, "
+        f"policy {candidate.policy}"
+    )

@@ -1,0 +1,170 @@
+"""What a step takes in each mode: the layer as SGLang and this package run it, priced kernel by kernel.
+
+Assumed: kernels run one after the other, in CUDA graphs in both modes, so that the CPU adds nothing but an engine's
+own time between steps; a chunk's requests need one row of the LM head together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sglang_shift.cost.model import PHASES, CostModel, Curve, isotonic
+from sglang_shift.modes import Mode
+from sglang_shift.parallel.layout import RankLayout, padded_local_tokens
+from sglang_shift.tools.plan.hardware import Gpu
+from sglang_shift.tools.plan.model import Model
+
+ELEMENT = 2
+"""Bytes of an activation."""
+
+TOKENS = tuple(sorted({1, *(n * 2**i for i in range(14) for n in (2, 3))}))
+"""Steps for which times are computed; in between they are interpolated."""
+
+Parts = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What an engine adds to the GPU's time.
+
+    Attributes:
+        step: Seconds between two steps.
+        request: Seconds of a request outside its steps, before its first token.
+        gemm_factor: Its matrix products' times over those of the figures, by number of rows from which on.
+    """
+
+    step: float = 0.0
+    request: float = 0.0
+    gemm_factor: Mapping[int, float] = field(default_factory=lambda: {1: 1.0})
+
+    def factor(self, rows: int) -> float:
+        """That of a product of so many rows."""
+        return self.gemm_factor[max(start for start in self.gemm_factor if start <= max(1, rows))]
+
+
+class StepTimes:
+    """Step times of a model on GPUs of a kind.
+
+    Args:
+        model: The model.
+        gpu: The kind of all GPUs.
+        layout: How many, and in which groups; S = 1 is TP alone.
+        kv_dtype: Of the KV cache: ``bfloat16`` or ``fp8``.
+        engine: Its own times; None for SGLang, whose scheduler works while the GPU does.
+
+    Raises:
+        ShiftError: the model cannot be divided so.
+    """
+
+    def __init__(
+        self, model: Model, gpu: Gpu, layout: RankLayout, kv_dtype: str = "bfloat16", engine: Engine | None = None
+    ) -> None:
+        self.model, self.gpu, self.layout = model, gpu, layout
+        self.kv_dtype, self.engine = kv_dtype, engine or Engine()
+        layer, ranks = model.layer, layout.world_size
+        # QKV, O, gate and up, down of a rank's full-TP shard.
+        self.shards = layer.shards(ranks)
+        self.query_width = self.shards[1][1]
+        self.kv_width = (self.shards[0][0] - self.query_width) // 2
+
+    def seconds(self, mode: Mode, phase: str, tokens: int) -> float:
+        """A step of ``tokens`` without its attention to other tokens."""
+        return sum(self.parts(mode, phase, tokens).values()) + self.engine.step
+
+    def attention(self, phase: str) -> float:
+        """Seconds per pair of a query token and a KV-cache token, in all layers: the same in both modes.
+
+        In a prefill it is arithmetic: two products of a head's size for each head of the rank. In a decode it is
+        reading: K and V of the rank's heads.
+        """
+        if phase == "prefill":
+            return 4 * self.query_width * self.model.layers / self.gpu.prefill_attention.rate
+        size = 1 if self.kv_dtype == "fp8" else ELEMENT
+        return 2 * self.kv_width * size * self.model.layers / self.gpu.decode_attention[self.kv_dtype].rate
+
+    def parts(self, mode: Mode, phase: str, tokens: int) -> Parts:
+        """Seconds by kind of work, in all layers, embedding and LM head.
+
+        Args:
+            mode: The mode.
+            phase: ``prefill`` or ``decode``.
+            tokens: Of the whole step.
+        """
+        sp = self.layout.sp_size if mode is Mode.SP else 1
+        rows = padded_local_tokens(tokens, sp)
+        attention = self.gpu.prefill_attention if phase == "prefill" else self.gpu.decode_attention[self.kv_dtype]
+        layers = self.model.layers
+        outputs = tokens if phase == "decode" else 1
+        return {
+            "gemm": layers * self._gemms(rows, sp) + self._head_gemm(outputs),
+            "elementwise": layers * self._elementwise(tokens, rows, sp) + self._pass(tokens, self.model.layer.hidden),
+            "attention": layers * attention.latency,
+            "communication": layers * self._layer_communication(rows, sp) + self._ends(tokens, rows, outputs, sp),
+        }
+
+    def _gemms(self, rows: int, sp: int) -> float:
+        """Of a layer. Base weights are the shards of S ranks, side by side."""
+        gemm, (qkv, out, gate_up, down) = self.gpu.gemms[self.model.weights], self.shards
+        seconds = (
+            gemm.seconds(rows, sp * qkv[0], qkv[1])
+            + gemm.seconds(rows, out[0], sp * out[1])
+            + gemm.seconds(rows, sp * gate_up[0], gate_up[1])
+            + gemm.seconds(rows, down[0], sp * down[1])
+        )
+        return seconds * self.engine.factor(rows)
+
+    def _head_gemm(self, rows: int) -> float:
+        vocabulary = -(-self.model.vocabulary // self.layout.world_size)
+        return self.gpu.gemms["bfloat16"].seconds(rows, vocabulary, self.model.layer.hidden)
+
+    def _elementwise(self, tokens: int, rows: int, sp: int) -> float:
+        """Of a layer: all that reads and writes its elements once. Bytes per row are those of docs/cost-model.md."""
+        hidden, queries, values = self.model.layer.hidden, self.query_width, self.kv_width
+        inner = sp * self.shards[3][1]
+        width = queries + 2 * values
+        work = [
+            # Residual and norm, twice.
+            rows * 4 * hidden * ELEMENT,
+            rows * 4 * hidden * ELEMENT,
+            # Rotary embedding; K and V into the cache; the activation between gate and up.
+            tokens * 2 * (queries + values) * ELEMENT,
+            tokens * 4 * values * ELEMENT,
+            rows * 3 * inner * ELEMENT,
+        ]
+        if self.model.qk_norm:
+            work.append(tokens * 2 * (queries + values) * ELEMENT)
+        if self.model.quantized:
+            work += [rows * (ELEMENT + 1) * size for size in (hidden, sp * queries, hidden, inner)]
+        if sp > 1:
+            # Packed and unpacked, both ways.
+            work += 2 * [rows * 2 * sp * width * ELEMENT, rows * 2 * sp * queries * ELEMENT]
+        return sum(self.gpu.elementwise.seconds(size) for size in work)
+
+    def _pass(self, tokens: int, width: int) -> float:
+        return self.gpu.elementwise.seconds(2 * tokens * width * ELEMENT)
+
+    def _layer_communication(self, rows: int, sp: int) -> float:
+        """Two all-reduces of what the ranks of a base-TP group carry; in SP the two exchanges besides."""
+        reduced = self.gpu.all_reduce(self.layout.world_size // sp, rows * self.model.layer.hidden * ELEMENT)
+        width = sp * (self.query_width + 2 * self.kv_width)
+        exchanged = self.gpu.all_to_all(sp, rows * width * ELEMENT)
+        back = self.gpu.all_to_all(sp, rows * sp * self.query_width * ELEMENT)
+        return 2 * reduced + exchanged + back
+
+    def _ends(self, tokens: int, rows: int, outputs: int, sp: int) -> float:
+        """Embedding, the gather before the LM head, and that of the logits."""
+        ranks, row = self.layout.world_size, self.model.layer.hidden * ELEMENT
+        embedding = self.gpu.all_reduce(ranks // sp, rows * row) + self.gpu.all_to_all(sp, sp * rows * row)
+        logits = self.gpu.all_to_all(ranks, outputs * self.model.vocabulary * ELEMENT)
+        return embedding + self.gpu.all_to_all(sp, outputs * row) + logits
+
+    def cost_model(self) -> CostModel:
+        """Curves through these times, for the simulator and the policies."""
+        curves = {
+            (phase, mode): Curve(TOKENS, tuple(isotonic(self.seconds(mode, phase, n) for n in TOKENS)))
+            for phase in PHASES
+            for mode in Mode
+        }
+        usual = Curve((1,), (1.0,))
+        return CostModel(curves, dict.fromkeys(PHASES, usual), {phase: self.attention(phase) for phase in PHASES})

@@ -1,0 +1,215 @@
+"""``python -m sglang_shift.porting FOLDER``: what another SGLang release changes for this package.
+
+``FOLDER`` is an unpacked wheel of that release. Both releases are read as text and never imported: a release that
+this package does not fit yet often fails as it is imported. ``CONTRIBUTING.md`` has the guide.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import hashlib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib.metadata import distribution
+from pathlib import Path
+
+from sglang_shift.errors import ShiftError
+from sglang_shift.seams.registry import SEAMS, SGLANG_VERSION
+
+FLAGS = "sglang.srt.arg_groups.fields"
+"""The package whose classes have the server's flags as fields."""
+CLASS = "(class)"
+"""What :meth:`Release.source` gives for a class: its methods have seams of their own."""
+
+
+class Release:
+    """The sources of one SGLang release.
+
+    Args:
+        root: Folder that has the folder ``sglang``.
+        requirements: Lines of its ``Requires-Dist``.
+
+    Raises:
+        ShiftError: there is no SGLang in ``root``.
+    """
+
+    def __init__(self, root: Path, requirements: list[str]) -> None:
+        if not (root / "sglang" / "srt").is_dir():
+            raise ShiftError(f"{root} has no folder sglang/srt; give the folder that a wheel of SGLang was unpacked in")
+        self.root, self.requirements = root, requirements
+        self.text, self.body = cache(self._text), cache(self._body)
+
+    @classmethod
+    def installed(cls) -> Release:
+        """The one of this environment."""
+        found = distribution("sglang")
+        return cls(Path(str(found.locate_file(""))), found.requires or [])
+
+    @classmethod
+    def unpacked(cls, root: Path) -> Release:
+        """The one of an unpacked wheel."""
+        metadata = "".join(file.read_text() for file in root.glob("sglang-*.dist-info/METADATA"))
+        return cls(root, re.findall(r"^Requires-Dist: (.*)", metadata, re.M))
+
+    def file(self, module: str) -> Path | None:
+        """Where ``module`` is; None where this release has no such module."""
+        path = self.root.joinpath(*module.split("."))
+        return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+    def _text(self, module: str) -> str:
+        file = self.file(module)
+        return file.read_text() if file else ""
+
+    def _body(self, module: str) -> dict[str, ast.stmt]:
+        statements = ast.parse(self.text(module)).body
+        body = bindings(statements)
+        for node in flat(statements):
+            if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+                body |= dict.fromkeys(self.body(self.imported(node, module)).keys() - body.keys(), node)
+        return body
+
+    def has(self, module: str, name: str) -> bool:
+        """Whether ``from module import name`` would find something."""
+        body = self.body(module)
+        return name in body or self.file(f"{module}.{name}") is not None or "__getattr__" in body
+
+    def imported(self, node: ast.ImportFrom, module: str) -> str:
+        """The module that an import statement in ``module`` names."""
+        parents = module.split(".")
+        is_package = (file := self.file(module)) is not None and file.name == "__init__.py"
+        parents = parents[: len(parents) + is_package - node.level] if node.level else []
+        return ".".join([*parents, *filter(None, [node.module])])
+
+    def find(self, module: str, name: str) -> tuple[str, ast.stmt] | None:
+        """Where a top-level name is defined, through imports, and its definition."""
+        node = self.body(module).get(name)
+        if isinstance(node, ast.ImportFrom):
+            original = next((alias.name for alias in node.names if alias.asname == name), name)
+            return self.find(self.imported(node, module), original)
+        return None if node is None else (module, node)
+
+    def source(self, target: str) -> str | None:
+        """Source of a seam's target, ``module:qualified.name``; None where this release does not have it."""
+        module, _, path = target.partition(":")
+        name, _, method = path.partition(".")
+        found = self.find(module, name)
+        if found is None:
+            return None
+        module, node = found
+        if isinstance(node, ast.ClassDef):
+            if not method:
+                return CLASS
+            own = bindings(node.body).get(method)
+            if own is None:
+                bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+                return next(filter(None, (self.source(f"{module}:{base}.{method}") for base in bases)), None)
+            node = own
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+        return "".join(self.text(module).splitlines(keepends=True)[first - 1 : node.end_lineno])
+
+    def flags(self) -> set[str]:
+        """Fields of its server arguments."""
+        files = self.root.joinpath(*FLAGS.split(".")).glob("*.py")
+        statements = [node for file in files for node in ast.parse(file.read_text()).body]
+        classes = [node for node in statements if isinstance(node, ast.ClassDef)]
+        fields = [node.target for c in classes for node in c.body if isinstance(node, ast.AnnAssign)]
+        return {field.id for field in fields if isinstance(field, ast.Name)}
+
+
+def bindings(body: list[ast.stmt]) -> dict[str, ast.stmt]:
+    """What a module or class body defines or imports, by name, also inside ``if`` and ``try``; the first of each."""
+    found: dict[str, ast.stmt] = {}
+    for node in flat(body):
+        names: list[str] = []
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names = [node.name]
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.asname or alias.name for alias in node.names]
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+        for name in names:
+            found.setdefault(name, node)
+    return found
+
+
+def flat(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements of a body and of its ``if``, ``with`` and ``try`` blocks."""
+    for node in body:
+        yield node
+        if isinstance(node, (ast.If, ast.With, ast.Try)):
+            for part in ("body", "handlers", "orelse", "finalbody"):
+                for child in getattr(node, part, []):
+                    yield from flat(child.body if isinstance(child, ast.ExceptHandler) else [child])
+
+
+def digest(source: str) -> str:
+    """As :func:`sglang_shift.seams.registry.digest_of`, of source text."""
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+def changed_seams(old: Release, new: Release) -> dict[str, str]:
+    """Seams whose source differs: their target, and the difference; ``gone`` where there is no such source."""
+    changed = {}
+    for seam in SEAMS:
+        before, after = old.source(seam.target) or "", new.source(seam.target)
+        if after is None:
+            changed[seam.target] = "gone"
+        elif after != before:
+            lines = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=2)
+            changed[seam.target] = "\n".join(list(lines)[2:])
+    return changed
+
+
+def missing_imports(new: Release, package: Path) -> list[str]:
+    """Names that the files of ``package`` import from SGLang and that the release does not have."""
+    missing = set()
+    for file in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sglang":
+                missing |= {f"{node.module}:{a.name}" for a in node.names if not new.has(node.module, a.name)}
+    return sorted(missing)
+
+
+def users(name: str, package: Path) -> str:
+    """The files of ``package`` that have ``name`` as a word, in parentheses; empty where none has."""
+    files = [file.name for file in sorted(package.rglob("*.py")) if re.search(rf"\b{name}\b", file.read_text())]
+    return f" (in our {', '.join(files)})" if files else ""
+
+
+def report(old: Release, new: Release, package: Path) -> str:
+    """What a port has to look at, in text."""
+    seams, lines = changed_seams(old, new), []
+    lines.append(f"{len(seams)} of {len(SEAMS)} seams differ")
+    for target, difference in seams.items():
+        lines += ["", f"## {target}", difference]
+    sections = {
+        "imports of ours that are gone": missing_imports(new, package),
+        "server flags that are new": sorted(new.flags() - old.flags()),
+        "server flags that are gone": [name + users(name, package) for name in sorted(old.flags() - new.flags())],
+        "requirements that are new": sorted(set(new.requirements) - set(old.requirements)),
+        "requirements that are gone": sorted(set(old.requirements) - set(new.requirements)),
+    }
+    for title, entries in sections.items():
+        lines += ["", f"{len(entries)} {title}", *(f"  {entry}" for entry in entries)]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the report."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_shift.porting",
+        description=f"What another SGLang release changes for sglang_shift, beside {SGLANG_VERSION}.",
+    )
+    parser.add_argument("folder", type=Path, help="the folder that a wheel of that release was unpacked in")
+    try:
+        new = Release.unpacked(parser.parse_args(argv).folder)
+        print(report(Release.installed(), new, Path(__file__).parent))
+    except ShiftError as error:
+        print(f"sglang_shift: error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,269 @@
+"""Graphs of both modes on two ranks: chosen, padded, replayed, missed; the results are the eager ones."""
+
+from __future__ import annotations
+
+import random
+from contextlib import contextmanager
+
+import pytest
+import torch
+from recorded_graphs import run_model_ranks
+from sglang.benchmark.one_batch import decode, extend, prepare_synthetic_inputs_for_latency_test
+from sglang.srt.layers.layer_boundary.contracts import BatchVariant
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
+from sglang.srt.model_executor.runner import EagerRunner
+from sglang.srt.runtime_context import get_context
+from sglang.srt.speculative.ngram_info import NgramVerifyInput
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+from sglang_shift.graphs.runners import SpDecodeGraphRunner
+from sglang_shift.modes import Mode
+from sglang_shift.parallel.region import region
+
+SIZES = [
+    *("--cuda-graph-bs-decode", "1", "2", "3", "4", "6", "--cuda-graph-bs-prefill", "4", "8", "13", "24"),
+    *("--cuda-graph-backend-prefill", "breakable", "--attention-backend", "recorded"),
+    *("--max-total-tokens", "2048", "--max-running-requests", "8"),
+]
+BOTH = [*SIZES, "--enable-shift-parallel", "--shift-policy", "queue-depth"]
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+
+
+@contextmanager
+def eager(runner, mode):
+    """Forwards inside run in ``mode`` without graphs."""
+    names = ("decode_cuda_graph_runner", "prefill_cuda_graph_runner")
+    saved = [getattr(runner, name) for name in names]
+    with runner.running_in(mode):
+        for name in names:
+            setattr(runner, name, None)
+        yield
+    for name, value in zip(names, saved, strict=True):
+        setattr(runner, name, value)
+
+
+def run(runner, context, lengths, decodes=2):
+    """Prompts of these lengths and some decode steps: the logits of each step, and whether it replayed a graph."""
+    clear(runner)
+    ids = random.Random(0)
+    prompts = [[ids.randrange(1, 400) for _ in range(n)] for n in lengths]
+    reqs = prepare_synthetic_inputs_for_latency_test(len(prompts), 0, prompts)
+    logits, replayed, forward = [], [], type(runner).forward
+
+    def recording(batch, *args, **kwargs):
+        output = forward(runner, batch, *args, **kwargs)
+        replayed.append(output.can_run_graph)
+        logits.append(output.logits_output.next_token_logits.clone())
+        return output
+
+    runner.forward = recording
+    with context:
+        ids, _, batch = extend(reqs, runner)
+        for _ in range(decodes):
+            ids, _ = decode(ids, batch, runner)
+    del runner.forward
+    return logits, replayed
+
+
+def clear(runner):
+    runner.req_to_token_pool.clear()
+    runner.token_to_kv_pool_allocator.clear()
+
+
+def same(some, others):
+    return all(a.shape == b.shape and torch.allclose(a, b, **CLOSE) for a, b in zip(some, others, strict=True))
+
+
+def check_replays(runner):
+    assert runner.graphs.captured() == {
+        "decode": {"tp": [1, 2, 3, 4, 6], "sp": [2, 4, 6]},
+        "prefill": {"tp": [4, 8, 13, 24], "sp": [4, 8, 14, 24]},
+    }
+    exchange = region.groups.exchange
+    assert exchange.calls == exchange.bytes_sent == 0, "captures do not count"
+    layers = runner.model_config.num_hidden_layers
+    for lengths, prefill in (
+        ([5], True),
+        ([2, 1], True),
+        ([7, 1, 3], True),
+        ([13, 9], True),
+        ([1], False),  # SGLang pads to twice the tokens at most
+        ([9, 9, 8], False),  # above the largest
+        ([1, 2, 1, 3, 1, 2], True),
+        ([1, 2, 1, 3, 1, 2, 1], True),
+    ):
+        expected = [prefill, len(lengths) <= 6, len(lengths) <= 6]
+        reference, none = run(runner, eager(runner, Mode.TP), lengths)
+        assert none == [False] * 3
+        for mode in Mode:
+            alone, none = run(runner, eager(runner, mode), lengths)
+            assert none == [False] * 3 and same(alone, reference)
+            before = exchange.calls
+            logits, replayed = run(runner, runner.running_in(mode), lengths)
+            assert replayed == expected, (mode, lengths)
+            assert same(logits, reference), (mode, lengths)
+            assert exchange.calls - before == (2 * layers * 3 if mode is Mode.SP else 0)
+    # A prefill whose exit gathers more than it did for the step before, and less.
+    for lengths in ([3, 3], [11], [1, 1, 1, 1]):
+        assert same(
+            run(runner, runner.running_in(Mode.SP), lengths)[0], run(runner, eager(runner, Mode.TP), lengths)[0]
+        )
+    assert runner.decode_cuda_graph_runner is not runner.graphs.of(False).sp_runner, "TP's again, outside of a step"
+    check_bytes(runner, exchange)
+
+
+def check_bytes(runner, exchange):
+    """A replay sends what its graph does: those of 4 tokens and 4 requests, for 3."""
+    sent = []
+    for context, requests in ((runner.running_in(Mode.SP), 3), (eager(runner, Mode.SP), 4)):
+        before = exchange.bytes_sent
+        run(runner, context, [1] * requests, 1)
+        sent.append(exchange.bytes_sent - before)
+    assert sent[0] == sent[1] > 0
+
+
+def check_verify_steps(runner):
+    """Speculation, which is refused so far: three draft tokens a request; the graphs are of 3 T rows."""
+    width = 3
+    runner.spec_algorithm = SpeculativeAlgorithm.NGRAM
+    get_context().override("test", speculative_num_draft_tokens=width)
+    runner.recapture_decode_cuda_graph()
+    assert runner.graphs.captured()["decode"] == {"tp": [1, 2, 3, 4, 6], "sp": [2, 4, 6]}
+    sp_runner = runner.graphs.of(False).sp_runner
+    assert sp_runner.capture_forward_mode is ForwardMode.TARGET_VERIFY
+    assert sp_runner.captured_req_width == width and sp_runner.attn_backend.graph_state == (6, 18)
+    for lengths in ([4], [5, 2, 3], [1, 2, 3, 4, 5, 6, 7]):
+        reference = verify(runner, eager(runner, Mode.TP), lengths, width)
+        assert not reference.can_run_graph
+        assert reference.logits_output.next_token_logits.shape[0] == width * len(lengths)
+        for mode in Mode:
+            for context, replays in ((eager(runner, mode), False), (runner.running_in(mode), len(lengths) <= 6)):
+                output = verify(runner, context, lengths, width)
+                assert output.can_run_graph is replays
+                assert same([output.logits_output.next_token_logits], [reference.logits_output.next_token_logits])
+
+
+def verify(runner, context, lengths, width):
+    """One verify step of ``width`` draft tokens after each prompt."""
+    clear(runner)
+    prompts = [list(range(7, 7 + n)) for n in lengths]
+    reqs = prepare_synthetic_inputs_for_latency_test(len(prompts), 0, prompts)
+    with eager(runner, Mode.TP):
+        _, _, batch = extend(reqs, runner)
+    prefix, size = torch.tensor(lengths), len(lengths)
+    slots = runner.token_to_kv_pool_allocator.alloc(size * width)
+    rows = runner.req_to_token_pool.req_to_token
+    for i, (index, n) in enumerate(zip(batch.req_pool_indices.tolist(), lengths, strict=True)):
+        rows[index, n : n + width] = slots[i * width : (i + 1) * width].to(rows.dtype)
+    positions = (prefix[:, None] + torch.arange(width)).flatten()
+    forward_batch = ForwardBatch(
+        forward_mode=ForwardMode.TARGET_VERIFY,
+        batch_size=size,
+        input_ids=torch.arange(size * width) + 20,
+        req_pool_indices=batch.req_pool_indices,
+        seq_lens=prefix,
+        seq_lens_cpu=prefix.clone(),
+        seq_lens_sum=int(prefix.sum()),
+        orig_seq_lens=prefix,
+        out_cache_loc=slots,
+        positions=positions,
+        spec_algorithm=runner.spec_algorithm,
+        spec_info=NgramVerifyInput(custom_mask=torch.ones(1, dtype=torch.bool), draft_token_num=width),
+        capture_hidden_mode=CaptureHiddenMode.NULL,
+        global_forward_mode=ForwardMode.TARGET_VERIFY,
+    )
+    runner.kv_index_translator.bind_own_plan(forward_batch)
+    with context, torch.no_grad():
+        return runner.forward(forward_batch)
+
+
+def check_sums(runner):
+    """SGLang may leave a sum to the next layer, to be fused with its norm (FlashInfer's all-reduce); none in SP."""
+    for layer in runner.model.model.layers:
+        for boundary in (layer.attn_boundary, layer.ffn_boundary):
+            tp, sp = (boundary.plan.paths[v] for v in (BatchVariant.ORDINARY, BatchVariant.SEQUENCE_PARALLEL))
+            assert tp.output.group is not None and sp.output.group is None
+            assert not sp.output.always_partial and not sp.output.may_defer_to_next
+            assert sp.entry.declared_sum is None
+            assert not sp.exit.may_defer_sum and not sp.exit.defers_mixer_sum
+
+
+def check_reset(runner):
+    """SGLang's weight checker overwrites this rank's shards: the next SP step has those that all ranks have now."""
+    with torch.no_grad():  # as the scheduler's event loop runs
+        runner.check_weights("reset_tensors", role="target")
+    run(runner, eager(runner, Mode.SP), [3], decodes=0)
+    weights = [projection.base.weight for projection in runner.base_weights.projections]
+    used = [weight.clone() for weight in weights]
+    runner.base_weights.refresh()
+    assert all(map(torch.equal, weights, used))
+
+
+def check_both(runner):
+    check_sums(runner)
+    check_replays(runner)
+    check_verify_steps(runner)
+    check_reset(runner)
+
+
+@pytest.mark.server
+def test_graphs_of_both_modes_give_the_eager_results():
+    run_model_ranks(2, check_both, BOTH)
+
+
+def check_threshold(runner):
+    """No size is captured twice; what the threshold would not ask for runs eagerly, or padded."""
+    assert runner.graphs.captured() == {
+        "decode": {"tp": [1, 2, 3], "sp": [4, 6]},
+        "prefill": {"tp": [], "sp": [4, 8, 14, 24]},
+    }
+    decodes, prefills = runner.graphs.of(False), runner.graphs.of(True)
+    assert [decodes.buckets(n) for n in (3, 5, 7)] == [(3, 4), (6, 6), (7, 7)]
+    assert [prefills.buckets(n) for n in (1, 13, 24, 25)] == [(1, 1), (13, 14), (24, 24), (25, 25)]
+    for lengths, mode, expected in (
+        ([2], Mode.TP, [False, True]),
+        ([2] * 5, Mode.TP, [False, False]),
+        ([2] * 5, Mode.SP, [True, True]),
+        ([2], Mode.SP, [True, True]),
+    ):
+        logits, replayed = run(runner, runner.running_in(mode), lengths, 1)
+        assert replayed == expected
+        assert same(logits, run(runner, eager(runner, Mode.TP), lengths, 1)[0])
+
+
+@pytest.mark.server
+def test_a_threshold_divides_the_graphs():
+    run_model_ranks(2, check_threshold, [*SIZES, "--enable-shift-parallel", "--shift-threshold", "3"])
+
+
+def check_sp_alone(runner):
+    assert runner.graphs.captured() == {
+        "decode": {"tp": [], "sp": [2, 6]},
+        "prefill": {"tp": [], "sp": [14, 24]},
+    }
+    sp_runner = runner.graphs.of(False).sp_runner
+    assert runner.decode_cuda_graph_runner is None and isinstance(runner.prefill_cuda_graph_runner, EagerRunner)
+    assert type(sp_runner) is SpDecodeGraphRunner and sp_runner.attn_backend is runner.attn_backend
+    for mode, expected in ((Mode.SP, [True, True]), (Mode.TP, [False, False])):
+        logits, replayed = run(runner, runner.running_in(mode), [4, 4], 1)
+        assert replayed == expected
+        assert same(logits, run(runner, eager(runner, Mode.TP), [4, 4], 1)[0])
+    runner.recapture_decode_cuda_graph()
+    assert runner.graphs.of(False).sp_runner is not sp_runner
+    assert run(runner, runner.running_in(Mode.SP), [4, 4], 1)[1] == [True, True]
+
+
+@pytest.mark.server
+def test_sp_alone_and_bounded():
+    run_model_ranks(2, check_sp_alone, [*SIZES, "--sp-size", "2", "--shift-graph-buckets", "2"])
+
+
+def check_none(runner):
+    assert runner.graphs.captured() == {} and runner.graphs.of(False).buckets(3) == (3, 3)
+    logits, replayed = run(runner, runner.running_in(Mode.SP), [4, 2], 1)
+    assert replayed == [False, False]
+    assert same(logits, run(runner, runner.running_in(Mode.TP), [4, 2], 1)[0])
+
+
+@pytest.mark.server
+def test_without_graphs():
+    run_model_ranks(2, check_none, ["--max-total-tokens", "2048", "--disable-cuda-graph", "--enable-shift-parallel"])

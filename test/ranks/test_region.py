@@ -1,0 +1,315 @@
+"""Which rows enter and leave the token-sharded region, and that they arrive, over gloo."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from random import Random
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import GlooGroup, run_ranks
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardMode
+from sglang.srt.model_executor.runner.prefill_cuda_graph_runner import PrefillCudaGraphRunner
+from sglang.srt.runtime_context import get_forward
+from sglang_shift.graphs.runners import SpPrefillGraphRunner
+from sglang_shift.modes import Mode
+from sglang_shift.parallel import region as region_module
+from sglang_shift.parallel.exchange.collective import SequenceExchange
+from sglang_shift.parallel.layout import RankLayout
+from sglang_shift.parallel.region import (
+    exit_gather,
+    maybe_exit_gather,
+    on_device,
+    padded_local_tokens,
+    plan_exit,
+    reduce_embedding,
+    region,
+    rows_read,
+    sp_entry_scatter,
+)
+from sglang_shift.parallel.topology import SequenceParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+VOCABULARY, WIDTH = 24, 6  # of the embedding
+
+
+def batch(**fields):
+    defaults = {
+        "forward_mode": ForwardMode.EXTEND,
+        "capture_hidden_mode": CaptureHiddenMode.NULL,
+        "is_prefill_only": False,
+        "return_logprob": False,
+        "extend_seq_lens_cpu": [3, 1, 4],
+        "extend_logprob_start_lens_cpu": [3, 0, 2],
+    }
+    return SimpleNamespace(**{**defaults, **fields})
+
+
+def decode():
+    """A step of which all rows leave the region."""
+    return batch(forward_mode=ForwardMode.DECODE, replace_embeds=None)
+
+
+def test_prefill_reads_the_last_row_of_each_request():
+    assert rows_read(batch()).tolist() == [2, 3, 7]
+    assert rows_read(batch(forward_mode=ForwardMode.MIXED)).tolist() == [2, 3, 7]
+
+
+def test_input_logprobs_read_from_their_start_and_never_no_row():
+    # Request 0 starts its logprobs past its chunk, yet samples: its last row is read.
+    assert rows_read(batch(return_logprob=True)).tolist() == [2, 3, 6, 7]
+
+
+def test_rows_of_random_batches():
+    random = Random(0)
+    for _ in range(200):
+        lengths = [random.randint(1, 30) for _ in range(random.randint(1, 9))]
+        starts = [random.randint(0, n) for n in lengths]
+        ends = list(accumulate(lengths))
+        firsts = [end - n + min(start, n - 1) for start, n, end in zip(starts, lengths, ends, strict=True)]
+        expected = [row for first, end in zip(firsts, ends, strict=True) for row in range(first, end)]
+        fields = {"extend_seq_lens_cpu": lengths, "extend_logprob_start_lens_cpu": starts}
+        assert rows_read(batch(return_logprob=True, **fields)).tolist() == expected
+        assert rows_read(batch(**fields)).tolist() == [end - 1 for end in ends]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"forward_mode": ForwardMode.DECODE},
+        {"capture_hidden_mode": CaptureHiddenMode.FULL},
+        {"capture_hidden_mode": CaptureHiddenMode.LAST},
+        {"is_prefill_only": True},
+        {"extend_seq_lens_cpu": None},
+    ],
+)
+def test_everything_else_reads_all_rows(fields):
+    assert rows_read(batch(**fields)) is None
+
+
+@pytest.mark.parametrize(("tokens", "size", "local"), [(1, 4, 1), (4, 4, 1), (5, 4, 2), (0, 4, 0), (2000, 8, 250)])
+def test_padded_local_tokens(tokens, size, local):
+    assert padded_local_tokens(tokens, size) == local
+
+
+def check_entry_and_exit(rank: int, world: int, sp: int) -> None:
+    layout = RankLayout(world, sp)
+    group = GlooGroup.mine(layout.sp_groups())
+    region.parallel = SequenceParallel(layout, rank, group, None, SequenceExchange(group))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    for tokens in (1, 2, 3, 5, 8, 13, 64):
+        full = torch.randn(tokens, 6, generator=generator)
+        local = sp_entry_scatter(full)
+        width = padded_local_tokens(tokens, sp)
+        padded = F.pad(full, (0, 0, 0, width * sp - tokens))
+        assert torch.equal(local, padded[layout.sp_index(rank) * width :][:width])
+        assert torch.equal(exit_gather(local, None), full)
+        some = [i for i in range(tokens) if torch.rand((), generator=generator) < 0.3]
+        for wanted in (
+            [0],
+            [tokens - 1],
+            list(range(tokens)),
+            list(range(0, tokens, 3)),
+            [0, tokens - 1][:tokens],
+            some,
+        ):
+            got = exit_gather(local, plan_exit(torch.tensor(wanted, dtype=torch.int64), tokens, full.device))
+            assert torch.equal(got[wanted], full[wanted])
+            others = [i for i in range(tokens) if i not in wanted]
+            assert got.shape == full.shape
+            # All rows come along where that costs no more than the wanted ones.
+            assert torch.equal(got[others], full[others]) or not got[others].any()
+
+
+@pytest.mark.parametrize(("world", "sp"), [(2, 2), (4, 4), (4, 2), (3, 3)])
+def test_entry_and_exit_over_gloo(world, sp):
+    run_ranks(world, check_entry_and_exit, sp)
+
+
+def check_exit_sends_wanted_rows_only(rank: int, world: int) -> None:
+    group = GlooGroup.mine([list(range(world))])
+    sent = []
+
+    def recording(output, input):
+        sent.append(input.shape[0])
+        GlooGroup.all_gather_into_tensor(group, output, input)
+
+    spy = SimpleNamespace(world_size=world, rank_in_group=rank, all_gather_into_tensor=recording)
+    layout = RankLayout(world, world)
+    region.parallel = SequenceParallel(layout, rank, spy, None, SequenceExchange(spy))  # type: ignore[arg-type]
+    local = sp_entry_scatter(torch.arange(100.0)[:, None])
+    exit_gather(local, plan_exit(torch.tensor([9, 99]), 100, local.device))
+    exit_gather(local, None)
+    assert sent == [1, 50]
+
+
+def test_exit_sends_wanted_rows_only():
+    run_ranks(2, check_exit_sends_wanted_rows_only)
+
+
+class Uploads(TorchDispatchMode):
+    """Counts the copies from the CPU to the device, which is here PyTorch's meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sources = [x for x in args if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
+        if sources and isinstance(out, torch.Tensor) and out.device.type == "meta":
+            self.count += 1
+        return out
+
+
+@pytest.fixture
+def meta_group(monkeypatch):
+    """This process as rank 1 of an SP group of 4 on the meta device; its all-gathers send nothing."""
+    group = SimpleNamespace(world_size=4, rank_in_group=1, all_gather_into_tensor=lambda output, input: None)
+    parallel = SequenceParallel(RankLayout(4, 4), 1, group, None, SequenceExchange(group))  # type: ignore[arg-type]
+    monkeypatch.setattr(region, "parallel", parallel)
+
+
+def leave(hidden_states):
+    return maybe_exit_gather(
+        hidden_states=hidden_states, hidden_states_before_norm=hidden_states, input_ids=None,
+        forward_mode=ForwardMode.EXTEND,
+    )  # fmt: skip
+
+
+def test_the_rows_that_leave_are_on_the_device_before_the_first_layer_runs(meta_group):
+    with region.step(Mode.SP, batch(extend_seq_lens_cpu=[30, 1, 40])), Uploads() as uploads:
+        local = sp_entry_scatter(torch.empty(71, WIDTH, device="meta"))
+        assert uploads.count == 1, "all that the exit needs goes in one copy"
+        gathered, before_norm = leave(local)
+        assert uploads.count == 1, "the exit is behind all layers: a copy there waits for them"
+    assert gathered.shape == before_norm.shape == (71, WIDTH)
+
+
+def test_the_exit_behind_a_graph_copies_nothing_either(meta_group, monkeypatch):
+    """The graph has 80 tokens, of which 9 pad the step; its capture copies nothing that would be replayed."""
+    runner = SpPrefillGraphRunner.__new__(SpPrefillGraphRunner)
+    runner.exchanges = SimpleNamespace(recording=lambda size: Uploads(), replayed=lambda size: None)
+    step, counts = batch(extend_seq_lens_cpu=[30, 1, 40]), []
+    step.input_ids = torch.empty(71, device="meta", dtype=torch.int64)
+
+    def capture(runner, forward_batch, num_tokens):
+        with Uploads() as uploads:
+            local = sp_entry_scatter(torch.empty(num_tokens, WIDTH, device="meta"))
+        counts.append(uploads.count)
+        return local
+
+    def replay(runner, forward_batch, *args, **kwargs):
+        with Uploads() as uploads:
+            gathered, _ = leave(torch.empty(20, WIDTH, device="meta"))
+        counts.append(uploads.count)
+        return gathered
+
+    monkeypatch.setattr(PrefillCudaGraphRunner, "_run_forward", capture)
+    monkeypatch.setattr(PrefillCudaGraphRunner, "_execute_body_capture", replay)
+    assert runner._run_forward(batch(extend_seq_lens_cpu=[80]), 80).shape[0] == 20
+    with region.step(Mode.SP, step), Uploads() as uploads:
+        assert runner._execute_body_capture(step, step, 80).shape[0] == 80
+        assert uploads.count == 1
+    assert counts == [0, 0]
+
+
+def test_nothing_waits_for_a_copy_to_a_gpu(monkeypatch):
+    """It is from pinned memory, without which a copy that should not block does."""
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: calls.append("pinned") or x)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **kwargs: calls.append((*args, kwargs)) or x)
+    rows = torch.arange(3)
+    assert on_device(rows, torch.device("cuda")) is rows
+    assert calls == ["pinned", (torch.device("cuda"), {"non_blocking": True})]
+
+
+def test_a_cpu_copies_and_pins_nothing(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", None)
+    rows = torch.arange(3)
+    assert on_device(rows, rows.device) is rows
+
+
+def test_forwards_outside_of_a_step_are_tp():
+    assert not region_module.runs_sp(ForwardMode.EXTEND)
+    assert not region_module.runs_sp(ForwardMode.DECODE)
+
+
+def check_embedding(rank: int, world: int, sp: int, dtype: torch.dtype) -> None:
+    everyone = GlooGroup.mine([list(range(world))])
+    region_module.tensor_model_parallel_all_reduce = everyone.all_reduce
+    layout = RankLayout(world, sp)
+    group = GlooGroup.mine(layout.sp_groups())
+    base = GlooGroup.mine(layout.base_tp_groups()) if world > sp else None
+    region.parallel = SequenceParallel(layout, rank, group, base, SequenceExchange(group))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(VOCABULARY, WIDTH, generator=generator).to(dtype)
+    for tokens in (1, 2, 3, 5, 8, 13, 64):
+        ids = torch.randint(VOCABULARY, (tokens,), generator=generator)
+        mine = ids // (VOCABULARY // world) == rank
+
+        def looked_up(ids: torch.Tensor = ids, mine: torch.Tensor = mine) -> torch.Tensor:
+            return table[ids] * mine[:, None].to(dtype)
+
+        with region.step(Mode.TP, SimpleNamespace()):  # type: ignore[arg-type]
+            full = reduce_embedding(looked_up())
+        assert torch.equal(full, table[ids])
+        with region.step(Mode.SP, decode()):
+            given = sp_entry_scatter(full)  # as with a request's own embeddings: whole on every rank
+        with region.step(Mode.SP, decode()):
+            rows = reduce_embedding(looked_up())
+            assert region.num_tokens == tokens
+            assert torch.equal(rows, given)
+            assert rows.shape[0] == padded_local_tokens(tokens, sp)
+            assert sp_entry_scatter(rows) is rows, "they are this rank's already"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("world", "sp"), [(2, 2), (3, 3), (4, 4), (4, 2), (6, 3)])
+def test_each_rank_gets_its_rows_of_the_sum(world, sp, dtype):
+    run_ranks(world, check_embedding, sp, dtype)
+
+
+def check_bytes(rank: int, world: int) -> None:
+    sent = []
+
+    class Recording(GlooGroup):
+        def all_to_all_single(self, output, input):
+            sent.append(input.numel() * (self.world_size - 1) // self.world_size)
+            super().all_to_all_single(output, input)
+
+    group = GlooGroup.mine([list(range(world))])
+    spy = Recording(group.ranks, group.group)
+    region.parallel = SequenceParallel(RankLayout(world, world), rank, spy, None, SequenceExchange(spy))  # type: ignore[arg-type]
+    for tokens in (8, 9):
+        with region.step(Mode.SP, decode()):
+            reduce_embedding(torch.ones(tokens, WIDTH))
+    assert sent == [4 * WIDTH, 5 * WIDTH]
+
+
+def test_a_rank_sends_the_rows_of_the_others_only():
+    run_ranks(2, check_bytes)
+
+
+@pytest.fixture
+def stock(monkeypatch):
+    """SGLang's all-reduce, which here does nothing but to be recognized."""
+    monkeypatch.setattr(region_module, "tensor_model_parallel_all_reduce", lambda x: ("all-reduced", x))
+    return lambda x: ("all-reduced", x)
+
+
+def test_all_rows_are_summed_where_a_request_replaces_some(stock):
+    x = torch.ones(4, WIDTH)
+    with region.step(Mode.SP, SimpleNamespace(replace_embeds=torch.ones(1, WIDTH))):  # type: ignore[arg-type]
+        assert reduce_embedding(x) == stock(x)
+        assert not region.embedded, "the entry keeps this rank's rows"
+
+
+def test_inside_of_the_region_and_outside_of_steps_nothing_changes(stock):
+    x = torch.ones(4, WIDTH)
+    assert reduce_embedding(x) == stock(x)
+    with region.step(Mode.SP, decode()):
+        get_forward().set("sp_active", True)
+        assert reduce_embedding(x) == stock(x)

@@ -1,0 +1,38 @@
+"""Requests with embeddings in place of tokens: answered as those with the tokens, and beside them."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from sglang_shift.models.demo import demo_model_path
+
+pytestmark = pytest.mark.server
+
+FLAGS = [
+    "--dtype", "float32", "--tp-size", "2", "--enable-shift-parallel", "--shift-threshold", "20",
+    "--chunked-prefill-size", "128", "--disable-radix-cache",
+]  # fmt: skip
+PROMPTS = [[n + 7 * i for i in range(n)] for n in (5, 40, 90, 150)]  # in TP, in SP, in SP, in two chunks
+
+
+def test_embeddings_beside_tokens(servers):
+    """In one step they ended the server: SGLang puts only the embeddings together, and the rows of tokens miss."""
+    server = servers.get(*FLAGS)
+    (file,) = Path(demo_model_path()).glob("*.safetensors")
+    rows = load_file(file)["model.embed_tokens.weight"].float()
+    expected = [server.generate(ids, 6) for ids in PROMPTS]
+    steps = server.state["steps"]
+    for _ in range(3):
+        with ThreadPoolExecutor(16) as pool:
+            asked = []
+            for ids in PROMPTS:
+                body = {"sampling_params": {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}}
+                for given in ({"input_ids": ids}, {"input_embeds": rows[ids].tolist()}):
+                    asked.append(pool.submit(server.post, "/generate", {**body, **given}))
+        answers = [future.result()["output_ids"] for future in asked]
+        assert answers == [answer.tokens for answer in expected for _ in range(2)]
+    after = server.state["steps"]
+    assert all(after[mode] > steps[mode] for mode in ("tp", "sp"))

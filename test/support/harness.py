@@ -1,0 +1,233 @@
+"""What the tests share: real servers, requests to them, process groups over gloo."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import requests
+
+SUPPORT = Path(__file__).resolve().parent
+REPO = SUPPORT.parent.parent
+COMMAND = ("-m", "sglang_shift.launch_server")
+START_TIMEOUT = 420  # seconds; 8 ranks on 2 cores take minutes to import SGLang
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@dataclass
+class Answer:
+    """One finished request."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    meta: dict[str, Any]
+    text: str = ""
+
+    @classmethod
+    def of(cls, body: dict[str, Any]) -> Answer:
+        meta = body["meta_info"]
+        logprobs = [entry[0] for entry in meta.get("output_token_logprobs", [])]
+        return cls(body["output_ids"], logprobs, meta, body["text"])
+
+    def first(self, count: int) -> Answer:
+        """The answer as if only ``count`` tokens had been asked for."""
+        return Answer(self.tokens[:count], self.logprobs[:count], self.meta, self.text)
+
+
+@dataclass
+class Server:
+    """A server process of its own session, so that it and its children can be stopped together."""
+
+    flags: list[str]
+    module: list[str] = field(default_factory=lambda: list(COMMAND))
+    env: dict[str, str] = field(default_factory=dict)
+    forked: bool = False  # start it in a third of the time: see forked_server.py
+
+    def __post_init__(self) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = Path(tempfile.mkstemp(prefix="sglang_shift_", suffix=".log")[1])
+        self.process = self._spawn()
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        env = {**os.environ, "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1", "HF_HUB_OFFLINE": "1", **self.env}
+        program = [str(SUPPORT / "forked_server.py"), *self.module] if self.forked else self.module
+        with self.log.open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, *program, "--port", str(self.port), "--host", "127.0.0.1", *self.flags],
+                stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True,
+            )  # fmt: skip
+
+    def wait_ready(self) -> Server:
+        deadline = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"server {self.flags} exited with {self.process.returncode}:\n{self.tail()}")
+            with contextlib.suppress(requests.RequestException):
+                if requests.get(self.url + "/health", timeout=5).status_code == 200:
+                    return self
+            time.sleep(0.5)
+        raise RuntimeError(f"server {self.flags} not ready after {START_TIMEOUT} s:\n{self.tail()}")
+
+    def tail(self, size: int = 6000) -> str:
+        return self.log.read_text(errors="replace")[-size:]
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(15)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.log.unlink(missing_ok=True)
+
+    def post(self, path: str, body: dict[str, Any], timeout: float = 300) -> Any:
+        response = requests.post(self.url + path, json=body, timeout=timeout)
+        assert response.status_code == 200, f"{path}: {response.status_code} {response.text}"
+        return response.json() if response.text.startswith(("{", "[")) else response.text
+
+    def generate(self, ids: list[int], max_new_tokens: int = 8, **extra: Any) -> Answer:
+        sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+        sampling.update(extra.pop("sampling_params", {}))
+        body = {"input_ids": ids, "sampling_params": sampling, "return_logprob": True, **extra}
+        return Answer.of(self.post("/generate", body))
+
+    def generate_all(self, prompts: list[list[int]], concurrency: int, max_new_tokens: int = 8) -> list[Answer]:
+        """All prompts, from an empty prefix cache."""
+        self.flush_cache()
+        with ThreadPoolExecutor(concurrency) as pool:
+            return list(pool.map(lambda ids: self.generate(ids, max_new_tokens), prompts))
+
+    def flush_cache(self) -> None:
+        for _ in range(50):  # refused while a finished request is still being cleaned up
+            if requests.post(self.url + "/flush_cache", timeout=60).status_code == 200:
+                return
+            time.sleep(0.1)
+        raise AssertionError("the cache could not be flushed")
+
+    def set_policy(self, policy: str, threshold: int = 256) -> None:
+        """``tokens`` with a threshold, or one mode for every step, as thresholds no step can cross."""
+        threshold = {"tp": 10**9, "sp": 0, "tokens": threshold}[policy]
+        self.set(shift_policy="tokens", shift_threshold=threshold)
+
+    def set(self, **values: Any) -> None:
+        """Change settings at run time."""
+        assert self.post("/set_internal_state", {"server_args": values}) == [True]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Live counters of rank 0."""
+        return requests.get(self.url + "/server_info", timeout=60).json()["internal_states"][0]["shift"]
+
+    @contextlib.contextmanager
+    def policy(self, policy: str, threshold: int = 256) -> Iterator[dict[str, int]]:
+        """Run a block under a policy; the yielded dict holds its steps by mode once it ends."""
+        self.set_policy(policy, threshold)
+        before, steps = self.state["steps"], {}
+        yield steps
+        steps.update({mode: n - before[mode] for mode, n in self.state["steps"].items()})
+
+
+class ServerPool:
+    """At most one server alive at a time: idle ones would take the cores of the one under test."""
+
+    def __init__(self) -> None:
+        self.key: Any = None
+        self.server: Server | None = None
+
+    def get(
+        self,
+        *flags: str,
+        module: Sequence[str] = COMMAND,
+        env: dict[str, str] | None = None,
+        forked: bool = True,
+    ) -> Server:
+        key = (flags, tuple(module), tuple((env or {}).items()), forked)
+        if key != self.key or self.server is None or self.server.process.poll() is not None:
+            self.stop()
+            self.server, self.key = Server(list(flags), list(module), env or {}, forked), key
+            self.server.wait_ready()
+        return self.server
+
+    def stop(self) -> None:
+        if self.server is not None:
+            self.server.stop()
+        self.server = self.key = None
+
+
+def run_ranks(size: int, function: Callable[..., None], *args: Any) -> None:
+    """Run ``function(rank, size, *args)`` in ``size`` processes of one gloo group; raises what a rank raises."""
+    import torch.multiprocessing as mp
+
+    # Forked: a spawned rank would import SGLang again, many seconds each on two cores.
+    mp.start_processes(_rank_main, (size, free_port(), function, args), nprocs=size, start_method="fork")
+
+
+def _rank_main(rank: int, size: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    try:
+        function(rank, size, *args)
+    finally:
+        dist.destroy_process_group()
+
+
+class GlooGroup:
+    """What our code uses of SGLang's GroupCoordinator, over plain torch.distributed."""
+
+    def __init__(self, ranks: list[int], group: Any) -> None:
+        import torch.distributed as dist
+
+        self.ranks, self.group = ranks, group
+        self.world_size, self.rank_in_group = len(ranks), ranks.index(dist.get_rank())
+
+    @staticmethod
+    def mine(groups: list[list[int]]) -> GlooGroup:
+        """Create all ``groups`` (every rank must) and return the one this rank is in."""
+        import torch.distributed as dist
+
+        created = [(ranks, dist.new_group(ranks)) for ranks in groups]
+        return next(GlooGroup(ranks, group) for ranks, group in created if dist.get_rank() in ranks)
+
+    def all_to_all_single(self, output: Any, input: Any) -> None:
+        import torch.distributed as dist
+
+        dist.all_to_all_single(output, input, group=self.group)
+
+    def all_gather_into_tensor(self, output: Any, input: Any) -> None:
+        import torch.distributed as dist
+
+        dist.all_gather_into_tensor(output, input, group=self.group)
+
+    def all_reduce(self, x: Any) -> Any:
+        import torch.distributed as dist
+
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def all_gather_object(self, obj: Any) -> list[Any]:
+        import torch.distributed as dist
+
+        objects = [None] * self.world_size
+        dist.all_gather_object(objects, obj, group=self.group)
+        return objects

@@ -1,0 +1,248 @@
+"""The benchmark: what it sends, to whom, and that it goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import PlainTextResponse, StreamingResponse
+from harness import free_port
+from sglang_shift.errors import ShiftError
+from sglang_shift.simulate import traffic
+from sglang_shift.tools.benchmark import command, link, link_rate, options, watch
+from sglang_shift.tools.benchmark.campaign import Campaign, Settings
+from sglang_shift.tools.benchmark.contenders import contender, contenders
+from sglang_shift.tools.benchmark.records import Visits
+from sglang_shift.tools.benchmark.servers import Failure
+from sglang_shift.tools.benchmark.workloads import prompt_ids
+
+CONTEXT = 4096
+
+
+def plan(*words: str):
+    return options.plan(options.parse(list(words)), CONTEXT)
+
+
+class TestWorkloads:
+    def test_single_requests_that_fit_the_context(self):
+        made = plan("--workloads", "single", "--lengths", "100", "4000", "5000", "--singles", "3").workloads(1.0)
+        assert [(w.name, w.x, len(w.requests), w.concurrency) for w in made] == [
+            ("single 100", 100, 3, 1), ("single 4000", 4000, 3, 1),
+        ]  # fmt: skip
+
+    def test_the_capacity_is_the_unit_of_rates(self):
+        planned = plan("--workloads", "rate", "--rates", "0.5", "2", "--rate-requests", "400")
+        saturated = planned.saturated()
+        per_second = 1000 * len(saturated.requests) / saturated.tokens
+        slow, fast = planned.workloads(1000.0)
+        assert (slow.x, fast.x) == pytest.approx((0.5 * per_second, 2 * per_second))
+        assert len(fast.requests) / fast.requests[-1].time == pytest.approx(fast.x, rel=0.15)
+        assert {r.time for r in saturated.requests} == {0.0}
+
+    def test_bursts_on_a_stream(self):
+        [made] = plan("--workloads", "bursty", "--burst", "30", "--bursts", "2").workloads(1000.0)
+        times = [r.time for r in made.requests]
+        assert sorted(times) == times
+        assert sorted(times.count(t) for t in set(times))[-2:] == [30, 30]
+        assert len(times) > 60
+
+    def test_rare_long_prompts(self):
+        words = ("--workloads", "long-mix", "--long-every", "4", "--mix-requests", "12", "--prompt", "10", "20",
+                 "--output", "5", "9", "--mix-rate", "0.5")  # fmt: skip
+        [made] = plan(*words).workloads(100.0)
+        long = [r.prompt for r in made.requests if r.prompt > 20]
+        assert long == [CONTEXT - 9] * 3, "as long as the context allows"
+        assert made.tokens / made.requests[-1].time == pytest.approx(50.0)
+
+    def test_a_trace_at_a_load_or_a_speed(self, tmp_path):
+        rows = "".join(f"2023-11-16 18:17:{i:02}.0,{1000 + i},20\n" for i in range(50))
+        file = tmp_path / "a.csv"
+        file.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows)
+        words = ("--workloads", "--azure", str(file), "--azure-window", "10", "31", "--azure-length", "0.1")
+        [at_load] = plan(*words, "--trace-load", "0.5").workloads(200.0)
+        assert [r.prompt for r in at_load.requests][:2] == [101, 101]
+        assert len(at_load.requests) == 31
+        assert at_load.tokens / at_load.requests[-1].time == pytest.approx(100.0)
+        [faster] = plan(*words, "--trace-speed", "4").workloads(200.0)
+        assert faster.requests[-1].time == pytest.approx(30 / 4)
+        with pytest.raises(ShiftError, match=r"no request of .* arrives"):
+            plan(*words[:3], "--azure-window", "100", "10")
+        with pytest.raises(ShiftError, match="cannot be read"):
+            plan("--mooncake", str(file))
+
+    def test_prefixes_are_shared_as_in_the_trace(self, tmp_path):
+        file = tmp_path / "m.jsonl"
+        rows = [([0, 1, 2], 1500), ([0, 1, 3], 1500), ([0, 4], 1100)]
+        file.write_text("".join(
+            json.dumps({"timestamp": 0, "input_length": n, "output_length": 4, "hash_ids": ids}) + "\n"
+            for ids, n in rows
+        ))  # fmt: skip
+        [made] = plan("--workloads", "--mooncake", str(file), "--mooncake-length", "0.25").workloads(1.0)
+        a, b, c = (prompt_ids(r, i, 7, 4096) for i, r in enumerate(made.requests))
+        assert [len(ids) for ids in (a, b, c)] == [375, 375, 275]
+        assert a[:256] == b[:256] and a[256:] != b[256:], "two blocks of 512, a quarter of each"
+        assert a[:128] == c[:128] and a[128:256] != c[128:256]
+        assert len(set(a[256:]) & set(c[256:])) < 10, "what no block covers is the request's own"
+        assert prompt_ids(made.requests[0], 0, 7, 4096) == a != prompt_ids(made.requests[0], 0, 8, 4096)
+        assert min(a + b + c) >= 256 and max(a + b + c) < 4096
+
+    def test_no_prefix_by_accident(self):
+        request = traffic.Request(0, 50, 1)
+        assert prompt_ids(request, 0, 1, 4096)[0] != prompt_ids(request, 1, 1, 4096)[0]
+
+
+class TestContenders:
+    def test_flags(self):
+        assert contender("stock-tp", 4).flags == ("--tp-size", "4")
+        assert contender("sp", 4, sp_size=2).flags == ("--tp-size", "4", "--sp-size", "2")
+        assert contender("shift:tokens", 2).flags[-2:] == ("--shift-policy", "tokens")
+        assert contender("shift:my.module:Policy", 2).flags[-1] == "my.module:Policy"
+
+    def test_replicas_share_the_memory_of_the_pool(self):
+        assert contender("stock-dp", 4, kv_tokens=1000).flags == (
+            "--tp-size", "1", "--dp-size", "4", "--max-total-tokens", "250",
+        )  # fmt: skip
+        assert contender("stock-tp", 4, kv_tokens=1000).flags[-1] == "1000"
+        assert (contender("stock-dp", 4).ranks, contender("sp", 4).ranks) == (1, 4)
+
+    @pytest.mark.parametrize(
+        ("words", "match"),
+        [(["fast"], "none of stock-tp"), (["sp:tokens"], "none of"), (["shift:nope"], "the policy is none of"),
+         (["x=ftp://a"], "URL of http"), (["=http://a"], "NAME=URL"), (["sp", "sp"], "named twice")],
+    )  # fmt: skip
+    def test_wrong_words(self, words, match):
+        with pytest.raises(ShiftError, match=match):
+            contenders(words, 2)
+
+
+@pytest.mark.parametrize("words", [
+    ["--rounds", "0"], ["--prompt", "9", "3"], ["--rates", "0"], ["--workloads", "x"], ["--link-rate", "-1"],
+])  # fmt: skip
+def test_wrong_options(words, capsys):
+    with pytest.raises(SystemExit):
+        options.parse(words)
+    assert words[0] in capsys.readouterr().err
+
+
+def test_errors_are_one_sentence(tmp_path, capsys):
+    assert command.main(["--report", "--out", str(tmp_path)]) == 2
+    assert "holds no visits" in capsys.readouterr().err
+    assert command.main(["--contenders", "nobody", "--out", str(tmp_path)]) == 2
+    assert "'nobody' is none of" in capsys.readouterr().err
+
+
+def test_a_campaign_keeps_its_link(tmp_path, monkeypatch):
+    """What a rank computes is never measured alike twice; visits at two rates are not to be compared."""
+    rates = iter([5e8, 6e8, 7e8])
+    monkeypatch.setattr(link, "check", lambda: None)
+    monkeypatch.setattr(link_rate, "chosen_rate", lambda *_: SimpleNamespace(rate=next(rates), text="derived"))
+
+    def rate(*words: str) -> float:
+        return command._link(options.parse([*words, "--kv-tokens", "9", "--out", str(tmp_path)]), "model")[0]
+
+    assert rate("--link", "llama-70b") == rate("--link", "llama-70b") == 5e8
+    assert rate("--link", "llama-70b", "--link-rate", "1e9") == 1e9
+    assert rate("--link", "qwen-32b") == 6e8
+
+
+def test_metrics_of_all_makers():
+    text = (
+        '# TYPE sglang:num_queue_reqs gauge\nsglang:num_queue_reqs{dp_rank="0"} 3\n'
+        'sglang:num_queue_reqs{dp_rank="1"} 4\n'
+        "# TYPE sglang_shift:steps counter\n"
+        'sglang_shift:steps_total{mode="tp"} 7\n'
+    )
+    assert watch.read_metrics(text) == {"sglang:num_queue_reqs": [3, 4], "sglang_shift:steps_total{tp}": [7]}
+
+
+class FakeServer:
+    """What the client uses of SGLang's API; counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.prompts: list[list[int]] = []
+        self.fail = 0  # fails from this prompt on, where not 0
+        self.app = FastAPI()
+        self.app.post("/generate")(self.generate)
+        self.app.get("/get_model_info")(lambda: {"model_path": "x"})
+        self.app.get("/health")(lambda: {})
+        self.app.post("/flush_cache")(lambda: "flushed")
+        self.app.get("/metrics", response_class=PlainTextResponse)(lambda: "sglang:token_usage 0.25\n")
+        self.port = free_port()
+        self.server = uvicorn.Server(uvicorn.Config(self.app, port=self.port, log_level="error"))
+        threading.Thread(target=self.server.run, daemon=True).start()
+        while not self.server.started:
+            time.sleep(0.02)
+
+    async def generate(self, request: Request):
+        body = await request.json()
+        self.prompts.append(body["input_ids"])
+        if self.fail and len(self.prompts) >= self.fail:
+            return PlainTextResponse("no more", status_code=500)
+
+        async def answer():
+            for i in range(body["sampling_params"]["max_new_tokens"]):
+                await asyncio.sleep(0.01)
+                meta = {"prompt_tokens": len(body["input_ids"]), "completion_tokens": i + 1, "cached_tokens": 3}
+                yield f"data: {json.dumps({'text': 'x' * (i + 1), 'meta_info': meta})}\n\n".encode()
+            yield b"data: [DONE]\n\n"
+
+        return StreamingResponse(answer())
+
+
+@pytest.fixture
+def fake():
+    server = FakeServer()
+    yield server
+    server.server.should_exit = True
+
+
+def campaign(tmp_path, fake, **facts) -> Campaign:
+    words = ["--workloads", "single", "saturated", "--lengths", "20", "--singles", "2", "--single-output", "3",
+             "--saturated", "3", "--prompt", "5", "9", "--output", "2", "4"]  # fmt: skip
+    settings = Settings(tmp_path, 2, [], False, None, 4096, "default", 30, 0, facts)
+    names = [f"a=http://127.0.0.1:{fake.port}", f"b=http://127.0.0.1:{fake.port}"]
+    return Campaign(plan(*words), contenders(names, 2), settings)
+
+
+def test_a_campaign_is_measured_once(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr("sglang_shift.tools.benchmark.campaign.SETTLE_S", 0.0)
+    visits = campaign(tmp_path, fake, model="m").run()
+    assert {(v.contender, v.workload, v.round) for v in visits} == {
+        (c, w, r) for c in "ab" for w in ("single 20", "saturated") for r in (1, 2)
+    }
+    single = next(v for v in visits if v.workload == "single 20")
+    assert [(r.prompt, r.output, r.cached, len(r.itl)) for r in single.requests] == [(20, 3, 3, 2)] * 2
+    assert single.requests[1].sent >= single.requests[0].end, "one at a time"
+    assert 0 < single.requests[0].ttft < single.requests[0].latency <= single.seconds
+    first, second = ([v for v in visits if v.contender == c and v.workload == "saturated"] for c in "ab")
+    assert [len(v.requests) for v in (*first, *second)] == [3] * 4
+
+    asked = len(fake.prompts)
+    kept = (tmp_path / "visits.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "visits.jsonl").write_text("".join(kept[:-2]) + kept[-2][:50])
+    assert len(campaign(tmp_path, fake, model="m").run()) == len(visits)
+    assert len(fake.prompts) - asked == sum(len(v.requests) + 1 for v in Visits(tmp_path / "visits.jsonl").read()[-2:])
+    with pytest.raises(ShiftError, match=r"other settings \(model\)"):
+        campaign(tmp_path, fake, model="another")
+
+
+def test_prompts_are_the_same_for_all_contenders(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr("sglang_shift.tools.benchmark.campaign.SETTLE_S", 0.0)
+    campaign(tmp_path, fake).run()
+    singles = [tuple(ids) for ids in fake.prompts if len(ids) == 20]
+    measured = {ids: singles.count(ids) for ids in singles}
+    assert sorted(measured.values())[-4:] == [2, 2, 2, 2], "two prompts in two rounds, each to a and to b"
+
+
+def test_requests_that_fail_are_kept_as_such(fake, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sglang_shift.tools.benchmark.campaign.SETTLE_S", 0.0)
+    fake.fail = 10
+    with pytest.raises(Failure, match=r"no request of .* was answered"):
+        campaign(tmp_path, fake).run()
+    assert "a request failed: Internal Server Error: no more" in capsys.readouterr().err

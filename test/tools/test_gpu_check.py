@@ -1,0 +1,240 @@
+"""The GPU check's runner with made-up checks: independence, failures, time limits, skips, table, JSON, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from harness import REPO, SUPPORT
+from sglang_shift.tools.gpu_check import command, environment, report, runner
+from sglang_shift.tools.gpu_check.checks import CHECKS
+from sglang_shift.tools.gpu_check.runner import Check, Outcome, run_all
+
+NO_GPU = "there is none"
+
+
+def made_up(name: str, limit: float = 60, gpus: int = 1) -> Check:
+    return Check(name, f"what {name} shows", f"made_up_checks:{name}", limit, gpus)
+
+
+@pytest.fixture(autouse=True)
+def _made_up_checks_are_found(monkeypatch):
+    paths = (str(SUPPORT), os.environ.get("PYTHONPATH", ""))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+
+
+def run(tmp_path: Path, *checks: Check, gpus: int = 1, seconds: float = 300) -> list[Outcome]:
+    return list(run_all(checks, gpus, NO_GPU, seconds, tmp_path))
+
+
+def test_no_failure_stops_the_rest(tmp_path):
+    names = ("passes", "raises", "crashes", "skips", "finds_problems", "passes")
+    outcomes = run(tmp_path, *map(made_up, names))
+    assert [o.status for o in outcomes] == ["passed", "failed", "failed", "skipped", "failed", "passed"]
+    assert [o.reason for o in outcomes][:2] == ["", "RuntimeError: out of memory"]
+    assert outcomes[2].reason.startswith("it ended with exit code -11: about to crash (")
+    assert [o.reason for o in outcomes][3:5] == [
+        "there is no kernel for this",
+        "the first thing is wrong (and 1 more)",
+    ]
+    # What was found until then is kept.
+    assert [o.found.rows for o in outcomes[:2]] == [[{"size": 8, "us": 1.5}], [{"size": 16}]]
+    assert outcomes[2].found.rows[0]["size"] == 32
+    assert outcomes[0].found.notes == ["all is well"] and len(outcomes[4].found.problems) == 2
+    assert "Traceback" in (tmp_path / "raises.log").read_text()
+
+
+def test_a_check_that_hangs_ends_with_all_that_it_started(tmp_path):
+    hung, after = run(tmp_path, made_up("hangs", limit=5), made_up("passes"))
+    assert hung.status == "failed" and hung.reason == "it took longer than 5 s"
+    assert hung.found.notes == ["it could clean up"]
+    assert not psutil.pid_exists(hung.found.rows[0]["pid"])
+    assert after.status == "passed"
+
+
+def test_what_a_crash_leaves_behind_is_ended(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        (crashed,) = run(tmp_path, made_up("crashes"))
+        assert crashed.status == "failed" and not psutil.pid_exists(crashed.found.rows[0]["pid"])
+        assert other.poll() is None, "no process of the check's"
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_check_that_the_time_for_all_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(runner, "LEAST_SECONDS", 1.0)
+    cut, late = run(tmp_path, made_up("hangs"), made_up("passes"), seconds=8)
+    assert cut.status == "failed"
+    assert cut.reason == "the 8 s for all checks ended it; give more --minutes, or --only hangs"
+    assert cut.found.rows and late.status == "skipped"
+
+
+def test_what_cannot_run_is_skipped_and_says_why(tmp_path):
+    two = made_up("passes", gpus=2)
+    assert [(o.status, o.reason) for o in run(tmp_path, made_up("passes"), two, gpus=0)] == [("skipped", NO_GPU)] * 2
+    one, other = run(tmp_path, made_up("passes"), two, gpus=1)
+    assert one.status == "passed"
+    assert (other.status, other.reason) == ("skipped", "it needs 2 GPUs, and there is 1")
+    seconds = runner.GRACE_SECONDS + runner.LEAST_SECONDS - 1
+    (late,) = run(tmp_path, made_up("passes"), seconds=seconds)
+    assert late.status == "skipped" and late.reason.startswith(f"too little is left of the {seconds:.0f} s")
+
+
+def test_figures_of_an_earlier_run_are_not_taken_for_this_ones(tmp_path):
+    (tmp_path / "skips.jsonl").write_text('{"row": {"old": 1}}\n{"end": {"status": "passed", "reason": ""}}\n')
+    (outcome,) = run(tmp_path, made_up("skips"))
+    assert outcome.status == "skipped" and outcome.found.rows == []
+
+
+@pytest.mark.parametrize(
+    ("statuses", "code"),
+    [
+        (["passed", "skipped"], 0),
+        (["passed", "failed"], 1),
+        (["skipped", "failed"], 1),
+        (["skipped", "skipped"], 2),
+        ([], 2),
+    ],
+)
+def test_exit_codes(statuses, code):
+    assert report.exit_code([Outcome("x", status) for status in statuses]) == code
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    checks = (made_up("passes"), made_up("raises"), made_up("skips"))
+    monkeypatch.setattr(command, "CHECKS", checks)
+    monkeypatch.setattr(environment, "gpus", lambda: 1)
+    assert command.main(["--only", "skips", "passes", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    lines = [line.split() for line in printed.splitlines()]
+    assert [line[:2] for line in lines if line[:1] in (["passes"], ["skips"], ["raises"])] == [
+        ["passes", "passed"],
+        ["skips", "skipped"],
+    ], "those asked for, in the order of the checks"
+    assert "    all is well" in printed and "    there is no kernel for this" in printed
+    assert "1 passed, 0 failed, 1 skipped" in printed
+    kept = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert [(c["name"], c["status"], c["reason"]) for c in kept["checks"]] == [
+        ("passes", "passed", ""),
+        ("skips", "skipped", "there is no kernel for this"),
+    ]
+    assert kept["checks"][0]["figures"] == [{"size": 8, "us": 1.5}] and kept["checks"][0]["seconds"] > 0
+    assert {"GPUs", "torch", "flashinfer-python", "sglang", "triton", "NCCL", "Python"} <= set(kept["environment"])
+    assert command.main(["--only", "raises", "--out", str(tmp_path)]) == 1
+    assert command.main(["--only", "skips", "--out", str(tmp_path)]) == 2
+
+
+def test_without_a_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(environment, "gpus", lambda: 0)
+    assert command.main(["--out", str(tmp_path)]) == 2
+    printed = capsys.readouterr().out
+    assert printed.count("no CUDA GPU: PyTorch") == len(CHECKS)
+    assert f"0 passed, 0 failed, {len(CHECKS)} skipped" in printed
+
+
+@pytest.mark.parametrize("has_all", [True, False])
+def test_the_script(has_all, tmp_path):
+    """It takes a Python that has what is needed, without a set-up, which takes a network; else the one of .venv."""
+    script = tmp_path / "scripts" / "gpu_check.sh"
+    found, made = tmp_path / "bin" / "python3", tmp_path / ".venv" / "bin" / "python"
+    says = '#!/bin/sh\n[ "$1" = -c ] && exit {code}\necho {name} "$PYTHONPATH" "$@"\n'
+    for path, text in {
+        script: (REPO / "scripts" / "gpu_check.sh").read_text(),
+        script.with_name("setup.sh"): "#!/bin/sh\necho set up\n",
+        found: says.format(code=0 if has_all else 1, name="found"),
+        made: says.format(code=0, name="made"),
+    }.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    variables = {"PATH": f"{found.parent}{os.pathsep}/usr/bin{os.pathsep}/bin", "PYTHONPATH": "bundle"}
+    done = subprocess.run([script, "--list"], env=variables, capture_output=True, text=True, check=True)
+    ours = f"{tmp_path}/python:{tmp_path}/kernels:bundle"
+    said = [f"found {ours}"] if has_all else ["set up", "made bundle"]
+    said[-1] += " -m sglang_shift.gpu_check --list"
+    assert done.stdout.splitlines() == said
+
+
+@pytest.mark.parametrize(("gpus", "words", "minutes"), [(1, [], 8), (4, [], 20), (4, ["--minutes", "3"], 3)])
+def test_the_time_for_all(gpus, words, minutes, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(environment, "gpus", lambda: gpus)
+    monkeypatch.setattr(command, "run_all", lambda checks, n, why, seconds, out: given.append((n, seconds)) or [])
+    command.main(["--out", str(tmp_path), *words])
+    assert given == [(gpus, 60 * minutes)]
+
+
+def test_a_name_that_is_none(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--only", "nonsense"])
+    assert ended.value.code == 2 and "nonsense" in capsys.readouterr().err
+
+
+def test_the_list(capsys):
+    assert command.main(["--list"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 1 + len(CHECKS) and all(c.text in line for c, line in zip(CHECKS, printed[1:], strict=True))
+
+
+def test_every_check_is_there():
+    import pkgutil
+
+    assert len({check.name for check in CHECKS}) == len(CHECKS)
+    for check in CHECKS:
+        assert callable(pkgutil.resolve_name(check.target)), check.name
+
+
+def test_the_table():
+    assert report.aligned([("a", "bytes"), ("long", 7)]) == "a     bytes\nlong      7"
+    outcome = Outcome("gemms", "failed", "x is wrong", 3.21)
+    outcome.found.problems += ["x is wrong", "y too"]
+    outcome.found.notes += ["a note", "a table\nof two lines"]
+    assert report.line(outcome).splitlines() == [
+        "gemms              failed      3.2 s",
+        "    x is wrong",
+        "    y too",
+        "    a note",
+        "    a table",
+        "    of two lines",
+    ]
+
+
+def test_a_table_of_many_problems():
+    outcome = Outcome("engine", "failed", "0 is wrong (and 8 more)")
+    outcome.found.problems += [f"{i} is wrong" for i in range(9)]
+    outcome.found.notes.append("a note")
+    shown = [line.strip() for line in report.line(outcome).splitlines()[1:]]
+    assert shown == [
+        "0 is wrong (and 8 more)",
+        *(f"{i} is wrong" for i in range(1, 6)),
+        "and 3 more in gpu_check.json",
+        "a note",
+    ]
+
+
+def test_a_problem_from_before_an_exception():
+    outcome = Outcome("engine", "failed", "RuntimeError: out of memory")
+    outcome.found.problems.append("0 is wrong")
+    assert "    0 is wrong" in report.line(outcome).splitlines()
+
+
+def test_a_tool_that_does_not_answer(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nexec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(environment, "SMI_SECONDS", 0.2)
+    assert environment.nvidia_smi("name") == []
+
+
+def test_versions_that_are_not_there():
+    assert environment.version_of("sglang") and environment.version_of("no-such-package") is None
+    assert sys.version.startswith(environment.describe()["Python"])

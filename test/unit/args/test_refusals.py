@@ -1,0 +1,267 @@
+"""Every refusal: at resolution, before any process is started, in one sentence with its reason."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import FAMILIES
+from sglang.srt.arg_groups.overrides import resolution_result
+from sglang.srt.layers.quantization import unquant
+from sglang_shift.args.gemm_backend import SPLIT_K, suit_gemm_backend
+from sglang_shift.args.refusals import ARCHITECTURES, FEATURES, check_flags, check_model
+from sglang_shift.args.server_args import ShiftServerArgs, prepare_server_args
+from sglang_shift.config import ShiftConfig, shift_config_of
+from sglang_shift.errors import Refused, ShiftError
+from sglang_shift.launch_server import resolve
+from sglang_shift.models.demo import demo_model_path
+
+SHIFT = {"tp_size": 2, "enable_shift_parallel": True}
+
+
+def resolved(**fields):
+    args = ShiftServerArgs(**{"model_path": demo_model_path(), **fields})
+    resolve(args)
+    return args
+
+
+def value(args, name):
+    return resolution_result(args, name)
+
+
+def test_without_our_flags_nothing_of_ours_is_set():
+    args = resolved(tp_size=2)
+    assert shift_config_of(args) is None
+    assert [value(args, name) for name in ("sp_size", "shift_policy", "shift_threshold")] == [None] * 3
+
+
+def test_defaults_with_shift():
+    args = resolved(tp_size=4, enable_shift_parallel=True)
+    assert shift_config_of(args) == ShiftConfig(4, 4, True, "calibrated", calibration="auto")
+    fields = ("sp_size", "shift_policy", "shift_threshold", "shift_calibration")
+    assert [value(args, name) for name in fields] == [4, "calibrated", None, "auto"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"shift_threshold": 20}, ShiftConfig(2, 2, True, "tokens", 20)),
+        ({"shift_calibration": "off"}, ShiftConfig(2, 2, True, "tokens")),
+        (
+            {"shift_exchange": "collective"},
+            ShiftConfig(2, 2, True, "calibrated", calibration="auto", exchange="collective"),
+        ),
+        (
+            {"shift_exchange_dtype": "fp8"},
+            ShiftConfig(2, 2, True, "calibrated", calibration="auto", exchange_dtype="fp8"),
+        ),
+        ({"shift_calibration": "here.json"}, ShiftConfig(2, 2, True, "calibrated", calibration="here.json")),
+        (
+            {"shift_policy": "queue-depth", "shift_enter_requests": 8, "shift_leave_requests": 8},
+            ShiftConfig(2, 2, True, "queue-depth", enter_requests=8, leave_requests=8),
+        ),
+        ({"shift_policy": "prompts:NotAPolicy"}, None),
+    ],
+)
+def test_policies_and_their_settings(flags, expected):
+    if expected is None:
+        with pytest.raises(Refused, match="cannot be loaded"):
+            resolved(**SHIFT, **flags)
+    else:
+        assert shift_config_of(resolved(**SHIFT, **flags)) == expected
+
+
+def test_sp_size_alone_is_sp_for_every_step():
+    assert shift_config_of(resolved(tp_size=4, sp_size=2)) == ShiftConfig(4, 2, False, "sp")
+
+
+def test_command_line_serves_the_demo_model_by_default():
+    args = prepare_server_args(["--tp-size", "2", "--enable-shift-parallel", "--shift-threshold", "8"])
+    assert args.model_path == demo_model_path()
+    assert args.shift_threshold == 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"tp_size": 4, "sp_size": 3}, "--sp-size 3 does not divide --tp-size 4"),
+        ({"tp_size": 2, "sp_size": 4}, "--sp-size 4 does not divide --tp-size 2"),
+        ({"tp_size": 2, "sp_size": 1}, "--sp-size 1 is not sequence parallelism"),
+        ({"tp_size": 1, "enable_shift_parallel": True}, "--tp-size 1 leaves nothing to shift"),
+        ({"tp_size": 2, "sp_size": 2, "shift_policy": "tp"}, "--shift-policy tp needs --enable-shift-parallel"),
+        ({"tp_size": 2, "shift_threshold": 9}, "--shift-threshold 9 needs --enable-shift-parallel"),
+        ({**SHIFT, "shift_threshold": -1}, "--shift-threshold -1 must be 0 or more"),
+        ({**SHIFT, "shift_policy": "sp", "shift_threshold": 9}, "no meaning with --shift-policy sp"),
+        ({**SHIFT, "shift_enter_requests": 9}, "no meaning with --shift-policy calibrated"),
+        ({**SHIFT, "shift_policy": "queue-depth", "shift_leave_tokens": 9000}, "not be above --shift-enter-tokens"),
+        ({**SHIFT, "shift_policy": "fastest"}, "--shift-policy fastest is unknown"),
+        ({**SHIFT, "shift_policy": "json:JSONDecoder"}, "is not a sglang_shift.modes.ShiftPolicy"),
+        ({**SHIFT, "shift_policy": "calibrated", "shift_calibration": "off"}, "needs a calibration"),
+        ({**SHIFT, "shift_policy": "tp", "shift_calibration": "here.json"}, "no meaning with --shift-policy tp"),
+        ({"tp_size": 2, "sp_size": 2, "shift_calibration": "off"}, "--shift-calibration off needs --enable-shift"),
+        ({"tp_size": 16, "sp_size": 16}, "does not divide the model's 8 attention heads"),
+        ({"tp_size": 2, "sp_size": 2, "quantization": "fp8"}, "quantized weights are not assembled yet"),
+        ({"tp_size": 2, "shift_exchange": "auto"}, "--shift-exchange auto needs --sp-size or --enable-shift-parallel"),
+        ({**SHIFT, "shift_exchange": "flashinfer"}, "flashinfer is not possible: it needs CUDA, and the device is cpu"),
+        ({"tp_size": 2, "shift_exchange_dtype": "fp8"}, "--shift-exchange-dtype fp8 needs --sp-size or --enable-shift"),
+        (
+            {**SHIFT, "shift_exchange": "flashinfer", "shift_exchange_dtype": "fp8"},
+            "flashinfer is not possible: it sends activations as they are, and --shift-exchange-dtype is fp8",
+        ),
+        ({**SHIFT, "is_embedding": True}, "pooler"),
+        ({**SHIFT, "model_path": "/does/not/exist"}, "/does/not/exist does not exist"),
+    ],
+)
+def test_refused_at_resolution(flags, message):
+    with pytest.raises(ShiftError, match=message.replace("(", r"\(")) as refusal:
+        resolved(**flags)
+    assert "\n" not in str(refusal.value)
+
+
+ASKING = {
+    "pp_size": 2, "attn_dp_size": 2, "dcp_size": 2, "attn_cp_size": 2, "enable_layernorm_sp": True,
+    "enable_attn_tp_input_scattered": True, "ep_size": 2,
+    "enable_two_batch_overlap": True, "enable_pdmux": True, "disaggregation_mode": "prefill",
+    "speculative_algorithm": "NGRAM", "enable_lora": True, "quantization": "fp8", "enable_torch_compile": True,
+    "cuda_graph_config": SimpleNamespace(prefill=SimpleNamespace(backend="full")),
+    "dllm_algorithm": "x", "elastic_ep_backend": "mooncake", "use_ray": True, "encoder_only": True,
+    "grpc_mode": True, "weight_cache_mode": "on", "startup_weight_load_mode": "overlap",
+    "debug_cuda_graph": True, "remote_instance_weight_loader_start_seed_via_transfer_engine": True,
+    "load_format": "sharded_state", "enable_memory_saver": True, "cpu_offload_gb": 1, "is_embedding": True,
+    "model_impl": "transformers", "enable_deterministic_inference": True, "rl_on_policy_target": "fsdp",
+    "enable_return_aux_hidden_states": True, "enable_nvidia_megakernel": True,
+    "enable_mscclpp": True,
+}  # fmt: skip
+
+
+ALSO = {"enable_mscclpp": {"enable_symm_mem": True}}
+"""With which other settings a feature is refused; alone it is served."""
+
+
+def test_every_feature_in_the_list_has_a_case():
+    assert len(ASKING) == len(FEATURES)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "enable_mscclpp",
+        "enable_symm_mem",
+        "enable_torch_symm_mem",
+        "enable_nccl_nvls",
+        "enable_flashinfer_allreduce_fusion",
+        "pre_warm_nccl",
+        "disable_custom_all_reduce",
+    ],
+)
+def test_ways_to_communicate_that_are_served(field):
+    """docs/architecture.md, SGLang's flags for communication."""
+    plain = resolved(**SHIFT)
+    check_flags(SimpleNamespace(**{**{name: value(plain, name) for name in plain.__struct_fields__}, field: True}))
+
+
+@pytest.mark.parametrize("field", ASKING)
+def test_features_that_do_not_combine(field):
+    """The settings as SGLang resolves them, with one feature asked for."""
+    plain = resolved(**SHIFT)
+    names = {name: value(plain, name) for name in plain.__struct_fields__}
+    names.update(ALSO.get(field, {}))
+    check_flags(SimpleNamespace(**names))
+    with pytest.raises(Refused, match="cannot be combined with sequence parallelism: "):
+        check_flags(SimpleNamespace(**{**names, field: ASKING[field]}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GemmaForCausalLM"]}, "architecture GemmaForCausalLM is not served"),
+        ({"architectures": ["MixtralForCausalLM"]}, "architecture MixtralForCausalLM is not served"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized weights"),
+        ({"num_attention_heads": 6}, "6 attention heads"),
+        ({"num_key_value_heads": 3}, "3 KV heads"),
+        ({"intermediate_size": 770}, "intermediate size 770"),
+    ],
+)
+def test_models_that_are_not_served(changes, message):
+    with pytest.raises(Refused, match=message):
+        check_model(demo_config(**changes), ShiftConfig(4, 4, True, "tokens", 256))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        # 2 heads and half a KV head, replicated, a rank: 4 heads of QKV, 2 of O.
+        ({"head_dim": 8}, None),
+        ({"head_dim": 4}, "fp8 takes a multiple of 16 columns, and with --tp-size 4 a rank has 8 of O; give auto"),
+        ({"head_dim": 6}, "with --tp-size 4 a rank has 24 of QKV; give auto"),
+    ],
+)
+def test_widths_that_fp8_does_not_take(changes, message):
+    model, fp8 = demo_config(**changes), ShiftConfig(4, 2, True, "tokens", exchange_dtype="fp8")
+    check_model(model, replace(fp8, exchange_dtype="auto"))
+    if message is None:
+        check_model(model, fp8)
+    else:
+        with pytest.raises(Refused, match=message):
+            check_model(model, fp8)
+
+
+def demo_config(**changes):
+    """What is read of SGLang's configuration of a model, here the demo model with some changes."""
+    fields = json.loads(Path(demo_model_path(), "config.json").read_text())
+    fields.update(changes)
+    return SimpleNamespace(
+        hf_config=SimpleNamespace(**fields),
+        quantization=None,
+        is_generation=True,
+        is_multimodal=False,
+        context_len=fields["max_position_embeddings"],
+        head_dim=fields["head_dim"],
+        num_attention_heads=fields["num_attention_heads"],
+        get_total_num_kv_heads=lambda: fields["num_key_value_heads"],
+    )
+
+
+def test_the_allowlist_is_the_tested_families():
+    assert set(FAMILIES) == set(ARCHITECTURES)
+
+
+def test_split_k_products_are_switched_off_where_sglang_has_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    monkeypatch.delenv(SPLIT_K, raising=False)
+    suit_gemm_backend("cpu")
+    assert SPLIT_K not in os.environ
+    suit_gemm_backend("cuda")
+    assert os.environ[SPLIT_K] == "0"
+    monkeypatch.setenv(SPLIT_K, "1")
+    with pytest.raises(Refused, match=f"{SPLIT_K}=1 cannot be combined"):
+        suit_gemm_backend("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    suit_gemm_backend("cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "said"), [("cuda", "gemv", True), ("cuda", "auto", False), ("cpu", "gemv", False)]
+)
+def test_it_is_said_where_gemv_does_not_reach(monkeypatch, caplog, device, backend, said):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    suit_gemm_backend(device, backend)
+    assert ("in TP steps O and down" in caplog.text) is said
+
+
+def test_sglangs_gemv_leaves_views_of_columns_to_cublas(monkeypatch):
+    """What the log line says: packed weights, slices of rows among them, go to the kernel, slices of columns do not."""
+    taken = []
+    monkeypatch.setattr(unquant, "_use_hopper_bf16_gemv", lambda m, n, k: m == 1)
+    monkeypatch.setattr(unquant, "_hopper_bf16_gemv", lambda x, weight: taken.append(weight.shape) or x @ weight.T)
+    base, x = torch.randn(64, 128, dtype=torch.bfloat16), torch.randn(1, 128, dtype=torch.bfloat16)
+    for view, row in ((base, x), (base[16:32], x), (base[:, 64:], x[:, 64:].contiguous())):
+        product = unquant._bf16_gemm_dispatch_impl(row, view, None)
+        assert torch.allclose(product.float(), row.float() @ view.float().T, rtol=0.05, atol=0.5)
+    assert taken == [(64, 128), (16, 128)]

@@ -1,0 +1,470 @@
+"""--sp-size auto: bytes against closed formulas and real models, choices, parsing and resolution."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from sglang.srt.arg_groups import memory_hook
+from sglang.srt.arg_groups.cuda_graph_hook import generate_decode_cuda_graph_batch_sizes
+from sglang.srt.arg_groups.overrides import declare_resolution, resolution_result, resolving_view
+from sglang.srt.layers.vocab_parallel_embedding import DEFAULT_VOCAB_PADDING_SIZE
+from sglang_shift.args import chunk_size as chunk_size_module
+from sglang_shift.args import graph_memory, sp_size
+from sglang_shift.args.chunk_size import chunk_size, lowered_fraction, suit_chunk_size
+from sglang_shift.args.graph_memory import suit_graph_memory
+from sglang_shift.args.refusals import ARCHITECTURES
+from sglang_shift.args.server_args import ShiftServerArgs, prepare_server_args, resolve_shift
+from sglang_shift.args.sp_size import GIB, Pool, choose_sp_size, kv_bytes_per_token, pool_of, weight_bytes
+from sglang_shift.config import ShiftConfig, shift_config_of
+from sglang_shift.errors import Refused, ShiftError
+from sglang_shift.graphs.plan import graph_batch_sizes_suit
+from sglang_shift.launch_server import resolve
+from sglang_shift.models.demo import demo_model_path
+
+DEMO = json.loads(Path(demo_model_path(), "config.json").read_text())
+LAYOUTS = [(p, s) for p in (2, 4, 8) for s in (2, 4, 8) if s <= p]
+MODELS = [
+    *((name, {}) for name in ARCHITECTURES),
+    *((name, {"attention_bias": True}) for name in ("LlamaForCausalLM", "Qwen3ForCausalLM")),
+    *((name, {"head_dim": 24}) for name in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM")),
+]
+LLAMA_70B = SimpleNamespace(
+    architectures=["LlamaForCausalLM"], hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+    num_attention_heads=64, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def resolved(**fields):
+    args = ShiftServerArgs(**{"model_path": demo_model_path(), **fields})
+    resolve(args)
+    return args
+
+
+# Bytes
+
+
+@pytest.mark.parametrize(("world", "sp"), LAYOUTS)
+def test_weights_of_the_demo_model(world, sp):
+    """The closed formula that test_instrumented.py holds against running servers."""
+    layers, hidden, head = DEMO["num_hidden_layers"], DEMO["hidden_size"], DEMO["head_dim"]
+    heads, kv_heads, t = DEMO["num_attention_heads"], DEMO["num_key_value_heads"], world // sp
+    kv_rows = 2 * max(1, kv_heads // t) * head
+    qkv = hidden * (heads // t * head + kv_rows)
+    mlp = 3 * hidden * DEMO["intermediate_size"] // t
+    base = layers * (qkv + hidden * heads // t * head + mlp + 2 * hidden) + hidden
+    embedding = DEMO["vocab_size"] * hidden // world
+    replicated = layers * hidden * (sp * 2 * max(1, kv_heads // world) * head - kv_rows)
+    assert weight_bytes(SimpleNamespace(**DEMO), world, sp, 4) == 4 * (base + embedding + replicated)
+
+
+def test_weights_that_a_server_logged():
+    assert weight_bytes(SimpleNamespace(**DEMO), 2, 2, 2) == 7082496  # docs/usage.md, Memory
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("name", "fields"), MODELS, ids=str)
+def test_weights_are_the_parameters_of_transformers(name, fields, tied):
+    """At P = 1 the weights are the model's parameters and the padding of the vocabulary."""
+    config = getattr(transformers, name.replace("ForCausalLM", "Config"))(
+        vocab_size=1000, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied, pad_token_id=0, architectures=[name], **fields,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = getattr(transformers, name)(config)
+    model.tie_weights()
+    parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    padding = (1024 - 1000) * 64 * (1 if tied else 2)
+    assert weight_bytes(config, 1, 1, 2) == 2 * (parameters + padding)
+
+
+def test_bias_and_replicated_heads_of_a_rank():
+    """Qwen2 on 4 ranks, S = 2: two KV heads, of which each base weight has S, one for each shard."""
+    config = SimpleNamespace(
+        architectures=["Qwen2ForCausalLM"], hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, vocab_size=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    qkv_rows = (2 + 2 * 2) * 16
+    expected = qkv_rows * (64 + 1) + 64 * 32 + 3 * 64 * 48 + 2 * 64 + 64 + 64 * 64 // 4
+    assert weight_bytes(config, 4, 2, 1) == expected
+
+
+@pytest.mark.parametrize(("vocab", "world", "rows"), [(1000, 2, 512), (4096, 8, 512), (100, 3, 64), (151936, 6, 25344)])
+def test_padding_of_the_vocabulary(vocab, world, rows):
+    """To 64, or to 64 * P where P does not divide that."""
+    fields = {"intermediate_size": 0, "num_hidden_layers": 0, "num_attention_heads": world, "num_key_value_heads": 1}
+    config = SimpleNamespace(
+        architectures=["LlamaForCausalLM"], hidden_size=world, vocab_size=vocab, tie_word_embeddings=True, **fields
+    )
+    assert weight_bytes(config, world, 1, 1) == (rows + 1) * world
+    assert sp_size.VOCAB_PADDING == DEFAULT_VOCAB_PADDING_SIZE
+
+
+@pytest.mark.parametrize(("world", "kv_heads"), [(1, 8), (4, 2), (8, 1), (16, 1)])
+def test_kv_bytes_of_a_token(world, kv_heads):
+    assert kv_bytes_per_token(LLAMA_70B, world, 2) == 2 * 80 * kv_heads * 128 * 2
+
+
+# Choices
+
+WEIGHTS = {2: 10 * GIB, 4: 20 * GIB, 8: 40 * GIB}
+
+
+@pytest.mark.parametrize(
+    ("memory", "needed", "wanted", "expected", "words"),
+    [
+        (80, 10, 40, 8, "S=8 is the largest candidate"),
+        (79, 10, 40, 4, "S=4 is the largest that fits"),
+        (59, 10, 40, 2, "S=2 is the largest that fits"),
+        (30, 10, 40, 2, "S=2 leaves the most, 20.0 GiB"),
+        (20, 10, 40, 2, "S=2 leaves the most, 10.0 GiB"),
+    ],
+)
+def test_choice(memory, needed, wanted, expected, words):
+    choice = choose_sp_size(WEIGHTS, memory * GIB, Pool(needed * GIB, wanted * GIB, "the pool"))
+    assert choice.sp_size == expected
+    assert words in choice.reason
+    assert "S=2 10.0 GiB, S=4 20.0 GiB, S=8 40.0 GiB" in choice.reason
+    assert "\n" not in choice.reason
+
+
+def test_no_s_fits():
+    with pytest.raises(Refused, match="finds no S whose weights fit beside the pool") as refusal:
+        choose_sp_size(WEIGHTS, 19 * GIB, Pool(10 * GIB, 40 * GIB, "the pool"))
+    assert "S=2 10.0 GiB" in str(refusal.value)
+    assert "19.0 GiB" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_to_give_where_the_weights_fit_and_the_pool_does_not():
+    ways = "a smaller --context-length or --max-total-tokens, --sp-size 2 with a pool of what is left"
+    with pytest.raises(Refused, match=ways):
+        choose_sp_size(WEIGHTS, 19 * GIB, Pool(10 * GIB, 40 * GIB, "the pool"))
+    with pytest.raises(Refused) as refusal:
+        choose_sp_size(WEIGHTS, 9 * GIB, Pool(1, 1, "the pool"))
+    assert "--context-length" not in str(refusal.value), "no pool is small enough"
+
+
+def settings(**fields):
+    plain = {"kv_cache_dtype": "auto", "tp_size": 8, "max_total_tokens": None, "mem_fraction_static": 0.8}
+    return SimpleNamespace(**{**plain, "device": "cuda", **fields})
+
+
+def model(context=131072):
+    return SimpleNamespace(hf_config=LLAMA_70B, context_len=context, dtype=torch.bfloat16)
+
+
+def test_pool_that_was_asked_for():
+    pool = pool_of(settings(max_total_tokens=1000), model(), 64 * GIB)
+    assert pool.needed == pool.wanted == 1000 * 40960
+    assert "1000 tokens" in pool.words
+
+
+def test_pool_by_default_is_half_of_the_memory_or_one_request():
+    per_request = 131072 * 40960
+    assert pool_of(settings(), model(), 64 * GIB).wanted == 32 * GIB
+    assert pool_of(settings(), model(), 64 * GIB).needed == per_request
+    assert pool_of(settings(), model(), 8 * GIB).wanted == per_request
+
+
+def test_a_context_that_has_no_room_is_no_reason_to_refuse():
+    """Llama-3.1-8B on two GPUs of 24 GB, say: stock SGLang serves it, but for the longest requests."""
+    memory, longest = 20 * GIB, 131072 * 40960
+    assert longest > memory // 8
+    pool = pool_of(settings(), model(), memory)
+    weights = {2: memory - memory // 8}
+    assert choose_sp_size(weights, memory, pool).sp_size == 2
+    assert "one request of 131072 tokens needs 5.0 GiB" in choose_sp_size(weights, memory, pool).reason
+    with pytest.raises(Refused, match="finds no S"):
+        choose_sp_size({2: weights[2] + 1}, memory, pool)
+    asked = pool_of(settings(max_total_tokens=131072), model(), memory)
+    with pytest.raises(Refused, match="finds no S"):
+        choose_sp_size(weights, memory, asked)
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [("auto", 2), ("bf16", 2), ("fp8_e4m3", 1)])
+def test_pool_in_the_dtype_of_the_kv_cache(dtype, itemsize):
+    pool = pool_of(settings(kv_cache_dtype=dtype, max_total_tokens=10), model(), 64 * GIB)
+    assert pool.needed == 10 * 20480 * itemsize
+
+
+def test_llama_70b_on_eight_gpus_of_80_gib(monkeypatch):
+    """68 GiB a rank, and weights of 32.4 (S=2), 64.2 (S=4) and 127.9 (S=8)."""
+    on_gpus(monkeypatch, 80)
+    memory = sp_size.rank_memory_bytes(settings(mem_fraction_static=0.85))
+    weights = {s: weight_bytes(LLAMA_70B, 8, s, 2) for s in (2, 4, 8)}
+    assert memory == 68 * GIB
+    assert choose_sp_size(weights, memory, pool_of(settings(), model(), memory)).sp_size == 2
+    assert choose_sp_size(weights, memory, pool_of(settings(max_total_tokens=30_000), model(), memory)).sp_size == 4
+    with pytest.raises(Refused, match="2000000 tokens"):
+        choose_sp_size(weights, memory, pool_of(settings(max_total_tokens=2_000_000), model(), memory))
+
+
+def on_gpus(monkeypatch, gib):
+    for module in (sp_size, chunk_size_module):
+        monkeypatch.setattr(module, "on_our_cpu_platform", lambda: False)
+        monkeypatch.setattr(module, "get_device_memory_capacity", lambda device: gib * 1024)
+
+
+def test_a_device_of_unknown_memory(monkeypatch):
+    on_gpus(monkeypatch, 0)
+    with pytest.raises(Refused, match="give --sp-size a number"):
+        sp_size.rank_memory_bytes(settings())
+
+
+# Command line, file, Python
+
+
+@pytest.mark.parametrize(("given", "value"), [("auto", "auto"), ("4", 4), ("0", 0), ("-2", -2)])
+@pytest.mark.parametrize("flag", ["--sp-size", "--sequence-parallel-size"])
+def test_command_line(flag, given, value):
+    assert prepare_server_args(["--tp-size", "4", f"{flag}={given}"]).sp_size == value
+
+
+@pytest.mark.parametrize("given", ["auot", "3.5", "", "Auto"])
+def test_garbage_on_the_command_line(given, capsys):
+    with pytest.raises(SystemExit):
+        prepare_server_args(["--tp-size", "4", "--sp-size", given])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"'{given}' is neither a whole number of ranks nor 'auto'" in last
+
+
+@pytest.mark.parametrize(("given", "value"), [("auto", "auto"), ("2", 2)])
+def test_config_file(given, value, tmp_path):
+    path = tmp_path / "shift.yaml"
+    path.write_text(f"tp-size: 4\nsp-size: {given}\n")
+    assert prepare_server_args(["--config", str(path)]).sp_size == value
+
+
+@pytest.mark.parametrize("given", ["auot", 3.5, True, "4"])
+def test_garbage_from_python(given):
+    with pytest.raises(ShiftError, match="is neither a whole number of ranks nor 'auto'"):
+        resolved(tp_size=4, sp_size=given)
+
+
+# Resolution, on a CPU
+
+
+@pytest.mark.parametrize("switching", [False, True])
+def test_auto_takes_all_ranks_where_the_model_is_small(switching, caplog):
+    with caplog.at_level(logging.INFO):
+        args = resolved(tp_size=4, sp_size="auto", enable_shift_parallel=switching)
+    assert resolution_result(args, "sp_size") == 4
+    assert shift_config_of(args).sp_size == 4
+    assert shift_config_of(args).switching is switching
+    assert "--sp-size auto: S=4 is the largest candidate" in caplog.text
+    assert "S=2 3.5 MiB, S=4 6.5 MiB" in caplog.text
+
+
+def free_memory(monkeypatch, mib):
+    monkeypatch.setattr(sp_size.psutil, "virtual_memory", lambda: SimpleNamespace(available=mib << 20, total=mib << 20))
+
+
+@pytest.mark.parametrize(("mib", "expected"), [(80, 4), (60, 4), (30, 2)])
+def test_auto_takes_what_fits(monkeypatch, mib, expected):
+    """A rank has 0.8 of a quarter: 12 MiB of 60, 6 of 30; the pool of 2048 tokens takes 1."""
+    free_memory(monkeypatch, mib)
+    args = resolved(tp_size=4, sp_size="auto", max_total_tokens=2048)
+    assert resolution_result(args, "sp_size") == expected
+
+
+def test_auto_is_refused_where_nothing_fits(monkeypatch):
+    free_memory(monkeypatch, 20)
+    with pytest.raises(Refused, match=r"beside a KV pool of 2048 tokens \(1.0 MiB\)") as refusal:
+        resolved(tp_size=4, sp_size="auto", max_total_tokens=2048)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tp_size": 1}, "--tp-size 1 leaves nothing to shift"),
+        ({"tp_size": 2, "quantization": "fp8"}, "quantized weights are not assembled yet"),
+        ({"tp_size": 16}, "does not divide the model's 8 attention heads"),
+    ],
+)
+def test_what_is_refused_with_a_number_is_refused_with_auto(fields, message):
+    with pytest.raises(ShiftError, match=message):
+        resolved(sp_size="auto", **fields)
+
+
+# The default, as on a GPU
+
+
+def on_eight_gpus(monkeypatch, tmp_path, gib, **fields):
+    """S of Llama-70B in bfloat16 on P = 8, where SGLang had resolved all of its own for GPUs of ``gib``."""
+    on_gpus(monkeypatch, gib)
+    monkeypatch.setattr(graph_memory, "get_device_memory_capacity", lambda device: gib * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+    config = {**vars(LLAMA_70B), "model_type": "llama", "torch_dtype": "bfloat16", "max_position_embeddings": 8192}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    args = ShiftServerArgs(model_path=str(tmp_path), tp_size=8, skip_tokenizer_init=True)
+    resolve(args)
+    gpu = {"device": "cuda", "max_total_tokens": None, "mem_fraction_static": 0.85}
+    declare_resolution(args, "test", **{**gpu, "enable_shift_parallel": True, **fields})
+    resolve_shift(args, lambda args: None)
+    return shift_config_of(args).sp_size
+
+
+@pytest.mark.parametrize(("gib", "expected"), [(80, 2), (192, 4), (320, 8)])
+def test_shift_alone_takes_the_s_that_fits_the_gpus(monkeypatch, tmp_path, caplog, gib, expected):
+    """Weights take 127.9 GiB with S = 8 and 64.2 with S = 4: with the pool's half, 256 and 129 of the 0.85."""
+    with caplog.at_level(logging.INFO):
+        assert on_eight_gpus(monkeypatch, tmp_path, gib) == expected
+    assert f"--sp-size auto: S={expected} is the largest" in caplog.text
+
+
+def test_a_number_is_kept_on_gpus(monkeypatch, tmp_path):
+    assert on_eight_gpus(monkeypatch, tmp_path, 80, sp_size=8) == 8
+
+
+def test_no_graphs_in_sp_are_warned_of_on_gpus(monkeypatch, tmp_path, caplog):
+    on_eight_gpus(monkeypatch, tmp_path, 80, shift_graph_buckets=0)
+    assert "--shift-graph-buckets 0: the CPU launches each kernel" in caplog.text
+
+
+def test_shift_alone_is_refused_where_the_model_fits_no_gpu(monkeypatch, tmp_path):
+    with pytest.raises(Refused, match=r"--sp-size auto finds no S .*S=2 32\.4 GiB"):
+        on_eight_gpus(monkeypatch, tmp_path, 32)
+
+
+def test_the_chunk_stays_on_a_cpu():
+    args = resolved(tp_size=4, sp_size="auto")
+    assert "SGLang's default for a CPU" in suit_chunk_size(args, 4).reason
+    assert resolution_result(args, "chunked_prefill_size") == resolution_result(
+        resolved(tp_size=4), "chunked_prefill_size"
+    )
+    assert resolution_result(resolved(tp_size=4, sp_size=4, chunked_prefill_size=64), "chunked_prefill_size") == 64
+
+
+# Chunk, as on a GPU
+
+
+@pytest.mark.parametrize(
+    ("default", "sp", "max_prefill", "max_total", "expected"),
+    [
+        (8192, 8, 16384, None, 8192),
+        (8192, 16, 16384, None, 8192),
+        (2048, 8, 16384, None, 4096),
+        (4096, 64, 32768, None, 16384),
+        (2048, 8, 3000, None, 3000),
+        (2048, 8, 16384, 1000, 2048),
+    ],
+)
+def test_chunk_is_only_raised_and_within_bounds(default, sp, max_prefill, max_total, expected):
+    assert chunk_size(default, sp, max_prefill, max_total) == expected
+
+
+def record(monkeypatch, gib, context=8192, given=None, **fields):
+    """A record as SGLang resolves it on a GPU of ``gib``, with a default chunk of 2048 tokens."""
+    on_gpus(monkeypatch, gib)
+    monkeypatch.setattr(chunk_size_module, "resolving_view", lambda args: args.view)
+    monkeypatch.setattr(chunk_size_module, "model_config_of", lambda args: args.model)
+    monkeypatch.setattr(chunk_size_module, "post_capture_kv_sizing_planned", lambda args: False)
+    config = SimpleNamespace(**{**DEMO, "num_attention_heads": 8, "num_key_value_heads": 8})
+    view = settings(chunked_prefill_size=2048, max_prefill_tokens=16384, pp_size=1, disaggregation_mode="null")
+    view.__dict__.update(fields)
+    raw = {"chunked_prefill_size": None, "mem_fraction_static": None, **(given or {})}
+    small = SimpleNamespace(hf_config=config, context_len=context, dtype=torch.bfloat16)
+    return SimpleNamespace(**raw, view=view, model=small)
+
+
+def test_a_larger_chunk_takes_its_activations_from_the_fraction(monkeypatch):
+    suited = suit_chunk_size(record(monkeypatch, 16), 8)
+    assert suited.fields == {"chunked_prefill_size": 4096, "mem_fraction_static": round(0.8 - 2048 * 1.5 / 16384, 3)}
+    assert "4096 instead of SGLang's 2048, for 512 tokens a rank" in suited.reason
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"given": {"chunked_prefill_size": 2048}}, "as given"),
+        ({"given": {"mem_fraction_static": 0.8}}, "the memory for activations is fixed"),
+        ({"chunked_prefill_size": -1}, "does not chunk prefills"),
+        ({"max_total_tokens": 2048}, "SGLang's default: 256 tokens a rank"),
+        ({"context": 1 << 25}, "would take memory that the KV pool needs"),
+    ],
+    ids=str,
+)
+def test_when_the_chunk_stays(monkeypatch, change, reason):
+    suited = suit_chunk_size(record(monkeypatch, 16, **change), 8)
+    assert suited.fields == {}
+    assert reason in suited.reason
+
+
+@pytest.mark.parametrize("gib", [16, 24, 80])
+def test_the_lowered_fraction_is_what_sglang_gives_a_larger_chunk(monkeypatch, gib):
+    """To the digits that SGLang rounds to."""
+    monkeypatch.setattr(memory_hook, "get_device_memory_capacity", lambda device: gib * 1024)
+    default, larger = resolved(tp_size=8), resolved(tp_size=8, chunked_prefill_size=9216)
+    expected = resolution_result(larger, "mem_fraction_static")
+    assert lowered_fraction(resolving_view(default), 9216, gib * 1024) == pytest.approx(expected, abs=0.002)
+    assert expected < resolution_result(default, "mem_fraction_static")
+
+
+# Graphs
+
+
+def on_a_gpu_with_graphs(monkeypatch, mib=98304, post_capture=False, device="cuda"):
+    """SGLang, about to serve on a GPU; it reserves 1,488 MiB of ``mib`` for its graphs."""
+    view = SimpleNamespace(device=device, mem_fraction_static=0.85)
+    monkeypatch.setattr(graph_memory, "resolving_view", lambda args: view)
+    monkeypatch.setattr(graph_memory, "post_capture_kv_sizing_planned", lambda args: post_capture)
+    monkeypatch.setattr(graph_memory, "reserve_for_graph_mb", lambda args: 1488.0)
+    monkeypatch.setattr(graph_memory, "get_device_memory_capacity", lambda device: mib)
+
+
+def shift(**fields):
+    return ShiftConfig(**{"world_size": 8, "sp_size": 8, "switching": True, "policy": "calibrated", **fields})
+
+
+def test_memory_for_graphs_of_both_modes(monkeypatch):
+    on_a_gpu_with_graphs(monkeypatch)
+    suited = suit_graph_memory(SimpleNamespace(mem_fraction_static=None), shift())
+    assert suited.fields == {"mem_fraction_static": round(0.85 - 1488 / 98304, 3)}
+    assert "0.835 instead of 0.85: 1488 MiB" in suited.reason
+
+
+@pytest.mark.parametrize(
+    ("given", "config", "machine"),
+    [
+        (0.8, {}, {}),
+        (None, {"policy": "tokens"}, {}),
+        (None, {"policy": "sp", "switching": False}, {}),
+        (None, {"graph_buckets": 0}, {}),
+        (None, {}, {"post_capture": True}),
+        (None, {}, {"device": "cpu"}),
+        (None, {}, {"mib": None}),
+    ],
+    ids=str,
+)
+def test_when_no_memory_is_reserved_for_a_second_set(monkeypatch, given, config, machine):
+    on_a_gpu_with_graphs(monkeypatch, **machine)
+    assert suit_graph_memory(SimpleNamespace(mem_fraction_static=given), shift(**config)).fields == {}
+
+
+def test_fewer_graphs_are_refused_where_no_memory_is_kept_for_steps_without(monkeypatch):
+    on_a_gpu_with_graphs(monkeypatch, post_capture=True)
+    with pytest.raises(Refused, match="--shift-graph-buckets 4 leaves steps without a graph"):
+        suit_graph_memory(SimpleNamespace(mem_fraction_static=None), shift(graph_buckets=4))
+
+
+@pytest.mark.parametrize(("sp", "changed"), [(2, []), (4, []), (8, [12]), (16, [24])])
+def test_sglangs_graph_batch_sizes_above_s(sp, changed):
+    """Which of SGLang's default sizes between S and 32 are no multiples of S."""
+    default = generate_decode_cuda_graph_batch_sizes(resolved(tp_size=2), 512)
+    assert [size for size in default if sp < size <= 32 and size % sp] == changed
+    suited = graph_batch_sizes_suit(default, sp)
+    assert all(size % sp == 0 for size in suited)
+    assert suited == sorted(set(suited))
+    assert suited[-1] == 512
+
+
+def test_graph_batch_sizes_that_suit_are_kept():
+    assert graph_batch_sizes_suit([2, 4, 8], 2) == [2, 4, 8]
+    assert graph_batch_sizes_suit([1, 2, 10, 12], 4) == [4, 12]

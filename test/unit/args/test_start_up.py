@@ -1,0 +1,104 @@
+"""Start-up without a server: agreement between ranks, routing of `sglang serve`, the CPU platform."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang_shift.args.server_args import FIELDS
+from sglang_shift.config import ShiftConfig
+from sglang_shift.platforms import cpu
+from sglang_shift.runtime import agreement
+from sglang_shift.runtime.agreement import difference
+from sglang_shift.serve_backend import FLAGS, asks_for_us, backend
+
+
+def test_ranks_that_agree():
+    assert difference(0, {"sglang": "0.5.23"}, 1, {"sglang": "0.5.23"}) is None
+
+
+def test_a_difference_names_both_ranks_and_both_values():
+    mine, theirs = {"--sp-size": 2, "torch": "2.14"}, {"--sp-size": 4, "torch": "2.14"}
+    assert "--sp-size is 2 on rank 0 and 4 on rank 3" in str(difference(0, mine, 3, theirs))
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(ShiftConfig)])
+def test_every_setting_must_be_the_same_on_all_ranks(monkeypatch, name):
+    monkeypatch.setattr(agreement, "get_model", lambda: SimpleNamespace(dtype="auto"))
+    config = ShiftConfig(4, 2, True, "tokens")
+    mine, theirs = agreement.statement(config), agreement.statement(replace(config, **{name: "another"}))
+    assert "another on rank 1" in str(difference(0, mine, 1, theirs))
+
+
+def test_every_flag_of_ours_is_routed_to_us():
+    assert {"--" + name.replace("_", "-") for name in FIELDS} | {"--sequence-parallel-size"} == set(FLAGS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "ours"),
+    [
+        (("--model-path", "m", "--sp-size", "2"), True),
+        (("--model-path", "m", "--sp-size=2"), True),
+        (("--enable-shift-parallel",), True),
+        (("--model-path", "m", "--tp-size", "2"), False),
+        ((), False),
+    ],
+)
+def test_sglang_serve_routes_our_flags_to_us(argv, ours):
+    assert asks_for_us(argv) is ours
+
+
+def test_sglang_serve_routes_a_config_file_with_our_flags_to_us(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("tp-size: 2\nsp-size: 2\n")
+    assert asks_for_us(("--config", str(config)))
+    config.write_text("tp-size: 2\n")
+    assert not asks_for_us(("--config", str(config)))
+    assert not asks_for_us(("--config", str(tmp_path / "missing.yaml")))
+
+
+def test_the_backend_is_registered():
+    from sglang.cli.serve_backends import ServeBackendRegistry
+
+    registered = ServeBackendRegistry({}).get("shift").backend
+    assert registered == backend()
+
+
+def test_help_shows_our_flags():
+    done = subprocess.run(
+        [sys.executable, "-m", "sglang_shift.launch_server", "--help"], capture_output=True, text=True, check=True
+    )
+    for flag in ("--sp-size", "--enable-shift-parallel", "--shift-policy", "--shift-threshold", "--shift-calibration"):
+        assert flag in done.stdout
+
+
+def test_the_platform_stays_out_of_the_way_of_an_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert cpu.activate() is None
+
+
+def test_the_platform_leaves_sglangs_own_cpu_engine_alone(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert cpu.activate() == "sglang_shift.platforms.cpu:ShiftCpuPlatform"
+    monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+    assert cpu.activate() is None
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "threads", "binding"),
+    [({0, 1}, 2, "1", "0|1"), ({0, 1}, 4, "1", "0|1|0|1"), ({0, 1, 2, 3}, 2, "2", "0,1|2,3"), ({4, 6}, 1, "2", "4,6")],
+)
+def test_cores_are_shared_out(monkeypatch, cores, ranks, threads, binding):
+    monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda _: cores, raising=False)
+    environment: dict[str, str] = {}
+    monkeypatch.setattr(cpu.os, "environ", environment)
+    cpu.share_cores(ranks)
+    assert environment == {"OMP_NUM_THREADS": threads, "SGLANG_CPU_OMP_THREADS_BIND": binding}
+
+
+def test_local_ranks_count_this_nodes_only():
+    assert cpu.local_ranks(SimpleNamespace(dp_size=2, tp_size=8, pp_size=1, nnodes=4)) == 4

@@ -1,0 +1,154 @@
+"""The Prometheus metrics, scraped as SGLang does: from the files of the multiprocess mode, in another process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from harness import REPO
+
+FEED = """
+import sys
+from sglang_shift.observe.events import StateEvent, StepEvent
+from sglang_shift.observe.metrics import Metrics
+
+metrics = Metrics({"model_name": "demo", "cluster": "a"})
+assert "prometheus_client" not in sys.modules, "imported before PROMETHEUS_MULTIPROC_DIR is set"
+import os
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = sys.argv[1]
+
+def step(number, mode="tp", phase="decode", tokens=4, exchanged=0, replica=0, **more):
+    metrics(StepEvent(time=1.0, step=number, mode=mode, phase=phase, tokens=tokens, prefill_tokens=0, running=3,
+                      waiting=2, pending_tokens=90, exchanged_bytes=exchanged, exchanges=exchanged // 10,
+                      replica=replica, **more))
+
+def state(replica=0, drift=None, **more):
+    metrics(StateEvent(time=1.0, world_size=2, sp_size=2, model="x", policy="tokens", policy_text="", calibration=None,
+                       calibration_text="", drift=drift or {"tp": None, "sp": None}, weight_bytes=100,
+                       weight_bytes_beyond_base=30, steps={}, tokens={}, switches=0, replica=replica, **more))
+
+state()
+step(1, seconds=0.0004, predicted=0.0002)
+step(2, seconds=0.004, predicted=0.003, replayed=True)
+step(3, "sp", "prefill", 300, exchanged=1000, switched=True, seconds=0.2)
+step(7, "sp", "mixed", 20, exchanged=1500, predicted=0.5, replayed=False)
+step(8, "tp", "decode", 1, exchanged=1500, switched=True, seconds=99.0)
+state(drift={"tp": 1.25, "sp": None}, running=3, waiting=1)
+step(1, "sp", "prefill", 10, exchanged=200)  # the rank restarted
+step(1, "sp", "prefill", 5, exchanged=50, replica=1)
+state(replica=1)
+"""
+
+SCRAPE = """
+from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+registry = CollectorRegistry()
+multiprocess.MultiProcessCollector(registry)
+print(generate_latest(registry).decode())
+"""
+
+
+@pytest.fixture(scope="module")
+def scraped(tmp_path_factory) -> dict[tuple[str, frozenset], float]:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    folder = tmp_path_factory.mktemp("prometheus")
+    environment = {k: v for k, v in os.environ.items() if k != "PROMETHEUS_MULTIPROC_DIR"}
+    subprocess.run([sys.executable, "-c", FEED, str(folder)], env=environment, check=True)
+    assert list(folder.glob("*.db"))
+    text = subprocess.run(
+        [sys.executable, "-c", SCRAPE],
+        env={**environment, "PROMETHEUS_MULTIPROC_DIR": str(folder)},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+    assert samples and all(s.labels["model_name"] == "demo" and s.labels["cluster"] == "a" for s in samples)
+    return {
+        (
+            s.name.removeprefix("sglang_shift:"),
+            frozenset((k, v) for k, v in s.labels.items() if k not in SHARED),
+        ): s.value
+        for s in samples
+    }
+
+
+SHARED = ("model_name", "cluster")
+
+
+@pytest.fixture
+def value(scraped):
+    return lambda name, replica="0", **labels: scraped[name, frozenset({"replica": replica, **labels}.items())]
+
+
+def test_steps_and_tokens(value):
+    assert value("steps_total", mode="tp", phase="decode") == 3
+    assert value("tokens_total", mode="tp", phase="decode") == 9
+    assert value("steps_total", mode="sp", phase="prefill") == 2
+    assert value("tokens_total", mode="sp", phase="prefill") == 310
+    assert value("tokens_total", mode="sp", phase="mixed") == 20
+    assert value("steps_total", replica="1", mode="sp", phase="prefill") == 1
+
+
+def test_a_step_that_found_no_graph_counts_and_one_without_graphs_does_not(value):
+    assert value("eager_steps_total", mode="sp", phase="mixed") == 1
+    assert (
+        value("eager_steps_total", mode="tp", phase="decode")
+        == value("eager_steps_total", mode="sp", phase="prefill")
+        == 0
+    )
+
+
+def test_counters_start_at_zero(value):
+    assert value("steps_total", mode="tp", phase="mixed") == 0
+    assert value("switches_total", replica="1", mode="sp") == 0
+
+
+def test_switches_and_queue(value):
+    assert value("switches_total", mode="sp") == value("switches_total", mode="tp") == 1
+    assert value("queue_requests", state="running") == 3 and value("queue_requests", state="waiting") == 2
+    assert value("pending_prefill_tokens") == 90
+    assert value("pending_prefill_tokens", replica="1") == value("queue_requests", replica="1", state="waiting") == 0
+
+
+def test_cumulative_values_become_increments_and_survive_a_restart(value):
+    assert value("exchanged_bytes_total") == 1500 + 200
+    assert value("exchanges_total") == 150 + 20
+    assert value("exchanged_bytes_total", replica="1") == 50
+
+
+def test_step_times(value):
+    labels = {"mode": "tp", "phase": "decode"}
+    buckets = {le: value("step_time_seconds_bucket", le=le, **labels) for le in ("0.0005", "0.003", "0.005", "+Inf")}
+    assert buckets == {"0.0005": 1, "0.003": 1, "0.005": 2, "+Inf": 3}
+    assert value("step_time_seconds_count", **labels) == 3
+    assert value("step_time_seconds_sum", **labels) == pytest.approx(99.0044)
+
+
+def test_predicted_and_measured_count_the_same_steps(value):
+    labels = {"mode": "tp", "phase": "decode"}
+    assert value("predicted_step_time_seconds_total", **labels) == pytest.approx(0.0032)
+    assert value("measured_step_time_seconds_total", **labels) == pytest.approx(0.0044)
+
+
+def test_no_value_without_a_measurement(scraped, value):
+    assert value("step_time_ratio", mode="tp") == 1.25
+    ratios = [labels for name, labels in scraped if name == "step_time_ratio"]
+    assert len(ratios) == 1
+    assert not any(name.startswith("predicted") and ("mode", "sp") in labels for name, labels in scraped)
+
+
+def test_weights_and_dropped_events(value):
+    assert value("weight_bytes", kind="base") == 70 and value("weight_bytes", kind="beyond_base") == 30
+    assert value("events_dropped_total") == 3 and value("events_dropped_total", replica="1") == 0
+
+
+def test_every_metric_is_documented_and_has_a_value(scraped):
+    from sglang_shift.observe.metrics import METRICS, PREFIX
+
+    documented = (REPO / "docs" / "observing.md").read_text()
+    for name, metric in METRICS.items():
+        assert (name if metric.kind != "histogram" else f"{name}_bucket") in {n for n, _ in scraped}
+        assert f"`{PREFIX}{name}`" in documented, name
