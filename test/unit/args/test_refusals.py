@@ -160,7 +160,7 @@ def test_every_feature_in_the_list_has_a_case():
     ],
 )
 def test_ways_to_communicate_that_are_served(field):
-    """docs/architecture.md, SGLang's flags for communication."""
+    """docs/usage.md, SGLang's flags for communication."""
     plain = resolved(**SHIFT)
     check_flags(SimpleNamespace(**{**{name: value(plain, name) for name in plain.__struct_fields__}, field: True}))
 
