@@ -1,6 +1,6 @@
 """--shift-exchange-dtype fp8 on a real server: what it sends, and what it does to logprobs.
 
-pytest -s test/test_exchange_fp8.py    # prints the figures of kernels/README.md
+pytest -s test/server/test_exchange_fp8.py    # prints the figures of kernels/README.md
 """
 
 from __future__ import annotations
