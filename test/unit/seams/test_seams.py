@@ -129,26 +129,35 @@ def test_install_reaches_the_callers():
     assert done.stdout.strip().endswith("installed"), done.stderr
 
 
-@pytest.mark.parametrize(
-    ("undo", "message"),
-    [
-        (
-            "layernorm_sp.maybe_exit_gather = layernorm_sp.set_sp_num_tokens",
-            "maybe_exit_gather is not served by sglang_shift.parallel.region:maybe_exit_gather",
-        ),
-        (
-            "del scheduler.Scheduler.__new__",
-            "Scheduler is not served by sglang_shift.runtime.scheduler:ShiftScheduler",
-        ),
-        (
-            "from sglang_shift.runtime.scheduler import ShiftScheduler; del ShiftScheduler.run_batch",
-            "Scheduler.run_batch is not served by sglang_shift.runtime.scheduler:ShiftScheduler.run_batch",
-        ),
-    ],
-)
-def test_a_seam_that_is_undone_later_is_noticed(undo, message):
-    done = run(after=f"{undo}; seams.verify()")
-    assert message in done.stderr
+UNDO = """
+from sglang_shift.runtime.scheduler import ShiftScheduler
+
+for owner, name, other in (
+    (layernorm_sp, "maybe_exit_gather", layernorm_sp.set_sp_num_tokens),
+    (scheduler.Scheduler, "__new__", staticmethod(lambda cls: object.__new__(cls))),
+    (ShiftScheduler, "run_batch", None),
+):
+    seams.verify()
+    ours = vars(owner)[name]
+    delattr(owner, name)
+    if other is not None:
+        setattr(owner, name, other)
+    try:
+        seams.verify()
+    except Exception as error:
+        print(error)
+    setattr(owner, name, ours)
+"""
+
+
+def test_a_seam_that_is_undone_later_is_noticed():
+    done = run(after=UNDO)
+    for message in (
+        "maybe_exit_gather is not served by sglang_shift.parallel.region:maybe_exit_gather",
+        "scheduler:Scheduler is not served by sglang_shift.runtime.scheduler:ShiftScheduler in",
+        "Scheduler.run_batch is not served by sglang_shift.runtime.scheduler:ShiftScheduler.run_batch",
+    ):
+        assert message in done.stdout, done.stderr
 
 
 def test_a_changed_source_replaces_nothing():
