@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from sglang_shift.errors import SeamError
 from sglang_shift.seams import check, digests, registry
 from sglang_shift.seams.registry import Kind
@@ -63,15 +64,13 @@ def test_the_version_is_checked_before_anything_heavy_is_imported():
         "import sys; from sglang_shift import seams; seams.check_version(); import sglang_shift.launch_server; "
         "assert not {'torch', 'sglang', 'sglang_shift.runtime'} & sys.modules.keys()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    done = run(code)
     assert done.returncode == 0, done.stderr
 
 
-INSTALL = """
+INSTALLED = """
 from types import SimpleNamespace
 from sglang_shift import seams
-from sglang_shift.seams import digests
-{before}
 seams.install()
 from sglang.srt.layers import layernorm_sp, linear, logits_processor
 from sglang.srt.managers import scheduler
@@ -80,15 +79,8 @@ from sglang_shift.parallel import region
 assert linear.layernorm_sp.row_parallel_gbar_matmul is projections.row_parallel_gbar_matmul
 assert logits_processor.layernorm_sp.maybe_exit_gather is region.maybe_exit_gather
 assert type(scheduler.Scheduler.__new__(scheduler.Scheduler)).__name__ == "ShiftScheduler"
-{after}
 print("installed")
 """
-
-
-def run(before: str = "", after: str = "") -> subprocess.CompletedProcess[str]:
-    code = INSTALL.format(before=before, after=after)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
-
 
 SUBSTITUTES = """
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
@@ -121,13 +113,8 @@ class Marked(pairs[1][0]):
 
 assert Marked(1, 2).args == (1, 2)
 seams.install()  # twice changes nothing
+print("substituted")
 """
-
-
-def test_install_reaches_the_callers():
-    done = run(after=SUBSTITUTES)
-    assert done.stdout.strip().endswith("installed"), done.stderr
-
 
 UNDO = """
 from sglang_shift.runtime.scheduler import ShiftScheduler
@@ -150,8 +137,25 @@ for owner, name, other in (
 """
 
 
-def test_a_seam_that_is_undone_later_is_noticed():
-    done = run(after=UNDO)
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def done() -> subprocess.CompletedProcess[str]:
+    """One process that installs everything: a start takes long."""
+    return run(INSTALLED + SUBSTITUTES + UNDO)
+
+
+def test_install_reaches_the_callers(done):
+    assert "installed" in done.stdout.split(), done.stderr
+
+
+def test_isinstance_holds_for_objects_of_sglang_and_of_ours(done):
+    assert "substituted" in done.stdout.split(), done.stderr
+
+
+def test_a_seam_that_is_undone_later_is_noticed(done):
     for message in (
         "maybe_exit_gather is not served by sglang_shift.parallel.region:maybe_exit_gather",
         "scheduler:Scheduler is not served by sglang_shift.runtime.scheduler:ShiftScheduler in",
@@ -160,23 +164,23 @@ def test_a_seam_that_is_undone_later_is_noticed():
         assert message in done.stdout, done.stderr
 
 
-def test_a_changed_source_replaces_nothing():
-    before = "digests.DIGESTS['sglang.srt.utils.weight_checker:WeightChecker.handle'] = '0' * 16"
-    check_ = (
-        "\nfrom sglang.srt.layers import layernorm_sp\n"
-        "from sglang.srt.managers.scheduler import Scheduler\n"
-        "try:\n    seams.install()\nexcept Exception as e:\n"
-        "    assert layernorm_sp.runs_sp.__module__ == 'sglang.srt.layers.layernorm_sp'\n"
-        "    assert Scheduler.__new__ is object.__new__; raise"
-    )
-    done = run(before=before + check_)
-    assert "SeamError" in done.stderr and "WeightChecker.handle" in done.stderr and "Assertion" not in done.stderr
+def test_a_changed_source_replaces_nothing(monkeypatch):
+    from sglang.srt.layers import layernorm_sp
+    from sglang.srt.managers.scheduler import Scheduler
+
+    monkeypatch.setitem(digests.DIGESTS, "sglang.srt.utils.weight_checker:WeightChecker.handle", "0" * 16)
+    with pytest.raises(SeamError, match=r"WeightChecker\.handle of the installed sglang has source"):
+        check.install()
+    assert layernorm_sp.runs_sp.__module__ == "sglang.srt.layers.layernorm_sp"
+    assert Scheduler.__new__ is object.__new__
 
 
 def test_the_cpu_platform_replaces_only_on_itself():
     """SGLang calls the platform while it imports its model runner, with our flags and without them."""
+    if torch.accelerator.is_available():
+        pytest.skip("SGLang's own platform serves a machine with an accelerator")
     code = (
-        "import torch; from sglang.srt.model_executor import model_runner; from sglang_shift import seams\n"
+        "from sglang.srt.model_executor import model_runner; from sglang_shift import seams\n"
         "from sglang_shift.platforms import cpu\n"
         "name = 'adjust_config_with_unaligned_cpu_tp'\n"
         "assert cpu.is_active() and getattr(model_runner, name) is cpu.keep_config\n"
@@ -188,9 +192,5 @@ def test_the_cpu_platform_replaces_only_on_itself():
         "cpu.is_active.__code__ = (lambda: False).__code__\n"
         "seams.verify(); print('as elsewhere')"
     )
-    import torch
-
-    if torch.accelerator.is_available():
-        pytest.skip("SGLang's own platform serves where there is an accelerator")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    done = run(code)
     assert done.stdout.strip().endswith("as elsewhere"), done.stderr
