@@ -10,9 +10,10 @@ from sglang_shift.args.server_args import ShiftServerArgs
 from sglang_shift.models.demo import demo_model_path
 from sglang_shift.runtime.scheduler import run_scheduler_process
 from sglang_shift.runtime.tokenizer_manager import init_tokenizer_manager
-from sglang_shift.seams import registry
+from sglang_shift.seams import check_sources, extends
 
 
+@extends("sglang.srt.entrypoints.engine:Engine", "offline inference with our flags, ranks and tokenizer manager")
 class Engine(SglangEngine):
     """``sglang.Engine`` with the keyword arguments of our flags as well.
 
@@ -27,7 +28,7 @@ class Engine(SglangEngine):
     init_tokenizer_manager_func = staticmethod(init_tokenizer_manager)
 
     def __init__(self, **kwargs: Any) -> None:
-        registry.check_sources()
+        check_sources()
         if "server_args" not in kwargs:
             kwargs.setdefault("model_path", demo_model_path())
         super().__init__(**kwargs)

@@ -27,9 +27,9 @@ def run_server(server_args: ShiftServerArgs) -> None:
     from sglang.launch_server import run_server as run_stock_server
     from sglang.srt.entrypoints.http_server import launch_server
 
+    from sglang_shift import seams
     from sglang_shift.config import shift_config_of
     from sglang_shift.runtime.scheduler import run_scheduler_process
-    from sglang_shift.seams import registry
 
     resolve(server_args)
     check_port(server_args.host, server_args.port, server_args.node_rank)
@@ -38,7 +38,7 @@ def run_server(server_args: ShiftServerArgs) -> None:
     else:
         from sglang_shift.runtime.tokenizer_manager import init_tokenizer_manager
 
-        registry.check_sources()
+        seams.check_sources()
         if server_args.node_rank == 0:
             observe(server_args)
         launch_server(
@@ -112,9 +112,9 @@ def check_port(host: str, port: int, node_rank: int) -> None:
 def main(argv: list[str], prog: str = "python -m sglang_shift.launch_server") -> None:
     """Parse, check, serve; on exit no process is left behind."""
     try:
-        from sglang_shift.seams import registry
+        from sglang_shift import seams
 
-        registry.check_version()
+        seams.check_version()
         from sglang.srt.plugins import load_plugins
         from sglang.srt.utils import kill_process_tree
         from sglang.srt.utils.common import suppress_noisy_warnings

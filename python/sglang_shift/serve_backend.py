@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sglang_shift.args import config_file
 from sglang_shift.errors import ShiftError
+from sglang_shift.seams import extends
 
 if TYPE_CHECKING:
     from sglang.cli.serve_backends import ServeBackend, ServeBackendDetection, ServeRequest
@@ -81,6 +82,7 @@ def run(request: ServeRequest) -> None:
     main(list(request.argv), prog="sglang serve")
 
 
+@extends("sglang.cli.serve_backends:ServeBackend", "`sglang serve` with one of our flags comes to us")
 def backend() -> ServeBackend:
     """The factory named in the package's entry points."""
     from sglang.cli.serve_backends import SERVE_BACKEND_API_VERSION, ServeBackend

@@ -95,8 +95,8 @@ def test_port_in_use():
 
 def test_wrong_sglang_version():
     code = (
-        "from sglang_shift import launch_server; from sglang_shift.seams import registry; "
-        "registry.SGLANG_VERSION = '9.9.9'; "
+        "from sglang_shift import launch_server; from sglang_shift.seams import digests; "
+        "digests.SGLANG_VERSION = '9.9.9'; "
         "launch_server.main(['--tp-size', '2', '--sp-size', '2'])"
     )
     assert_one_sentence(launch(module=["-c", code]), "sglang 9.9.9", "0.5.23")
@@ -104,8 +104,8 @@ def test_wrong_sglang_version():
 
 def test_changed_sglang_source():
     code = (
-        "from sglang_shift import launch_server; from sglang_shift.seams import registry; "
-        "registry.DIGESTS['sglang.srt.layers.linear:ColumnParallelLinear.forward'] = '0' * 16; "
+        "from sglang_shift import launch_server; from sglang_shift.seams import digests; "
+        "digests.DIGESTS['sglang.srt.layers.linear:ColumnParallelLinear.forward'] = '0' * 16; "
         "launch_server.main(['--tp-size', '2', '--sp-size', '2'])"
     )
     assert_one_sentence(launch(module=["-c", code]), "ColumnParallelLinear.forward")

@@ -170,17 +170,17 @@ def model_runner(rank: int, port: int, flags: list[str]) -> Any:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.distributed import bootstrap
     from sglang.srt.runtime_context import SpawnRanks, get_schedule, publish, spawn_world_rank
+    from sglang_shift import seams
     from sglang_shift.args.server_args import prepare_server_args
     from sglang_shift.launch_server import resolve
     from sglang_shift.runtime.model_runner import ShiftModelRunner
-    from sglang_shift.seams import registry
 
     record_graphs()
     server_args = prepare_server_args(flags)
     resolve(server_args)
     world_rank = spawn_world_rank(server_args, tp_rank=rank, pp_rank=0)
     publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=world_rank, gpu_id=rank))
-    registry.install()
+    seams.install()
     torch.set_num_threads(1)
     model_config = ModelConfig.from_server_args(server_args)
     bootstrap.init_parallel_runtime(server_args=server_args, device="cpu", dist_port=port)

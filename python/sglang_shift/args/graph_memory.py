@@ -12,8 +12,10 @@ from sglang_shift.args.chunk_size import Suited
 from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refused
 from sglang_shift.graphs.plan import modes_of
+from sglang_shift.seams import relies_on
 
 
+@relies_on("sglang.srt.arg_groups.memory_hook:reserve_for_graph_mb", "it is what SGLang reserves for one set of graphs")
 def suit_graph_memory(server_args: Any, config: ShiftConfig) -> Suited:
     """``mem_fraction_static`` lowered by what SGLang reserves for its graphs, where all are captured in both modes.
 

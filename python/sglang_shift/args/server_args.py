@@ -23,6 +23,7 @@ from sglang_shift.graphs.plan import price_of_no_graphs
 from sglang_shift.models.demo import demo_model_path
 from sglang_shift.parallel.exchange.choose import BACKENDS, DTYPES, check_exchange
 from sglang_shift.policy.builtin import POLICIES, QueueDepth
+from sglang_shift.seams import extends, overrides
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +155,7 @@ class ShiftServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
         NS("shift"),
     ] = None
 
+    @overrides("the workers of --tokenizer-worker-num check requests, too")
     def get_tokenizer_worker_class(self) -> Any:
         """What SGLang runs in each worker process with ``--tokenizer-worker-num`` above 1."""
         if shift_config_of(self) is None:
@@ -163,6 +165,7 @@ class ShiftServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
         return ShiftTokenizerWorker
 
     @staticmethod
+    @overrides("adds our flags")
     def add_cli_args(parser: argparse.ArgumentParser) -> None:
         """Add SGLang's flags, then ours in a group of their own."""
         ServerArgs.add_cli_args(parser)
@@ -170,6 +173,10 @@ class ShiftServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
         add_cli_args_from_dataclass(group, ShiftServerArgs, fields=FIELDS)
 
 
+@extends(
+    "sglang.srt.arg_groups.resolution_hooks:register_resolution_hook",
+    "refuses what is not served, and records the effective values of our flags",
+)
 @register_resolution_hook("handle_other_validations")
 def resolve_shift(server_args: Any, previous: Any) -> None:
     """Refuse what is not served, and record the effective values, once SGLang's own are known.

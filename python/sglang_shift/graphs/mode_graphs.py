@@ -24,6 +24,7 @@ from sglang.srt.runtime_context import get_exec, get_observability
 from sglang_shift.config import ShiftConfig
 from sglang_shift.graphs.plan import GraphPlan, padded, plan_graphs
 from sglang_shift.modes import Mode
+from sglang_shift.seams import relies_on
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,10 @@ class ModeGraphs:
         config: Policy, S, and the bound of the second set.
     """
 
+    @relies_on(
+        "sglang.srt.model_executor.runner.prefill_cuda_graph_runner:PrefillCudaGraphRunner.can_replay_locally",
+        "it says how far a prefill may be padded",
+    )
     def __init__(self, runner: Any, config: ShiftConfig) -> None:
         self.runner = runner
         exact = get_exec().graph.disable_cuda_graph_padding
@@ -133,6 +138,14 @@ class ModeGraphs:
         for phase in phases:
             self._take_stock(phase)
 
+    @relies_on(
+        "sglang.srt.model_executor.model_runner_components.cuda_graph_setup:capture_decode_graph",
+        "it builds the runner of _decode_cuda_graph_runner_cls, and measures",
+    )
+    @relies_on(
+        "sglang.srt.model_executor.model_runner_components.cuda_graph_setup:capture_prefill_graph",
+        "it builds a PrefillCudaGraphRunner, and measures",
+    )
     def _capture_sp(self, phase: str) -> None:
         graphs, runner = self.phases[phase], self.runner
         if not graphs.plan.sp:
@@ -189,6 +202,10 @@ class ModeGraphs:
         return {phase: graphs.report() for phase, graphs in self.phases.items()}
 
 
+@relies_on(
+    "sglang.srt.model_executor.runner.base_cuda_graph_runner:get_batch_sizes_to_capture",
+    "it says which batch sizes are captured",
+)
 def ladders(runner: Any) -> dict[str, list[int]]:
     """The sizes that SGLang would capture, by phase."""
     sizes: dict[str, list[int]] = {phase: [] for phase in Phase.ALL}

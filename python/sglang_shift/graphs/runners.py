@@ -20,6 +20,7 @@ from sglang.srt.model_executor.runner.prefill_cuda_graph_runner import PrefillCu
 
 from sglang_shift.modes import Mode
 from sglang_shift.parallel.region import region
+from sglang_shift.seams import overrides, substitutes_for
 
 
 class Exchanges:
@@ -52,10 +53,12 @@ class SpDecodeGraphRunner(DecodeCudaGraphRunner):
         shared = model_runner.decode_cuda_graph_runner is None
         super().__init__(model_runner, attn_backend=None if shared else new_attention_backend(model_runner))
 
+    @overrides("the groups of the base configuration communicate in a graph")
     def _capture_one_stream(self, *args: Any, **kwargs: Any) -> None:
         with region.groups.graph_capture(self.stream), region.groups.exchange.uncounted():
             super()._capture_one_stream(*args, **kwargs)
 
+    @overrides("captures the forward in SP")
     def capture_one_shape(self, size: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """As SGLang's, each forward of it in SP: it is run twice before it is captured."""
 
@@ -66,6 +69,7 @@ class SpDecodeGraphRunner(DecodeCudaGraphRunner):
 
         super().capture_one_shape(size, in_sp, *args, **kwargs)
 
+    @overrides("counts the exchanges of a replay")
     def execute(self, *args: Any, **kwargs: Any) -> Any:
         """As SGLang's; the exchanges count."""
         output = super().execute(*args, **kwargs)
@@ -73,6 +77,16 @@ class SpDecodeGraphRunner(DecodeCudaGraphRunner):
         return output
 
 
+def captures_sp(model_runner: Any) -> bool:
+    """Whether the graph runners that SGLang builds for ``model_runner`` are those of SP."""
+    return getattr(model_runner, "capture_mode", Mode.TP) is Mode.SP
+
+
+@substitutes_for(
+    "sglang.srt.model_executor.runner.prefill_cuda_graph_runner:PrefillCudaGraphRunner",
+    "SGLang builds its prefill graph runner by this name",
+    when=captures_sp,
+)
 class SpPrefillGraphRunner(PrefillCudaGraphRunner):
     """Prefill graphs in SP: the layers only. The exit from the region and the LM head follow each replay."""
 
@@ -80,19 +94,23 @@ class SpPrefillGraphRunner(PrefillCudaGraphRunner):
         self.exchanges = Exchanges()
         super().__init__(model_runner)
 
+    @overrides("the groups of the base configuration communicate in a graph")
     def _capture_one_stream(self) -> None:
         with region.groups.graph_capture(self.stream), region.groups.exchange.uncounted():
             super()._capture_one_stream()
 
+    @overrides("captures the layers in SP")
     def _run_forward(self, forward_batch: ForwardBatch, num_tokens: int) -> Any:
         # The exit is no part of the graph: a replay would copy the rows of the capture's batch for it.
         with region.step(Mode.SP, forward_batch, exits=False), self.exchanges.recording(num_tokens):
             return super()._run_forward(forward_batch, num_tokens)
 
+    @overrides("a rank has fewer rows than the step has tokens")
     def cuda_graph_output_capacity_rows(self, output: torch.Tensor) -> int:
         """A rank's rows, ``[ceil(T / S), h]``, are all that comes out; the largest graph is the first."""
         return output.shape[0]
 
+    @overrides("tells the exit from the region how many tokens the graph has")
     def _execute_body_capture(
         self, forward_batch: ForwardBatch, static_forward_batch: ForwardBatch, static_num_tokens: int, *args: Any,
         **kwargs: Any,
@@ -100,12 +118,6 @@ class SpPrefillGraphRunner(PrefillCudaGraphRunner):
         region.enter(static_num_tokens, static_forward_batch.input_ids.device)
         self.exchanges.replayed(static_num_tokens)
         return super()._execute_body_capture(forward_batch, static_forward_batch, static_num_tokens, *args, **kwargs)
-
-
-def prefill_graph_runner(model_runner: Any) -> PrefillCudaGraphRunner:
-    """The prefill runner of the mode whose graphs are being captured (replaces the class of that name)."""
-    in_sp = getattr(model_runner, "capture_mode", Mode.TP) is Mode.SP
-    return SpPrefillGraphRunner(model_runner) if in_sp else PrefillCudaGraphRunner(model_runner)
 
 
 def new_attention_backend(model_runner: Any) -> Any:

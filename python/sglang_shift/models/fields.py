@@ -14,6 +14,7 @@ from typing import Any
 
 from sglang_shift.errors import Refused
 from sglang_shift.models.rope_fields import LENGTH, PARTIAL, override, rope_problems, short
+from sglang_shift.seams import relies_on
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,14 @@ FOREIGN: dict[str, Any] = {
 }  # fmt: skip
 
 
+@relies_on("sglang.srt.models.llama:LlamaDecoderLayer.__init__", "it says which fields of config.json SGLang reads")
+@relies_on("sglang.srt.models.llama:LlamaAttention.__init__", "it says which fields of config.json SGLang reads")
+@relies_on("sglang.srt.models.llama:LlamaMLP.__init__", "it says which fields of config.json SGLang reads")
+@relies_on("sglang.srt.models.qwen2:Qwen2DecoderLayer.__init__", "it says which fields of config.json SGLang reads")
+@relies_on("sglang.srt.models.qwen2:Qwen2Attention.__init__", "it says which fields of config.json SGLang reads")
+@relies_on("sglang.srt.models.qwen2:Qwen2MLP.__init__", "it says which fields of config.json SGLang reads")
+@relies_on("sglang.srt.models.qwen3:Qwen3DecoderLayer.__init__", "it says which fields of config.json SGLang reads")
+@relies_on("sglang.srt.models.qwen3:Qwen3Attention.__init__", "it says which fields of config.json SGLang reads")
 def check_fields(hf_config: Any, context_len: int) -> None:
     """Check that SGLang's class computes what the model's configuration says, up to the context.
 

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
+from sglang_shift.seams import relies_on
+
 LENGTH = "original_max_position_embeddings"
 PARTIAL = "partial_rotary_factor"
 
@@ -26,6 +28,7 @@ KEYS["default"] = frozenset().union(*KEYS.values())
 OF_ANY_TYPE = frozenset(("rope_type", "type", "rope_theta", PARTIAL, "finetuned"))
 
 
+@relies_on("sglang.srt.layers.rotary_embedding.factory:get_rope", "it says which parameters of a rope SGLang reads")
 def rope_problems(hf_config: Any, takes: Collection[str], context_len: int) -> Iterator[str]:
     """What of the rope would be computed otherwise than transformers does, in words that follow "has".
 

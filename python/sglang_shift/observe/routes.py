@@ -20,6 +20,7 @@ from starlette.routing import BaseRoute, Match, Route
 from sglang_shift.observe.events import prepare_endpoint
 from sglang_shift.observe.hub import Hub
 from sglang_shift.policy.builtin import POLICIES
+from sglang_shift.seams import extends
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -70,6 +71,7 @@ def start(replicas: int = 1, metric_labels: Mapping[str, str] | None = None) -> 
     return hub
 
 
+@extends("sglang.srt.entrypoints.http_server:app", "the page, its data, and policies by name")
 def install(hub: Hub, app: FastAPI) -> None:
     """Put our routes before the app's, which stay as they are. The app's API key applies to all but the page.
 

@@ -21,6 +21,7 @@ from sglang.srt.runtime_context import get_forward
 from sglang_shift.modes import Mode
 from sglang_shift.parallel.layout import padded_local_tokens
 from sglang_shift.parallel.topology import SequenceParallel
+from sglang_shift.seams import relies_on, replaces
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,18 @@ class Region:
 region = Region()
 
 
+@replaces("sglang.srt.layers.layernorm_sp:runs_sp", "the mode of the step decides, not the kind of the batch")
 def runs_sp(forward_mode: ForwardMode) -> bool:
     """Whether this forward is token-sharded (replaces ``layernorm_sp.runs_sp``)."""
     return region.batch is not None and not forward_mode.is_idle()
 
 
+@replaces(
+    "sglang.srt.layers.layernorm_sp:sp_entry_scatter", "the tokens of a rank follow its SP index, not its TP rank"
+)
+@relies_on(
+    "sglang.srt.layers.layer_boundary.stage:StageBoundary._select", "it enters the region before the first layer"
+)
 def sp_entry_scatter(hidden_states: torch.Tensor) -> torch.Tensor:
     """Keep this rank's tokens (replaces ``layernorm_sp.sp_entry_scatter``).
 
@@ -121,6 +129,18 @@ def sp_entry_scatter(hidden_states: torch.Tensor) -> torch.Tensor:
     return padded(hidden_states[start : start + local], local).contiguous()
 
 
+@replaces(
+    "sglang.srt.layers.vocab_parallel_embedding:tensor_model_parallel_all_reduce",
+    "each rank completes the rows of its own tokens only",
+)
+@relies_on(
+    "sglang.srt.layers.vocab_parallel_embedding:VocabParallelEmbedding.forward",
+    "it sums its rows by that function alone",
+)
+@relies_on(
+    "sglang.srt.model_executor.model_runner:ModelRunner._extend_forward_kwargs",
+    "it calls the embedding for all rows if a request replaces some",
+)
 def reduce_embedding(partial: torch.Tensor) -> torch.Tensor:
     """Sum the rows that SGLang's embedding looked up (replaces the all-reduce in ``vocab_parallel_embedding``).
 
@@ -150,6 +170,11 @@ def padded(x: torch.Tensor, rows: int) -> torch.Tensor:
     return x if x.shape[0] == rows else F.pad(x, (0, 0, 0, rows - x.shape[0]))
 
 
+@replaces(
+    "sglang.srt.layers.layernorm_sp:maybe_exit_gather",
+    "gathers over the SP group, and only the rows that the LM head reads",
+)
+@relies_on("sglang.srt.layers.logits_processor:LogitsProcessor.forward", "it leaves the region before the LM head")
 def maybe_exit_gather(
     *,
     hidden_states: torch.Tensor,
@@ -177,6 +202,9 @@ def maybe_exit_gather(
     return hidden_states, hidden_states_before_norm
 
 
+@relies_on(
+    "sglang.srt.layers.logits_processor:LogitsProcessor._get_pruned_states", "it says which rows the LM head reads"
+)
 def rows_read(batch: ForwardBatch) -> torch.Tensor | None:
     """The rows of a prefill that ``LogitsProcessor._get_pruned_states`` reads; None means all.
 

@@ -13,6 +13,7 @@ from sglang.srt.runtime_context import get_device, get_parallel
 
 from sglang_shift.parallel.exchange.collective import SequenceExchange
 from sglang_shift.parallel.layout import RankLayout, padded_local_tokens
+from sglang_shift.seams import relies_on
 
 
 @dataclass
@@ -47,6 +48,10 @@ class SequenceParallel:
         """Sum ``x`` over the base-TP group; ``x`` itself where that group is this rank alone."""
         return x if self.base_tp_group is None else self.base_tp_group.all_reduce(x)
 
+    @relies_on(
+        "sglang.srt.distributed.parallel_state:graph_capture",
+        "it lets SGLang's own groups communicate in a graph, with the custom all-reduce",
+    )
     @contextmanager
     def graph_capture(self, stream: Any) -> Iterator[None]:
         """Inside, the groups communicate as a CUDA graph on ``stream`` can capture it; SGLang sees to its own."""

@@ -7,7 +7,6 @@ With it the published wheels of SGLang run on any CPU. On a machine with an acce
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any
 
 import psutil
@@ -17,6 +16,7 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
 from sglang_shift.errors import SeamError
+from sglang_shift.seams import extends, put_in_place, replaces
 
 # Collectives whose custom ops SGLang registers, on an out-of-tree platform, for PrivateUse1 only.
 COLLECTIVES = (
@@ -39,6 +39,9 @@ def activate() -> str | None:
     return "sglang_shift.platforms.cpu:ShiftCpuPlatform"
 
 
+@extends(
+    "sglang.srt.platforms.interface:SRTPlatform", "attention backend, threads and KV pools on a machine without a GPU"
+)
 class ShiftCpuPlatform(CpuDeviceMixin, SRTPlatform):
     """torch-native attention, gloo collectives, threads and memory shared out among the ranks."""
 
@@ -79,29 +82,33 @@ class ShiftCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def init_backend(self) -> None:
         """Runs in each rank's process while SGLang imports its model runner."""
         register_collectives()
-        # The runner would pad KV heads up to the TP size for a CPU build of sgl_kernel, and then
-        # fail to load where KV heads < ranks; without it they are replicated, as on GPUs.
-        runner = sys.modules["sglang.srt.model_executor.model_runner"]
-        runner.adjust_config_with_unaligned_cpu_tp = keep_config  # type: ignore[attr-defined]
+        put_in_place(keep_config)  # here, because stock servers on this platform need it, too
+
+
+def is_active() -> bool:
+    """Whether SGLang runs on this platform."""
+    from sglang.srt.platforms import current_platform
+
+    return isinstance(current_platform, ShiftCpuPlatform)
 
 
 def verify() -> None:
-    """Where this platform is the active one, its replacement and its collectives must be in place.
+    """If this platform is the active one, its collectives must be in place.
 
     Raises:
         SeamError: names what is missing.
     """
-    from sglang.srt.platforms import current_platform
-
-    if not isinstance(current_platform, ShiftCpuPlatform):
+    if not is_active():
         return
-    runner = sys.modules.get("sglang.srt.model_executor.model_runner")
-    if getattr(runner, "adjust_config_with_unaligned_cpu_tp", None) is not keep_config:
-        raise SeamError("model_runner:adjust_config_with_unaligned_cpu_tp was not replaced on this CPU platform")
     if missing := [name for name in COLLECTIVES if not has_cpu_kernel(name)]:
         raise SeamError(f"SGLang's collectives {', '.join(missing)} do not take CPU tensors")
 
 
+@replaces(
+    "sglang.srt.model_executor.model_runner:adjust_config_with_unaligned_cpu_tp",
+    "KV heads are replicated as on GPUs; SGLang would pad them up to the TP size, and then fail to load",
+    where=is_active,
+)
 def keep_config(model_config: Any, load_config: Any, tp_size: int) -> Any:
     """In place of SGLang's ``adjust_config_with_unaligned_cpu_tp``: the model as it is."""
     return model_config

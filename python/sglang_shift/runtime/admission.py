@@ -19,6 +19,8 @@ from sglang.srt.managers import io_struct
 from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.runtime_context import get_memory, get_observability, get_schedule
 
+from sglang_shift.seams import relies_on
+
 NO_TOKENS = "the request has no tokens; give a text, input_ids or input_embeds that is not empty"
 
 MAX_SAMPLES = 16_384
@@ -146,6 +148,10 @@ def check_pooled(request: Any) -> None:
         )
 
 
+@relies_on(
+    "sglang.srt.managers.schedule_batch:ScheduleBatch.prepare_for_extend",
+    "it puts together which rows the requests of a step replace",
+)
 def as_overrides(request: Any) -> None:
     """Have ``input_embeds`` replace the embeddings of as many tokens, which comes to the same.
 
@@ -196,6 +202,7 @@ def check_tokens(name: str, tokens: Iterable[int], vocab_size: int) -> None:
             raise ValueError(f"{name} has {token}, but the model's tokens are 0 to {vocab_size - 1}; leave it out")
 
 
+@relies_on("sglang.srt.managers.io_struct:msgpack_decode", "the ranks read messages by it")
 def check_message(message: Any) -> None:
     """Encode and decode a message as on its way to the ranks: the types of its fields are checked there.
 

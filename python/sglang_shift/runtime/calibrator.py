@@ -20,6 +20,7 @@ from sglang_shift.modes import Mode
 from sglang_shift.policy.selector import DRIFT_STEPS
 from sglang_shift.runtime.calibration_key import place, settings_of
 from sglang_shift.runtime.calibration_steps import SchedulerBench
+from sglang_shift.seams import relies_on
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,14 @@ class Calibrator:
             self.bench.release()
         return None
 
+    @relies_on(
+        "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.begin_weight_update",
+        "it notes the session during which no calibration may run",
+    )
+    @relies_on(
+        "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.release_memory_occupation",
+        "it notes the released memory without which no calibration may run",
+    )
     def _hindrance(self) -> str:
         """Why no forward may run now, although no request is in work; empty if one may."""
         updater = self.scheduler.weight_updater

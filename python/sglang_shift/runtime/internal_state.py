@@ -12,6 +12,7 @@ from sglang.srt.managers.scheduler_components.internal_state import SchedulerInt
 
 from sglang_shift.config import QUEUE_FIELDS, ShiftConfig, policies_using
 from sglang_shift.policy.builtin import POLICIES
+from sglang_shift.seams import overrides
 
 NUMBERS = ("threshold", *QUEUE_FIELDS)
 
@@ -25,12 +26,14 @@ class ShiftInternalState(SchedulerInternalStateController):
 
     requested: dict[str, Any]
 
+    @overrides("adds live counters to /server_info")
     def get_internal_state(self, recv_req: GetInternalStateReq) -> GetInternalStateReqOutput:
         """SGLang's answer and our counters."""
         output = super().get_internal_state(recv_req)
         output.internal_state["shift"] = self.scheduler.shift_state()
         return output
 
+    @overrides("policy and thresholds change together")
     def set_internal_state(self, recv_req: SetInternalStateReq) -> Any:
         """As SGLang's: all of the request or none of it. Every rank handles it in the same iteration."""
         self.requested = recv_req.server_args
@@ -39,6 +42,7 @@ class ShiftInternalState(SchedulerInternalStateController):
             self.scheduler.shift_reporter.changed()
         return output
 
+    @overrides("policy and thresholds can be set at run time")
     def _update_handlers(self) -> dict[str, Any]:
         handlers = super()._update_handlers()
         handlers["shift_policy"] = internal_state._UpdateHandler(self._validate_policy, self._apply_policy)

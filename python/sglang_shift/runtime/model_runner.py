@@ -31,6 +31,7 @@ from sglang_shift.parallel.exchange.choose import Operands, make_exchange
 from sglang_shift.parallel.exchange.collective import SequenceExchange
 from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.parallel.region import region
+from sglang_shift.seams import overrides, relies_on
 from sglang_shift.weights.base_weights import BaseWeights, WeightReport
 from sglang_shift.weights.projections import OutputProjection, QkvProjection
 
@@ -50,6 +51,11 @@ class ShiftModelRunner(ModelRunner):
     prefill_cuda_graph_runner: Any
     weight_load_mem_usage: float
 
+    @overrides("assembles the base weights around the loaded shards")
+    @relies_on(
+        "sglang.srt.layers.layer_boundary.factories:_active_variants",
+        "it builds the sequence-parallel variant of a layer if flags.sp.enabled",
+    )
     def load_model(self) -> None:
         """Load the stock full-TP shards, then assemble the base weights around them."""
         config = shift_config_of(self.server_args)
@@ -103,18 +109,22 @@ class ShiftModelRunner(ModelRunner):
         current_platform.synchronize()
         current_platform.empty_cache()  # what was sent
 
+    @overrides("notes that base weights must be gathered again")
     def init_weight_updater(self) -> None:
         """Have the base weights follow every weight update that SGLang makes."""
         super().init_weight_updater()
         stock = self.weight_updater
         self.weight_updater = ShiftWeightUpdater(**{f.name: getattr(stock, f.name) for f in fields(stock)})
 
+    @overrides("notes that base weights must be gathered again")
+    @relies_on("sglang.srt.utils.weight_checker:WeightChecker.handle", "it says which action writes parameters")
     def check_weights(self, action: str, *args: Any, **kwargs: Any) -> Any:
         """As SGLang's weight checker, which may write this rank's shards, too."""
         if action == "reset_tensors":
             self.base_weights.stale = True
         return super().check_weights(action, *args, **kwargs)
 
+    @overrides("captures the graphs of both modes")
     def init_cuda_graphs(self, *args: Any, **kwargs: Any) -> None:
         """Capture SGLang's graphs and SP's."""
         config = shift_config_of(self.server_args)
@@ -122,10 +132,12 @@ class ShiftModelRunner(ModelRunner):
         self.graphs = ModeGraphs(self, config)
         self.graphs.capture(partial(super().init_cuda_graphs, *args, **kwargs))
 
+    @overrides("captures them again after a weight update")
     def init_decode_cuda_graph(self) -> None:
         """Capture those of decode steps again, in both modes, where a weight update asks for it."""
         self.graphs.capture(super().init_decode_cuda_graph, (Phase.DECODE,))
 
+    @overrides("SGLang builds its decode graph runner of this class")
     def _decode_cuda_graph_runner_cls(self) -> type:
         return SpDecodeGraphRunner if self.capture_mode is Mode.SP else super()._decode_cuda_graph_runner_cls()
 
@@ -139,6 +151,7 @@ class ShiftModelRunner(ModelRunner):
         finally:
             self.step_mode = Mode.TP
 
+    @overrides("scopes the mode of the step to one forward")
     def _forward_raw(self, forward_batch: ForwardBatch, *args: Any, **kwargs: Any) -> ModelRunnerOutput:
         if self.step_mode is Mode.SP and self.base_weights.stale:
             self.base_weights.refresh()  # here, as this is on the forward's stream
@@ -167,6 +180,7 @@ class ShiftWeightUpdater(WeightUpdater):
 
     __slots__ = ()
 
+    @overrides("notes that base weights must be gathered again")
     def update_weights_from_disk(
         self, model_path: str, load_format: str, *args: Any, **kwargs: Any
     ) -> tuple[bool, str]:
@@ -176,21 +190,25 @@ class ShiftWeightUpdater(WeightUpdater):
         self._shards_change()
         return super().update_weights_from_disk(model_path, load_format, *args, **kwargs)
 
+    @overrides("notes that base weights must be gathered again")
     def receive_weights_from_distributed(self, *args: Any, **kwargs: Any) -> Any:
         """As SGLang's; a rank that fails to receive does not load."""
         self._shards_change()
         return super().receive_weights_from_distributed(*args, **kwargs)
 
+    @overrides("notes that base weights must be gathered again")
     def update_weights_from_tensor(self, *args: Any, **kwargs: Any) -> tuple[bool, str]:
         """As SGLang's."""
         self._shards_change()
         return super().update_weights_from_tensor(*args, **kwargs)
 
+    @overrides("notes that base weights must be gathered again")
     def update_weights_from_ipc(self, *args: Any, **kwargs: Any) -> tuple[bool, str]:
         """As SGLang's."""
         self._shards_change()
         return super().update_weights_from_ipc(*args, **kwargs)
 
+    @overrides("notes that base weights must be gathered again")
     def end_weight_update(self, *args: Any, **kwargs: Any) -> None:
         """As SGLang's, which may have let others write the parameters directly."""
         self._shards_change()

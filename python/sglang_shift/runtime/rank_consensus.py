@@ -12,10 +12,16 @@ from typing import Any
 
 from sglang.srt.utils.rank_consensus_checker import _build_payload as stock_payload
 
+from sglang_shift.seams import replaces
+
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 NUMBERS = re.compile(r"\{(-?\d+(?:, -?\d+)+)\}")
 
 
+@replaces(
+    "sglang.srt.utils.rank_consensus_checker:_build_payload",
+    "the checker compares what is the same on ranks that agree",
+)
 def build_payload(tag: str, selector: Any, scope: dict[str, Any], skip_name: str | None = None) -> str:
     """SGLang's text of what is compared, the same in every process where the values are."""
     return same_everywhere(stock_payload(tag, selector, scope, skip_name))

@@ -14,6 +14,7 @@ from sglang_shift.modes import Mode
 from sglang_shift.observe.events import META_INFO_KEY, Finished, Publisher, StepEvent
 from sglang_shift.policy.selector import Choice, Drift, ModeSelector
 from sglang_shift.runtime.stopwatch import Lap
+from sglang_shift.seams import overrides
 
 logger = logging.getLogger(__name__)
 
@@ -209,6 +210,7 @@ class ShiftOutputStreamer(SchedulerOutputStreamer):
 
     has_additional_customized_info = True
 
+    @overrides("sends the steps of each request by mode into its meta_info")
     def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
         """``shift_steps``, for finished requests: a list, as SGLang wants it, of one ``{"tp": n, "sp": n}``."""
         return {META_INFO_KEY: [[_steps_of(req)] if req.finished() else [] for req in reqs]}

@@ -16,6 +16,7 @@ from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOu
 from sglang.srt.runtime_context import get_device, get_model, get_parallel, get_serving
 from sglang.srt.utils import rank_consensus_checker
 
+from sglang_shift import seams
 from sglang_shift.config import ShiftConfig, shift_config_of
 from sglang_shift.cost.measure import kv_reads
 from sglang_shift.cost.model import PHASES
@@ -33,16 +34,20 @@ from sglang_shift.runtime.internal_state import ShiftInternalState
 from sglang_shift.runtime.rank_consensus import same_everywhere
 from sglang_shift.runtime.reporter import ShiftOutputStreamer, StepReporter
 from sglang_shift.runtime.tp_worker import EXPORT_REFUSED, ShiftTpModelWorker
-from sglang_shift.seams import registry
+from sglang_shift.seams import extends, overrides, relies_on, substitutes_for
 
 logger = logging.getLogger(__name__)
 
 
+@substitutes_for(
+    "sglang.srt.managers.scheduler:Scheduler", "SGLang's run_scheduler_process builds the class of this name"
+)
 class ShiftScheduler(Scheduler):
     """SGLang's scheduler that runs each step in TP or in SP."""
 
     tp_worker: ShiftTpModelWorker
 
+    @overrides("calibrates once everything is built")
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.shift_chunk = min(
@@ -58,11 +63,12 @@ class ShiftScheduler(Scheduler):
         self.shift_watch = agreement.StepWatch.of_replica()
         logger.info("sglang_shift: %s; policy: %s", self.shift_config, self.shift_selector.policy_text)
 
+    @overrides("builds our worker")
     def init_tp_model_worker(self) -> None:
         """Agree with the other ranks on versions and settings, then build our worker."""
         config = shift_config_of(self.server_args)
         assert config is not None
-        registry.verify()
+        seams.verify()
         cpu.verify()
         agreement.check(config)
         self.shift_config = config
@@ -74,6 +80,7 @@ class ShiftScheduler(Scheduler):
             nccl_port=self.nccl_port,
         )
 
+    @overrides("closes the exchange on all ranks")
     def release_host_resources(self) -> None:
         """SGLang's, which is this rank's own; then close the exchange, while the others still answer.
 
@@ -101,6 +108,7 @@ class ShiftScheduler(Scheduler):
         if config.policy == "calibrated" and costs is None:
             logger.warning("sglang_shift: without a calibration, the policy is: %s", selector.policy_text)
 
+    @overrides("chooses the mode of the step")
     def run_batch(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:
         """Run one step in the mode that the policy chooses for it."""
         choice = self.choose_mode(batch)
@@ -169,6 +177,7 @@ class ShiftScheduler(Scheduler):
             sp_bucket=sp_bucket,
         )
 
+    @overrides("what a request raises is its answer; its embeddings replace those of tokens")
     def handle_generate_request(self, recv_req: TokenizedGenerateReqInput, **kwargs: Any) -> None:
         """As SGLang's; what a request raises there is its answer, not the end of the server.
 
@@ -183,12 +192,14 @@ class ShiftScheduler(Scheduler):
             reason = FINISH_ABORT(f"the request cannot be run: {error}; correct it", HTTPStatus.BAD_REQUEST)
             self.send_abort_output(AbortReq(rid=recv_req.rid, finished_reason=reason.to_json()), recv_req)
 
+    @overrides("never runs a request without tokens")
     def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
         """As SGLang's; a request that got here without tokens is answered with an error, and never run."""
         if not req.origin_input_ids:
             req.set_finish_with_abort(NO_TOKENS)
         super()._add_request_to_queue(req, is_retracted)
 
+    @overrides("reports the step once its result is known")
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
         """As SGLang's; before and after it the step is reported."""
         reporter = self.shift_reporter
@@ -198,6 +209,7 @@ class ShiftScheduler(Scheduler):
         super().process_batch_result(batch, result)
         return reporter.processed(batch)
 
+    @overrides("renews a calibration that has drifted")
     def on_idle(self) -> None:
         """As SGLang's; a drifted calibration is renewed meanwhile, a lap at a time."""
         reporter, selector = self.shift_reporter, self.shift_selector
@@ -212,14 +224,17 @@ class ShiftScheduler(Scheduler):
             reporter.tick()
         super().on_idle()
 
+    @overrides("sends the steps of each request by mode to the tokenizer manager")
     def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
         """SGLang's with each request's steps by mode; SGLang's Rust server takes no additions."""
         return ShiftOutputStreamer if self.rust_server is None else super().get_output_streamer_class()
 
+    @overrides("adds live counters to /server_info")
     def init_internal_state(self) -> None:
         """``/server_info`` carries live counters."""
         self.internal_state = ShiftInternalState(scheduler=self, record_step_time=sglang_scheduler.RECORD_STEP_TIME)
 
+    @overrides("refused: it would write views of the base weights")
     def save_remote_model(self, **kwargs: Any) -> None:
         """Refused; SGLang's RPC answers with the reason.
 
@@ -228,7 +243,10 @@ class ShiftScheduler(Scheduler):
         """
         raise Refused(EXPORT_REFUSED)
 
-    save_sharded_model = save_remote_model
+    @overrides("refused: it would write views of the base weights")
+    def save_sharded_model(self, **kwargs: Any) -> None:
+        """Refused, as :meth:`save_remote_model`."""
+        self.save_remote_model(**kwargs)
 
     def shift_event(self) -> StateEvent:
         """What changes rarely, for subscribers; on rank 0."""
@@ -271,11 +289,16 @@ class ShiftScheduler(Scheduler):
         }
 
 
+@extends(
+    "sglang.srt.entrypoints.http_server:launch_server",
+    "each rank puts our code in place before SGLang's builds its scheduler",
+)
+@relies_on("sglang.srt.managers.scheduler:run_scheduler_process", "it builds a Scheduler")
 def run_scheduler_process(server_args: Any, *args: Any, **kwargs: Any) -> None:
     """What each rank's process runs: SGLang's own function, on our scheduler where asked for.
 
     Without our flags it is SGLang's, untouched.
     """
     if shift_config_of(server_args) is not None:
-        registry.install()
+        seams.install()
     sglang_scheduler.run_scheduler_process(server_args, *args, **kwargs)

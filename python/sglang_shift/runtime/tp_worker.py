@@ -9,6 +9,7 @@ from sglang.srt.runtime_context import get_schedule
 
 from sglang_shift.runtime.model_runner import ShiftModelRunner
 from sglang_shift.runtime.stopwatch import Lap, Stopwatch
+from sglang_shift.seams import overrides
 
 # SGLang's exports write whole parameter buffers; ours are views, some of them strided.
 EXPORT_REFUSED = (
@@ -26,15 +27,18 @@ class ShiftTpModelWorker(TpModelWorker):
 
     last_lap: Lap | None = None
 
+    @overrides("times the step")
     def forward_batch_generation(self, *args: Any, **kwargs: Any) -> Any:
         """As SGLang's, timed: model, LM head and sampling."""
         with self.stopwatch.lap() as self.last_lap:
             return super().forward_batch_generation(*args, **kwargs)
 
+    @overrides("refused: it would send views of the base weights")
     def send_weights_to_remote_instance(self, recv_req: Any) -> tuple[bool, str]:
         """Refused, with the reason."""
         return False, EXPORT_REFUSED
 
+    @overrides("builds our model runner")
     def _init_model_runner(self) -> None:
         self.stopwatch = Stopwatch()
         self._model_runner = ShiftModelRunner(

@@ -18,12 +18,10 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 from sglang_shift.errors import ShiftError
-from sglang_shift.seams.registry import SEAMS, SGLANG_VERSION
+from sglang_shift.seams.digests import DIGESTS, SGLANG_VERSION
 
 FLAGS = "sglang.srt.arg_groups.fields"
 """The package whose classes have the server's flags as fields."""
-CLASS = "(class)"
-"""What :meth:`Release.source` gives for a class: its methods have seams of their own."""
 
 
 class Release:
@@ -100,9 +98,7 @@ class Release:
         if found is None:
             return None
         module, node = found
-        if isinstance(node, ast.ClassDef):
-            if not method:
-                return CLASS
+        if method and isinstance(node, ast.ClassDef):
             own = bindings(node.body).get(method)
             if own is None:
                 bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
@@ -148,20 +144,20 @@ def flat(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def digest(source: str) -> str:
-    """As :func:`sglang_shift.seams.registry.digest_of`, of source text."""
+    """As :func:`sglang_shift.seams.check.digest_of`, of source text."""
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def changed_seams(old: Release, new: Release) -> dict[str, str]:
     """Seams whose source differs: their target, and the difference; ``gone`` where there is no such source."""
     changed = {}
-    for seam in SEAMS:
-        before, after = old.source(seam.target) or "", new.source(seam.target)
+    for target in DIGESTS:
+        before, after = old.source(target) or "", new.source(target)
         if after is None:
-            changed[seam.target] = "gone"
+            changed[target] = "gone"
         elif after != before:
             lines = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=2)
-            changed[seam.target] = "\n".join(list(lines)[2:])
+            changed[target] = "\n".join(list(lines)[2:])
     return changed
 
 
@@ -184,7 +180,7 @@ def users(name: str, package: Path) -> str:
 def report(old: Release, new: Release, package: Path) -> str:
     """What a port has to look at, in text."""
     seams, lines = changed_seams(old, new), []
-    lines.append(f"{len(seams)} of {len(SEAMS)} seams differ")
+    lines.append(f"{len(seams)} of {len(DIGESTS)} seams differ")
     for target, difference in seams.items():
         lines += ["", f"## {target}", difference]
     sections = {
@@ -208,7 +204,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, help="the folder that a wheel of that release was unpacked in")
     try:
         new = Release.unpacked(parser.parse_args(argv).folder)
-        print(report(Release.installed(), new, Path(__file__).parent))
+        print(report(Release.installed(), new, Path(__file__).parents[1]))
     except ShiftError as error:
         print(f"sglang_shift: error: {error}", file=sys.stderr)
         return 2

@@ -30,6 +30,7 @@ from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang_shift.errors import Refused
 from sglang_shift.parallel.region import region
 from sglang_shift.parallel.topology import SequenceParallel
+from sglang_shift.seams import overrides, substitutes_for
 from sglang_shift.weights.projections import (
     BaseWeight,
     DownProjection,
@@ -126,9 +127,14 @@ def find_projections(model: torch.nn.Module) -> Iterator[tuple[Any, type[Project
             yield module, roles[module]
 
 
+@substitutes_for(
+    "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod",
+    "SGLang's linears build the class of this name",
+)
 class BaseLinearMethod(UnquantizedLinearMethod):
     """SGLang's unquantized linear, whose weight is created as a view of its base weight."""
 
+    @overrides("creates a weight as a view of its base weight")
     def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         """As SGLang's, then make room for the base weight."""
         super().create_weights(layer, *args, **kwargs)

@@ -13,6 +13,7 @@ import torch
 
 from sglang_shift.parallel.region import region
 from sglang_shift.parallel.topology import SequenceParallel
+from sglang_shift.seams import relies_on, replaces
 
 
 @dataclass
@@ -98,6 +99,10 @@ class DownProjection(RowProjection):
         return self.parallel.base_all_reduce(self.matmul(x.reshape(-1, self.base.weight.shape[1])))
 
 
+@replaces(
+    "sglang.srt.layers.layernorm_sp:column_parallel_g_matmul", "QKV with its exchange, gate_up without communication"
+)
+@relies_on("sglang.srt.layers.linear:ColumnParallelLinear.forward", "it calls column_parallel_g_matmul while sp_active")
 def column_parallel_g_matmul(linear: Any, input_parallel: torch.Tensor, bias: Any) -> torch.Tensor:
     """QKV or gate_up in SP mode (replaces ``layernorm_sp.column_parallel_g_matmul``).
 
@@ -106,6 +111,11 @@ def column_parallel_g_matmul(linear: Any, input_parallel: torch.Tensor, bias: An
     return linear.ulysses.forward(input_parallel)
 
 
+@replaces(
+    "sglang.srt.layers.layernorm_sp:row_parallel_gbar_matmul",
+    "O with its exchange, down; summed over the base-TP group only",
+)
+@relies_on("sglang.srt.layers.linear:RowParallelLinear.forward", "it calls row_parallel_gbar_matmul while sp_active")
 def row_parallel_gbar_matmul(linear: Any, input_: torch.Tensor, bias: Any) -> torch.Tensor:
     """O or down in SP mode (replaces ``layernorm_sp.row_parallel_gbar_matmul``).
 

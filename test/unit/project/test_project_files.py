@@ -12,7 +12,7 @@ import sglang_shift
 import yaml
 from harness import REPO
 from sglang_shift.args.server_args import ShiftServerArgs
-from sglang_shift.seams.registry import SGLANG_VERSION
+from sglang_shift.seams import SGLANG_VERSION
 
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/concepts.md"]

@@ -1,0 +1,144 @@
+"""Check that SGLang is the one the seams were written against, and put ours in place.
+
+:func:`install` runs in each rank's process before the scheduler is built, and :func:`verify` once more before the
+model loads. The launcher calls :func:`check_sources` before it starts any process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from sglang_shift.errors import SeamError
+from sglang_shift.seams import digests
+from sglang_shift.seams.registry import Kind, Seam, replacement_by, resolve, seams
+
+_replaced: dict[str, Any] = {}  # SGLang's own functions, by target
+
+
+def digest_of(obj: Any) -> str:
+    """First 16 hex digits of the SHA-256 of ``obj``'s source text."""
+    return hashlib.sha256(inspect.getsource(getattr(obj, "fget", obj)).encode()).hexdigest()[:16]
+
+
+def source_of(seam: Seam) -> str:
+    """Digest of the source of SGLang's part of a seam, also after ours took its place.
+
+    Raises:
+        SeamError: there is no such source.
+    """
+    try:
+        target = resolve(seam.target)
+        return digest_of(_replaced.get(seam.target, target) if target is seam.ours else target)
+    except (ImportError, AttributeError, OSError, TypeError) as error:
+        raise SeamError(_changed(seam, f"cannot be read ({error})")) from error
+
+
+def check_version() -> None:
+    """The installed SGLang must be the pinned one.
+
+    Raises:
+        SeamError: it is another, or none.
+    """
+    try:
+        installed = version("sglang")
+    except PackageNotFoundError:
+        installed = "not installed"
+    if installed != digests.SGLANG_VERSION:
+        raise SeamError(
+            f"sglang_shift is written against sglang {digests.SGLANG_VERSION} but sglang here is {installed}; "
+            f"run: pip install sglang=={digests.SGLANG_VERSION}"
+        )
+
+
+def check_sources() -> None:
+    """Version and the source of every seam's target must be those this package was written against.
+
+    Raises:
+        SeamError: names the first target that differs.
+    """
+    check_version()
+    for seam in seams():
+        if seam.has_digest:
+            found, expected = source_of(seam), digests.DIGESTS.get(seam.target)
+            if found != expected:
+                raise SeamError(_changed(seam, f"has source {found} instead of {expected}"))
+        elif seam.kind is Kind.SUBSTITUTES_FOR and _constructor(seam) not in (object.__new__, seam.ours):
+            raise SeamError(_changed(seam, "has another constructor"))
+
+
+def _changed(seam: Seam, how: str) -> str:
+    return (
+        f"{seam.target} of the installed sglang {how}, so sglang_shift cannot trust it; "
+        f"reinstall it (pip install --force-reinstall --no-deps sglang=={digests.SGLANG_VERSION}) "
+        "or remove the plugin that changes it"
+    )
+
+
+def install() -> None:
+    """Check everything, then put our code in place. Once per process, before the scheduler.
+
+    Raises:
+        SeamError: a check failed; nothing was replaced.
+    """
+    check_sources()
+    for seam in seams():
+        if seam.kind is Kind.REPLACES and seam.condition():
+            put_in_place(seam.ours)
+        elif seam.kind is Kind.SUBSTITUTES_FOR:
+            _substitute(resolve(seam.target), seam.ours, seam.condition)
+    verify()
+
+
+def put_in_place(function: Any) -> None:
+    """Assign one declared replacement over SGLang's function; for code that SGLang calls before :func:`install`."""
+    target = replacement_by(function).target
+    original = resolve(target)
+    if original is not function:
+        _replaced[target] = original
+        module, _, name = target.partition(":")
+        setattr(resolve(module), name, function)
+
+
+def _substitute(stock: type, ours: type, when: Callable[..., bool]) -> None:
+    """Have ``stock(...)`` make an object of ``ours``. Python then calls the ``__init__`` of that object's class."""
+
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return object.__new__(ours if cls is stock and when(*args, **kwargs) else cls)
+
+    new.substitute = ours  # type: ignore[attr-defined]
+    stock.__new__ = staticmethod(new)  # type: ignore[assignment]
+
+
+def _constructor(seam: Seam) -> Any:
+    """The class whose objects SGLang's class makes; if it makes its own, its constructor."""
+    new = resolve(seam.target).__new__
+    return getattr(new, "substitute", new)
+
+
+def verify() -> None:
+    """Every seam must really be in place.
+
+    Raises:
+        SeamError: names the first that is not.
+    """
+    for seam in seams():
+        if not _in_place(seam):
+            raise SeamError(
+                f"{seam.target} is not served by {seam.place} in this process: something replaced it after "
+                "sglang_shift did; remove the plugin that changes it"
+            )
+
+
+def _in_place(seam: Seam) -> bool:
+    if seam.kind is Kind.REPLACES:
+        return not seam.condition() or resolve(seam.target) is seam.ours
+    if seam.kind is Kind.SUBSTITUTES_FOR:
+        return _constructor(seam) is seam.ours
+    if seam.kind is Kind.OVERRIDES:
+        owner, _, name = seam.place.rpartition(".")
+        return name in vars(resolve(owner))
+    return True
