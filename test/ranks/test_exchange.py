@@ -9,19 +9,41 @@ import torch
 import torch.nn.functional as F
 from harness import GlooGroup, run_ranks
 from sglang.srt.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
-from sglang_shift.parallel.exchange import collective as exchange_module
-from sglang_shift.parallel.exchange.collective import MOST_PARTS, PART_BYTES, SequenceExchange
+from sglang_shift.modes import Mode
+from sglang_shift.parallel.exchange import gloo
+from sglang_shift.parallel.exchange.base import ExchangeCounter, ExchangeVolume
+from sglang_shift.parallel.exchange.collective import CollectiveExchange
+from sglang_shift.parallel.exchange.gloo import MOST_PARTS, PART_BYTES, GlooExchange
 from sglang_shift.parallel.layout import RankLayout
-from sglang_shift.parallel.region import region, sp_entry_scatter
-from sglang_shift.parallel.topology import SequenceParallel
-from sglang_shift.weights.base_weights import BaseLinearMethod, _gather_into, _grown
+from sglang_shift.parallel.region import scatter_tokens
+from sglang_shift.parallel.step import Step
+from sglang_shift.parallel.topology import Topology
+from sglang_shift.weights.base_weights import BaseLinearMethod, _gather_into, _grown, loading_for
 from sglang_shift.weights.projections import BaseWeight, OutputProjection, QkvProjection
 from sglang_shift_kernels import reference
 
 
-def my_group(groups: list[list[int]]) -> GlooGroup:
-    group = GlooGroup.mine(groups)
-    group.device_group = group.group
+class CountingGroup(GlooGroup):
+    """Counts the bytes that leave this rank, in all-to-alls and in single messages."""
+
+    sent = 0
+
+    def all_to_all_single(self, output, input):
+        self.sent += input.nbytes * (self.world_size - 1) // self.world_size
+        super().all_to_all_single(output, input)
+
+
+def my_group(groups: list[list[int]]) -> CountingGroup:
+    plain = GlooGroup.mine(groups)
+    group = CountingGroup(plain.ranks, plain.group)
+    group.device_group = plain.group
+    send = torch.distributed.isend
+
+    def isend(tensor, *args, **kwargs):
+        group.sent += tensor.nbytes
+        return send(tensor, *args, **kwargs)
+
+    gloo.dist = SimpleNamespace(isend=isend, irecv=torch.distributed.irecv)
     return group
 
 
@@ -30,8 +52,13 @@ def unchanged(rows: torch.Tensor) -> torch.Tensor:
 
 
 def check_exchange(rank: int, world: int, dtype: torch.dtype) -> None:
-    exchange = SequenceExchange(my_group([list(range(world))]))
-    sent = 0
+    group = my_group([list(range(world))])
+    for exchange in (CollectiveExchange(group), GlooExchange(group)):
+        check_one_exchange(exchange, rank, world, dtype)
+
+
+def check_one_exchange(exchange, rank: int, world: int, dtype: torch.dtype) -> None:
+    before, sent = exchange.group.sent, 0
     for tokens, width in ((1, 1), (3, 5), (7, 16), (64, 3)):
         # [tokens of all ranks, column blocks of all ranks, width]; every rank knows the whole.
         whole = torch.arange(world * tokens * world * width).view(world * tokens, world, width).to(dtype)
@@ -41,8 +68,7 @@ def check_exchange(rank: int, world: int, dtype: torch.dtype) -> None:
         assert torch.equal(exchange.scatter_heads(local_tokens, unchanged, world * width), my_heads)
         assert torch.equal(exchange.gather_heads(my_heads, unchanged), local_tokens)
         sent += 2 * tokens * (world - 1) * width * dtype.itemsize
-    assert exchange.bytes_sent == sent
-    assert exchange.calls == 8
+    assert exchange.group.sent - before == sent
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -53,11 +79,11 @@ def test_exchange_over_gloo(world, dtype):
 
 def check_exchange_in_parts(rank: int, world: int, dtype: torch.dtype) -> None:
     """The smallest possible parts: the same results from as many matmuls as there may be."""
-    exchange_module.PART_BYTES = 1
+    gloo.PART_BYTES = 1
     check_exchange(rank, world, dtype)
-    exchange_module.MESSAGE_BYTES = 1  # no all-to-all of gloo's own, but where a block is empty
+    gloo.MESSAGE_BYTES = 1  # no all-to-all of gloo's own, but where a block is empty
     check_exchange(rank, world, dtype)
-    exchange = SequenceExchange(my_group([list(range(world))]))
+    exchange = GlooExchange(my_group([list(range(world))]))
     rows: list[int] = []
 
     def recording(x: torch.Tensor) -> torch.Tensor:
@@ -66,7 +92,7 @@ def check_exchange_in_parts(rank: int, world: int, dtype: torch.dtype) -> None:
 
     x = torch.arange(10.0 * world).view(10, world).to(dtype)
     exchange.gather_heads(exchange.scatter_heads(x, recording, world), recording)
-    assert rows == [3, 3, 2, 2] * 2 and exchange.calls == 2
+    assert rows == [3, 3, 2, 2] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -77,8 +103,8 @@ def test_exchange_in_parts_over_gloo(world, dtype):
 
 def check_fp8(rank: int, world: int, dtype: torch.dtype, part_bytes: int) -> None:
     """What arrives is what was sent, quantized and dequantized by the reference: exactly, in one part or in several."""
-    exchange_module.PART_BYTES, exchange_module.MESSAGE_BYTES = part_bytes, 1
-    exchange = SequenceExchange(my_group([list(range(world))]), fp8=True)
+    gloo.PART_BYTES, gloo.MESSAGE_BYTES = part_bytes, 1
+    exchange = GlooExchange(my_group([list(range(world))]), fp8=True)
     assert exchange.text == "collective, fp8"
     sent = 0
     for local, width in ((1, 16), (5, 48), (64, 32)):
@@ -96,8 +122,10 @@ def check_fp8(rank: int, world: int, dtype: torch.dtype, part_bytes: int) -> Non
         tokens = exchange.gather_heads(whole[: rows - 1, my_heads].contiguous(), unchanged)
         rounded[-1] = 0
         assert torch.equal(tokens, rounded[mine])
-        sent += 3 * (world - 1) * local * (width + 16)
-    assert (exchange.bytes_sent, exchange.calls) == (sent, 9)
+        volume = ExchangeVolume(world, 1, exchange.row_bytes(width, dtype.itemsize))
+        assert volume.bytes_sent(rows - 1) == (world - 1) * local * (width + 16)
+        sent += 3 * volume.bytes_sent(rows)
+    assert exchange.group.sent == sent
     blocks = torch.randn(world, 3, generator=torch.Generator().manual_seed(rank)).to(dtype)
     others = [torch.randn(world, 3, generator=torch.Generator().manual_seed(r)).to(dtype)[rank] for r in range(world)]
     assert torch.equal(exchange.all_to_all(blocks), torch.stack(others)), "the embedding's is plain"
@@ -110,12 +138,20 @@ def test_fp8_over_gloo(world, dtype, part_bytes):
     run_ranks(world, check_fp8, dtype, part_bytes)
 
 
-def test_small_exchanges_and_those_of_other_devices_have_one_part():
-    exchange = SequenceExchange(SimpleNamespace(world_size=2))
+def test_small_exchanges_have_one_part():
+    exchange = GlooExchange(SimpleNamespace(world_size=2))  # type: ignore[arg-type]
     width = PART_BYTES // 64  # elements of 4 bytes, half of which stay
-    rows = {n: exchange._parts(torch.device("cpu"), n * width * 4) for n in (32, 63, 64, 95, 96, 10**6)}
+    rows = {n: exchange._parts(n * width * 4) for n in (32, 63, 64, 95, 96, 10**6)}
     assert rows == {32: 1, 63: 1, 64: 2, 95: 2, 96: 3, 10**6: MOST_PARTS}
-    assert exchange._parts(torch.device("meta"), 10**6 * width) == 1
+
+
+def test_exchanges_are_counted_by_steps():
+    """Llama-like: 3 layers, a rank has 32 columns of Q, K and V and 16 of O, in bfloat16."""
+    counter = ExchangeCounter(ExchangeVolume(sp_size=4, calls=6, token_bytes=3 * (32 + 16) * 2))
+    counter.count(8)
+    assert (counter.calls, counter.bytes_sent) == (6, 3 * 2 * 288)
+    counter.count(9)  # the last rank's two last rows are padding
+    assert (counter.calls, counter.bytes_sent) == (12, 3 * (2 + 3) * 288)
 
 
 def check_projections(rank: int, world: int, sp: int, tokens: int) -> None:
@@ -137,17 +173,16 @@ def check_projections(rank: int, world: int, sp: int, tokens: int) -> None:
     members = layout.sp_groups()[layout.base_tp_index(rank)]
     qkv_base = BaseWeight(weights[0][members].flatten(0, 1), biases[0][members].flatten())
     o_base = BaseWeight(torch.cat(list(weights[1][members]), 1), biases[1])
-    for exchange_module.PART_BYTES in (1 << 30, 64):
-        exchange = SequenceExchange(group)
-        parallel = SequenceParallel(layout, rank, group, base_group, exchange)  # type: ignore[arg-type]
-        region.parallel, region.embedded = parallel, False
-        local = sp_entry_scatter(x)
-        my_heads = QkvProjection(linear, qkv_base, parallel).forward(local)
+    for gloo.PART_BYTES in (1 << 30, 64):
+        topology = Topology(layout, rank, group, base_group, GlooExchange(group))  # type: ignore[arg-type]
+        step, before = Step(Mode.SP, topology, None, exits=False), group.sent
+        local = scatter_tokens(step, x)
+        my_heads = QkvProjection(linear, qkv_base).forward(local, step)
         assert torch.allclose(my_heads, heads[rank], atol=1e-5)
-        y = OutputProjection(linear, o_base, parallel).forward(2 * my_heads)
+        y = OutputProjection(linear, o_base).forward(2 * my_heads, step)
         mine = slice(layout.sp_index(rank) * len(local), min(tokens, (layout.sp_index(rank) + 1) * len(local)))
         assert torch.allclose(y[: len(expected[mine])], expected[mine], atol=1e-4)
-        assert exchange.bytes_sent == (sp - 1) * len(local) * 2 * block * 4
+        assert group.sent - before == ExchangeVolume(sp, 2, 2 * block * 4).bytes_sent(tokens)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 37, 64])
@@ -172,7 +207,7 @@ def check_assembly(rank: int, world: int, sp: int) -> None:
     layout = RankLayout(world, sp)
     plain = GlooGroup.mine(layout.sp_groups())
     group = Recording(plain.ranks, plain.group)
-    parallel = SequenceParallel(layout, rank, group, None, SequenceExchange(group))  # type: ignore[arg-type]
+    topology = Topology(layout, rank, group, None, CollectiveExchange(group))  # type: ignore[arg-type]
     members = layout.sp_groups()[layout.base_tp_index(rank)]
 
     def shard_of(r: int, offset: float = 0.0) -> torch.Tensor:
@@ -181,7 +216,7 @@ def check_assembly(rank: int, world: int, sp: int) -> None:
     for dim in (0, 1):
         group.outputs.clear()
         param = torch.nn.Parameter(shard_of(rank), requires_grad=False)
-        base = _grown(param, parallel, dim)
+        base = _grown(param, topology, dim)
         assert torch.equal(base, torch.cat([shard_of(r) for r in members], dim))
         assert torch.equal(param.data, shard_of(rank))
         beside = [output.numel() for output in group.outputs if output.data_ptr() != base.data_ptr()]
@@ -189,7 +224,7 @@ def check_assembly(rank: int, world: int, sp: int) -> None:
         assert param.data.untyped_storage().data_ptr() == base.untyped_storage().data_ptr(), "the shard is a view"
         # A weight update writes this rank's shard in place; the others' parts follow by gathering again.
         param.data.copy_(shard_of(rank, 0.5))
-        _gather_into(base, param.data, parallel, dim)
+        _gather_into(base, param.data, topology, dim)
         assert torch.equal(base, torch.cat([shard_of(r, 0.5) for r in members], dim))
         assert torch.equal(param.data, shard_of(rank, 0.5))
 
@@ -201,20 +236,20 @@ def test_base_weights_over_gloo(world, sp):
 
 def test_one_rank_needs_no_exchange():
     group = SimpleNamespace(world_size=1, rank_in_group=0, all_to_all_single=lambda output, input: output.copy_(input))
-    exchange = SequenceExchange(group)
-    x = torch.randn(5, 8)
-    assert torch.equal(exchange.gather_heads(exchange.scatter_heads(x, unchanged, 8), unchanged), x)
-    assert exchange.bytes_sent == 0
+    for exchange in (CollectiveExchange(group), GlooExchange(group)):
+        x = torch.randn(5, 8)
+        assert torch.equal(exchange.gather_heads(exchange.scatter_heads(x, unchanged, 8), unchanged), x)
+    assert ExchangeVolume(1, 2, 8 * 4).bytes_sent(5) == 0
 
 
-def test_a_weight_is_created_as_a_view_of_its_base_weight(monkeypatch):
+def test_a_weight_is_created_as_a_view_of_its_base_weight():
     layout = RankLayout(4, 2)
-    parallel = SequenceParallel(layout, 2, None, None, None)  # type: ignore[arg-type]
-    monkeypatch.setattr(region, "parallel", parallel)
+    topology = Topology(layout, 2, None, None, None)  # type: ignore[arg-type]
     for kind, shape in ((ColumnParallelLinear, (6, 5)), (RowParallelLinear, (3, 10))):
         layer = kind.__new__(kind)
         torch.nn.Module.__init__(layer)
-        BaseLinearMethod().create_weights(layer, 5, [3], 5, 3, torch.bfloat16, weight_loader=len)
+        with loading_for(topology):
+            BaseLinearMethod().create_weights(layer, 5, [3], 5, 3, torch.bfloat16, weight_loader=len)
         weight = layer.weight
         assert weight.shape == (3, 5) and weight.weight_loader is len and not weight.requires_grad
         assert weight.ulysses_base.shape == shape and weight.ulysses_base.dtype == torch.bfloat16
@@ -223,5 +258,6 @@ def test_a_weight_is_created_as_a_view_of_its_base_weight(monkeypatch):
         assert torch.equal(mine, weight.data), "rank 2 of 4 is the second of its SP group"
     replicated = ReplicatedLinear.__new__(ReplicatedLinear)
     torch.nn.Module.__init__(replicated)
-    BaseLinearMethod().create_weights(replicated, 5, [3], 5, 3, torch.bfloat16)
+    with loading_for(topology):
+        BaseLinearMethod().create_weights(replicated, 5, [3], 5, 3, torch.bfloat16)
     assert not hasattr(replicated.weight, "ulysses_base")

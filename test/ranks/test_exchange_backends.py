@@ -15,6 +15,7 @@ from harness import GlooGroup, run_ranks
 from sglang.srt.managers.scheduler import Scheduler
 from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refused
+from sglang_shift.parallel.exchange.base import SequenceExchange
 from sglang_shift.parallel.exchange.choose import (
     BACKENDS,
     DTYPES,
@@ -23,9 +24,9 @@ from sglang_shift.parallel.exchange.choose import (
     make_exchange,
     why_not_flashinfer,
 )
-from sglang_shift.parallel.exchange.collective import SequenceExchange
+from sglang_shift.parallel.exchange.collective import CollectiveExchange
 from sglang_shift.parallel.exchange.flashinfer import WORLD_SIZES, FlashInferExchange
-from sglang_shift.parallel.region import region
+from sglang_shift.parallel.exchange.gloo import GlooExchange
 from sglang_shift.runtime import model_runner
 from sglang_shift.runtime.scheduler import ShiftScheduler
 from sglang_shift.weights.projections import BaseWeight, OutputProjection, QkvProjection
@@ -98,7 +99,7 @@ def exchanges(world: int, max_tokens: int, width: int, dtype: torch.dtype) -> li
     ulysses.UlyssesCommunicator = StandIn  # type: ignore[misc]
     group = GlooGroup.mine([list(range(world))])
     group.device_group = group.group
-    return [SequenceExchange(group), FlashInferExchange(group, max_tokens, width, dtype)]
+    return [CollectiveExchange(group), FlashInferExchange(group, max_tokens, width, dtype)]
 
 
 def check_equal(rank: int, world: int, dtype: torch.dtype) -> None:
@@ -115,9 +116,9 @@ def check_equal(rank: int, world: int, dtype: torch.dtype) -> None:
         tokens = world * local - 1  # the last rank's last row is padding
         back = [e.gather_heads(heads[0][:tokens], lambda rows: rows @ weight) for e in both]
         assert torch.equal(*back) and back[0].shape[0] == -(-tokens // world)
-    collective, flashinfer = both
+    _, flashinfer = both
     assert flashinfer._communicator.served == ["scatter_heads", "gather_heads", "gather_heads"] * 3
-    assert (collective.bytes_sent, collective.calls) == (flashinfer.bytes_sent, flashinfer.calls)
+    assert [e.row_bytes(block, dtype.itemsize) for e in both] == [block * dtype.itemsize] * 2
     flashinfer.close()
     assert flashinfer._communicator.closed == 1
 
@@ -192,19 +193,20 @@ class TestChoice:
     def test_flashinfer_over_nccl_only_where_it_is_asked_for(self, built, monkeypatch, caplog):
         monkeypatch.setattr(StandIn, "takes", "nccl")
         assert self.make("flashinfer").text == "flashinfer, nccl (a stand-in)" and not built[0].closed
-        assert type(self.make()) is SequenceExchange and built[1].closed == 1
+        assert type(self.make()) is CollectiveExchange and built[1].closed == 1
         assert "in place of flashinfer, nccl (a stand-in)" in caplog.text
 
     @pytest.mark.parametrize(("device", "nodes", "why"), [("cpu", 1, "device is cpu"), ("cuda", 2, "there are 2")])
     def test_collective_where_it_cannot(self, device, nodes, why, built, caplog):
         chosen = self.make(device=device, nodes=nodes)
-        assert type(chosen) is SequenceExchange and chosen.text == "collective" and not built
+        kind = GlooExchange if device == "cpu" else CollectiveExchange
+        assert type(chosen) is kind and chosen.text == "collective" and not built
         assert why in caplog.text
         with pytest.raises(Refused, match="--shift-exchange flashinfer is not possible"):
             self.make("flashinfer", device=device, nodes=nodes)
 
     def test_collective_where_it_is_asked_for(self, built):
-        assert type(self.make("collective")) is SequenceExchange and not built
+        assert type(self.make("collective")) is CollectiveExchange and not built
 
     def test_fp8_is_collective(self, built, caplog):
         for asked in ("auto", "collective"):
@@ -219,7 +221,7 @@ class TestChoice:
             raise RuntimeError("no NVML")
 
         monkeypatch.setattr(StandIn, "__init__", fail)
-        assert type(self.make()) is SequenceExchange
+        assert type(self.make()) is CollectiveExchange
         assert "RuntimeError: no NVML" in caplog.text
         with pytest.raises(Refused, match=r"failed \(RuntimeError: no NVML\)"):
             self.make("flashinfer")
@@ -245,7 +247,7 @@ def check_import_fails_on_one_rank(rank: int, world: int) -> None:
         sys.modules["flashinfer.comm.ulysses"] = None  # type: ignore[assignment]
     group = GlooGroup.mine([list(range(world))])
     operands = Operands(tokens=64, width=48, dtype=torch.bfloat16)
-    assert type(make_exchange(config(), group, "cuda", 1, operands)) is SequenceExchange
+    assert type(make_exchange(config(), group, "cuda", 1, operands)) is CollectiveExchange
     with pytest.raises(Refused, match=r"flashinfer failed \(ModuleNotFoundError on rank 1: "):
         make_exchange(config("flashinfer"), group, "cuda", 1, operands)
 
@@ -259,13 +261,17 @@ def test_an_import_that_fails_on_one_rank_fails_on_all():
 def test_a_gpus_kernels_are_compiled_before_it_serves(monkeypatch, device, fp8):
     warmed: list[tuple[Any, ...]] = []
     monkeypatch.setattr(model_runner, "warm_up", lambda *args: warmed.append(args))
-    monkeypatch.setattr(model_runner, "make_exchange", lambda config, group, *args: SequenceExchange(group, fp8))
+    monkeypatch.setattr(model_runner, "make_exchange", lambda config, group, *args: CollectiveExchange(group, fp8))
     monkeypatch.setattr(model_runner, "get_schedule", lambda: SimpleNamespace(chunked_prefill_size=512))
     monkeypatch.setattr(model_runner, "get_parallel", lambda: SimpleNamespace(nnodes=1))
-    monkeypatch.setattr(region, "parallel", SimpleNamespace(sp_group=None))
-    qkv = QkvProjection(None, BaseWeight(torch.empty(8 * 48, 64), None), None)  # type: ignore[arg-type]
-    output = OutputProjection(None, BaseWeight(torch.empty(64, 8 * 32), None), None)  # type: ignore[arg-type]
-    mine = SimpleNamespace(base_weights=SimpleNamespace(projections=[qkv, output]), device=device, dtype=torch.bfloat16)
+    qkv = QkvProjection(None, BaseWeight(torch.empty(8 * 48, 64), None))
+    output = OutputProjection(None, BaseWeight(torch.empty(64, 8 * 32), None))
+    mine = SimpleNamespace(
+        base_weights=SimpleNamespace(projections=[qkv, output]),
+        topology=SimpleNamespace(sp_group=None),
+        device=device,
+        dtype=torch.bfloat16,
+    )
     model_runner.ShiftModelRunner._exchange(mine, config())  # type: ignore[arg-type]
     assert warmed == ([(Shape(8, 2, 48, 32), 64, torch.bfloat16, "cuda", fp8)] if device == "cuda" else [])
 
@@ -279,9 +285,10 @@ def test_the_exchange_closes_after_what_sglang_releases(monkeypatch, caplog, fai
         if fails:
             raise RuntimeError("a peer is gone")
 
-    monkeypatch.setattr(region, "parallel", SimpleNamespace(exchange=SimpleNamespace(close=close)))
     monkeypatch.setattr(Scheduler, "release_host_resources", lambda self: done.append("SGLang's"))
     scheduler = ShiftScheduler.__new__(ShiftScheduler)
+    topology = SimpleNamespace(exchange=SimpleNamespace(close=close))
+    scheduler.tp_worker = SimpleNamespace(model_runner=SimpleNamespace(topology=topology))
     scheduler.shift_watch = SimpleNamespace(stop=lambda: done.append("watch"))
     scheduler.release_host_resources()
     assert done == ["watch", "SGLang's", "exchange"], "a rank that ends is not compared with the others"

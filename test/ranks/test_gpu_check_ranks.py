@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from sglang_shift.parallel.exchange.collective import SequenceExchange
+from sglang_shift.parallel.exchange.collective import CollectiveExchange
 from sglang_shift.tools.gpu_check import attempts, exchange, links
 from sglang_shift.tools.gpu_check.ranks import RankGroup, run_ranks
 from sglang_shift.tools.gpu_check.record import Record
@@ -88,12 +88,12 @@ def test_a_rank_that_fails_says_why():
 
 
 def _wrong_exchange(device: torch.device) -> list[bool]:
-    class Wrong(SequenceExchange):
+    class Wrong(CollectiveExchange):
         def scatter_heads(self, x, project, width):
             heads = super().scatter_heads(x, project, width)
             return heads + 1 if dist.get_rank() == 1 else heads
 
-    return [exchange.Trip(kind(RankGroup()), 3, torch.float32, device).right() for kind in (SequenceExchange, Wrong)]
+    return [exchange.Trip(kind(RankGroup()), 3, torch.float32, device).right() for kind in (CollectiveExchange, Wrong)]
 
 
 def test_an_exchange_that_is_wrong_on_another_rank():

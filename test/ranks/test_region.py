@@ -15,21 +15,21 @@ from sglang.srt.model_executor.runner.prefill_cuda_graph_runner import PrefillCu
 from sglang.srt.runtime_context import get_forward
 from sglang_shift.graphs.runners import SpPrefillGraphRunner
 from sglang_shift.modes import Mode
-from sglang_shift.parallel import region as region_module
-from sglang_shift.parallel.exchange.collective import SequenceExchange
+from sglang_shift.parallel.exchange.gloo import GlooExchange
 from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.parallel.region import (
     exit_gather,
-    maybe_exit_gather,
     on_device,
     padded_local_tokens,
     plan_exit,
-    reduce_embedding,
-    region,
     rows_read,
-    sp_entry_scatter,
+    scatter_tokens,
 )
-from sglang_shift.parallel.topology import SequenceParallel
+from sglang_shift.parallel.step import Step, current, running
+from sglang_shift.parallel.topology import Topology
+from sglang_shift.runtime import vocab_parallel_embedding
+from sglang_shift.runtime.layernorm_sp import maybe_exit_gather, runs_sp, sp_entry_scatter
+from sglang_shift.runtime.vocab_parallel_embedding import reduce_embedding
 from torch.utils._python_dispatch import TorchDispatchMode
 
 VOCABULARY, WIDTH = 24, 6  # of the embedding
@@ -97,15 +97,16 @@ def test_padded_local_tokens(tokens, size, local):
 def check_entry_and_exit(rank: int, world: int, sp: int) -> None:
     layout = RankLayout(world, sp)
     group = GlooGroup.mine(layout.sp_groups())
-    region.parallel = SequenceParallel(layout, rank, group, None, SequenceExchange(group))  # type: ignore[arg-type]
+    topology = Topology(layout, rank, group, None, GlooExchange(group))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
     for tokens in (1, 2, 3, 5, 8, 13, 64):
         full = torch.randn(tokens, 6, generator=generator)
-        local = sp_entry_scatter(full)
+        step = Step(Mode.SP, topology, decode())
+        local = scatter_tokens(step, full)
         width = padded_local_tokens(tokens, sp)
         padded = F.pad(full, (0, 0, 0, width * sp - tokens))
         assert torch.equal(local, padded[layout.sp_index(rank) * width :][:width])
-        assert torch.equal(exit_gather(local, None), full)
+        assert torch.equal(exit_gather(step, local), full)
         some = [i for i in range(tokens) if torch.rand((), generator=generator) < 0.3]
         for wanted in (
             [0],
@@ -115,7 +116,8 @@ def check_entry_and_exit(rank: int, world: int, sp: int) -> None:
             [0, tokens - 1][:tokens],
             some,
         ):
-            got = exit_gather(local, plan_exit(torch.tensor(wanted, dtype=torch.int64), tokens, full.device))
+            step.exit = plan_exit(torch.tensor(wanted, dtype=torch.int64), tokens, topology, full.device)
+            got = exit_gather(step, local)
             assert torch.equal(got[wanted], full[wanted])
             others = [i for i in range(tokens) if i not in wanted]
             assert got.shape == full.shape
@@ -138,10 +140,13 @@ def check_exit_sends_wanted_rows_only(rank: int, world: int) -> None:
 
     spy = SimpleNamespace(world_size=world, rank_in_group=rank, all_gather_into_tensor=recording)
     layout = RankLayout(world, world)
-    region.parallel = SequenceParallel(layout, rank, spy, None, SequenceExchange(spy))  # type: ignore[arg-type]
-    local = sp_entry_scatter(torch.arange(100.0)[:, None])
-    exit_gather(local, plan_exit(torch.tensor([9, 99]), 100, local.device))
-    exit_gather(local, None)
+    topology = Topology(layout, rank, spy, None, GlooExchange(spy))  # type: ignore[arg-type]
+    step = Step(Mode.SP, topology, decode())
+    local = scatter_tokens(step, torch.arange(100.0)[:, None])
+    step.exit = plan_exit(torch.tensor([9, 99]), 100, topology, local.device)
+    exit_gather(step, local)
+    step.exit = None
+    exit_gather(step, local)
     assert sent == [1, 50]
 
 
@@ -164,23 +169,21 @@ class Uploads(TorchDispatchMode):
         return out
 
 
-@pytest.fixture
-def meta_group(monkeypatch):
+def meta_topology() -> Topology:
     """This process as rank 1 of an SP group of 4 on the meta device; its all-gathers send nothing."""
     group = SimpleNamespace(world_size=4, rank_in_group=1, all_gather_into_tensor=lambda output, input: None)
-    parallel = SequenceParallel(RankLayout(4, 4), 1, group, None, SequenceExchange(group))  # type: ignore[arg-type]
-    monkeypatch.setattr(region, "parallel", parallel)
+    return Topology(RankLayout(4, 4), 1, group, None, GlooExchange(group))  # type: ignore[arg-type]
 
 
-def leave(hidden_states):
+def leave(hidden_states, forward_mode=ForwardMode.EXTEND):
     return maybe_exit_gather(
-        hidden_states=hidden_states, hidden_states_before_norm=hidden_states, input_ids=None,
-        forward_mode=ForwardMode.EXTEND,
-    )  # fmt: skip
+        hidden_states=hidden_states, hidden_states_before_norm=hidden_states, input_ids=None, forward_mode=forward_mode
+    )
 
 
-def test_the_rows_that_leave_are_on_the_device_before_the_first_layer_runs(meta_group):
-    with region.step(Mode.SP, batch(extend_seq_lens_cpu=[30, 1, 40])), Uploads() as uploads:
+def test_the_rows_that_leave_are_on_the_device_before_the_first_layer_runs():
+    step = Step(Mode.SP, meta_topology(), batch(extend_seq_lens_cpu=[30, 1, 40]))
+    with running(step), Uploads() as uploads:
         local = sp_entry_scatter(torch.empty(71, WIDTH, device="meta"))
         assert uploads.count == 1, "all that the exit needs goes in one copy"
         gathered, before_norm = leave(local)
@@ -188,10 +191,11 @@ def test_the_rows_that_leave_are_on_the_device_before_the_first_layer_runs(meta_
     assert gathered.shape == before_norm.shape == (71, WIDTH)
 
 
-def test_the_exit_behind_a_graph_copies_nothing_either(meta_group, monkeypatch):
+def test_the_exit_behind_a_graph_copies_nothing_either(monkeypatch):
     """The graph has 80 tokens, of which 9 pad the step; its capture copies nothing that would be replayed."""
     runner = SpPrefillGraphRunner.__new__(SpPrefillGraphRunner)
-    runner.exchanges = SimpleNamespace(recording=lambda size: Uploads(), replayed=lambda size: None)
+    topology = meta_topology()
+    runner.model_runner = SimpleNamespace(topology=topology)
     step, counts = batch(extend_seq_lens_cpu=[30, 1, 40]), []
     step.input_ids = torch.empty(71, device="meta", dtype=torch.int64)
 
@@ -210,7 +214,7 @@ def test_the_exit_behind_a_graph_copies_nothing_either(meta_group, monkeypatch):
     monkeypatch.setattr(PrefillCudaGraphRunner, "_run_forward", capture)
     monkeypatch.setattr(PrefillCudaGraphRunner, "_execute_body_capture", replay)
     assert runner._run_forward(batch(extend_seq_lens_cpu=[80]), 80).shape[0] == 20
-    with region.step(Mode.SP, step), Uploads() as uploads:
+    with running(Step(Mode.SP, topology, step)), Uploads() as uploads:
         assert runner._execute_body_capture(step, step, 80).shape[0] == 80
         assert uploads.count == 1
     assert counts == [0, 0]
@@ -233,17 +237,59 @@ def test_a_cpu_copies_and_pins_nothing(monkeypatch):
 
 
 def test_forwards_outside_of_a_step_are_tp():
-    assert not region_module.runs_sp(ForwardMode.EXTEND)
-    assert not region_module.runs_sp(ForwardMode.DECODE)
+    assert current() is None
+    assert not runs_sp(ForwardMode.EXTEND)
+    assert not runs_sp(ForwardMode.DECODE)
+
+
+@pytest.mark.parametrize("outer", Mode)
+@pytest.mark.parametrize("inner", Mode)
+def test_a_step_inside_of_another_is_an_error(outer, inner):
+    step = Step(outer, meta_topology(), decode())
+    with running(step):
+        with (
+            pytest.raises(RuntimeError, match=f"a step in {inner} begins inside of a step in {outer}"),
+            running(Step(inner, meta_topology(), decode())),
+        ):
+            pass
+        assert current() is step, "the outer one goes on as it was"
+        assert runs_sp(ForwardMode.DECODE) is (outer is Mode.SP)
+    assert current() is None
+
+
+def test_a_step_that_fails_leaves_nothing_behind():
+    with pytest.raises(ZeroDivisionError), running(Step(Mode.SP, meta_topology(), decode())):
+        get_forward().set("sp_active", True)
+        raise ZeroDivisionError
+    assert current() is None and not get_forward().sp_active
+
+
+def check_topologies(rank: int, world: int) -> None:
+    """Steps over the whole world, over pairs of ranks, and over the whole world again."""
+    groups = [(size, GlooGroup.mine(RankLayout(world, size).sp_groups())) for size in (world, 2, world)]
+    full = torch.randn(11, WIDTH, generator=torch.Generator().manual_seed(0))
+    for size, group in groups:
+        layout = RankLayout(world, size)
+        topology = Topology(layout, rank, group, None, GlooExchange(group))  # type: ignore[arg-type]
+        with running(Step(Mode.SP, topology, decode())):
+            local = sp_entry_scatter(full)
+            assert local.shape[0] == padded_local_tokens(11, size)
+            get_forward().set("sp_active", True)
+            gathered, _ = leave(local, ForwardMode.DECODE)
+        assert torch.equal(gathered, full)
+
+
+def test_each_step_may_have_another_topology():
+    run_ranks(4, check_topologies)
 
 
 def check_embedding(rank: int, world: int, sp: int, dtype: torch.dtype) -> None:
     everyone = GlooGroup.mine([list(range(world))])
-    region_module.tensor_model_parallel_all_reduce = everyone.all_reduce
+    vocab_parallel_embedding.tensor_model_parallel_all_reduce = everyone.all_reduce
     layout = RankLayout(world, sp)
     group = GlooGroup.mine(layout.sp_groups())
     base = GlooGroup.mine(layout.base_tp_groups()) if world > sp else None
-    region.parallel = SequenceParallel(layout, rank, group, base, SequenceExchange(group))  # type: ignore[arg-type]
+    topology = Topology(layout, rank, group, base, GlooExchange(group))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(VOCABULARY, WIDTH, generator=generator).to(dtype)
     for tokens in (1, 2, 3, 5, 8, 13, 64):
@@ -253,14 +299,14 @@ def check_embedding(rank: int, world: int, sp: int, dtype: torch.dtype) -> None:
         def looked_up(ids: torch.Tensor = ids, mine: torch.Tensor = mine) -> torch.Tensor:
             return table[ids] * mine[:, None].to(dtype)
 
-        with region.step(Mode.TP, SimpleNamespace()):  # type: ignore[arg-type]
+        with running(Step(Mode.TP, topology, SimpleNamespace())):
             full = reduce_embedding(looked_up())
         assert torch.equal(full, table[ids])
-        with region.step(Mode.SP, decode()):
+        with running(Step(Mode.SP, topology, decode())):
             given = sp_entry_scatter(full)  # as with a request's own embeddings: whole on every rank
-        with region.step(Mode.SP, decode()):
+        with running(Step(Mode.SP, topology, decode())) as step:
             rows = reduce_embedding(looked_up())
-            assert region.num_tokens == tokens
+            assert step.num_tokens == tokens
             assert torch.equal(rows, given)
             assert rows.shape[0] == padded_local_tokens(tokens, sp)
             assert sp_entry_scatter(rows) is rows, "they are this rank's already"
@@ -282,9 +328,9 @@ def check_bytes(rank: int, world: int) -> None:
 
     group = GlooGroup.mine([list(range(world))])
     spy = Recording(group.ranks, group.group)
-    region.parallel = SequenceParallel(RankLayout(world, world), rank, spy, None, SequenceExchange(spy))  # type: ignore[arg-type]
+    topology = Topology(RankLayout(world, world), rank, spy, None, GlooExchange(spy))  # type: ignore[arg-type]
     for tokens in (8, 9):
-        with region.step(Mode.SP, decode()):
+        with running(Step(Mode.SP, topology, decode())):
             reduce_embedding(torch.ones(tokens, WIDTH))
     assert sent == [4 * WIDTH, 5 * WIDTH]
 
@@ -296,20 +342,21 @@ def test_a_rank_sends_the_rows_of_the_others_only():
 @pytest.fixture
 def stock(monkeypatch):
     """SGLang's all-reduce, which here does nothing but to be recognized."""
-    monkeypatch.setattr(region_module, "tensor_model_parallel_all_reduce", lambda x: ("all-reduced", x))
+    monkeypatch.setattr(vocab_parallel_embedding, "tensor_model_parallel_all_reduce", lambda x: ("all-reduced", x))
     return lambda x: ("all-reduced", x)
 
 
 def test_all_rows_are_summed_where_a_request_replaces_some(stock):
     x = torch.ones(4, WIDTH)
-    with region.step(Mode.SP, SimpleNamespace(replace_embeds=torch.ones(1, WIDTH))):  # type: ignore[arg-type]
+    replaced = SimpleNamespace(replace_embeds=torch.ones(1, WIDTH))
+    with running(Step(Mode.SP, meta_topology(), replaced)) as step:
         assert reduce_embedding(x) == stock(x)
-        assert not region.embedded, "the entry keeps this rank's rows"
+        assert not step.entered, "the entry keeps this rank's rows"
 
 
 def test_inside_of_the_region_and_outside_of_steps_nothing_changes(stock):
     x = torch.ones(4, WIDTH)
     assert reduce_embedding(x) == stock(x)
-    with region.step(Mode.SP, decode()):
+    with running(Step(Mode.SP, meta_topology(), decode())):
         get_forward().set("sp_active", True)
         assert reduce_embedding(x) == stock(x)

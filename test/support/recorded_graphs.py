@@ -9,7 +9,6 @@ meanwhile, as a CUDA graph runs none.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,20 +31,18 @@ from sglang.srt.model_executor.runner_backend.breakable_cuda_graph_backend impor
 from sglang.srt.model_executor.runner_backend.full_cuda_graph_backend import FullCudaGraphBackend
 from sglang.srt.platforms.interface import PlatformCapabilities
 from sglang.srt.runtime_context import get_forward
-from sglang_shift.parallel.region import region
+from sglang_shift.parallel import step as step_module
 from sglang_shift.platforms.cpu import ShiftCpuPlatform
 
 
 @contextmanager
 def no_python() -> Iterator[None]:
-    """What the body does to the state that Python keeps is undone."""
-    exchange, flags = region.groups.exchange, get_forward()
-    state, active = dataclasses.replace(region), flags.sp_active
+    """What the body does to the state that Python keeps is undone. It begins steps, as the capture did."""
+    flags, active, token = get_forward(), get_forward().sp_active, step_module._current.set(None)
     try:
-        with exchange.uncounted():
-            yield
+        yield
     finally:
-        vars(region).update(vars(state))
+        step_module._current.reset(token)
         flags.set("sp_active", active)
 
 

@@ -1,15 +1,13 @@
 """SGLang's CUDA graph runners, captured and replayed in SP.
 
-They differ from SGLang's in what a replay cannot redo, because it runs no Python: the region's state
-is right while the graph is captured, and set again for what runs after a replay; exchanges are counted
-once, and added at each replay.
+They differ from SGLang's in what a replay cannot redo, because it runs no Python: each capture is a step
+of its own, and what runs after a replay finds in its step what the graph's Python would have put there.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,43 +17,22 @@ from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCuda
 from sglang.srt.model_executor.runner.prefill_cuda_graph_runner import PrefillCudaGraphRunner
 
 from sglang_shift.modes import Mode
-from sglang_shift.parallel.region import region
+from sglang_shift.parallel.region import enter
+from sglang_shift.parallel.step import Step, current, running
 from sglang_shift.seams import overrides, substitutes_for
-
-
-class Exchanges:
-    """What the exchanges of each captured forward send, by the graph's size."""
-
-    def __init__(self) -> None:
-        self._sent: dict[int, tuple[int, int]] = {}
-
-    @contextmanager
-    def recording(self, size: int) -> Iterator[None]:
-        """The body is a forward of ``size``, as the graph will replay it."""
-        exchange = region.groups.exchange
-        calls, sent = exchange.calls, exchange.bytes_sent
-        yield
-        self._sent[size] = exchange.calls - calls, exchange.bytes_sent - sent
-
-    def replayed(self, size: int) -> None:
-        """Count those of one replay."""
-        calls, sent = self._sent[size]
-        region.groups.exchange.calls += calls
-        region.groups.exchange.bytes_sent += sent
 
 
 class SpDecodeGraphRunner(DecodeCudaGraphRunner):
     """Decode graphs in SP: the whole forward, from the token ids to the logits."""
 
     def __init__(self, model_runner: Any) -> None:
-        self.exchanges = Exchanges()
         # What an attention backend keeps for a graph, it keeps by batch size: TP's graphs need theirs.
         shared = model_runner.decode_cuda_graph_runner is None
         super().__init__(model_runner, attn_backend=None if shared else new_attention_backend(model_runner))
 
     @overrides("the groups of the base configuration communicate in a graph")
     def _capture_one_stream(self, *args: Any, **kwargs: Any) -> None:
-        with region.groups.graph_capture(self.stream), region.groups.exchange.uncounted():
+        with self.model_runner.topology.graph_capture(self.stream):
             super()._capture_one_stream(*args, **kwargs)
 
     @overrides("captures the forward in SP")
@@ -64,17 +41,10 @@ class SpDecodeGraphRunner(DecodeCudaGraphRunner):
 
         @functools.wraps(forward)
         def in_sp(input_ids: torch.Tensor, positions: torch.Tensor, batch: ForwardBatch, **more: Any) -> Any:
-            with region.step(Mode.SP, batch), self.exchanges.recording(size):
+            with running(Step(Mode.SP, self.model_runner.topology, batch)):
                 return forward(input_ids, positions, batch, **more)
 
         super().capture_one_shape(size, in_sp, *args, **kwargs)
-
-    @overrides("counts the exchanges of a replay")
-    def execute(self, *args: Any, **kwargs: Any) -> Any:
-        """As SGLang's; the exchanges count."""
-        output = super().execute(*args, **kwargs)
-        self.exchanges.replayed(self.bs)
-        return output
 
 
 def captures_sp(model_runner: Any) -> bool:
@@ -90,19 +60,15 @@ def captures_sp(model_runner: Any) -> bool:
 class SpPrefillGraphRunner(PrefillCudaGraphRunner):
     """Prefill graphs in SP: the layers only. The exit from the region and the LM head follow each replay."""
 
-    def __init__(self, model_runner: Any) -> None:
-        self.exchanges = Exchanges()
-        super().__init__(model_runner)
-
     @overrides("the groups of the base configuration communicate in a graph")
     def _capture_one_stream(self) -> None:
-        with region.groups.graph_capture(self.stream), region.groups.exchange.uncounted():
+        with self.model_runner.topology.graph_capture(self.stream):
             super()._capture_one_stream()
 
     @overrides("captures the layers in SP")
     def _run_forward(self, forward_batch: ForwardBatch, num_tokens: int) -> Any:
         # The exit is no part of the graph: a replay would copy the rows of the capture's batch for it.
-        with region.step(Mode.SP, forward_batch, exits=False), self.exchanges.recording(num_tokens):
+        with running(Step(Mode.SP, self.model_runner.topology, forward_batch, exits=False)):
             return super()._run_forward(forward_batch, num_tokens)
 
     @overrides("a rank has fewer rows than the step has tokens")
@@ -115,8 +81,9 @@ class SpPrefillGraphRunner(PrefillCudaGraphRunner):
         self, forward_batch: ForwardBatch, static_forward_batch: ForwardBatch, static_num_tokens: int, *args: Any,
         **kwargs: Any,
     ) -> Any:  # fmt: skip
-        region.enter(static_num_tokens, static_forward_batch.input_ids.device)
-        self.exchanges.replayed(static_num_tokens)
+        step = current()
+        assert step is not None
+        enter(step, static_num_tokens, static_forward_batch.input_ids.device)
         return super()._execute_body_capture(forward_batch, static_forward_batch, static_num_tokens, *args, **kwargs)
 
 

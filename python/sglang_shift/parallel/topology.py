@@ -1,4 +1,4 @@
-"""The process groups of the base configuration, built beside SGLang's own TP group."""
+"""A topology: who shares what with whom in SP steps, over which groups. Built beside SGLang's own TP group."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ import torch
 from sglang.srt.distributed.parallel_state import GraphCaptureContext, GroupCoordinator, init_model_parallel_group
 from sglang.srt.runtime_context import get_device, get_parallel
 
-from sglang_shift.parallel.exchange.collective import SequenceExchange
+from sglang_shift.parallel.exchange.base import SequenceExchange
+from sglang_shift.parallel.exchange.collective import CollectiveExchange
 from sglang_shift.parallel.layout import RankLayout, padded_local_tokens
 from sglang_shift.seams import relies_on
 
 
-@dataclass
-class SequenceParallel:
+@dataclass(frozen=True)
+class Topology:
     """This rank's place in the base configuration, and the groups it communicates over.
+
+    It is a value: each step is given one, and the next step may be given another.
 
     Attributes:
         layout: The grid of S by t ranks.
@@ -96,8 +99,8 @@ def transports(group: Any) -> Iterator[AbstractContextManager[None]]:
         yield pynccl.change_state(enable=True)
 
 
-def build(layout: RankLayout) -> SequenceParallel:
-    """Build the groups. Collective: every rank calls it, once, after SGLang's groups exist."""
+def build_topology(layout: RankLayout) -> Topology:
+    """Build the groups, with the exchange that needs nothing else. Collective, after SGLang's groups exist."""
     tp_group = get_parallel().tp_group
     rank = tp_group.rank_in_group
     if layout.base_tp_size == 1:
@@ -105,7 +108,7 @@ def build(layout: RankLayout) -> SequenceParallel:
     else:
         sp_group = _new_group(layout.sp_groups(), tp_group, "shift_sp", fast_all_reduce=False)
         base_tp_group = _new_group(layout.base_tp_groups(), tp_group, "shift_base_tp", fast_all_reduce=None)
-    return SequenceParallel(layout, rank, sp_group, base_tp_group, SequenceExchange(sp_group))
+    return Topology(layout, rank, sp_group, base_tp_group, CollectiveExchange(sp_group))
 
 
 def _new_group(

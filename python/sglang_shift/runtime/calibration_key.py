@@ -13,8 +13,6 @@ import torch
 from sglang.srt.arg_groups.overrides import resolution_result
 from sglang.srt.runtime_context import get_schedule
 
-from sglang_shift.parallel.region import region
-
 SERVER_ARGS = (
     "bf16_gemm_backend",
     "disable_custom_all_reduce",
@@ -50,7 +48,7 @@ def settings_of(scheduler: Any, chunk: int, places: Sequence[str]) -> dict[str, 
         "kv_cache_dtype": str(runner.kv_cache_dtype),
         "page_size": get_schedule().page_size,
         # The one that was obtained, which is not always the one that was asked for.
-        "exchange": region.groups.exchange.text,
+        "exchange": runner.topology.exchange.text,
         "topology": topology(places),
         "flashinfer": flashinfer_version(),
         "environment": communication_environment(),

@@ -17,7 +17,6 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang_shift.cost.measure import Shape
 from sglang_shift.errors import ShiftError
 from sglang_shift.modes import Mode
-from sglang_shift.parallel.region import region
 
 WAIT = datetime.timedelta(seconds=60)
 """How long a rank whose step failed waits for the others to say how theirs went."""
@@ -102,7 +101,7 @@ class SchedulerBench:
         # Where the forwards of the server run, so that the memory of their activations is the same.
         stream = scheduler.forward_stream if scheduler.enable_overlap else scheduler.schedule_stream
         stream.wait_stream(scheduler.device_module.current_stream())
-        with scheduler.device_module.stream(stream), torch.no_grad(), region.groups.exchange.uncounted():
+        with scheduler.device_module.stream(stream), torch.no_grad():
             for each in (after, mode):
                 if each is not None:
                     self._batch.input_ids = self._input_ids

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
 import torch
-from sglang.srt.configs.load_config import LoadFormat
 from sglang.srt.constants import GPU_MEMORY_TYPE_WEIGHTS
 from sglang.srt.model_executor.cuda_graph_config import Phase
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -26,23 +25,35 @@ from sglang_shift.graphs.mode_graphs import ModeGraphs
 from sglang_shift.graphs.runners import SpDecodeGraphRunner
 from sglang_shift.models.fields import check_class
 from sglang_shift.modes import Mode
-from sglang_shift.parallel import topology
+from sglang_shift.parallel.exchange.base import ExchangeVolume, SequenceExchange
 from sglang_shift.parallel.exchange.choose import Operands, make_exchange
-from sglang_shift.parallel.exchange.collective import SequenceExchange
 from sglang_shift.parallel.layout import RankLayout
-from sglang_shift.parallel.region import region
+from sglang_shift.parallel.step import Step, running
+from sglang_shift.parallel.topology import Topology, build_topology
+from sglang_shift.runtime.weight_updater import ShiftWeightUpdater
 from sglang_shift.seams import overrides, relies_on
-from sglang_shift.weights.base_weights import BaseWeights, WeightReport
+from sglang_shift.weights.base_weights import BaseWeights, WeightReport, loading_for
 from sglang_shift.weights.projections import OutputProjection, QkvProjection
 
 logger = logging.getLogger(__name__)
 
 
 class ShiftModelRunner(ModelRunner):
-    """SGLang's model runner with a base configuration beside full TP."""
+    """SGLang's model runner with a base configuration beside full TP.
 
-    # Forwards outside of `running_in` (warm-up, autotuning) are TP.
-    step_mode: Mode = Mode.TP
+    Attributes:
+        mode: Of the next step. Forwards outside of :meth:`running_in` (warm-up, autotuning) are TP.
+        topology: Of the next step; another one may be set between two steps.
+        base_weights: Those of the topology.
+        exchange_volume: What the exchanges of an SP step send.
+        capture_mode: Of the graphs that are being captured.
+        graphs: Those of both modes.
+    """
+
+    mode: Mode = Mode.TP
+    topology: Topology
+    base_weights: BaseWeights
+    exchange_volume: ExchangeVolume
     capture_mode: Mode = Mode.TP
     graphs: ModeGraphs
     weight_report: WeightReport
@@ -62,29 +73,32 @@ class ShiftModelRunner(ModelRunner):
         assert config is not None
         # Layers built from here on get SGLang's sequence-parallel batch variant.
         get_flags().sp.enabled = True
-        groups = region.parallel = topology.build(RankLayout(config.world_size, config.sp_size))
-        super().load_model()
+        self.topology = build_topology(RankLayout(config.world_size, config.sp_size))
+        with loading_for(self.topology):
+            super().load_model()
         check_class(self.model, self.model_config.hf_config.architectures[0])
         before = self._free_gib() + self.weight_load_mem_usage
         backup = get_exec().features.enable_weights_cpu_backup
         with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=backup):
-            self.base_weights = BaseWeights(self.model, groups)
+            self.base_weights = BaseWeights(self.model, self.topology)
         self.weight_report = self.base_weights.report()
         # What /server_info reports as the memory of the weights, in GiB: before the exchange takes its own.
         self.weight_load_mem_usage = before - self._free_gib()
-        groups.exchange = self._exchange(config)
+        exchange = self._exchange(config)
+        self.topology = replace(self.topology, exchange=exchange)
+        self.exchange_volume = self.base_weights.exchange_volume(exchange, self.dtype)
         if self.device != "cpu":  # gloo keeps nothing that counts
             self._warm_up_collectives()
         logger.info(
             "sglang_shift: SP=%d x TP=%d base configuration assembled from %d projections; "
             "weights %d bytes on this rank, %d bytes beyond the base configuration's%s; exchange: %s",
             config.sp_size,
-            groups.layout.base_tp_size,
+            self.topology.layout.base_tp_size,
             len(self.base_weights.projections),
             self.weight_report.total,
             self.weight_report.beyond_base,
             " (replicated KV heads)" if self.weight_report.beyond_base else "",
-            groups.exchange.text,
+            exchange.text,
         )
 
     def _free_gib(self) -> float:
@@ -94,7 +108,7 @@ class ShiftModelRunner(ModelRunner):
         """The exchange for this model's projections and the largest step; its kernels are compiled."""
         projections, width = self.base_weights.projections, qkv_width(self.base_weights)
         operands = Operands(most_tokens(), width, self.dtype)
-        exchange = make_exchange(config, region.groups.sp_group, self.device, get_parallel().nnodes, operands)
+        exchange = make_exchange(config, self.topology.sp_group, self.device, get_parallel().nnodes, operands)
         if self.device == "cuda":
             # Graphs of SP have multiples of S tokens: the first other step would compile while it serves.
             hidden, out = next(p.base.weight.shape for p in projections if isinstance(p, OutputProjection))
@@ -105,7 +119,7 @@ class ShiftModelRunner(ModelRunner):
     def _warm_up_collectives(self) -> None:
         """Have NCCL take the memory that SP steps make it take, before the KV pool gets what is left."""
         hidden = next(p.base.weight.shape[0] for p in self.base_weights.projections if isinstance(p, OutputProjection))
-        region.groups.warm_up(most_tokens(), hidden, qkv_width(self.base_weights), self.dtype, self.device)
+        self.topology.warm_up(most_tokens(), hidden, qkv_width(self.base_weights), self.dtype, self.device)
         current_platform.synchronize()
         current_platform.empty_cache()  # what was sent
 
@@ -143,21 +157,25 @@ class ShiftModelRunner(ModelRunner):
 
     @contextmanager
     def running_in(self, mode: Mode) -> Iterator[None]:
-        """Forwards inside run in ``mode``, and replay its graphs."""
-        self.step_mode = mode
+        """Steps inside run in ``mode``."""
+        self.mode = mode
         try:
-            with self.graphs.used(mode):
-                yield
+            yield
         finally:
-            self.step_mode = Mode.TP
+            self.mode = Mode.TP
 
-    @overrides("scopes the mode of the step to one forward")
-    def _forward_raw(self, forward_batch: ForwardBatch, *args: Any, **kwargs: Any) -> ModelRunnerOutput:
-        if self.step_mode is Mode.SP and self.base_weights.stale:
+    @overrides("is one step: its mode, its topology, its graphs")
+    def forward(self, forward_batch: ForwardBatch, *args: Any, **kwargs: Any) -> ModelRunnerOutput:
+        """Run one step: SGLang's forward, in the step's mode and with its CUDA graphs."""
+        step = Step(self.mode, self.topology, forward_batch)
+        if step.sharded and self.base_weights.stale:
             self.base_weights.refresh()  # here, as this is on the forward's stream
-        span = torch.profiler.record_function(f"sglang_shift {self.step_mode.value} step")
-        with span, region.step(self.step_mode, forward_batch):
-            return super()._forward_raw(forward_batch, *args, **kwargs)
+        span = torch.profiler.record_function(f"sglang_shift {step.mode.value} step")
+        with span, running(step), self._graphs_of(step.mode):
+            return super().forward(forward_batch, *args, **kwargs)
+
+    def _graphs_of(self, mode: Mode) -> AbstractContextManager[None]:
+        return self.graphs.used(mode) if mode is not Mode.TP else nullcontext()  # TP's are SGLang's own
 
 
 def most_tokens() -> int:
@@ -170,49 +188,3 @@ def most_tokens() -> int:
 def qkv_width(weights: BaseWeights) -> int:
     """``S * D`` of the widest exchange."""
     return max(p.base.weight.shape[0] for p in weights.projections if isinstance(p, QkvProjection))
-
-
-class ShiftWeightUpdater(WeightUpdater):
-    """SGLang writes this rank's TP shards; the other ranks' parts of its base weights follow before the next SP step.
-
-    Noted as SGLang begins, on all ranks alike, whether it then succeeds or not.
-    """
-
-    __slots__ = ()
-
-    @overrides("notes that base weights must be gathered again")
-    def update_weights_from_disk(
-        self, model_path: str, load_format: str, *args: Any, **kwargs: Any
-    ) -> tuple[bool, str]:
-        """As SGLang's (which rolls back after a failure); an unknown format is an error, not the end of the rank."""
-        if load_format.lower() not in list(LoadFormat):
-            return False, f"load_format {load_format!r} is unknown; give one of {', '.join(LoadFormat)}"
-        self._shards_change()
-        return super().update_weights_from_disk(model_path, load_format, *args, **kwargs)
-
-    @overrides("notes that base weights must be gathered again")
-    def receive_weights_from_distributed(self, *args: Any, **kwargs: Any) -> Any:
-        """As SGLang's; a rank that fails to receive does not load."""
-        self._shards_change()
-        return super().receive_weights_from_distributed(*args, **kwargs)
-
-    @overrides("notes that base weights must be gathered again")
-    def update_weights_from_tensor(self, *args: Any, **kwargs: Any) -> tuple[bool, str]:
-        """As SGLang's."""
-        self._shards_change()
-        return super().update_weights_from_tensor(*args, **kwargs)
-
-    @overrides("notes that base weights must be gathered again")
-    def update_weights_from_ipc(self, *args: Any, **kwargs: Any) -> tuple[bool, str]:
-        """As SGLang's."""
-        self._shards_change()
-        return super().update_weights_from_ipc(*args, **kwargs)
-
-    @overrides("notes that base weights must be gathered again")
-    def end_weight_update(self, *args: Any, **kwargs: Any) -> None:
-        """As SGLang's, which may have let others write the parameters directly."""
-        self._shards_change()
-        super().end_weight_update(*args, **kwargs)
-
-    def _shards_change(self) -> None:
-        self.get_model_runner().base_weights.stale = True

@@ -23,7 +23,7 @@ from sglang_shift.cost.model import PHASES
 from sglang_shift.errors import Refused
 from sglang_shift.modes import PENDING_REQUESTS, Mode, StepState
 from sglang_shift.observe.events import Publisher, StateEvent
-from sglang_shift.parallel.region import region
+from sglang_shift.parallel.exchange.base import ExchangeCounter
 from sglang_shift.platforms import cpu
 from sglang_shift.policy.builtin import POLICIES, FixedMode, LedPolicy
 from sglang_shift.policy.selector import Choice, ModeSelector, make_policy
@@ -56,10 +56,11 @@ class ShiftScheduler(Scheduler):
         self.shift_calibrator = Calibrator(self, self.shift_config, self.shift_chunk)
         self.shift_selector.calibration = self.shift_calibrator.start()
         self.set_policy(self.shift_config)
+        self.shift_exchanged = ExchangeCounter(self.tp_worker.model_runner.exchange_volume)
         self.shift_reporter: StepReporter | None = None
         if get_parallel().tp_rank == 0:
             publisher = Publisher(get_parallel().dp_rank or 0)
-            self.shift_reporter = StepReporter(self.shift_selector, publisher, self.shift_event, region.groups.exchange)
+            self.shift_reporter = StepReporter(self.shift_selector, publisher, self.shift_event, self.shift_exchanged)
         self.shift_watch = agreement.StepWatch.of_replica()
         logger.info("sglang_shift: %s; policy: %s", self.shift_config, self.shift_selector.policy_text)
 
@@ -89,7 +90,7 @@ class ShiftScheduler(Scheduler):
         self.shift_watch.stop()
         super().release_host_resources()
         try:
-            region.groups.exchange.close()
+            self.tp_worker.model_runner.topology.exchange.close()
         except Exception:
             logger.exception("sglang_shift: the exchange could not be closed")
 
@@ -119,6 +120,8 @@ class ShiftScheduler(Scheduler):
             result = super().run_batch(batch, *args, **kwargs)
         graphs = runner.graphs.of(choice.step.num_prefill_tokens > 0)
         replayed = graphs.count(choice.mode, result.can_run_cuda_graph)
+        if choice.mode is Mode.SP:
+            self.shift_exchanged.count(choice.step.sp_bucket if replayed else choice.step.num_tokens)
         if self.shift_reporter is not None:
             self.shift_reporter.launched(batch.forward_iter, choice, self.tp_worker.last_lap, replayed)
         return result
@@ -271,21 +274,21 @@ class ShiftScheduler(Scheduler):
 
     def shift_state(self) -> dict[str, Any]:
         """Live counters of this rank, for ``/server_info``."""
-        selector, exchange = self.shift_selector, region.groups.exchange
-        report, calibration = self.tp_worker.model_runner.weight_report, selector.calibration
+        selector, runner, exchanged = self.shift_selector, self.tp_worker.model_runner, self.shift_exchanged
+        report, calibration = runner.weight_report, selector.calibration
         return {
             "sp_size": self.shift_config.sp_size,
-            "base_tp_size": region.groups.layout.base_tp_size,
+            "base_tp_size": runner.topology.layout.base_tp_size,
             "policy": selector.policy_text,
             "calibration": self.shift_calibrator.text,
             "costs": None if calibration is None else calibration.costs.to_json(),
             **selector.counters(),
-            "exchange": exchange.text,
-            "exchanges": exchange.calls,
-            "exchanged_bytes": exchange.bytes_sent,
+            "exchange": runner.topology.exchange.text,
+            "exchanges": exchanged.calls,
+            "exchanged_bytes": exchanged.bytes_sent,
             "weight_bytes": report.total,
             "weight_bytes_beyond_base": report.beyond_base,
-            "graphs": self.tp_worker.model_runner.graphs.report(),
+            "graphs": runner.graphs.report(),
         }
 
 

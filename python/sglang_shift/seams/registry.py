@@ -34,15 +34,17 @@ MODULES = (
     "sglang_shift.runtime.admission",
     "sglang_shift.runtime.calibrator",
     "sglang_shift.runtime.internal_state",
+    "sglang_shift.runtime.layernorm_sp",
     "sglang_shift.runtime.model_runner",
     "sglang_shift.runtime.rank_consensus",
     "sglang_shift.runtime.reporter",
     "sglang_shift.runtime.scheduler",
     "sglang_shift.runtime.tokenizer_manager",
     "sglang_shift.runtime.tp_worker",
+    "sglang_shift.runtime.vocab_parallel_embedding",
+    "sglang_shift.runtime.weight_updater",
     "sglang_shift.serve_backend",
     "sglang_shift.weights.base_weights",
-    "sglang_shift.weights.projections",
 )
 """Every module with a declaration. They are names because this room imports nothing from the rooms above it."""
 

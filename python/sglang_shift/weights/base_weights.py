@@ -12,6 +12,8 @@ SGLang has loaded the shards, those of each SP group are all-gathered in SP orde
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +30,8 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from sglang_shift.errors import Refused
-from sglang_shift.parallel.region import region
-from sglang_shift.parallel.topology import SequenceParallel
+from sglang_shift.parallel.exchange.base import ExchangeVolume, SequenceExchange
+from sglang_shift.parallel.topology import Topology
 from sglang_shift.seams import overrides, substitutes_for
 from sglang_shift.weights.projections import (
     BaseWeight,
@@ -60,20 +62,20 @@ class BaseWeights:
 
     Args:
         model: A loaded SGLang model whose linears hold stock full-TP shards.
-        parallel: The groups.
+        topology: The groups that share the weights.
 
     Raises:
         Refused: a layer is of a kind, or in a place, that SP mode does not know.
     """
 
-    def __init__(self, model: torch.nn.Module, parallel: SequenceParallel) -> None:
+    def __init__(self, model: torch.nn.Module, topology: Topology) -> None:
         self.model = model
-        self.parallel = parallel
+        self.topology = topology
         self.projections: list[Projection] = []
         self.stale = False  # whether SGLang may have written shards since they were gathered
         for linear, kind in find_projections(model):
-            base = _assemble(linear, parallel)
-            linear.ulysses = kind(linear, base, parallel)
+            base = _assemble(linear, topology)
+            linear.ulysses = kind(linear, base)
             self.projections.append(linear.ulysses)
 
     def refresh(self) -> None:
@@ -84,17 +86,32 @@ class BaseWeights:
         self.stale = False
         for projection in self.projections:
             linear, base = projection.linear, projection.base
-            _gather_into(base.weight, linear.weight.data, self.parallel, _shard_dim(linear))
+            _gather_into(base.weight, linear.weight.data, self.topology, _shard_dim(linear))
             if base.bias is not None and linear.bias is not None and _shard_dim(linear) == 0:
-                _gather_into(base.bias, linear.bias.data, self.parallel, 0)
+                _gather_into(base.bias, linear.bias.data, self.topology, 0)
 
     def report(self) -> WeightReport:
         """What this rank holds, measured from the tensors' storages."""
         tensors = [p.data for p in self.model.parameters()] + [p.base.weight for p in self.projections]
         tensors += [p.base.bias for p in self.projections if p.base.bias is not None]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        beyond = sum(_bytes_beyond_base(p, self.parallel.layout.base_tp_size) for p in self.projections)
+        beyond = sum(_bytes_beyond_base(p, self.topology.layout.base_tp_size) for p in self.projections)
         return WeightReport(sum(storages.values()), beyond)
+
+    def exchange_volume(self, exchange: SequenceExchange, dtype: torch.dtype) -> ExchangeVolume:
+        """What the exchanges of one step send: Q, K and V after each QKV projection, O before each output projection.
+
+        Args:
+            exchange: That of the steps.
+            dtype: Of activations.
+        """
+        size = self.topology.layout.sp_size
+        columns = [
+            projection.base.weight.shape[0 if isinstance(projection, QkvProjection) else 1] // size
+            for projection in self.projections
+            if isinstance(projection, QkvProjection | OutputProjection)
+        ]
+        return ExchangeVolume(size, len(columns), sum(exchange.row_bytes(n, dtype.itemsize) for n in columns))
 
 
 def find_projections(model: torch.nn.Module) -> Iterator[tuple[Any, type[Projection]]]:
@@ -138,23 +155,40 @@ class BaseLinearMethod(UnquantizedLinearMethod):
     def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         """As SGLang's, then make room for the base weight."""
         super().create_weights(layer, *args, **kwargs)
-        if region.parallel is not None and isinstance(layer, ColumnParallelLinear | RowParallelLinear):
-            reserve(layer.weight, region.parallel, _shard_dim(layer))
+        topology = _loading_for.get()
+        if topology is not None and isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+            reserve(layer.weight, topology, _shard_dim(layer))
 
 
-def reserve(param: torch.nn.Parameter, parallel: SequenceParallel, dim: int) -> None:
+_loading_for: ContextVar[Topology | None] = ContextVar("the topology that a model is loaded for", default=None)
+
+
+@contextmanager
+def loading_for(topology: Topology) -> Iterator[None]:
+    """Inside, the linears that SGLang creates have room for the base weights of ``topology``.
+
+    SGLang creates them without arguments of ours.
+    """
+    token = _loading_for.set(topology)
+    try:
+        yield
+    finally:
+        _loading_for.reset(token)
+
+
+def reserve(param: torch.nn.Parameter, topology: Topology, dim: int) -> None:
     """Allocate the base tensor of ``param``, as ``param.ulysses_base``, and make ``param`` this rank's slice of it.
 
     Args:
         param: A stock full-TP shard; its values stay.
-        parallel: The groups.
+        topology: The groups that share the weights.
         dim: Of the shards: S of them make the base tensor.
     """
     shard = param.data
     shape = list(shard.shape)
-    shape[dim] *= parallel.layout.sp_size
+    shape[dim] *= topology.layout.sp_size
     base = shard.new_empty(shape)
-    param.data = base.narrow(dim, parallel.sp_index * shard.shape[dim], shard.shape[dim]).copy_(shard)
+    param.data = base.narrow(dim, topology.sp_index * shard.shape[dim], shard.shape[dim]).copy_(shard)
     param.ulysses_base = base
 
 
@@ -179,36 +213,36 @@ def _shard_dim(linear: Any) -> int:
     return 0 if isinstance(linear, ColumnParallelLinear) else 1
 
 
-def _assemble(linear: Any, parallel: SequenceParallel) -> BaseWeight:
+def _assemble(linear: Any, topology: Topology) -> BaseWeight:
     """Build the base weight and bias, and make the layer's parameters views of them."""
     dim = _shard_dim(linear)
-    weight = _grown(linear.weight, parallel, dim)
+    weight = _grown(linear.weight, topology, dim)
     if linear.bias is None or dim == 1:  # a row-parallel bias is whole on every rank
         return BaseWeight(weight, None if linear.bias is None else linear.bias.data)
-    return BaseWeight(weight, _grown(linear.bias, parallel, 0))
+    return BaseWeight(weight, _grown(linear.bias, topology, 0))
 
 
-def _grown(param: torch.nn.Parameter, parallel: SequenceParallel, dim: int) -> torch.Tensor:
+def _grown(param: torch.nn.Parameter, topology: Topology, dim: int) -> torch.Tensor:
     """The base tensor of ``param``, with the values of all ranks' shards."""
     if not hasattr(param, "ulysses_base"):  # a bias, which no method creates
-        reserve(param, parallel, dim)
-    _gather_into(param.ulysses_base, param.data, parallel, dim)
+        reserve(param, topology, dim)
+    _gather_into(param.ulysses_base, param.data, topology, dim)
     return param.ulysses_base
 
 
-def _gather_into(base: torch.Tensor, shard: torch.Tensor, parallel: SequenceParallel, dim: int) -> None:
+def _gather_into(base: torch.Tensor, shard: torch.Tensor, topology: Topology, dim: int) -> None:
     """All-gather ``shard``, a slice of ``base``, over the SP group into ``base``, side by side on ``dim``.
 
     Besides ``base`` this takes as much memory as one shard, or 1 + 1/S of it where columns stand side by side: there
     a part of the rows is gathered at a time.
     """
-    size = parallel.layout.sp_size
+    size = topology.layout.sp_size
     if dim == 0:
-        parallel.sp_group.all_gather_into_tensor(base, shard.clone())
+        topology.sp_group.all_gather_into_tensor(base, shard.clone())
         return
     for rows, part in zip(base.tensor_split(size), shard.tensor_split(size), strict=True):
         gathered = shard.new_empty((size * part.shape[0], part.shape[1]))
-        parallel.sp_group.all_gather_into_tensor(gathered, part.contiguous())
+        topology.sp_group.all_gather_into_tensor(gathered, part.contiguous())
         for i, block in enumerate(gathered.chunk(size) if part.shape[0] else ()):
             rows.narrow(1, i * part.shape[1], part.shape[1]).copy_(block)
 

@@ -411,8 +411,7 @@ def test_a_rank_refuses_the_class_that_it_loaded(monkeypatch):
     monkeypatch.setattr(model_runner.ModelRunner, "load_model", load)
     monkeypatch.setattr(model_runner, "shift_config_of", lambda _: SHIFT)
     monkeypatch.setattr(model_runner, "get_flags", lambda: SimpleNamespace(sp=SimpleNamespace()))
-    monkeypatch.setattr(model_runner.topology, "build", lambda _: None)
-    monkeypatch.setattr(model_runner.region, "parallel", None)
+    monkeypatch.setattr(model_runner, "build_topology", lambda _: None)
     with pytest.raises(Refused, match="TransformersForCausalLM for architecture LlamaForCausalLM"):
         loading.load_model()
 

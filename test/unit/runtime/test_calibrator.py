@@ -227,11 +227,10 @@ def make(monkeypatch, tmp_path):
     monkeypatch.setattr(calibrator, "get_parallel", lambda: SimpleNamespace(tp_rank=0, nnodes=1))
     monkeypatch.setattr(calibration_key, "get_schedule", lambda: SimpleNamespace(page_size=1))
     monkeypatch.setattr(calibration_key, "resolution_result", getattr)
-    exchange = SimpleNamespace(text="collective")
-    monkeypatch.setattr(calibration_key, "region", SimpleNamespace(groups=SimpleNamespace(exchange=exchange)))
 
     def build(config=CONFIG, obtained="collective", **bench):
-        exchange.text = obtained
+        topology = SimpleNamespace(exchange=SimpleNamespace(text=obtained))
+        monkeypatch.setattr(FakeScheduler.tp_worker.model_runner, "topology", topology, raising=False)
         monkeypatch.setattr(calibrator, "SchedulerBench", lambda scheduler: FakeBench(**bench))
         monkeypatch.setattr(calibrator, "measure", lambda fake, *args: measure(fake, *args, clock=lambda: fake.now))
         return calibrator.Calibrator(FakeScheduler(), config, 512)
@@ -689,7 +688,7 @@ def test_a_preparation_that_fails_on_one_rank_fails_on_all():
 @pytest.mark.parametrize(("on_gpu", "overlap"), [(False, False), (False, True), (True, False), (True, True)])
 def test_a_lap_is_timed_as_serving_runs_it(monkeypatch, on_gpu, overlap):
     """On a GPU with overlap scheduling a step follows another without a wait; all run on the stream of forwards."""
-    from contextlib import contextmanager, nullcontext
+    from contextlib import contextmanager
 
     import torch
     from sglang_shift.runtime import calibration_steps as module
@@ -729,8 +728,6 @@ def test_a_lap_is_timed_as_serving_runs_it(monkeypatch, on_gpu, overlap):
         schedule_stream=Stream("schedule stream"),
         device_module=SimpleNamespace(stream=stream, current_stream=lambda: "current"),
     )
-    exchange = SimpleNamespace(uncounted=nullcontext)
-    monkeypatch.setattr(module, "region", SimpleNamespace(groups=SimpleNamespace(exchange=exchange)))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronize"))
     bench = module.SchedulerBench(scheduler)
     bench._batch = SimpleNamespace()

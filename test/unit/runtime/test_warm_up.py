@@ -8,11 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang_shift.config import ShiftConfig
-from sglang_shift.parallel import topology
-from sglang_shift.parallel.exchange.collective import SequenceExchange
+from sglang_shift.parallel.exchange.collective import CollectiveExchange
 from sglang_shift.parallel.layout import RankLayout
-from sglang_shift.parallel.region import region
-from sglang_shift.parallel.topology import SequenceParallel
+from sglang_shift.parallel.topology import Topology
 from sglang_shift.runtime import model_runner
 from sglang_shift.weights.projections import BaseWeight, OutputProjection, QkvProjection
 
@@ -63,12 +61,14 @@ def load(monkeypatch, world, sp, device="meta", pynccl=PyNccl):
     calls = []
     groups = [Group(name, size, calls, pynccl and pynccl()) for name, size in (("sp", sp), ("base", world // sp))]
     sp_group, base = groups[0], groups[1] if world > sp else None
-    built = SequenceParallel(RankLayout(world, sp), 0, sp_group, base, SequenceExchange(sp_group))  # type: ignore[arg-type]
-    qkv = QkvProjection(None, BaseWeight(torch.empty(sp * QKV, HIDDEN), None), built)
-    output = OutputProjection(None, BaseWeight(torch.empty(HIDDEN, sp * OUT), None), built)
+    built = Topology(RankLayout(world, sp), 0, sp_group, base, CollectiveExchange(sp_group))  # type: ignore[arg-type]
+    qkv = QkvProjection(None, BaseWeight(torch.empty(sp * QKV, HIDDEN), None))
+    output = OutputProjection(None, BaseWeight(torch.empty(HIDDEN, sp * OUT), None))
     weights = SimpleNamespace(
-        projections=[qkv, output], report=lambda: SimpleNamespace(total=0, beyond_base=0)
-    )  # fmt: skip
+        projections=[qkv, output],
+        report=lambda: SimpleNamespace(total=0, beyond_base=0),
+        exchange_volume=lambda exchange, dtype: None,
+    )
     config = ShiftConfig(world, sp, True, "tokens", exchange="collective")
     for name, value in {
         "shift_config_of": lambda args: config,
@@ -80,8 +80,7 @@ def load(monkeypatch, world, sp, device="meta", pynccl=PyNccl):
         "check_class": lambda model, name: None,
     }.items():
         monkeypatch.setattr(model_runner, name, value)
-    monkeypatch.setattr(topology, "build", lambda layout: built)
-    monkeypatch.setattr(region, "parallel", None)
+    monkeypatch.setattr(model_runner, "build_topology", lambda layout: built)
     monkeypatch.setattr(model_runner.ModelRunner, "load_model", lambda self: None)
     mine = model_runner.ShiftModelRunner.__new__(model_runner.ShiftModelRunner)
     mine.server_args = mine.model = None

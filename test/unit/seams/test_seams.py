@@ -74,10 +74,9 @@ from sglang_shift import seams
 seams.install()
 from sglang.srt.layers import layernorm_sp, linear, logits_processor
 from sglang.srt.managers import scheduler
-from sglang_shift.weights import projections
-from sglang_shift.parallel import region
-assert linear.layernorm_sp.row_parallel_gbar_matmul is projections.row_parallel_gbar_matmul
-assert logits_processor.layernorm_sp.maybe_exit_gather is region.maybe_exit_gather
+from sglang_shift.runtime import layernorm_sp as ours
+assert linear.layernorm_sp.row_parallel_gbar_matmul is ours.row_parallel_gbar_matmul
+assert logits_processor.layernorm_sp.maybe_exit_gather is ours.maybe_exit_gather
 assert type(scheduler.Scheduler.__new__(scheduler.Scheduler)).__name__ == "ShiftScheduler"
 print("installed")
 """
@@ -157,7 +156,7 @@ def test_isinstance_holds_for_objects_of_sglang_and_of_ours(done):
 
 def test_a_seam_that_is_undone_later_is_noticed(done):
     for message in (
-        "maybe_exit_gather is not served by sglang_shift.parallel.region:maybe_exit_gather",
+        "maybe_exit_gather is not served by sglang_shift.runtime.layernorm_sp:maybe_exit_gather",
         "scheduler:Scheduler is not served by sglang_shift.runtime.scheduler:ShiftScheduler in",
         "Scheduler.run_batch is not served by sglang_shift.runtime.scheduler:ShiftScheduler.run_batch",
     ):

@@ -1,4 +1,4 @@
-"""Which exchange a deployment has: FlashInfer's between GPUs with NVLink, else the collective one."""
+"""Which exchange a deployment has: FlashInfer's between GPUs with NVLink, gloo's on CPUs, else the collective one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 
 from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refused
-from sglang_shift.parallel.exchange.collective import SequenceExchange
+from sglang_shift.parallel.exchange.base import SequenceExchange
+from sglang_shift.parallel.exchange.collective import CollectiveExchange
 from sglang_shift.parallel.exchange.flashinfer import WORLD_SIZES, FlashInferExchange
+from sglang_shift.parallel.exchange.gloo import GlooExchange
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +86,8 @@ def make_exchange(config: ShiftConfig, group: Any, device: str, nodes: int, oper
         Refused: ``flashinfer`` was asked for and is not possible; on all ranks.
     """
     check_exchange(config, device, group.world_size, nodes)
-    collective = SequenceExchange(group, fp8=config.exchange_dtype == "fp8")
+    kind = GlooExchange if device == "cpu" else CollectiveExchange
+    collective = kind(group, fp8=config.exchange_dtype == "fp8")
     if config.exchange == "collective":
         return collective
     if why_not := why_not_flashinfer(config, device, group.world_size, nodes):

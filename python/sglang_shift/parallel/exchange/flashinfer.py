@@ -5,7 +5,8 @@ from __future__ import annotations
 import sglang_shift_kernels as kernels
 import torch
 
-from sglang_shift.parallel.exchange.collective import Group, Matmul, SequenceExchange
+from sglang_shift.parallel.exchange.base import Group, Matmul, SequenceExchange
+from sglang_shift.parallel.exchange.collective import CollectiveExchange
 from sglang_shift.parallel.layout import padded_local_tokens
 
 WORLD_SIZES = (2, 4, 6, 8)
@@ -33,7 +34,8 @@ class FlashInferExchange(SequenceExchange):
     def __init__(self, group: Group, max_tokens: int, width: int, dtype: torch.dtype) -> None:
         from flashinfer.comm.ulysses import UlyssesCommunicator
 
-        super().__init__(group)
+        self.group = group
+        self._collective = CollectiveExchange(group)
         self._most_rows = padded_local_tokens(max_tokens, group.world_size)
         # "auto" is its choice between NVLink and NCCL by the topology, the same on all ranks.
         self._communicator = UlyssesCommunicator(
@@ -51,29 +53,23 @@ class FlashInferExchange(SequenceExchange):
         return f"flashinfer, {self._communicator.backend} ({self._communicator.decision.reason})"
 
     def scatter_heads(self, x: torch.Tensor, project: Matmul, width: int) -> torch.Tensor:
-        """As :meth:`SequenceExchange.scatter_heads`."""
         if x.shape[0] > self._most_rows:
-            return super().scatter_heads(x, project, width)
+            return self._collective.scatter_heads(x, project, width)
         size = self.group.world_size
-        rows = project(x)
-        self._count(rows)
-        heads = rows.view(1, x.shape[0], size, width // size)
+        heads = project(x).view(1, x.shape[0], size, width // size)
         return self._communicator.scatter_heads(heads).view(-1, width // size)
 
     def gather_heads(self, x: torch.Tensor, project: Matmul) -> torch.Tensor:
-        """As :meth:`SequenceExchange.gather_heads`."""
         size, width = self.group.world_size, x.shape[1]
         if x.shape[0] > self._most_rows * size:
-            return super().gather_heads(x, project)
+            return self._collective.gather_heads(x, project)
         blocks = kernels.pack_tokens(x, size)
-        self._count(blocks)
         tokens = self._communicator.gather_heads(blocks.view(1, -1, 1, width))
         return project(tokens.view(-1, size * width))
+
+    def all_to_all(self, blocks: torch.Tensor) -> torch.Tensor:
+        return self._collective.all_to_all(blocks)
 
     def close(self) -> None:
         """Give the memory back that ranks map from one another. Collective."""
         self._communicator.close()
-
-    def _count(self, sent: torch.Tensor) -> None:
-        self.bytes_sent += self._bytes_to_others(sent.nbytes)
-        self.calls += 1

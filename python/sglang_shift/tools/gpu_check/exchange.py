@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sglang_shift.parallel.exchange.collective import SequenceExchange
+from sglang_shift.parallel.exchange.base import SequenceExchange
+from sglang_shift.parallel.exchange.collective import CollectiveExchange
 from sglang_shift.parallel.exchange.flashinfer import WORLD_SIZES, FlashInferExchange
 from sglang_shift.tools.gpu_check import environment, one_gpu
 from sglang_shift.tools.gpu_check.attempts import attempt
@@ -80,7 +81,7 @@ def compare(device: torch.device, name: str, dtype: torch.dtype = torch.bfloat16
     group: Any = RankGroup()
     size, timer, rows = group.world_size, Timer(device), []
     exchange = (
-        SequenceExchange(group)
+        CollectiveExchange(group)
         if name == "collective"
         else FlashInferExchange(group, size * ROWS[-1], size * QKV, dtype)
     )

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
 from sglang_shift.modes import Mode
-from sglang_shift.parallel.exchange.collective import SequenceExchange
+from sglang_shift.parallel.exchange.collective import CollectiveExchange
 from sglang_shift.parallel.layout import RankLayout
-from sglang_shift.parallel.region import region
-from sglang_shift.parallel.topology import SequenceParallel
+from sglang_shift.parallel.step import Step
+from sglang_shift.parallel.topology import Topology
 from sglang_shift.tools.gpu_check.shapes import ROW_PARALLEL, Deployment
 from sglang_shift.weights.projections import (
     BaseWeight,
@@ -105,7 +105,7 @@ class Stack:
         layout = RankLayout(deployment.ranks, deployment.sp)
         sp_group: Any = AlikeGroup(layout.sp_size)
         base_tp_group: Any = AlikeGroup(layout.base_tp_size) if layout.base_tp_size > 1 else None
-        self.parallel = SequenceParallel(layout, 0, sp_group, base_tp_group, SequenceExchange(sp_group))
+        self.topology = Topology(layout, 0, sp_group, base_tp_group, CollectiveExchange(sp_group))
         self.group = AlikeGroup(deployment.ranks)
         (qkv, query), head_dim = deployment.widths, deployment.layer.head_dim
         self.heads, self.kv_heads = query // head_dim, (qkv - query) // 2 // head_dim
@@ -120,17 +120,17 @@ class Stack:
 
     def run(self, x: torch.Tensor, mode: Mode) -> torch.Tensor:
         """All layers; the shape of ``x`` stays."""
-        region.num_tokens = self.batch.tokens
+        step = Step(mode, self.topology, None, num_tokens=self.batch.tokens)
         for layer in self.layers:
-            x = x + self._project(layer, "o", self._attention(layer, self._project(layer, "qkv", norm(x), mode)), mode)
-            gate, up = self._project(layer, "gate_up", norm(x), mode).chunk(2, dim=-1)
-            x = x + self._project(layer, "down", F.silu(gate) * up, mode)
+            x = x + self._project(layer, "o", self._attention(layer, self._project(layer, "qkv", norm(x), step)), step)
+            gate, up = self._project(layer, "gate_up", norm(x), step).chunk(2, dim=-1)
+            x = x + self._project(layer, "down", F.silu(gate) * up, step)
         return x
 
-    def _project(self, layer: Layer, name: str, x: torch.Tensor, mode: Mode) -> torch.Tensor:
+    def _project(self, layer: Layer, name: str, x: torch.Tensor, step: Step) -> torch.Tensor:
         linear = layer.linears[name]
-        if mode is Mode.SP:
-            return linear.ulysses.forward(x)
+        if step.sharded:
+            return linear.ulysses.forward(x, step)
         product = linear.quant_method.apply(linear, x)
         return self.group.all_reduce(product) if name in ROW_PARALLEL else product
 
@@ -155,7 +155,7 @@ class Stack:
             linear = SimpleNamespace(
                 weight=base[: shard.outputs, : shard.inputs], bias=None, quant_method=UnquantizedLinearMethod()
             )
-            linear.ulysses = KINDS[name](linear, BaseWeight(base, None), self.parallel)
+            linear.ulysses = KINDS[name](linear, BaseWeight(base, None))
             linears[name] = linear
         return linears
 

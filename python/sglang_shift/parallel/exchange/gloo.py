@@ -1,0 +1,80 @@
+"""The exchange on CPUs, over gloo: single messages that overlap with the matmul beside the exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sglang_shift_kernels as kernels
+import torch
+import torch.distributed as dist
+
+from sglang_shift.parallel.exchange.base import Matmul
+from sglang_shift.parallel.exchange.collective import CollectiveExchange
+
+PART_BYTES = 256 << 10
+"""Bytes to others from which on an exchange is divided. A smaller part takes more time to handle than it hides."""
+MOST_PARTS = 4
+"""Each part has a matmul of its own, which gets slow with few rows."""
+MESSAGE_BYTES = 16 << 10
+"""Bytes of a block from which on an all-to-all is made of single messages."""
+
+
+@dataclass
+class Pending:
+    """Blocks on their way: ``received`` has them once all of ``works`` are done."""
+
+    received: torch.Tensor
+    works: Sequence[dist.Work] = ()
+
+    def wait(self) -> torch.Tensor:
+        """The blocks, arrived."""
+        for work in self.works:
+            work.wait()
+        return self.received
+
+
+class GlooExchange(CollectiveExchange):
+    """A large exchange goes in parts: one is sent while the next is computed, or received while the last one is."""
+
+    def scatter_heads(self, x: torch.Tensor, project: Matmul, width: int) -> torch.Tensor:
+        size = self.group.world_size
+        row_bytes = self.row_bytes(width // size, x.element_size())
+        pending = [
+            self._start(kernels.pack_heads(project(part), size, fp8=self.fp8))
+            for part in x.tensor_split(self._parts(x.shape[0] * size * row_bytes))
+        ]
+        return kernels.unpack_tokens(_joined([p.wait() for p in pending], dim=1), x.dtype)
+
+    def gather_heads(self, x: torch.Tensor, project: Matmul) -> torch.Tensor:
+        blocks = kernels.pack_tokens(x, self.group.world_size, fp8=self.fp8)
+        pending = [self._start(part.contiguous()) for part in blocks.tensor_split(self._parts(blocks.nbytes), dim=1)]
+        return _joined([project(kernels.unpack_heads(p.wait(), x.dtype)) for p in pending])
+
+    def all_to_all(self, blocks: torch.Tensor) -> torch.Tensor:
+        return self._start(blocks).wait()
+
+    def _parts(self, size: int) -> int:
+        """In how many parts to exchange blocks of ``size`` bytes in all: the same on every rank."""
+        to_others = size * (self.group.world_size - 1) // self.group.world_size
+        return max(1, min(MOST_PARTS, to_others // PART_BYTES))
+
+    def _start(self, blocks: torch.Tensor) -> Pending:
+        if blocks.nbytes < MESSAGE_BYTES * len(blocks):
+            return Pending(super().all_to_all(blocks))
+        received = torch.empty_like(blocks)
+        return Pending(received, self._send_and_receive(blocks, received))
+
+    def _send_and_receive(self, blocks: torch.Tensor, received: torch.Tensor) -> list[dist.Work]:
+        """An all-to-all of single messages. Gloo's own sends first and then receives: large ones take twice as long."""
+        me, group = self.group.rank_in_group, self.group.device_group
+        others = [rank for rank in range(self.group.world_size) if rank != me]
+        works = [dist.irecv(received[rank], group=group, group_src=rank) for rank in others]
+        works += [dist.isend(blocks[rank], group=group, group_dst=rank) for rank in others]
+        received[me] = blocks[me]
+        return works
+
+
+def _joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """The parts, one after the other; no copy of a single one."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

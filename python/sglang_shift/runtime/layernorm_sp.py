@@ -1,0 +1,104 @@
+"""Our functions in place of those of SGLang's ``layernorm_sp``, whose seam they generalize.
+
+SGLang's LayerNorm sequence parallelism shards the tokens of some batches over its TP group. Ours shards those of
+each step that runs in SP, over the step's topology.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.runtime_context import get_forward
+
+from sglang_shift.parallel.region import exit_gather, scatter_tokens
+from sglang_shift.parallel.step import Step, current
+from sglang_shift.seams import relies_on, replaces
+
+
+@replaces("sglang.srt.layers.layernorm_sp:runs_sp", "the mode of the step decides, not the kind of the batch")
+def runs_sp(forward_mode: ForwardMode) -> bool:
+    """Whether this forward is token-sharded: the step's mode decides, not the kind of its batch."""
+    step = current()
+    return step is not None and step.sharded and not forward_mode.is_idle()
+
+
+@replaces(
+    "sglang.srt.layers.layernorm_sp:sp_entry_scatter", "the tokens of a rank follow its SP index, not its TP rank"
+)
+@relies_on(
+    "sglang.srt.layers.layer_boundary.stage:StageBoundary._select", "it enters the region before the first layer"
+)
+def sp_entry_scatter(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Enter the region: keep this rank's tokens, unless the embedding has kept only these.
+
+    Args:
+        hidden_states: ``[T, h]``, the same on every rank; ``[ceil(T / S), h]`` after an embedding that scattered.
+
+    Returns:
+        ``[ceil(T / S), h]``.
+    """
+    step = _step()
+    return hidden_states if step.entered else scatter_tokens(step, hidden_states)
+
+
+@replaces(
+    "sglang.srt.layers.layernorm_sp:maybe_exit_gather",
+    "gathers over the SP group, and only the rows that the LM head reads",
+)
+@relies_on("sglang.srt.layers.logits_processor:LogitsProcessor.forward", "it leaves the region before the LM head")
+def maybe_exit_gather(
+    *,
+    hidden_states: torch.Tensor,
+    hidden_states_before_norm: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    forward_mode: ForwardMode,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Leave the region.
+
+    Args:
+        hidden_states: ``[T_local, h]`` in SP mode, else ``[T, h]``, returned as it is.
+        hidden_states_before_norm: The same, before the final norm, if the caller wants it.
+        input_ids: Unused: the entry recorded what there is to know.
+        forward_mode: The batch's mode.
+
+    Returns:
+        ``[T, h]`` with the rows that the LM head (or a capture) reads; the others are zeros.
+    """
+    if not runs_sp(forward_mode):
+        return hidden_states, hidden_states_before_norm
+    step = _step()
+    hidden_states = exit_gather(step, hidden_states)
+    if hidden_states_before_norm is not None:
+        hidden_states_before_norm = exit_gather(step, hidden_states_before_norm)
+    get_forward().set("sp_active", False)
+    return hidden_states, hidden_states_before_norm
+
+
+@replaces(
+    "sglang.srt.layers.layernorm_sp:column_parallel_g_matmul", "QKV with its exchange, gate_up without communication"
+)
+@relies_on("sglang.srt.layers.linear:ColumnParallelLinear.forward", "it calls column_parallel_g_matmul while sp_active")
+def column_parallel_g_matmul(linear: Any, input_parallel: torch.Tensor, bias: Any) -> torch.Tensor:
+    """QKV or gate_up in SP mode. ``bias`` is this rank's TP shard and is not used: the base weight has its own."""
+    return linear.ulysses.forward(input_parallel, _step())
+
+
+@replaces(
+    "sglang.srt.layers.layernorm_sp:row_parallel_gbar_matmul",
+    "O with its exchange, down; summed over the base-TP group only",
+)
+@relies_on("sglang.srt.layers.linear:RowParallelLinear.forward", "it calls row_parallel_gbar_matmul while sp_active")
+def row_parallel_gbar_matmul(linear: Any, input_: torch.Tensor, bias: Any) -> torch.Tensor:
+    """O or down in SP mode.
+
+    ``bias`` follows full TP's rule (rank 0 adds it) and is not used: see :class:`RowProjection`.
+    """
+    return linear.ulysses.forward(input_, _step())
+
+
+def _step() -> Step:
+    step = current()
+    assert step is not None, "the token-sharded region is entered in a step only"
+    return step
