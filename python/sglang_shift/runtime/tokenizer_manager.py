@@ -24,7 +24,7 @@ from sglang_shift.runtime.admission import (
 
 
 class ShiftSteps:
-    """``meta_info["shift_steps"] = {"tp": n, "sp": n}`` for finished requests.
+    """``meta_info["shift_steps"] = {"tp": n, "sp": n}``, an entry for each mode, for finished requests.
 
     SGLang would make a list of it, one entry a token, and slice that in streams.
     """
