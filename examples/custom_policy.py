@@ -12,6 +12,9 @@ class BusyOrLong(ShiftPolicy):
 
     ``choose`` runs on every rank, and all ranks must answer alike. So it may use ``step`` and nothing else:
     no clock, no random number.
+
+    What ``step`` has of each mode is a mapping: ``step.padded[Mode.SP]`` is how many tokens the step would compute in
+    SP, with those that pad it to its CUDA graph.
     """
 
     def choose(self, step: StepState) -> Mode:
