@@ -16,7 +16,6 @@ capacity of a traffic is what the better fixed mode serves of the same requests 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import msgspec
 from sglang_shift.cost.model import CostModel, Measurement, fit
 from sglang_shift.modes import Mode, ShiftPolicy
 from sglang_shift.policy.builtin import Calibrated, FixedMode, QueueDepth, TokenThreshold
@@ -177,6 +177,13 @@ def table(results: dict[str, Metrics]) -> str:
     return "\n".join(lines)
 
 
+class Recorded(msgspec.Struct):
+    """What is read of a calibration: the step times, and what was fitted to them if anything was."""
+
+    measurements: list[Measurement]
+    costs: CostModel | None = None
+
+
 def read_calibration(path: Path, noise: float = 0.0, seed: int = 0) -> tuple[CostModel, CostModel]:
     """What steps take, and what ``calibrated`` believes.
 
@@ -185,13 +192,12 @@ def read_calibration(path: Path, noise: float = 0.0, seed: int = 0) -> tuple[Cos
         noise: Standard deviation of the logarithm of the error of each measurement that is believed.
         seed: Of the noise.
     """
-    content = json.loads(path.read_text())
-    measured = [Measurement(**{**m, "mode": Mode(m["mode"])}) for m in content["measurements"]]
-    costs = CostModel.from_json(content["costs"]) if "costs" in content else fit(measured)
+    found = msgspec.json.decode(path.read_bytes(), type=Recorded)
+    costs = found.costs or fit(found.measurements)
     if not noise:
         return costs, costs
     rng = random.Random(seed)
-    wrong = [replace(m, seconds=m.seconds * rng.lognormvariate(0.0, noise)) for m in measured]
+    wrong = [replace(m, seconds=m.seconds * rng.lognormvariate(0.0, noise)) for m in found.measurements]
     return costs, fit(wrong, costs.switch_seconds)
 
 
@@ -262,8 +268,9 @@ def main() -> int:
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
-        content = {"settings": settings, "costs": costs.to_json(), "believed": believed.to_json(), "traffics": report}
-        (arguments.out / "policies.json").write_text(json.dumps(content, indent=1) + "\n")
+        content = {"settings": settings, "costs": costs, "believed": believed, "traffics": report}
+        encoded = msgspec.json.format(msgspec.json.encode(content), indent=1)
+        (arguments.out / "policies.json").write_bytes(encoded + b"\n")
         (arguments.out / "policies.md").write_text("\n".join(text) + "\n")
     return 0
 

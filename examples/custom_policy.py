@@ -10,8 +10,10 @@ from sglang_shift.modes import Mode, ShiftPolicy, StepState
 class BusyOrLong(ShiftPolicy):
     """SP for prompts of more than 48 tokens, and for every step while at least four requests are in the server.
 
-    ``choose`` runs on every rank, and all ranks must answer alike. So it may use ``step`` and nothing else:
-    no clock, no random number.
+    ``choose`` runs on rank 0, and all ranks do what it answers there.
+
+    What ``step`` has of each mode is a mapping: ``step.padded[Mode.SP]`` is how many tokens the step would compute in
+    SP, with those that pad it to its CUDA graph.
     """
 
     def choose(self, step: StepState) -> Mode:

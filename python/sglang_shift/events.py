@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from sglang_shift.observe.events import ENDPOINT_VARIABLE, Finished, StateEvent, StepEvent, Subscriber
+from sglang_shift.observe.events import ENDPOINT_VARIABLE, SCHEMA, Finished, StateEvent, StepEvent, Subscriber
 
-__all__ = ["ENDPOINT_VARIABLE", "Finished", "StateEvent", "StepEvent", "Subscriber"]
+__all__ = ["ENDPOINT_VARIABLE", "SCHEMA", "Finished", "StateEvent", "StepEvent", "Subscriber"]

@@ -1,8 +1,9 @@
-"""The two modes of a step, and the interface of the policies that choose between them."""
+"""The family of modes, one of which each step has, and the interface of the policies that choose one."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 PENDING_REQUESTS = 64
@@ -10,7 +11,11 @@ PENDING_REQUESTS = 64
 
 
 class Mode(StrEnum):
-    """How one step (one forward of the model) runs."""
+    """How one step (one forward of the model) runs.
+
+    Whatever is kept for each mode is a mapping by mode, so a mode that is added here needs no field elsewhere. The
+    first mode is SGLang's own. The cost model compares the others with it, and it is taken if times are equal.
+    """
 
     TP = "tp"
     """Full tensor parallelism over all P ranks: lowest latency for few tokens."""
@@ -18,10 +23,9 @@ class Mode(StrEnum):
     SP = "sp"
     """Ulysses sequence parallelism over S ranks, TP over P/S: highest throughput for many."""
 
-    @property
-    def other(self) -> Mode:
-        """The mode that this one is not."""
-        return Mode.SP if self is Mode.TP else Mode.TP
+
+MODES = tuple(Mode)
+"""The family in its order. To iterate over the class takes ten times as long, and each step does it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +40,13 @@ class StepState:
         pending_prefill_tokens: Prompt tokens that wait for a later step: those of the waiting
             requests (the first 64 of them are counted, cached tokens included) and what is left of a
             chunked prompt.
-        bucket: ``num_tokens`` padded to a size that CUDA graphs are captured for; ``num_tokens`` where there is none.
+        padded: By mode, the tokens that the step computes there: ``num_tokens`` padded to the CUDA graph that it would
+            replay in this mode, or ``num_tokens`` if it would run eagerly. For TP, the sizes are those that SGLang
+            has graphs for, whether or not they are captured in TP. A mode that is not given is not padded.
         kv_reads: Pairs of a query token and a KV-cache token that attention computes. For a decode
             step, the sum of the sequence lengths.
         previous_mode: Mode that was chosen for the step before; None for the first.
         steps_since_switch: Steps since the mode last changed.
-        sp_bucket: ``num_tokens`` padded to the CUDA graph that the step would replay in SP; ``num_tokens`` where it
-            would run eagerly.
     """
 
     num_tokens: int
@@ -50,16 +54,20 @@ class StepState:
     num_running: int = 0
     num_waiting: int = 0
     pending_prefill_tokens: int = 0
-    bucket: int = 0
+    padded: Mapping[Mode, int] = field(default_factory=dict, hash=False)
     kv_reads: int = 0
     previous_mode: Mode | None = None
     steps_since_switch: int = 0
-    sp_bucket: int = 0
+
+    def __post_init__(self) -> None:
+        tokens, given = self.num_tokens, self.padded
+        whole = {mode: max(tokens, given.get(mode, 0)) for mode in MODES} if given else dict.fromkeys(MODES, tokens)
+        object.__setattr__(self, "padded", whole)
 
     @property
     def padded_tokens(self) -> int:
         """Tokens, padded as SGLang pads them."""
-        return max(self.num_tokens, self.bucket)
+        return self.padded[Mode.TP]
 
     @property
     def phase(self) -> str:

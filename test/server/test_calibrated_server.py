@@ -182,7 +182,7 @@ def test_status_page_and_view(server):
     time.sleep(1.5)
     status = requests.get(server.url + "/shift/status", timeout=60).json()
     text = json.dumps(status)
-    assert status["schema"] == 1
+    assert status["schema"] == 2
     assert server.state["policy"] in text
     page = requests.get(server.url + "/shift", timeout=60)
     assert page.headers["content-type"].startswith("text/html")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from sglang_shift.models.demo import demo_model_path
-from sglang_shift.modes import StepState
+from sglang_shift.modes import Mode, StepState
 from sglang_shift.policy.builtin import TokenThreshold
 from sglang_shift.tools.benchmark import servers as processes
 from sglang_shift.tools.benchmark.servers import Server
@@ -190,7 +190,7 @@ def test_each_threshold_gives_the_modes_that_are_expected(mode):
     asked = prompts(4096)
     assert len(asked) <= REQUESTS, "they are to decode at once"
     prefill = StepState(len(asked[-1]), num_prefill_tokens=len(asked[-1]))
-    decode = StepState(len(asked), num_running=len(asked), bucket=REQUESTS)
+    decode = StepState(len(asked), num_running=len(asked), padded={Mode.TP: REQUESTS})
     policy = TokenThreshold(THRESHOLDS[mode])
     assert EXPECTED[mode] == {"prefill": policy.choose(prefill).value, "decode": policy.choose(decode).value}
 

@@ -5,13 +5,12 @@ python test/calibrations.py DIR    # writes one file per server, for benchmark/p
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
+import msgspec
 from sglang_shift.cost.model import Measurement, fit
 from sglang_shift.modes import Mode
 
@@ -71,8 +70,8 @@ def write(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for server in SERVERS:
         measured = measurements(server)
-        content = {"measurements": [asdict(m) for m in measured], "costs": fit(measured).to_json()}
-        (folder / f"{server}.json").write_text(json.dumps(content))
+        content = {"measurements": measured, "costs": fit(measured)}
+        (folder / f"{server}.json").write_bytes(msgspec.json.encode(content))
 
 
 if __name__ == "__main__":

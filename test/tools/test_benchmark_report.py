@@ -11,6 +11,7 @@ from math import nan
 
 import pytest
 from sglang_shift.errors import ShiftError
+from sglang_shift.modes import Mode
 from sglang_shift.tools.benchmark import plots, report
 from sglang_shift.tools.benchmark.figures import HIGHER_IS_BETTER, Comparison, Limits, Spread, figures
 from sglang_shift.tools.benchmark.records import RequestRecord, Sample, Visit
@@ -29,7 +30,7 @@ def visit(contender="shift", workload="bursty", factor=1.0, *, number=1, request
     if requests is None:
         requests = [request(0.1 * factor * (i + 1), 0.01 * factor, due=float(i)) for i in range(5)]
     ours = contender in ("sp", "shift")
-    samples = [Sample(i, i, 5 - i, i / 10, *((10 * i, 30 * i) if ours else ())) for i in range(6)]
+    samples = [Sample(i, i, 5 - i, i / 10, {Mode.TP: 10 * i, Mode.SP: 30 * i} if ours else {}) for i in range(6)]
     shift = {"tp_steps": 50, "sp_steps": 150, "switches": 9, "exchanged_bytes": 3 << 20, "exchanges": 7}
     made = Visit(contender, workload, workload.split()[0], x, number, 10.0 * factor, requests, samples)
     return replace(made, shift=shift if ours else None, **options)
@@ -269,7 +270,7 @@ def test_prompt_lengths_and_bars():
 def test_timeline():
     pytest.importorskip("matplotlib")
     ours, other = visit(requests=[request(due=1.0), request(0.2, due=4.0), FAILED]), visit("stock-tp")
-    ours.samples[5] = replace(ours.samples[5], tp_steps=40, sp_steps=120)  # as in the sample before: no steps
+    ours.samples[5] = replace(ours.samples[5], steps={Mode.TP: 40, Mode.SP: 120})  # as in the sample before: no steps
     arrivals, queue, modes, latency = plots.timeline(ours, other, plots.styles(NAMES)).axes
     assert sum(bar.get_height() * bar.get_width() for bar in arrivals.patches) == pytest.approx(3)
     assert [list(line.get_ydata()) for line in queue.get_lines()] == [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]]

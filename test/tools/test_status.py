@@ -20,6 +20,7 @@ import uvicorn
 from fastapi import FastAPI
 from rich.console import Console
 from sglang.srt.utils.auth import add_api_key_middleware
+from sglang_shift.modes import Mode
 from sglang_shift.observe import routes
 from sglang_shift.observe.events import Finished, StateEvent, StepEvent
 from sglang_shift.observe.hub import Hub
@@ -37,8 +38,8 @@ def snapshot(**changes) -> dict:
         now, 4, 2, MARKUP, "calibrated", "the [bold]faster[/bold] mode", None, "", {}, 10, 0, {"tp": 5, "sp": 2},
         {"tp": 5, "sp": 600}, 3, running=6, waiting=2,
     ))  # fmt: skip
-    done = [Finished(10, 5, 0.125, None, 2.5, 4, 1)]
-    hub.feed(StepEvent(now, 1, "tp", "decode", 6, 0, 6, 2, 0, seconds=0.01, predicted=0.02))
+    done = [Finished(10, 5, 0.125, None, 2.5, {Mode.TP: 4, Mode.SP: 1})]
+    hub.feed(StepEvent(now, 1, "tp", "decode", 6, 0, 6, 2, 0, seconds=0.01, predicted={Mode.TP: 0.02, Mode.SP: 0.5}))
     hub.feed(StepEvent(now, 2, "sp", "prefill", 600, 600, 6, 2, 50, 0.03, switched=True, reason=MARKUP, finished=done))
     return {**hub.snapshot(), **changes}
 
@@ -104,7 +105,7 @@ def test_once(server, capsys):
 
 def test_json(server, capsys):
     code, out, _ = run(capsys, server.url, "--once", "--json")
-    assert code == 0 and json.loads(out)["schema"] == 1
+    assert code == 0 and json.loads(out)["schema"] == 2
 
 
 def test_the_key_and_the_path(server, capsys):
@@ -234,7 +235,7 @@ def test_piped_it_goes_on_while_the_server_is_away_and_ends_on_ctrl_c(server, tm
         lines = out.read_text().count("\n")
         server.reply(snapshot())
         wait_for(lambda: out.read_text().count("\n") > lines + 1)
-        assert {json.loads(line)["schema"] for line in out.read_text().splitlines()} == {1}
+        assert {json.loads(line)["schema"] for line in out.read_text().splitlines()} == {2}
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=10)
         assert process.returncode == 0 and "Traceback" not in err

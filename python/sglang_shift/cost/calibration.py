@@ -12,15 +12,17 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 
 from sglang_shift.config import ShiftConfig
-from sglang_shift.cost.model import CostModel, Measurement, fit, number_of
+from sglang_shift.cost.model import CostModel, Measurement, NotNegative, fit
 from sglang_shift.modes import Mode
 
-FORMAT = 1
+FORMAT = 2
+"""Of a file. One of another format is measured anew."""
 CACHE_VARIABLE = "SGLANG_SHIFT_CACHE_DIR"
 """Environment variable with the folder of saved calibrations."""
 
@@ -42,7 +44,7 @@ class CalibrationError(Exception):
 
 @dataclass(frozen=True)
 class Calibration:
-    """Step times of one model on one machine.
+    """Step times of one model on one machine, as a file holds them.
 
     Attributes:
         key: What they depend on: model, hardware, sizes, versions.
@@ -50,13 +52,15 @@ class Calibration:
         took: Seconds the measuring took.
         measurements: The times.
         costs: The model fitted to them.
+        format: Of the file.
     """
 
     key: dict[str, Any]
     made: str
-    took: float
-    measurements: tuple[Measurement, ...]
+    took: NotNegative
+    measurements: Annotated[tuple[Measurement, ...], msgspec.Meta(max_length=MOST_MEASUREMENTS)]
     costs: CostModel
+    format: int = FORMAT
 
     def renewed(self, took: float, measurements: Sequence[Measurement], switch_seconds: float | None) -> Calibration:
         """This calibration with new measurements. Over a range that they do not cover, the old ones stay, and the
@@ -97,38 +101,11 @@ class Calibration:
             raise CalibrationError(f"the calibration is incomplete: {error}") from error
         return Calibration(key, datetime.now(UTC).isoformat(timespec="seconds"), took, tuple(measurements), costs)
 
-    def to_json(self) -> dict[str, Any]:
-        """A JSON value; :meth:`from_json` reads it."""
-        return {
-            "format": FORMAT,
-            "key": self.key,
-            "made": self.made,
-            "took": self.took,
-            "measurements": [
-                {"phase": m.phase, "mode": m.mode.value, "tokens": m.tokens, "kv_reads": m.kv_reads,
-                 "seconds": m.seconds}
-                for m in self.measurements
-            ],
-            "costs": self.costs.to_json(),
-        }  # fmt: skip
 
-    @staticmethod
-    def from_json(value: Any) -> Calibration:
-        """The calibration that :meth:`to_json` wrote.
+class _Versioned(msgspec.Struct):
+    """What any file of a calibration has, whatever its format."""
 
-        Raises:
-            CalibrationError: ``value`` is something else.
-        """
-        try:
-            if value["format"] != FORMAT:
-                raise CalibrationError(f"it has format {value['format']}, not {FORMAT}")
-            if not (isinstance(value["measurements"], list) and len(value["measurements"]) <= MOST_MEASUREMENTS):
-                raise ValueError(f"measurements are not a list of at most {MOST_MEASUREMENTS}")
-            measurements = tuple(Measurement.from_json(m) for m in value["measurements"])
-            costs = CostModel.from_json(value["costs"])
-            return Calibration(dict(value["key"]), str(value["made"]), number_of(value["took"]), measurements, costs)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CalibrationError(f"it is not a calibration ({type(error).__name__}: {error})") from error
+    format: int
 
 
 def key_of(config: ShiftConfig, model_config: Any, settings: dict[str, Any]) -> dict[str, Any]:
@@ -191,22 +168,30 @@ def load(path: Path, key: dict[str, Any]) -> Calibration:
     try:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise ValueError("it is larger than a calibration")
-        value = json.loads(content.decode())
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
         raise CalibrationError(f"the calibration {path} cannot be read: {error}") from error
-    try:
-        calibration = Calibration.from_json(value)
-    except CalibrationError as error:
-        raise CalibrationError(f"the calibration {path} cannot be used: {error}") from error
+    if len(content) > MOST_BYTES:
+        raise CalibrationError(f"the calibration {path} cannot be read: it is larger than a calibration")
+    calibration = _decoded(path, content)
     theirs = calibration.key
     if differing := [name for name in {**key, **theirs} if key.get(name) != theirs.get(name)]:
         pairs = ", ".join(f"{name} is {theirs.get(name)} there and {key.get(name)} here" for name in differing)
         raise CalibrationError(f"the calibration {path} was made for something else: {pairs}")
     return calibration
+
+
+def _decoded(path: Path, content: bytes) -> Calibration:
+    try:
+        found = msgspec.json.decode(content, type=_Versioned).format
+        if found != FORMAT:
+            raise CalibrationError(f"the calibration {path} cannot be used: it has format {found}, not {FORMAT}")
+        return msgspec.json.decode(content, type=Calibration)
+    except msgspec.ValidationError as error:
+        raise CalibrationError(f"the calibration {path} cannot be used: it is not a calibration ({error})") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CalibrationError(f"the calibration {path} cannot be read: it is not a calibration ({error})") from error
 
 
 def save(path: Path, calibration: Calibration) -> None:
@@ -217,8 +202,9 @@ def save(path: Path, calibration: Calibration) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(calibration.to_json(), file, indent=1)
+        content = msgspec.json.format(msgspec.json.encode(calibration), indent=1)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            file.write(content)
         os.replace(file.name, path)
     except OSError as error:
         raise CalibrationError(f"the calibration {path} cannot be written: {error}") from error

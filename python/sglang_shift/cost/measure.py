@@ -1,4 +1,4 @@
-"""Measuring step times: both modes over a grid of step shapes, on all ranks together."""
+"""Measuring step times: every mode over a grid of step shapes, on all ranks together."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, median
+from itertools import permutations
+from statistics import fmean, geometric_mean, median
 from typing import Protocol
 
 from sglang_shift.cost.calibration import CalibrationError
 from sglang_shift.cost.model import Measurement
-from sglang_shift.modes import Mode
+from sglang_shift.modes import MODES, Mode
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ SWITCH_TOKENS, SWITCH_LAPS = (1, 8), 5
 
 
 @dataclass(frozen=True, order=True)
-class Shape:
+class StepShape:
     """A step to time.
 
     Attributes:
@@ -69,7 +70,7 @@ def kv_reads(cached: int, new: int) -> int:
     return new * cached + new * (new + 1) // 2
 
 
-def grid(chunk: int, max_requests: int, longest: int, slots: int) -> list[Shape]:
+def grid(chunk: int, max_requests: int, longest: int, slots: int) -> list[StepShape]:
     """The shapes of a calibration, from small to large.
 
     Prefills of 1 token to a chunk and decode batches of 1 to the most requests, by powers of two;
@@ -83,11 +84,11 @@ def grid(chunk: int, max_requests: int, longest: int, slots: int) -> list[Shape]
     """
     longest = min(longest, slots)
     short, long = min(CONTEXT, longest // 2), min(LONG_CONTEXT, longest // 2)
-    shapes = [Shape("prefill", n, 0, longest) for n in powers(min(chunk, slots))]
-    shapes += [Shape("prefill", n, long, longest) for n in powers(min(chunk, longest - long))[-3::2]]
+    shapes = [StepShape("prefill", n, 0, longest) for n in powers(min(chunk, slots))]
+    shapes += [StepShape("prefill", n, long, longest) for n in powers(min(chunk, longest - long))[-3::2]]
     most = min(max_requests, MAX_DECODE, max(1, slots // (short + 1)))
-    shapes += [Shape("decode", n, short, longest) for n in powers(most)]
-    shapes += [Shape("decode", n, long, longest) for n in powers(most)[::3] if n * (long + 1) <= slots]
+    shapes += [StepShape("decode", n, short, longest) for n in powers(most)]
+    shapes += [StepShape("decode", n, long, longest) for n in powers(most)[::3] if n * (long + 1) <= slots]
     return sorted({s for s in shapes if s.slots <= slots}, key=lambda s: (s.tokens * (s.context + 64), s))
 
 
@@ -99,16 +100,16 @@ def powers(last: int) -> list[int]:
 class Bench(Protocol):
     """Something that runs steps of a shape; ``runtime.calibration_steps`` has the one of a server."""
 
-    prepared: Shape | None
+    prepared: StepShape | None
     """The shape whose steps can run now."""
 
-    def make_room(self, shape: Shape) -> bool:
+    def make_room(self, shape: StepShape) -> bool:
         """Whether ``shape`` fits into the KV pool, for which others may have to leave it. Collective.
 
         The answer is the same on every rank.
         """
 
-    def prepare(self, shape: Shape) -> None:
+    def prepare(self, shape: StepShape) -> None:
         """Take what steps of ``shape`` need. Not collective: it may fail on one rank alone."""
 
     def run(self, mode: Mode, after: Mode | None = None) -> float:
@@ -140,7 +141,7 @@ class Measured:
 
     Attributes:
         steps: Step times.
-        switches: What a step after one of the other mode took beyond one after its own mode, in seconds.
+        switches: What a step after one of another mode took beyond one after its own mode, in seconds.
         seconds: What it all took, on the slowest rank.
         part: The part of the shapes that is done, up to 1.
     """
@@ -157,16 +158,16 @@ class _NoRoomError(Exception):
 
 def measure(
     bench: Bench,
-    shapes: Sequence[Shape],
+    shapes: Sequence[StepShape],
     budget: float,
     found: Measured,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Generator[None, None, None]:
-    """Time all shapes in both modes; a generator that yields after each lap.
+    """Time all shapes in every mode; a generator that yields after each lap.
 
     A serving scheduler does a few laps at a time, and releases the bench in between. All ranks do the
     same: every decision follows from numbers that they have agreed on. The modes take turns, so that a
-    machine that is slower for a while is so for both.
+    machine that is slower for a while is so for all.
 
     Args:
         bench: What runs the steps.
@@ -189,8 +190,8 @@ def measure(
                 times = yield from _take_turns(_Laps(bench, shape, found, clock))
                 if shape.tokens in SWITCH_TOKENS and max(times.values()) < SECONDS_A_MODE:
                     found.switches.append((yield from _switch(_Laps(bench, shape, found, clock))))
-                for mode in Mode:
-                    found.steps.append(Measurement(shape.phase, mode, shape.tokens, shape.kv_reads, times[mode]))
+                for mode, seconds in times.items():
+                    found.steps.append(Measurement(shape.phase, mode, shape.tokens, shape.kv_reads, seconds))
                 before[shape.phase] = shape.tokens, found.seconds - started
             except _NoRoomError:
                 logger.debug("no room for %s", shape)
@@ -204,7 +205,7 @@ class _Laps:
     """Runs laps of one shape."""
 
     bench: Bench
-    shape: Shape
+    shape: StepShape
     found: Measured
     clock: Callable[[], float]
 
@@ -221,7 +222,7 @@ class _Laps:
         seconds, took = self.bench.agree([seconds, self.clock() - started], failure)
         if math.isinf(seconds):
             where = failure or "on another rank"
-            raise CalibrationError(f"a step in {mode.value.upper()} failed while calibrating ({where})", mode)
+            raise CalibrationError(f"a step in {mode.name} failed while calibrating ({where})", mode)
         self.found.seconds += took
         yield
         return seconds
@@ -239,7 +240,7 @@ class _Laps:
 
 
 def _take_turns(laps: _Laps) -> Generator[None, None, dict[Mode, float]]:
-    """Agreed times: the median, over the rounds, of the modes' mean and of their ratio.
+    """Agreed times: the median, over the rounds, of the modes' mean and of their ratios to the first one.
 
     The first lap of each mode is a warm-up, and says how many there is time for.
     """
@@ -248,27 +249,28 @@ def _take_turns(laps: _Laps) -> Generator[None, None, dict[Mode, float]]:
     rounds = []
     for _ in range(count):
         rounds.append((yield from _round(laps)))
-    mean = median(math.sqrt(times[Mode.TP] * times[Mode.SP]) for times in rounds)
-    ratio = math.sqrt(median(times[Mode.SP] / times[Mode.TP] for times in rounds))
-    return {Mode.TP: mean / ratio, Mode.SP: mean * ratio}
+    mean = median(geometric_mean(times.values()) for times in rounds)
+    ratios = {mode: median(times[mode] / times[MODES[0]] for times in rounds) for mode in MODES}
+    shared = geometric_mean(ratios.values())
+    return {mode: mean * ratio / shared for mode, ratio in ratios.items()}
 
 
 def _round(laps: _Laps) -> Generator[None, None, dict[Mode, float]]:
     """A lap of each mode."""
     times = {}
-    for mode in Mode:
+    for mode in MODES:
         times[mode] = yield from laps.run(mode)
     return times
 
 
 def _switch(laps: _Laps) -> Generator[None, None, float]:
-    """How much longer a step takes after one of the other mode; the mean of both modes' medians."""
-    more: dict[Mode, list[float]] = {mode: [] for mode in Mode}
+    """How much longer a step takes after one of another mode; the mean of the medians of all pairs of modes."""
+    more: dict[tuple[Mode, Mode], list[float]] = {pair: [] for pair in permutations(MODES, 2)}
     for _ in range(SWITCH_LAPS):
-        for mode in Mode:
-            switched = yield from laps.run(mode, after=mode.other)
+        for (mode, before), differences in more.items():
+            switched = yield from laps.run(mode, after=before)
             stayed = yield from laps.run(mode, after=mode)
-            more[mode].append(switched - stayed)
+            differences.append(switched - stayed)
     return fmean(median(differences) for differences in more.values())
 
 

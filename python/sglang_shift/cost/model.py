@@ -1,4 +1,7 @@
-"""What a step costs in each mode: monotone curves through measured step times."""
+"""What a step costs in each mode: monotone curves through measured step times.
+
+The classes are what a file of a calibration holds: msgspec reads them, within the bounds that their fields name.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,21 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from statistics import fmean, median
-from typing import Any
+from statistics import fmean, geometric_mean, median
+from typing import Annotated
 
-from sglang_shift.modes import Mode, StepState
+from msgspec import Meta
+
+from sglang_shift.modes import MODES, Mode, StepState
 
 PHASES = ("prefill", "decode")
 
-MOST_POINTS, MOST_TOKENS, MOST = 1000, 2**31 - 1, 1e15
+MOST_POINTS, MOST_TOKENS, MOST = 1000, 2**31 - 1, 10**15
 """Of a saved curve: its points, their tokens and their values. More is no step's."""
+
+Tokens = Annotated[int, Meta(ge=1, le=MOST_TOKENS)]
+Positive = Annotated[float, Meta(gt=0, le=MOST)]
+NotNegative = Annotated[float, Meta(ge=0, le=MOST)]
 
 
 def phase_of(step: StepState) -> str:
@@ -33,28 +42,20 @@ class Measurement:
         tokens: Tokens of the step.
         kv_reads: As in :class:`StepState`.
         seconds: Median time of the step, of the slowest rank.
+
+    Raises:
+        ValueError: there is no such phase.
     """
 
     phase: str
     mode: Mode
-    tokens: int
-    kv_reads: int
-    seconds: float
+    tokens: Tokens
+    kv_reads: Annotated[int, Meta(ge=0, le=MOST)]
+    seconds: Positive
 
-    @staticmethod
-    def from_json(value: dict[str, Any]) -> Measurement:
-        """The measurement with these fields.
-
-        Raises:
-            KeyError, TypeError, ValueError: ``value`` is something else, or its numbers make no sense.
-        """
-        phase, tokens, kv_reads, seconds = (value[name] for name in ("phase", "tokens", "kv_reads", "seconds"))
-        if phase not in PHASES:
-            raise ValueError(f"{phase!r} is no phase of a measurement")
-        counted = type(tokens) is type(kv_reads) is int and 1 <= tokens <= MOST_TOKENS and 0 <= kv_reads <= MOST
-        if not (counted and _is_number(seconds) and seconds > 0):
-            raise ValueError("a measurement has numbers that make no sense")
-        return Measurement(phase, Mode(value["mode"]), tokens, kv_reads, float(seconds))
+    def __post_init__(self) -> None:
+        if self.phase not in PHASES:
+            raise ValueError(f"{self.phase!r} is no phase of a measurement")
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,20 @@ class Curve:
 
     Args:
         tokens: Ascending.
-        values: Not descending.
+        values: Not descending, one for each of ``tokens``.
+
+    Raises:
+        ValueError: they are something else.
     """
 
-    tokens: tuple[int, ...]
-    values: tuple[float, ...]
+    tokens: Annotated[tuple[Tokens, ...], Meta(min_length=1, max_length=MOST_POINTS)]
+    values: tuple[Positive, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.values):
+            raise ValueError(f"a curve has {len(self.tokens)} numbers of tokens and {len(self.values)} values")
+        if any(a >= b for a, b in pairwise(self.tokens)) or any(a > b for a, b in pairwise(self.values)):
+            raise ValueError("the tokens of a curve do not ascend, or its values descend")
 
     def __call__(self, tokens: int) -> float:
         """The value for ``tokens``."""
@@ -93,10 +103,10 @@ class Curve:
 class CostModel:
     """Predicted step times.
 
-    ``seconds = curve[phase, mode](tokens) + attention[phase] * max(0, kv_reads - usual[phase](tokens))``.
+    ``seconds = curves[phase][mode](tokens) + attention[phase] * max(0, kv_reads - usual[phase](tokens))``.
     The curves hold the attention of the steps they were measured on: prompts without a cached prefix,
     decodes at a short context. The second term is the attention beyond that. It works on the same heads,
-    tokens and KV cache in both modes, so its coefficient is shared: it decides nothing between them, but
+    tokens and KV cache in every mode, so its coefficient is shared: it decides nothing between them, but
     a prediction without it would not be a step's time.
 
     Attributes:
@@ -104,15 +114,25 @@ class CostModel:
         usual: KV reads that the curves contain, by phase.
         attention: Seconds per KV read beyond those, by phase.
         switch_seconds: What the first step after a change of mode costs on top.
-        noise: By phase, the standard error of the logarithm of the modes' ratio at one number of tokens; none
-            where it is not known.
+        noise: By phase, and by mode but for the first one, the standard error of the logarithm of the ratio of the
+            first mode's time to the mode's, at one number of tokens; none if it is not known.
+
+    Raises:
+        ValueError: a phase or a mode is missing.
     """
 
-    curves: dict[tuple[str, Mode], Curve]
+    curves: dict[str, dict[Mode, Curve]]
     usual: dict[str, Curve]
-    attention: dict[str, float]
-    switch_seconds: float = 0.0
-    noise: dict[str, float] = field(default_factory=dict)
+    attention: dict[str, NotNegative]
+    switch_seconds: NotNegative
+    noise: dict[str, dict[Mode, NotNegative]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, by_phase in (("curves", self.curves), ("usual", self.usual), ("attention", self.attention)):
+            if set(by_phase) != set(PHASES):
+                raise ValueError(f"the {name} of a cost model are of {', '.join(by_phase) or 'no phase'}")
+        if any(set(by_mode) != set(MODES) for by_mode in self.curves.values()):
+            raise ValueError(f"a cost model has no curve for one of the modes {', '.join(MODES)}")
 
     def predict(self, mode: Mode, step: StepState) -> float:
         """Seconds that ``step`` takes in ``mode``."""
@@ -121,156 +141,124 @@ class CostModel:
         return self.own(mode, step) + self.attention[phase] * beyond
 
     def own(self, mode: Mode, step: StepState) -> float:
-        """The same without the attention beyond the usual, which takes as long in both modes."""
-        tokens = step.padded_tokens if mode is Mode.TP else max(step.num_tokens, step.sp_bucket)
-        return self.curves[phase_of(step), mode](tokens)
+        """The same without the attention beyond the usual, which takes as long in every mode."""
+        return self.curves[phase_of(step)][mode](step.padded[mode])
+
+    def unsure(self, phase: str, mode: Mode, other: Mode) -> float:
+        """The standard error of the logarithm of the ratio of two modes' times; 0 if it is not known."""
+        noise = self.noise.get(phase, {})
+        return math.hypot(noise.get(mode, 0.0), noise.get(other, 0.0))
+
+    def faster(self, phase: str, tokens: int) -> Mode:
+        """The mode with the lowest curve at ``tokens``; of equal ones, the first of the family."""
+        curves = self.curves[phase]
+        return min(MODES, key=lambda mode: curves[mode](tokens))
 
     def continued(self, old: CostModel, measured: Sequence[Measurement]) -> CostModel:
         """This model where it was ``measured``, and ``old`` beyond: in a whole phase, or from some tokens on.
 
         The two are not fitted together: by what has drifted they disagree, and that is no noise of either. Beyond,
-        the modes' ratio is the old one, and both modes are as much slower than they were as the one that is slower
-        by more where the measuring ended.
+        the modes' ratios are the old ones, and all modes are as much slower than they were as the one that is slower
+        by most where the measuring ended.
         """
         curves, usual, attention, noise = dict(old.curves), dict(old.usual), dict(old.attention), dict(old.noise)
         for phase in {m.phase for m in measured}:
+            mine, theirs = self.curves[phase], old.curves[phase]
             last = self.usual[phase].tokens[-1]
-            factor = max(self.curves[phase, mode](last) / old.curves[phase, mode](last) for mode in Mode)
-            for mode in Mode:
-                curves[phase, mode] = self.curves[phase, mode].continued(old.curves[phase, mode], factor)
+            factor = max(mine[mode](last) / theirs[mode](last) for mode in MODES)
+            curves[phase] = {mode: mine[mode].continued(theirs[mode], factor) for mode in MODES}
             usual[phase] = self.usual[phase].continued(old.usual[phase])
             noise[phase] = self.noise[phase]
             if usual[phase].tokens[-1] > last:
-                noise[phase] = max(noise[phase], old.noise.get(phase, 0.0))
+                before = old.noise.get(phase, {})
+                noise[phase] = {mode: max(n, before.get(mode, 0.0)) for mode, n in noise[phase].items()}
             shapes = {(m.tokens, m.kv_reads) for m in measured if m.phase == phase}
             if len(shapes) > len({tokens for tokens, _ in shapes}):
                 attention[phase] = self.attention[phase]
         return CostModel(curves, usual, attention, self.switch_seconds, noise)
 
     def crossovers(self, phase: str) -> list[tuple[int, Mode]]:
-        """Where the faster mode changes: ``[(tokens from which on, faster mode), ...]``, the first from 1 on."""
-        tp, sp = (self.curves[phase, mode] for mode in (Mode.TP, Mode.SP))
-
-        def faster(tokens: int) -> Mode:
-            return Mode.SP if sp(tokens) < tp(tokens) else Mode.TP
-
-        found = [(1, faster(1))]
-        # From one point of either curve to the next, both are lines: their order changes once at most.
-        points = sorted({1, *(tokens for tokens in tp.tokens + sp.tokens if tokens > 1)})
-        for start, end in pairwise(points):
-            if (then := faster(end)) is not faster(start):
-                tokens = range(start + 1, end + 1)
-                found.append((tokens[bisect_left(tokens, True, key=lambda n: faster(n) is then)], then))
+        """Where the fastest mode changes: ``[(tokens from which on, fastest mode), ...]``, the first from 1 on."""
+        found = [(1, self.faster(phase, 1))]
+        knots = sorted({1, *(t for curve in self.curves[phase].values() for t in curve.tokens)})
+        # From one knot to the next all curves are lines, so each mode is the fastest in one stretch at most.
+        for start, end in pairwise(knots):
+            while self.faster(phase, end) is not (now := found[-1][1]):
+                found.append(self._next_crossover(phase, now, max(start, found[-1][0]), end))
         return found
 
-    def to_json(self) -> dict[str, Any]:
-        """A JSON value; :meth:`from_json` reads it."""
-        return {
-            "curves": {
-                f"{phase} {mode.value}": {"tokens": list(c.tokens), "seconds": list(c.values)}
-                for (phase, mode), c in self.curves.items()
-            },
-            "usual": {phase: {"tokens": list(c.tokens), "kv_reads": list(c.values)} for phase, c in self.usual.items()},
-            "attention": self.attention,
-            "switch_seconds": self.switch_seconds,
-            "noise": self.noise,
-        }
-
-    @staticmethod
-    def from_json(value: dict[str, Any]) -> CostModel:
-        """The model that :meth:`to_json` wrote.
-
-        Raises:
-            KeyError, TypeError, ValueError: ``value`` is something else, or its numbers make no sense.
-        """
-        curves = {
-            (phase, mode): _curve(value["curves"][f"{phase} {mode.value}"], "seconds")
-            for phase in PHASES
-            for mode in Mode
-        }
-        usual = {phase: _curve(value["usual"][phase], "kv_reads") for phase in PHASES}
-        attention = {phase: number_of(value["attention"][phase]) for phase in PHASES}
-        raw = dict(value.get("noise", {}))  # older files have none
-        noise = {phase: number_of(raw[phase]) for phase in PHASES if phase in raw}
-        return CostModel(curves, usual, attention, number_of(value["switch_seconds"]), noise)
+    def _next_crossover(self, phase: str, now: Mode, start: int, end: int) -> tuple[int, Mode]:
+        tokens = range(start + 1, end + 1)
+        crossover = tokens[bisect_left(tokens, True, key=lambda n: self.faster(phase, n) is not now)]
+        return crossover, self.faster(phase, crossover)
 
 
-def number_of(value: Any) -> float:
-    """A number of a saved file, from 0 on.
-
-    Raises:
-        ValueError: it is something else; in JSON, integers have any size and floats may be NaN.
-    """
-    if not _is_number(value) or value < 0:
-        raise ValueError(f"what should be a number from 0 to {MOST:g} is something else")
-    return float(value)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -MOST <= value <= MOST  # not a bool, which is an int
-
-
-def _curve(raw: dict[str, Any], what: str) -> Curve:
-    tokens, values = raw["tokens"], raw[what]
-    if not (isinstance(tokens, list) and isinstance(values, list) and 1 <= len(tokens) == len(values) <= MOST_POINTS):
-        raise ValueError(f"{what} by tokens are not two lists of the same length, from 1 to {MOST_POINTS}")
-    if not all(type(t) is int and 1 <= t <= MOST_TOKENS for t in tokens):
-        raise ValueError(f"tokens are not whole numbers from 1 to {MOST_TOKENS}")
-    ascending = all(a < b for a, b in pairwise(tokens))
-    if not (ascending and all(map(_is_number, values)) and values[0] > 0 and all(a <= b for a, b in pairwise(values))):
-        raise ValueError(f"{what} by tokens are not a monotone curve of positive numbers up to {MOST:g}")
-    return Curve(tuple(tokens), tuple(map(float, values)))
+Shapes = dict[int, dict[int, dict[Mode, float]]]
+"""Measured seconds by tokens, KV reads and mode; both numbers ascend."""
 
 
 def fit(measurements: Sequence[Measurement], switch_seconds: float = 0.0) -> CostModel:
     """Fit a cost model.
 
     What decides between the modes is the ratio of their times, and it is measured better than the times,
-    as the modes take turns. So for each phase the geometric mean of both, and the logarithm of the ratio,
-    are taken over the tokens. Both are made monotone by isotonic least squares, the mean rising and the
-    ratio of SP's time to TP's falling: with more tokens, SP's larger weights matter less, and the
-    communication that it saves more. Before that, a running median of three takes out a single shape
-    that was disturbed. So noise cannot make more than one crossover, and what is measured at one shape
-    counts for its neighbours. The curves are made of the two again. The mean goes through the measurements
-    with the fewest KV reads of each number of tokens. The attention coefficient of a phase is the median
+    as the modes take turns. So for each phase the geometric mean over the modes, and for each mode but the first
+    (TP) the logarithm of the ratio of TP's time to its own, are taken over the tokens. They are made monotone by
+    isotonic least squares, the mean rising and the ratios, too: with more tokens, SP's larger weights matter less,
+    and the communication that it saves more. Before that, a running median of three takes out a single shape
+    that was disturbed. So noise cannot make more than one crossover with TP, and what is measured at one shape
+    counts for its neighbours. The curves are made of the means and the ratios again. The mean goes through the
+    measurements with the fewest KV reads of each number of tokens. The attention coefficient of a phase is the median
     slope from those to measurements that differ in KV reads only. The ratio is that of the times without
     the attention beyond the fewest KV reads, and each measurement counts: two shapes of one token that agree
     are no disturbance, though all shapes of more tokens differ from them.
 
     Raises:
-        ValueError: a phase without a shape that was measured in both modes.
+        ValueError: a phase without a shape that was measured in every mode.
     """
-    curves: dict[tuple[str, Mode], Curve] = {}
+    first, *others = MODES
+    curves: dict[str, dict[Mode, Curve]] = {}
     usual: dict[str, Curve] = {}
     attention: dict[str, float] = {}
-    noise: dict[str, float] = {}
+    noise: dict[str, dict[Mode, float]] = {}
     for phase in PHASES:
-        rows: dict[int, dict[int, dict[Mode, float]]] = {}
-        for m in sorted((m for m in measurements if m.phase == phase), key=lambda m: (m.tokens, m.kv_reads)):
-            rows.setdefault(m.tokens, {}).setdefault(m.kv_reads, {})[m.mode] = m.seconds
-        shapes = {t: {k: s for k, s in by_reads.items() if len(s) == len(Mode)} for t, by_reads in rows.items()}
-        shapes = {t: by_reads for t, by_reads in shapes.items() if by_reads}
-        if not shapes:
-            raise ValueError(f"no {phase} step was measured in both modes")
-        tokens, first = tuple(shapes), [next(iter(by_reads.items())) for by_reads in shapes.values()]
-        slopes = [
-            (seconds[mode] - start[mode]) / (reads - least)
-            for (least, start), by_reads in zip(first, shapes.values(), strict=True)
-            for reads, seconds in list(by_reads.items())[1:]
-            for mode in Mode
-        ]
-        attention[phase] = max(0.0, median(slopes)) if slopes else 0.0
-        means = isotonic(math.sqrt(s[Mode.TP] * s[Mode.SP]) for _, s in first)
-        gains, noise[phase] = _gains(shapes, attention[phase])
-        for mode, sign in ((Mode.TP, 0.5), (Mode.SP, -0.5)):
-            values = [mean * math.exp(sign * gain) for mean, gain in zip(means, gains, strict=True)]
-            curves[phase, mode] = Curve(tokens, tuple(isotonic(values)))
-        usual[phase] = Curve(tokens, tuple(isotonic(float(reads) for reads, _ in first)))
+        shapes = _whole_shapes(measurements, phase)
+        least = [next(iter(by_reads.items())) for by_reads in shapes.values()]
+        attention[phase] = _attention(shapes)
+        means = isotonic(geometric_mean(seconds.values()) for _, seconds in least)
+        gains, noise[phase] = {first: [0.0] * len(shapes)}, {}
+        for mode in others:
+            gains[mode], noise[phase][mode] = _gains(shapes, attention[phase], first, mode)
+        shared = [fmean(at) for at in zip(*gains.values(), strict=True)]
+        curves[phase] = {}
+        for mode, of_mode in gains.items():
+            values = [mean * math.exp(s - g) for mean, s, g in zip(means, shared, of_mode, strict=True)]
+            curves[phase][mode] = Curve(tuple(shapes), tuple(isotonic(values)))
+        usual[phase] = Curve(tuple(shapes), tuple(isotonic(float(reads) for reads, _ in least)))
     return CostModel(curves, usual, attention, max(0.0, switch_seconds), noise)
 
 
-def _gains(shapes: dict[int, dict[int, dict[Mode, float]]], attention: float) -> tuple[list[float], float]:
-    """The logarithm of TP's time over SP's by tokens, rising, from seconds by tokens, KV reads and mode.
+def _whole_shapes(measurements: Sequence[Measurement], phase: str) -> Shapes:
+    """The shapes of ``phase`` that were measured in every mode."""
+    rows: Shapes = {}
+    for m in sorted((m for m in measurements if m.phase == phase), key=lambda m: (m.tokens, m.kv_reads)):
+        rows.setdefault(m.tokens, {}).setdefault(m.kv_reads, {})[m.mode] = m.seconds
+    shapes = {t: {k: s for k, s in by_reads.items() if len(s) == len(MODES)} for t, by_reads in rows.items()}
+    if not any(shapes.values()):
+        raise ValueError(f"no {phase} step was measured in every mode")
+    return {t: by_reads for t, by_reads in shapes.items() if by_reads}
+
+
+def _attention(shapes: Shapes) -> float:
+    """Seconds per KV read: the median slope from the fewest reads of a number of tokens to more, in any mode."""
+    slopes = []
+    for by_reads in shapes.values():
+        (least, start), *more = by_reads.items()
+        slopes += [(seconds[mode] - start[mode]) / (reads - least) for reads, seconds in more for mode in MODES]
+    return max(0.0, median(slopes)) if slopes else 0.0
+
+
+def _gains(shapes: Shapes, attention: float, first: Mode, mode: Mode) -> tuple[list[float], float]:
+    """The logarithm of ``first``'s time over ``mode``'s by tokens, rising.
 
     And the standard error of one of them, that is of what was measured at one number of tokens.
     """
@@ -278,10 +266,10 @@ def _gains(shapes: dict[int, dict[int, dict[Mode, float]]], attention: float) ->
     for tokens, by_reads in shapes.items():
         least = next(iter(by_reads))
         for reads, seconds in by_reads.items():
-            without = {mode: s - attention * (reads - least) for mode, s in seconds.items()}
+            without = {m: seconds[m] - attention * (reads - least) for m in (first, mode)}
             # Where nearly all is attention, what is left is its noise.
-            if all(without[mode] > 0.5 * by_reads[least][mode] for mode in Mode):
-                measured.append((tokens, math.log(without[Mode.TP] / without[Mode.SP])))
+            if all(own > 0.5 * by_reads[least][m] for m, own in without.items()):
+                measured.append((tokens, math.log(without[first] / without[mode])))
     smooth = running_median([gain for _, gain in measured])
     gains = isotonic(fmean(s for (t, _), s in zip(measured, smooth, strict=True) if t == tokens) for tokens in shapes)
     fitted = dict(zip(shapes, gains, strict=True))

@@ -1,4 +1,4 @@
-"""The CUDA graphs of both modes: captured one set after the other, and swapped by a step's mode."""
+"""The CUDA graphs of every mode: captured one set after the other, and swapped by a step's mode."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, check_cuda_graph_backend
@@ -23,7 +24,7 @@ from sglang.srt.runtime_context import get_exec, get_observability
 
 from sglang_shift.config import ShiftConfig
 from sglang_shift.graphs.plan import GraphPlan, padded, plan_graphs
-from sglang_shift.modes import Mode
+from sglang_shift.modes import MODES, Mode
 from sglang_shift.seams import relies_on
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,44 @@ RUNNERS = {Phase.DECODE: "decode_cuda_graph_runner", Phase.PREFILL: "prefill_cud
 """Where SGLang's model runner has the graph runner of each phase."""
 SIZES = {Phase.DECODE: "capture_bs", Phase.PREFILL: "capture_num_tokens"}
 """What a graph runner calls the sizes that it captured."""
+OURS = tuple(mode for mode in MODES if mode is not Mode.TP)
+"""The modes whose graphs are captured here; SGLang captures TP's."""
+
+
+@dataclass
+class GraphSet:
+    """The graphs of one phase in one mode.
+
+    Attributes:
+        sizes: Those captured.
+        runner: The graph runner; None where steps run eagerly, and for TP, whose runner SGLang keeps.
+        gib: Device memory that they took, in GiB; None for TP, which SGLang reports.
+        seconds: How long they took to capture; None for TP.
+        replayed: Steps that replayed a graph.
+        missed: Steps that found no graph, and ran eagerly.
+    """
+
+    sizes: tuple[int, ...] = ()
+    runner: Any = None
+    gib: float | None = None
+    seconds: float | None = None
+    replayed: int = 0
+    missed: int = 0
+
+    def report(self) -> dict[str, Any]:
+        """A JSON value, for ``/server_info``."""
+        value: dict[str, Any] = {"sizes": list(self.sizes), "replayed": self.replayed, "missed": self.missed}
+        if self.gib is not None and self.seconds is not None:
+            value |= {"gib": round(self.gib, 3), "seconds": round(self.seconds, 2)}
+        return value
+
+    def __str__(self) -> str:
+        text = f"{len(self.sizes)} sizes, {self.sizes[0]} to {self.sizes[-1]}" if self.sizes else "none"
+        return text if self.gib is None else f"{text}, {self.gib:.2f} GiB, {self.seconds:.1f} s"
+
+
+def _no_graphs() -> dict[Mode, GraphSet]:
+    return {mode: GraphSet() if mode is Mode.TP else GraphSet(gib=0.0, seconds=0.0) for mode in MODES}
 
 
 @dataclass
@@ -41,54 +80,38 @@ class PhaseGraphs:
     Attributes:
         plan: The sizes that were to be captured.
         factor: A step is padded to at most so many times its tokens.
-        sp_runner: The graph runner of SP; None where its steps run eagerly.
-        sp_gib: Device memory that SP's graphs took, in GiB.
-        sp_seconds: How long they took to capture.
-        sizes: Those captured, by mode.
-        replayed: Steps that replayed a graph, by mode.
-        missed: Steps that found no graph, and ran eagerly, by mode.
+        sets: Those captured, by mode.
     """
 
     plan: GraphPlan = field(default_factory=GraphPlan)
     factor: float = math.inf
-    sp_runner: Any = None
-    sp_gib: float = 0.0
-    sp_seconds: float = 0.0
-    sizes: dict[Mode, tuple[int, ...]] = field(default_factory=lambda: dict.fromkeys(Mode, ()))
-    replayed: dict[Mode, int] = field(default_factory=lambda: dict.fromkeys(Mode, 0))
-    missed: dict[Mode, int] = field(default_factory=lambda: dict.fromkeys(Mode, 0))
+    sets: dict[Mode, GraphSet] = field(default_factory=_no_graphs)
 
-    def buckets(self, tokens: int) -> tuple[int, int]:
-        """``tokens`` padded: to the size that decides the mode, and to the graph that a step in SP replays."""
-        sp = padded(tokens, self.sizes[Mode.SP], self.factor)
-        return padded(tokens, self.plan.ladder, self.factor), sp
+    def padded(self, tokens: int) -> dict[Mode, int]:
+        """``tokens`` padded to the graph that a step would replay, by mode; for TP to SGLang's size."""
+        sizes = {mode: self.plan.ladder if mode is Mode.TP else found.sizes for mode, found in self.sets.items()}
+        return {mode: padded(tokens, of_mode, self.factor) for mode, of_mode in sizes.items()}
 
     def count(self, mode: Mode, replayed: bool) -> bool | None:
         """Count a step. True where it replayed a graph, False where none fitted, None where the phase has none."""
-        if not any(self.sizes.values()):
+        if not any(found.sizes for found in self.sets.values()):
             return None
-        (self.replayed if replayed else self.missed)[mode] += 1
+        if replayed:
+            self.sets[mode].replayed += 1
+        else:
+            self.sets[mode].missed += 1
         return replayed
 
     def report(self) -> dict[str, Any]:
-        """A JSON value, for ``/server_info``."""
-        value = {
-            mode.value: {
-                "sizes": list(self.sizes[mode]),
-                "replayed": self.replayed[mode],
-                "missed": self.missed[mode],
-            }
-            for mode in Mode
-        }
-        value[Mode.SP.value] |= {"gib": round(self.sp_gib, 3), "seconds": round(self.sp_seconds, 2)}
-        return value
+        """A JSON value, for ``/server_info``, by mode."""
+        return {mode.value: found.report() for mode, found in self.sets.items()}
 
 
 class ModeGraphs:
-    """The CUDA graphs of one model runner in both modes.
+    """The CUDA graphs of one model runner in every mode.
 
-    SGLang captures TP's and keeps their runners. SP's are captured after them, by subclasses of the same
-    runners, in the same memory pool; while a step runs in SP, they are the model runner's.
+    SGLang captures TP's and keeps their runners. Those of the other modes are captured after them, by subclasses of
+    the same runners, in the same memory pool; while a step runs in such a mode, they are the model runner's.
 
     Args:
         runner: A :class:`sglang_shift.runtime.model_runner.ShiftModelRunner` with its attention backend.
@@ -106,7 +129,8 @@ class ModeGraphs:
         plans = {phase: plan_graphs(ladder, config, exact, factors[phase]) for phase, ladder in ladders(runner).items()}
         if get_observability().forward_hooks:
             # SGLang registers these after its own capture, so that no graph has them.
-            plans = {phase: GraphPlan(plan.ladder, plan.tp) for phase, plan in plans.items()}
+            none: dict[Mode, tuple[int, ...]] = dict.fromkeys(OURS, ())
+            plans = {phase: replace(plan, sizes=plan.sizes | none) for phase, plan in plans.items()}
         self.phases = {phase: PhaseGraphs(plan, factors[phase]) for phase, plan in plans.items()}
 
     def of(self, prefill: bool) -> PhaseGraphs:
@@ -114,7 +138,7 @@ class ModeGraphs:
         return self.phases[Phase.PREFILL if prefill else Phase.DECODE]
 
     def capture(self, capture_tp: Callable[[], None], phases: tuple[str, ...] = Phase.ALL) -> None:
-        """Capture both sets; each size only in the modes that the plan says.
+        """Capture all sets; each size only in the modes that the plan says.
 
         Args:
             capture_tp: SGLang's own capture, of all ``phases``.
@@ -125,16 +149,18 @@ class ModeGraphs:
             return
         runner, plans = self.runner, {phase: self.phases[phase].plan for phase in phases}
         for phase in phases:
-            self.phases[phase].sp_runner = None  # captured again: its memory is needed
-        # The one buffer for logits is as large as the largest graph of either set.
-        with limited({phase: plan.tp + plan.sp for phase, plan in plans.items()}):
+            for mode in OURS:
+                self.phases[phase].sets[mode].runner = None  # captured again: its memory is needed
+        # The one buffer for logits is as large as the largest graph of any set.
+        with limited({phase: tuple(chain(*plan.sizes.values())) for phase, plan in plans.items()}):
             logits = runner.graph_shared_output = GraphSharedOutput.create_for_model_runner(runner)
-        with limited({phase: plan.tp for phase, plan in plans.items()}):
+        with limited({phase: plan.sizes[Mode.TP] for phase, plan in plans.items()}):
             capture_tp()
         runner.graph_shared_output = logits
-        with limited({phase: plan.sp for phase, plan in plans.items()}), in_sp(runner):
-            for phase in reversed(phases):  # as SGLang does: prefills first
-                self._capture_sp(phase)
+        for mode in OURS:
+            with limited({phase: plan.sizes[mode] for phase, plan in plans.items()}), capturing(runner, mode):
+                for phase in reversed(phases):  # as SGLang does: prefills first
+                    self._capture(phase, mode)
         for phase in phases:
             self._take_stock(phase)
 
@@ -146,33 +172,29 @@ class ModeGraphs:
         "sglang.srt.model_executor.model_runner_components.cuda_graph_setup:capture_prefill_graph",
         "it builds a PrefillCudaGraphRunner, and measures",
     )
-    def _capture_sp(self, phase: str) -> None:
+    def _capture(self, phase: str, mode: Mode) -> None:
         graphs, runner = self.phases[phase], self.runner
-        if not graphs.plan.sp:
+        if not graphs.plan.sizes[mode]:
             return
-        logger.info("sglang_shift: capturing the CUDA graphs of SP (%s)", phase)
+        logger.info("sglang_shift: capturing the CUDA graphs of %s (%s)", mode.name, phase)
         if phase == Phase.PREFILL:
             captured = capture_prefill_graph(model_runner=runner, eager_runner=runner.eager_runner)
         else:
             captured = capture_decode_graph(model_runner=runner)
         # Where SGLang captures no graphs of this phase, it returns none, or its eager runner.
-        graphs.sp_runner = captured.runner if hasattr(captured.runner, SIZES[phase]) else None
-        graphs.sp_gib, graphs.sp_seconds = captured.memory_usage_gb, captured.capture_time
+        found = graphs.sets[mode]
+        found.runner = captured.runner if hasattr(captured.runner, SIZES[phase]) else None
+        found.gib, found.seconds = captured.memory_usage_gb, captured.capture_time
         runner.graph_memory_usage = merge_graph_memory_usage(runner.graph_memory_usage, captured.memory_usage)
         runner.graph_time_usage = merge_graph_time_usage(runner.graph_time_usage, captured.time_usage)
 
     def _take_stock(self, phase: str) -> None:
-        graphs = self.phases[phase]
-        runners = {Mode.TP: getattr(self.runner, RUNNERS[phase]), Mode.SP: graphs.sp_runner}
-        graphs.sizes = {mode: tuple(getattr(runner, SIZES[phase], ())) for mode, runner in runners.items()}
-        logger.info(
-            "sglang_shift: CUDA graphs (%s): TP %s; SP %s, %.2f GiB, %.1f s",
-            phase,
-            spelled(graphs.sizes[Mode.TP]),
-            spelled(graphs.sizes[Mode.SP]),
-            graphs.sp_gib,
-            graphs.sp_seconds,
-        )
+        sets = self.phases[phase].sets
+        for mode, found in sets.items():
+            runner = getattr(self.runner, RUNNERS[phase]) if mode is Mode.TP else found.runner
+            found.sizes = tuple(getattr(runner, SIZES[phase], ()))
+        text = "; ".join(f"{mode.name} {found}" for mode, found in sets.items())
+        logger.info("sglang_shift: CUDA graphs (%s): %s", phase, text)
 
     @contextmanager
     def used(self, mode: Mode) -> Iterator[None]:
@@ -182,7 +204,7 @@ class ModeGraphs:
             return
         tp = {name: getattr(self.runner, name) for name in RUNNERS.values()}
         for phase, name in RUNNERS.items():
-            setattr(self.runner, name, self.phases[phase].sp_runner)
+            setattr(self.runner, name, self.phases[phase].sets[mode].runner)
         try:
             yield
         finally:
@@ -192,7 +214,7 @@ class ModeGraphs:
     def captured(self) -> dict[str, dict[str, list[int]]]:
         """The sizes that were captured, by phase and mode; empty where none were."""
         captured = {
-            phase: {mode.value: list(sizes) for mode, sizes in graphs.sizes.items()}
+            phase: {mode.value: list(found.sizes) for mode, found in graphs.sets.items()}
             for phase, graphs in self.phases.items()
         }
         return captured if any(any(by_mode.values()) for by_mode in captured.values()) else {}
@@ -243,15 +265,10 @@ def limited(sizes: dict[str, tuple[int, ...]]) -> Iterator[None]:
 
 
 @contextmanager
-def in_sp(runner: Any) -> Iterator[None]:
-    """Inside, the graph runners that SGLang builds for ``runner`` are those of SP."""
-    runner.capture_mode = Mode.SP
+def capturing(runner: Any, mode: Mode) -> Iterator[None]:
+    """Inside, the graph runners that SGLang builds for ``runner`` are those of ``mode``."""
+    runner.capture_mode = mode
     try:
         yield
     finally:
         runner.capture_mode = Mode.TP
-
-
-def spelled(sizes: tuple[int, ...]) -> str:
-    """How many sizes there are, and from where to where."""
-    return f"{len(sizes)} sizes, {sizes[0]} to {sizes[-1]}" if sizes else "none"

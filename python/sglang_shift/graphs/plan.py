@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sglang.srt.model_executor.cuda_graph_config import Backend
 
 from sglang_shift.config import ShiftConfig
-from sglang_shift.modes import Mode, StepState
+from sglang_shift.modes import MODES, Mode, StepState
 from sglang_shift.policy.builtin import TokenThreshold
 
 
@@ -21,13 +21,11 @@ class GraphPlan:
 
     Attributes:
         ladder: SGLang's sizes. The one that a step is padded to decides its mode.
-        tp: Those of them that are captured in TP.
-        sp: What is captured in SP.
+        sizes: What is captured in each mode.
     """
 
     ladder: tuple[int, ...] = ()
-    tp: tuple[int, ...] = ()
-    sp: tuple[int, ...] = ()
+    sizes: dict[Mode, tuple[int, ...]] = field(default_factory=lambda: dict.fromkeys(MODES, ()))
 
 
 def plan_graphs(ladder: Sequence[int], config: ShiftConfig, exact: bool = False, factor: float = math.inf) -> GraphPlan:
@@ -43,24 +41,23 @@ def plan_graphs(ladder: Sequence[int], config: ShiftConfig, exact: bool = False,
         exact: A graph serves steps of its own size only (``--disable-cuda-graph-padding``).
         factor: A step is padded to at most so many times its tokens.
     """
-    wanted = {mode: [size for size in ladder if mode in modes_of(size, config)] for mode in Mode}
-    sp = graph_batch_sizes_suit(wanted[Mode.SP], 1 if exact else config.sp_size)
-    if config.graph_buckets is not None:
-        sp = thinned(sp, config.graph_buckets, factor)
-    return GraphPlan(tuple(ladder), tuple(wanted[Mode.TP]), tuple(sp))
+    sizes = {mode: tuple(size for size in ladder if mode in modes_of(size, config)) for mode in MODES}
+    sp = graph_batch_sizes_suit(sizes[Mode.SP], 1 if exact else config.sp_size)
+    sizes[Mode.SP] = tuple(sp if config.graph_buckets is None else thinned(sp, config.graph_buckets, factor))
+    return GraphPlan(tuple(ladder), sizes)
 
 
 def modes_of(size: int, config: ShiftConfig) -> tuple[Mode, ...]:
     """The modes that the policy may choose for a step that is padded to ``size``.
 
-    Both, where that depends on more than the size: on the queue, on measured times (and measuring runs
-    both), on the user's code.
+    All, where that depends on more than the size: on the queue, on measured times (and measuring runs
+    all), on the user's code.
     """
-    if config.policy in (Mode.TP.value, Mode.SP.value):
+    if config.policy in MODES:
         return (Mode(config.policy),)
     if config.policy == "tokens":
-        return (TokenThreshold(config.threshold).choose(StepState(size, bucket=size)),)
-    return tuple(Mode)
+        return (TokenThreshold(config.threshold).choose(StepState(size)),)
+    return MODES
 
 
 def price_of_no_graphs(config: ShiftConfig, settings: Any) -> str | None:

@@ -19,7 +19,15 @@ from typing import Any
 import msgspec
 import zmq
 
+from sglang_shift.modes import Mode
+
 logger = logging.getLogger(__name__)
+
+SCHEMA = 2
+"""Version of the events, and of :meth:`sglang_shift.observe.hub.Hub.snapshot`'s value, which is made of them.
+
+It grows when a field changes its meaning or goes away.
+"""
 
 ENDPOINT_VARIABLE = "SGLANG_SHIFT_EVENTS"
 """Environment variable with the endpoint of replica 0; set by the launcher, or by the user before it."""
@@ -41,8 +49,7 @@ class Finished(msgspec.Struct):
         ttft: Seconds from its arrival at the scheduler to its first token.
         tpot: Seconds per token after the first; None for a single token.
         e2e: Seconds from its arrival to its end.
-        tp_steps: Steps it took part in that ran in TP.
-        sp_steps: In SP.
+        steps: Steps it took part in, by mode.
     """
 
     prompt_tokens: int
@@ -50,8 +57,7 @@ class Finished(msgspec.Struct):
     ttft: float
     tpot: float | None
     e2e: float
-    tp_steps: int
-    sp_steps: int
+    steps: dict[Mode, int]
 
 
 class StepEvent(msgspec.Struct):
@@ -60,7 +66,7 @@ class StepEvent(msgspec.Struct):
     Attributes:
         time: When its result was processed, Unix seconds.
         step: Its number, from 1, without gaps: a gap means dropped events.
-        mode: ``tp`` or ``sp``.
+        mode: Its mode.
         phase: ``prefill``, ``decode`` or ``mixed``.
         tokens: Tokens it computed.
         prefill_tokens: New prompt tokens among them.
@@ -68,8 +74,7 @@ class StepEvent(msgspec.Struct):
         waiting: Requests waiting.
         pending_tokens: Prompt tokens waiting.
         seconds: How long it took; None where it could not be timed.
-        predicted: How long the cost model says it takes in its mode; None without one.
-        predicted_other: The same for the other mode.
+        predicted: How long the cost model says it takes in each mode; empty without one.
         switched: The mode is not that of the step before, probes left out.
         reason: Why, for a step that switched or is a probe; else empty.
         exchanged_bytes: Bytes this rank has sent in exchanges since the start.
@@ -81,7 +86,7 @@ class StepEvent(msgspec.Struct):
 
     time: float
     step: int
-    mode: str
+    mode: Mode
     phase: str
     tokens: int
     prefill_tokens: int
@@ -89,8 +94,7 @@ class StepEvent(msgspec.Struct):
     waiting: int
     pending_tokens: int
     seconds: float | None = None
-    predicted: float | None = None
-    predicted_other: float | None = None
+    predicted: dict[Mode, float] = {}
     switched: bool = False
     reason: str = ""
     exchanged_bytes: int = 0
@@ -110,7 +114,7 @@ class StateEvent(msgspec.Struct):
         model: What is served.
         policy: Name of the policy.
         policy_text: The policy in words.
-        calibration: ``sglang_shift.cost.calibration.Calibration.to_json()``, or None without one.
+        calibration: A :class:`sglang_shift.cost.calibration.Calibration` as JSON, or None without one.
         calibration_text: Where the calibration came from, in words.
         drift: By mode, the median of actual over predicted step time of late; None before it is known.
         weight_bytes: Bytes of weights on this rank.
@@ -121,6 +125,7 @@ class StateEvent(msgspec.Struct):
         running: Requests decoding.
         waiting: Requests waiting.
         replica: Data-parallel replica.
+        schema: :data:`SCHEMA` of the sender.
     """
 
     time: float
@@ -131,15 +136,16 @@ class StateEvent(msgspec.Struct):
     policy_text: str
     calibration: dict[str, Any] | None
     calibration_text: str
-    drift: dict[str, float | None]
+    drift: dict[Mode, float | None]
     weight_bytes: int
     weight_bytes_beyond_base: int
-    steps: dict[str, int]
-    tokens: dict[str, int]
+    steps: dict[Mode, int]
+    tokens: dict[Mode, int]
     switches: int
     running: int = 0
     waiting: int = 0
     replica: int = 0
+    schema: int = SCHEMA
 
 
 _TOPICS: dict[bytes, type[StepEvent] | type[StateEvent]] = {b"step": StepEvent, b"state": StateEvent}

@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 import zmq
 
-from sglang_shift.observe.events import Finished, StateEvent, StepEvent, Subscriber
+from sglang_shift.modes import MODES, Mode
+from sglang_shift.observe.events import SCHEMA, Finished, StateEvent, StepEvent, Subscriber
 from sglang_shift.observe.summaries import (
-    MODES,
     PHASES,
     Step,
     columns,
@@ -27,9 +27,6 @@ from sglang_shift.observe.summaries import (
 )
 
 logger = logging.getLogger(__name__)
-
-SCHEMA = 1
-"""Version of :meth:`Hub.snapshot`'s value; it grows when a field changes its meaning or goes away."""
 
 HISTORY_SECONDS = 600
 RECENT_STEPS = 2000
@@ -61,10 +58,10 @@ class Gaps:
 class _Second:
     """What happened in one second, all replicas together."""
 
-    steps: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MODES, 0))
-    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MODES, 0))
-    prefill_tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MODES, 0))
-    busy_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MODES, 0.0))
+    steps: dict[Mode, int] = field(default_factory=lambda: dict.fromkeys(MODES, 0))
+    tokens: dict[Mode, int] = field(default_factory=lambda: dict.fromkeys(MODES, 0))
+    prefill_tokens: dict[Mode, int] = field(default_factory=lambda: dict.fromkeys(MODES, 0))
+    busy_seconds: dict[Mode, float] = field(default_factory=lambda: dict.fromkeys(MODES, 0.0))
     running: int | None = None
     waiting: int | None = None
     pending_tokens: int | None = None
@@ -171,8 +168,8 @@ class Hub:
             event.drift = {mode: finite(event.drift.get(mode)) for mode in MODES}
             counts = [event.weight_bytes, event.weight_bytes_beyond_base, event.switches, event.running, event.waiting]
             return min(*counts, *event.steps.values(), *event.tokens.values()) >= 0
-        event.seconds, event.predicted = finite(event.seconds), finite(event.predicted)
-        event.predicted_other = finite(event.predicted_other)
+        event.seconds = finite(event.seconds)
+        event.predicted = {mode: s for mode, s in event.predicted.items() if finite(s) is not None}
         counts = [event.tokens, event.prefill_tokens, event.running, event.waiting, event.pending_tokens, event.step]
         known = event.mode in MODES and event.phase in PHASES
         return known and min(*counts, event.exchanged_bytes, event.exchanges) >= 0
@@ -194,9 +191,8 @@ class Hub:
         second.busy_seconds[event.mode] += event.seconds or 0.0
         self._take_queue(second, event.replica, event.running, event.waiting, event.pending_tokens)
         self._dropped += self._gaps.missed(event)
-        self._steps.append(
-            Step(event.time, event.mode, event.phase, event.tokens, event.seconds, event.predicted)
-        )  # fmt: skip
+        predicted = event.predicted.get(event.mode)
+        self._steps.append(Step(event.time, event.mode, event.phase, event.tokens, event.seconds, predicted))
         self._requests.extend(event.finished)
         if event.switched:
             switch = {"time": event.time, "replica": event.replica, "step": event.step, "mode": event.mode}
@@ -225,6 +221,7 @@ class Hub:
             running, waiting, pending = (sum(n) for n in zip((0, 0, 0), *self._queues.values(), strict=True))
             value = {
                 "schema": SCHEMA,
+                "modes": list(MODES),
                 "time": now,
                 "started": self._started,
                 "events": {
@@ -257,7 +254,7 @@ class Hub:
             value[name] = [getattr(s, name) for s in seconds]
         return value
 
-    def _minute(self, end: int) -> dict[str, dict[str, float]]:
+    def _minute(self, end: int) -> dict[str, dict[Mode, float]]:
         seconds = [s for key, s in self._seconds.items() if end - 60 <= key < end]
         return {
             name: {mode: sum(getattr(s, name)[mode] for s in seconds) for mode in MODES}

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from sglang_shift.modes import MODES
 from sglang_shift.observe.events import StateEvent, StepEvent
 from sglang_shift.observe.hub import Gaps
-from sglang_shift.observe.summaries import MODES, PHASES
+from sglang_shift.observe.summaries import PHASES
 
 PREFIX = "sglang_shift:"
 
@@ -103,7 +104,7 @@ class Metrics:
             self._metrics[name] = made
 
     def _begin(self, replica: int) -> None:
-        """Let the counters exist from 0 on: a rate needs two values, and a share needs both modes."""
+        """Let the counters exist from 0 on: a rate needs two values, and a share needs every mode."""
         self._replicas.add(replica)
         self._metric("events_dropped_total", replica)
         for mode in MODES:
@@ -136,8 +137,8 @@ class Metrics:
         self._increase("exchanges_total", replica, event.exchanges)
         if event.seconds is not None:
             self._metric("step_time_seconds", replica, **labels).observe(event.seconds)
-            if event.predicted is not None:
-                self._metric("predicted_step_time_seconds_total", replica, **labels).inc(event.predicted)
+            if (predicted := event.predicted.get(event.mode)) is not None:
+                self._metric("predicted_step_time_seconds_total", replica, **labels).inc(predicted)
                 self._metric("measured_step_time_seconds_total", replica, **labels).inc(event.seconds)
         if missed := self._gaps.missed(event):
             self._metric("events_dropped_total", replica).inc(missed)

@@ -6,11 +6,13 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from sglang_shift.modes import Mode
+import numpy as np
+
+from sglang_shift.modes import MODES
 from sglang_shift.observe.events import Finished
 
-MODES = tuple(mode.value for mode in Mode)
 PHASES = ("prefill", "decode", "mixed")
+PERCENTILES = ("p50", "p90", "p99")
 
 Number = TypeVar("Number", int, float)
 
@@ -74,22 +76,14 @@ def requests_finished(requests: Sequence[Finished]) -> dict[str, Any]:
     value: dict[str, Any] = {"count": len(requests)}
     for name in ("ttft", "tpot", "e2e", "prompt_tokens", "output_tokens"):
         value[name] = percentiles(x for x in (finite(getattr(r, name)) for r in requests) if x is not None)
-    value["steps"] = {"tp": sum(r.tp_steps for r in requests), "sp": sum(r.sp_steps for r in requests)}
+    value["steps"] = {mode: sum(r.steps.get(mode, 0) for r in requests) for mode in MODES}
     return value
 
 
 def percentiles(values: Iterable[float]) -> dict[str, float] | None:
     """The 50th, 90th and 99th, interpolated; None of nothing."""
-    ordered = sorted(values)
-    if not ordered:
-        return None
-    found = {}
-    for percent in (50, 90, 99):
-        place = percent / 100 * (len(ordered) - 1)
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        found[f"p{percent}"] = ordered[low] + (place - low) * (ordered[high] - ordered[low])
-    return found
+    found = list(values)
+    return dict(zip(PERCENTILES, np.percentile(found, (50, 90, 99)).tolist(), strict=True)) if found else None
 
 
 def finite(value: Number | None) -> Number | None:

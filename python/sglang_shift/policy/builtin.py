@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from sglang_shift.config import ShiftConfig
 from sglang_shift.cost.model import PHASES, CostModel, phase_of
 from sglang_shift.errors import PolicyFailed, Refused
-from sglang_shift.modes import Mode, ShiftPolicy, StepState
+from sglang_shift.modes import MODES, Mode, ShiftPolicy, StepState
 
 logger = logging.getLogger(__name__)
+
+Doubt = tuple[str, Mode, Mode]
+"""A phase, a mode that has become slower there than predicted, and another one beside which it has."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class FixedMode(ShiftPolicy):
 
     def describe(self) -> str:
         """One line."""
-        return f"every step in {self.mode.value.upper()}"
+        return f"every step in {self.mode.name}"
 
 
 @dataclass(frozen=True)
@@ -114,9 +117,9 @@ class QueueDepth(ShiftPolicy):
 class Calibrated(ShiftPolicy):
     """The mode with the lower predicted time, where leaving the previous one is worth its cost.
 
-    Where the predicted times cannot be told apart, the queue decides: SP while it is deep, TP while it is short.
-    That is where they are within twice the standard error of their ratio, or within what the ratio has drifted by
-    against the faster one.
+    Where the predicted times of several modes cannot be told apart from the lowest, the queue decides: SP while it is
+    deep, TP while it is short. That is where they are within twice the standard error of their ratio, or within what
+    the ratio has drifted by against the fastest one.
 
     What a change of mode costs was measured; mostly it is nothing, and then the mode so found is taken. Else
     a change must gain
@@ -130,21 +133,18 @@ class Calibrated(ShiftPolicy):
     Attributes:
         costs: Predicted times.
         chunk: Prompt tokens that one step takes (``--chunked-prefill-size``).
-        doubts: By phase, how far the ratio of the modes' times is off, as a share, above 0 where TP has become the
-            slower one and below 0 where SP has; the same on every rank.
+        doubts: By phase, mode and other mode, by which share the ratio of the mode's time to the other's is above the
+            predicted one; the same on every rank. Without an entry the prediction holds.
     """
 
     costs: CostModel
     chunk: int
-    doubts: dict[str, float] = field(default_factory=dict)
+    doubts: dict[Doubt, float] = field(default_factory=dict)
 
     def choose(self, step: StepState) -> Mode:
         """The mode of ``step``."""
-        # Without the attention that takes as long in both modes: it decides nothing.
-        tp, sp = self.costs.own(Mode.TP, step), self.costs.own(Mode.SP, step)
-        wanted = Mode.SP if sp < tp else Mode.TP
-        if self._tied(step, tp, sp):
-            wanted = QUEUE.by_depth(step)
+        times = self._times(step)
+        wanted = self._wanted(step, times)
         previous = step.previous_mode
         if previous is None or wanted is previous or not self.costs.switch_seconds:
             return wanted
@@ -154,25 +154,37 @@ class Calibrated(ShiftPolicy):
             changes = 2
         else:
             changes = 1
-        return wanted if abs(tp - sp) > changes * self.costs.switch_seconds else previous
+        return wanted if abs(times[previous] - times[wanted]) > changes * self.costs.switch_seconds else previous
 
-    def _tied(self, step: StepState, tp: float, sp: float) -> bool:
-        phase = phase_of(step)
-        unsure = 2 * self.costs.noise.get(phase, 0.0)
-        if self.doubts:  # of the mode that has become slower than thought; the other is only better than thought
-            slower = self.doubts.get(phase, 0.0)
-            unsure = max(unsure, -slower if sp < tp else slower)
-        return abs(tp - sp) <= unsure * min(tp, sp)
+    def _times(self, step: StepState) -> dict[Mode, float]:
+        # Without the attention that takes as long in every mode: it decides nothing.
+        return {mode: self.costs.own(mode, step) for mode in MODES}
+
+    def _wanted(self, step: StepState, times: dict[Mode, float]) -> Mode:
+        fastest, *tied = self._candidates(step, times)
+        return deep if tied and (deep := QUEUE.by_depth(step)) in (fastest, *tied) else fastest
+
+    def _candidates(self, step: StepState, times: dict[Mode, float]) -> list[Mode]:
+        """The fastest mode, and those that cannot be told apart from it."""
+        phase, fastest = phase_of(step), min(times, key=times.__getitem__)
+        least, found = times[fastest], [fastest]
+        for mode, seconds in times.items():
+            if mode is not fastest:
+                unsure = 2 * self.costs.unsure(phase, fastest, mode)
+                if self.doubts:  # of the one that has become slower than thought; the other is only better than thought
+                    unsure = max(unsure, self.doubts.get((phase, fastest, mode), 0.0))
+                if seconds - least <= unsure * least:
+                    found.append(mode)
+        return found
 
     def _next(self, step: StepState) -> Mode:
-        tokens = min(step.pending_prefill_tokens, self.chunk)
-        prefill = self.costs.curves
-        return Mode.SP if prefill["prefill", Mode.SP](tokens) < prefill["prefill", Mode.TP](tokens) else Mode.TP
+        return self.costs.faster("prefill", min(step.pending_prefill_tokens, self.chunk))
 
     def explain(self, step: StepState, mode: Mode) -> str:
         """The predictions, and the queue where it decides."""
-        times = ", ".join(f"{m.value.upper()} {1e3 * self.costs.predict(m, step):.2f} ms" for m in (mode, mode.other))
-        tied = self._tied(step, self.costs.own(Mode.TP, step), self.costs.own(Mode.SP, step))
+        modes = sorted(MODES, key=lambda m: m is not mode)
+        times = ", ".join(f"{m.name} {1e3 * self.costs.predict(m, step):.2f} ms" for m in modes)
+        _, *tied = self._candidates(step, self._times(step))
         queue = QUEUE.depth(step, mode) if tied else f"{step.num_waiting} waiting"
         return f"{times} predicted for {step.num_tokens} tokens ({step.phase}), {queue}"
 
@@ -181,8 +193,7 @@ class Calibrated(ShiftPolicy):
         return (
             "the faster mode by measured step times: "
             + "; ".join(
-                f"{phase} "
-                + ", ".join(f"{mode.value.upper()} from {tokens}" for tokens, mode in self.costs.crossovers(phase))
+                f"{phase} " + ", ".join(f"{mode.name} from {tokens}" for tokens, mode in self.costs.crossovers(phase))
                 for phase in PHASES
             )
             + " tokens on"
@@ -211,16 +222,16 @@ class LedPolicy(ShiftPolicy):
         Raises:
             PolicyFailed: the user's policy raised an error on rank 0, or did not answer with a mode there.
         """
-        modes, answer = list(Mode), self.FAILED
+        answer = self.FAILED
         if self.leads:
             try:
-                answer = modes.index(Mode(self.policy.choose(step)))
+                answer = MODES.index(Mode(self.policy.choose(step)))
             except Exception:  # whatever the user's code raises
                 logger.exception("sglang_shift: %s failed", type(self.policy).__name__)
         answer = self.share(answer)
         if answer == self.FAILED:
             raise PolicyFailed(f"{type(self.policy).__name__} failed on rank 0 of this replica")
-        return modes[answer]
+        return MODES[answer]
 
     def explain(self, step: StepState, mode: Mode) -> str:
         """The user's."""
@@ -236,7 +247,7 @@ class LedPolicy(ShiftPolicy):
 
 QUEUE = QueueDepth()
 """Decides where step times are not known well enough."""
-POLICIES = ("calibrated", "queue-depth", "tokens", "tp", "sp")
+POLICIES = ("calibrated", "queue-depth", "tokens", *(mode.value for mode in MODES))
 
 
 def load_policy(name: str) -> ShiftPolicy:

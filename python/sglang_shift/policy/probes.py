@@ -1,9 +1,9 @@
-"""Probes: a step now and then in the mode that was not chosen, so that its predicted times are checked as well."""
+"""Probes: a step now and then in a mode that was not chosen, so that its predicted times are checked as well."""
 
 from __future__ import annotations
 
 from sglang_shift.cost.model import PHASES, CostModel, phase_of
-from sglang_shift.modes import Mode, StepState
+from sglang_shift.modes import MODES, Mode, StepState
 
 EVERY = 64
 """Steps for which a mode has not run in a phase before one is a probe of it."""
@@ -29,25 +29,33 @@ class Probes:
         self.costs = costs
         self.extra = 0.0
         self._steps = 0
-        self._due = {(phase, mode): EVERY for phase in PHASES for mode in Mode}
-        self._shortest = min(curve.values[0] for curve in costs.curves.values())
+        self._due = {(phase, mode): EVERY for phase in PHASES for mode in MODES}
+        self._shortest = min(curve.values[0] for by_mode in costs.curves.values() for curve in by_mode.values())
 
-    def due(self, step: StepState, chosen: Mode, switched: bool) -> bool:
-        """Whether ``step``, for which ``chosen`` was chosen, runs in the other mode instead. Asked for every step.
+    def due(self, step: StepState, chosen: Mode, switched: bool) -> Mode | None:
+        """The mode in which ``step`` runs instead of ``chosen``; None if it is no probe. Asked for every step.
 
-        A step that switches is none: it would stay in the mode of the step before.
+        Of several modes that are due, the one that has been due for longest runs, if it is not too dear. A step that
+        switches is no probe: it would stay in the mode of the step before.
         """
         self._steps += 1
         phase = phase_of(step)
-        other = chosen.other
         self._due[phase, chosen] = self._steps + EVERY
-        if switched or self._steps < self._due[phase, other]:
-            return False
-        mine, theirs = self.costs.predict(chosen, step), self.costs.predict(other, step)
+        if switched:
+            return None
+        waiting = [mode for mode in MODES if self._due[phase, mode] <= self._steps]
+        for mode in sorted(waiting, key=lambda mode: self._due[phase, mode]):
+            affordable = self._affordable(step, chosen, mode)
+            self._due[phase, mode] = self._steps + (EVERY if affordable else AGAIN)
+            if affordable:
+                return mode
+        return None
+
+    def _affordable(self, step: StepState, chosen: Mode, mode: Mode) -> bool:
+        """Whether a probe of ``mode`` is within the share; its time is then counted as spent."""
+        mine, theirs = self.costs.predict(chosen, step), self.costs.predict(mode, step)
         extra = max(0.0, theirs - mine) + 2 * self.costs.switch_seconds
         if theirs > NEAR * mine or self.extra + extra > SHARE * self._steps * self._shortest:
-            self._due[phase, other] = self._steps + AGAIN
             return False
         self.extra += extra
-        self._due[phase, other] = self._steps + EVERY
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from dataclasses import dataclass, replace
+from itertools import combinations, permutations
 from statistics import median
 from typing import Any
 
@@ -12,18 +13,20 @@ from sglang_shift.config import DEFAULT_THRESHOLD, ShiftConfig
 from sglang_shift.cost.calibration import Calibration
 from sglang_shift.cost.model import PHASES, CostModel
 from sglang_shift.errors import PolicyFailed
-from sglang_shift.modes import Mode, ShiftPolicy, StepState
-from sglang_shift.policy.builtin import Calibrated, FixedMode, QueueDepth, TokenThreshold, load_policy
+from sglang_shift.modes import MODES, Mode, ShiftPolicy, StepState
+from sglang_shift.policy.builtin import Calibrated, Doubt, FixedMode, QueueDepth, TokenThreshold, load_policy
 from sglang_shift.policy.probes import Probes
 
 logger = logging.getLogger(__name__)
 
 DRIFT = 1.5
-"""Step times have drifted where actual over predicted ones, or this of TP over this of SP, are so far from 1."""
+"""Step times have drifted where actual over predicted ones, or this of one mode over another's, are so far from 1."""
 DRIFT_STEPS = 256
 """Steps of a mode over which drift is measured."""
 ENOUGH_STEPS = 32
-"""Steps of a phase in each mode after which these are compared. Of the mode that is not chosen, most are probes."""
+"""Steps of a phase in each mode after which these are compared. Of a mode that is not chosen, most are probes."""
+DOUBTS: tuple[Doubt, ...] = tuple((phase, *pair) for phase in PHASES for pair in permutations(MODES, 2))
+"""All that there can be, in the order in which ranks tell each other."""
 
 
 def make_policy(config: ShiftConfig, costs: CostModel | None, chunk: int) -> ShiftPolicy:
@@ -37,7 +40,7 @@ def make_policy(config: ShiftConfig, costs: CostModel | None, chunk: int) -> Shi
     Raises:
         Refused: a policy of the user's that cannot be loaded.
     """
-    if config.policy in (Mode.TP.value, Mode.SP.value):
+    if config.policy in MODES:
         return FixedMode(Mode(config.policy))
     if config.policy == "calibrated" and costs is not None:
         return Calibrated(costs, chunk)
@@ -51,14 +54,14 @@ def make_policy(config: ShiftConfig, costs: CostModel | None, chunk: int) -> Shi
 
 
 @dataclass(frozen=True)
-class Choice:
+class Decision:
     """What was decided for one step.
 
     Attributes:
         step: The state it was decided on.
         mode: The mode.
         switched: Whether it is not that of the step before, probes left out.
-        probe: Whether it is the mode that the policy did not choose.
+        probe: Whether it is a mode that the policy did not choose.
     """
 
     step: StepState
@@ -85,8 +88,8 @@ class ModeSelector:
         self.policy = policy
         self.calibration: Calibration | None = None
         self.count = 0
-        self.steps = dict.fromkeys(Mode, 0)
-        self.tokens = dict.fromkeys(Mode, 0)
+        self.steps = dict.fromkeys(MODES, 0)
+        self.tokens = dict.fromkeys(MODES, 0)
         self.switches = 0
         self.previous_mode: Mode | None = None
         self.steps_since_switch = 0
@@ -108,8 +111,8 @@ class ModeSelector:
         """Whether all ranks are to agree now, between two steps, on what :meth:`doubt` takes."""
         return self.count % (2 * DRIFT_STEPS) == 0 and isinstance(self._policy, Calibrated)
 
-    def doubt(self, doubts: dict[str, float]) -> None:
-        """How far the ratio of the modes' times is off, by phase, from the next step on; the same on every rank."""
+    def doubt(self, doubts: dict[Doubt, float]) -> None:
+        """How far the ratios of the modes' times are off from the next step on; the same on every rank."""
         if isinstance(self._policy, Calibrated) and self._policy.doubts != doubts:
             self._policy = replace(self._policy, doubts=doubts)
 
@@ -121,7 +124,7 @@ class ModeSelector:
             "switches": self.switches,
         }
 
-    def choose(self, step: StepState) -> Choice:
+    def choose(self, step: StepState) -> Decision:
         """The mode of ``step``, whose ``previous_mode`` and ``steps_since_switch`` are filled in here.
 
         A policy of the user's that fails is replaced for good, on every rank in this step, by ``tokens``.
@@ -135,29 +138,29 @@ class ModeSelector:
             self.policy = fallback
             return self.choose(step)
         switched = self.previous_mode not in (None, chosen)
-        probe = self.probes is not None and self.probes.due(step, chosen, switched)
-        mode = chosen.other if probe else chosen
+        probe = self.probes.due(step, chosen, switched) if self.probes is not None else None
+        mode = probe or chosen
         self.count += 1
         self.steps[mode] += 1
         self.tokens[mode] += step.num_tokens
         self.switches += switched
         self.steps_since_switch = 0 if switched else self.steps_since_switch + 1
         self.previous_mode = chosen  # a policy that stays where it is must not follow a probe
-        return Choice(step, mode, switched, probe)
+        return Decision(step, mode, switched, probe is not None)
 
-    def predict(self, step: StepState) -> dict[Mode, float] | None:
-        """Predicted seconds in each mode, or None without a calibration."""
+    def predict(self, step: StepState) -> dict[Mode, float]:
+        """Predicted seconds in each mode; empty without a calibration."""
         if self.calibration is None:
-            return None
-        return {mode: self.calibration.costs.predict(mode, step) for mode in Mode}
+            return {}
+        return {mode: self.calibration.costs.predict(mode, step) for mode in MODES}
 
 
 class Drift:
     """How far actual step times have moved from the predicted ones: one rank's view, from its clock."""
 
     def __init__(self) -> None:
-        self._ratios = {(phase, mode): deque[float](maxlen=DRIFT_STEPS) for phase in PHASES for mode in Mode}
-        self._all = {mode: deque[float](maxlen=DRIFT_STEPS) for mode in Mode}
+        self._ratios = {(phase, mode): deque[float](maxlen=DRIFT_STEPS) for phase in PHASES for mode in MODES}
+        self._all = {mode: deque[float](maxlen=DRIFT_STEPS) for mode in MODES}
 
     def add(self, mode: Mode, predicted: float, seconds: float, phase: str = "decode") -> None:
         """Record a step. Times that a clock cannot have measured are left out; a mixed step is a prefill."""
@@ -170,36 +173,39 @@ class Drift:
         ratios = self._all[mode]
         return median(ratios) if len(ratios) == DRIFT_STEPS else None
 
-    def skew(self, phase: str) -> float | None:
-        """How far the ratio of TP's time to SP's is off in ``phase``, as a factor; None before enough of each ran.
+    def skew(self, phase: str, mode: Mode, other: Mode) -> float | None:
+        """How far the ratio of ``mode``'s time to ``other``'s is off in ``phase``, as a factor.
 
-        This is what decides between the modes. What slows both alike leaves it at 1.
+        None before enough of each ran. This is what decides between the modes. What slows both alike leaves it at 1.
         """
-        tp, sp = (self._ratios[phase, mode] for mode in (Mode.TP, Mode.SP))
-        return median(tp) / median(sp) if min(len(tp), len(sp)) >= ENOUGH_STEPS else None
+        mine, theirs = self._ratios[phase, mode], self._ratios[phase, other]
+        return median(mine) / median(theirs) if min(len(mine), len(theirs)) >= ENOUGH_STEPS else None
+
+    def skews(self) -> dict[Doubt, float | None]:
+        """:meth:`skew` of every phase and every two modes, the first of the family first."""
+        return {(phase, *pair): self.skew(phase, *pair) for phase in PHASES for pair in combinations(MODES, 2)}
 
     @property
-    def doubts(self) -> dict[str, float]:
-        """By phase, by which share the predicted ratio of the modes is off; only where it has drifted.
+    def doubts(self) -> dict[Doubt, float]:
+        """By which share predicted ratios of two modes are off; only where they have drifted.
 
-        Above 0 where TP is slower beside SP than predicted, below 0 where SP is beside TP. Where one mode has not run
+        Of two modes, the one that is slower beside the other than predicted comes first. Where one has not run
         often enough to compare, it is taken to be as predicted, and the ratio to be off by :data:`DRIFT` at most: what
         slowed the mode that ran may well slow both.
         """
         found = {}
-        for phase in PHASES:
-            off = self.skew(phase)
-            if off is None:
-                tp, sp = (self._of(phase, mode) or 1.0 for mode in (Mode.TP, Mode.SP))
-                off = min(max(tp / sp, 1 / DRIFT), DRIFT)
+        for (phase, mode, other), skew in self.skews().items():
+            mine, theirs = (self._of(phase, m) or 1.0 for m in (mode, other))
+            off = min(max(mine / theirs, 1 / DRIFT), DRIFT) if skew is None else skew
             if (factor := max(off, 1 / off)) >= DRIFT:
-                found[phase] = factor - 1 if off > 1 else 1 - factor
+                slower = (mode, other) if off > 1 else (other, mode)
+                found[phase, *slower] = factor - 1
         return found
 
     @property
     def drifted(self) -> bool:
-        """Whether either mode's step times, or their ratio in a phase, are off by more than :data:`DRIFT`."""
-        off = [self.ratio(mode) for mode in Mode] + [self.skew(phase) for phase in PHASES]
+        """Whether any mode's step times, or a ratio of two in a phase, are off by more than :data:`DRIFT`."""
+        off = [self.ratio(mode) for mode in MODES] + list(self.skews().values())
         return any(r is not None and max(r, 1 / r) > DRIFT for r in off)
 
     def clear(self) -> None:

@@ -19,7 +19,7 @@ from sglang.srt.runtime_context import get_model, get_parallel
 from sglang_shift import __version__
 from sglang_shift.config import QUEUE_FIELDS, ShiftConfig
 from sglang_shift.errors import ShiftError
-from sglang_shift.modes import Mode
+from sglang_shift.modes import MODES, Mode
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class StepWatch:
     def __init__(self, rank: int, store: Any, end: Callable[[], None] | None = None, period: float = WATCH_S) -> None:
         self._rank, self._store, self._end, self._period = rank, store, end or _end_server, period
         self._count = self._digest = 0
-        self._last = (0, 0, (0, 0, Mode.TP))
+        self._last = (0, 0, (0, 0, MODES[0]))
         self._kept = [self._last] * KEPT_STEPS
         self._said = self._heard = 0
         self._stopped = threading.Event()
@@ -135,7 +135,7 @@ class StepWatch:
 
     def note(self, tokens: int, prefill_tokens: int, mode: Mode) -> None:
         """A step is about to run. These are what its collectives depend on."""
-        step = (tokens * 1_000_003 + prefill_tokens) * 2 + (mode is Mode.SP)
+        step = (tokens * 1_000_003 + prefill_tokens) * len(MODES) + MODES.index(mode)
         self._count = count = self._count + 1
         self._digest = digest = (self._digest * 1_000_003 + step + 1) % ((1 << 61) - 1)
         # One assignment, so that the other thread sees all of it or nothing.
@@ -184,7 +184,7 @@ def _end_server() -> None:
 
 def _in_words(step: tuple[int, int, Mode]) -> str:
     tokens, prefill_tokens, mode = step
-    return f"{tokens} tokens, {prefill_tokens} of them of prompts, in {mode.value.upper()}"
+    return f"{tokens} tokens, {prefill_tokens} of them of prompts, in {mode.name}"
 
 
 def _logged(message: str) -> ShiftError:

@@ -14,7 +14,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from sglang_shift.cost.measure import Shape
+from sglang_shift.cost.measure import StepShape
 from sglang_shift.errors import ShiftError
 from sglang_shift.modes import Mode
 
@@ -39,12 +39,12 @@ class SchedulerBench:
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
-        self.prepared: Shape | None = None
+        self.prepared: StepShape | None = None
         self._reqs: list[Any] = []
         self._batch: Any = None
         self._input_ids: torch.Tensor | None = None
 
-    def make_room(self, shape: Shape) -> bool:
+    def make_room(self, shape: StepShape) -> bool:
         """Whether the shape fits into free slots and a part of those of the prefix cache, which are then freed.
 
         All ranks decide by the least that any of them has, and evict the same number of tokens, so that
@@ -63,7 +63,7 @@ class SchedulerBench:
             cache.evict(EvictParams(num_tokens=int(most_short)))
         return not self.agree([max(0, needed - allocator.available_size())])[0]
 
-    def prepare(self, shape: Shape) -> None:
+    def prepare(self, shape: StepShape) -> None:
         """Allocate the shape's requests."""
         self.release()
         sampling = SamplingParams(temperature=0, max_new_tokens=8)

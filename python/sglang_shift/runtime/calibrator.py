@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from sglang_shift.config import ShiftConfig
 from sglang_shift.cost.calibration import Calibration, CalibrationError, cache_file, key_of, load, save
-from sglang_shift.cost.measure import BUDGET_CPU, BUDGET_GPU, Measured, Shape, grid, measure
-from sglang_shift.modes import Mode
+from sglang_shift.cost.measure import BUDGET_CPU, BUDGET_GPU, Measured, StepShape, grid, measure
+from sglang_shift.modes import MODES, Mode
 from sglang_shift.policy.selector import DRIFT_STEPS
 from sglang_shift.runtime.calibration_key import place, settings_of
 from sglang_shift.runtime.calibration_steps import SchedulerBench
@@ -60,10 +60,9 @@ class Calibrator:
             return None
         self._shapes = self._agreed_grid()
         self._places = self.scheduler.tp_group.all_gather_object(place())
-        value, self.text, measure_now = self._from_rank_0(self._load)
-        if value is not None:
+        self._calibration, self.text, measure_now = self._from_rank_0(self._load)
+        if self._calibration is not None:
             self._log("sglang_shift: %s", self.text)
-            self._calibration = Calibration.from_json(value)
         elif self.text:
             self._warn(self.text)
         if measure_now:
@@ -139,7 +138,7 @@ class Calibrator:
             self._running = None
             self._log("sglang_shift: stopped calibrating, because %s; the old calibration stays", why)
 
-    def _agreed_grid(self) -> list[Shape]:
+    def _agreed_grid(self) -> list[StepShape]:
         """The shapes for the whole KV pool, the same on every rank: the least that any of them has room for."""
         scheduler = self.scheduler
         requests = min(scheduler.max_running_requests, scheduler.req_to_token_pool.available_size())
@@ -147,7 +146,7 @@ class Calibrator:
         requests, slots = (-int(number) for number in self.bench.agree([-requests, -slots]))
         return grid(self.chunk, requests, scheduler.model_config.context_len - 1, slots)
 
-    def _load(self) -> tuple[dict[str, Any] | None, str, bool]:
+    def _load(self) -> tuple[Calibration | None, str, bool]:
         """On rank 0: what is saved, a text, and whether to measure."""
         settings = settings_of(self.scheduler, self.chunk, self._places)
         self._key = key_of(self.config, self.scheduler.model_config, settings)
@@ -159,13 +158,14 @@ class Calibrator:
             return None, "", True
         except CalibrationError as error:
             return None, str(error), not own_file
-        return calibration.to_json(), f"calibration of {calibration.made} from {self._path}", False
+        return calibration, f"calibration of {calibration.made} from {self._path}", False
 
     def _measure_all(self) -> Calibration | None:
         """Measure with a progress bar, at the start. A start does not fail because there is no calibration."""
         try:
+            title = f"Calibrating {' and '.join(mode.name for mode in MODES)}"
             layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
-            with tqdm(total=1.0, desc="Calibrating TP and SP", bar_format=layout, disable=not self._leads) as bar:
+            with tqdm(total=1.0, desc=title, bar_format=layout, disable=not self._leads) as bar:
                 for _ in self._measure():
                     bar.update(self._found.part - bar.n)
                 bar.update(1 - bar.n)
@@ -187,12 +187,12 @@ class Calibrator:
         Raises:
             CalibrationError: too little was measured; on every rank.
         """
-        value, text, _ = self._from_rank_0(partial(self._kept, make))
-        if value is None:
+        calibration, text, _ = self._from_rank_0(partial(self._kept, make))
+        if calibration is None:
             raise CalibrationError(text)
-        self.text, self._calibration = text, Calibration.from_json(value)
+        self.text, self._calibration = text, calibration
         self._log("sglang_shift: %s", text)
-        return self._calibration
+        return calibration
 
     def _fit(self) -> Calibration:
         return Calibration.of(self._key, self._found.seconds, self._found.steps, self._switch_seconds() or 0.0)
@@ -204,7 +204,7 @@ class Calibrator:
     def _switch_seconds(self) -> float | None:
         return median(self._found.switches) if self._found.switches else None
 
-    def _kept(self, make: Callable[[], Calibration]) -> tuple[dict[str, Any] | None, str, bool]:
+    def _kept(self, make: Callable[[], Calibration]) -> tuple[Calibration | None, str, bool]:
         """Make the calibration and save it; what :meth:`_from_rank_0` wants."""
         assert self._path is not None
         found = self._found
@@ -216,8 +216,8 @@ class Calibrator:
         try:
             save(self._path, calibration)
         except CalibrationError as error:
-            return calibration.to_json(), f"{text}, not saved: {error}", False
-        return calibration.to_json(), f"{text}, saved as {self._path}", False
+            return calibration, f"{text}, not saved: {error}", False
+        return calibration, f"{text}, saved as {self._path}", False
 
     def _from_rank_0(self, make: Any) -> Any:
         """What ``make`` returns on rank 0, on every rank."""

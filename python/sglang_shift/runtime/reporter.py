@@ -9,10 +9,9 @@ from typing import Any
 
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
-from sglang_shift.cost.model import PHASES
-from sglang_shift.modes import Mode
+from sglang_shift.modes import MODES, Mode
 from sglang_shift.observe.events import META_INFO_KEY, Finished, Publisher, StepEvent
-from sglang_shift.policy.selector import Choice, Drift, ModeSelector
+from sglang_shift.policy.selector import Decision, Drift, ModeSelector
 from sglang_shift.runtime.stopwatch import Lap
 from sglang_shift.seams import overrides
 
@@ -31,8 +30,8 @@ IN_FLIGHT = 8
 
 @dataclass
 class _Running:
-    choice: Choice
-    predicted: dict[Mode, float] | None
+    decision: Decision
+    predicted: dict[Mode, float]
     lap: Lap | None
     replayed: bool | None
 
@@ -41,7 +40,7 @@ class StepReporter:
     """Follows steps from their launch to their results. On rank 0 of a replica only.
 
     Args:
-        selector: Whose choices these are.
+        selector: Whose decisions these are.
         publisher: Where events go.
         state: Makes a state event.
         exchange: Has ``bytes_sent`` and ``calls``.
@@ -58,23 +57,23 @@ class StepReporter:
         self._switches_unlogged = 0
         self._drift_logged = False
 
-    def launched(self, forward_iter: int, choice: Choice, lap: Lap | None, replayed: bool | None) -> None:
+    def launched(self, forward_iter: int, decision: Decision, lap: Lap | None, replayed: bool | None) -> None:
         """A step was launched; ``replayed`` as in :class:`StepEvent`."""
         if len(self._running) >= IN_FLIGHT:
             self._running.pop(next(iter(self._running)))  # a step whose result never came
-        self._running[forward_iter] = _Running(choice, self.selector.predict(choice.step), lap, replayed)
+        self._running[forward_iter] = _Running(decision, self.selector.predict(decision.step), lap, replayed)
 
     def processing(self, batch: Any) -> None:
         """SGLang is about to process a step's result, and to send what its requests produced."""
         running = self._running.get(batch.forward_iter)
         if running is None:
             return
-        mode = running.choice.mode
+        mode = running.decision.mode
         self.batch_lines.mode = mode
         for req in batch.reqs:
             if not req.finished():
                 if not hasattr(req, "shift_steps"):
-                    req.shift_steps = dict.fromkeys(Mode, 0)
+                    req.shift_steps = dict.fromkeys(MODES, 0)
                 req.shift_steps[mode] += 1
 
     def processed(self, batch: Any) -> None:
@@ -82,13 +81,14 @@ class StepReporter:
         running = self._running.pop(batch.forward_iter, None)
         if running is None:
             return
-        choice, step, mode = running.choice, running.choice.step, running.choice.mode
-        if choice.probe:
-            reason = f"a probe: what {mode.value.upper()} takes, beside the predicted time"
+        decision = running.decision
+        step, mode = decision.step, decision.mode
+        if decision.probe:
+            reason = f"a probe: what {mode.name} takes, beside the predicted time"
         else:
-            reason = self._explain(choice) if choice.switched else ""
+            reason = self._explain(decision) if decision.switched else ""
         seconds = running.lap.seconds if running.lap is not None else None
-        if seconds is not None and running.predicted is not None:
+        if seconds is not None and running.predicted:
             self.drift.add(mode, running.predicted[mode], seconds, step.phase)
         self._steps += 1
         if self._steps % DRIFT_LOG_STEPS == 0:
@@ -97,7 +97,7 @@ class StepReporter:
             StepEvent(
                 time=time.time(),
                 step=self._steps,
-                mode=mode.value,
+                mode=mode,
                 phase=step.phase,
                 tokens=step.num_tokens,
                 prefill_tokens=step.num_prefill_tokens,
@@ -105,9 +105,8 @@ class StepReporter:
                 waiting=step.num_waiting,
                 pending_tokens=step.pending_prefill_tokens,
                 seconds=seconds,
-                predicted=None if running.predicted is None else running.predicted[mode],
-                predicted_other=None if running.predicted is None else running.predicted[mode.other],
-                switched=choice.switched,
+                predicted=running.predicted,
+                switched=decision.switched,
                 reason=reason,
                 exchanged_bytes=self.exchange.bytes_sent,
                 exchanges=self.exchange.calls,
@@ -135,9 +134,9 @@ class StepReporter:
         self._state_due = 0.0
         self.tick()
 
-    def _explain(self, choice: Choice) -> str:
+    def _explain(self, decision: Decision) -> str:
         try:
-            reason = str(self.selector.policy.explain(choice.step, choice.mode))
+            reason = str(self.selector.policy.explain(decision.step, decision.mode))
         except Exception as error:  # a policy of the user's
             reason = f"the policy does not say ({type(error).__name__}: {error})"
         self._switches_unlogged += 1
@@ -146,15 +145,15 @@ class StepReporter:
             more = (
                 f" ({self._switches_unlogged} switches since the last such line)" if self._switches_unlogged > 1 else ""
             )
-            logger.info("Switched to %s: %s%s", choice.mode.value.upper(), reason, more)
+            logger.info("Switched to %s: %s%s", decision.mode.name, reason, more)
             self._switches_unlogged = 0
         return reason
 
     def _log_drift(self) -> None:
         if not self._drift_logged and self.drift.drifted:
             self._drift_logged = True
-            ratios = {m.value.upper(): self.drift.ratio(m) for m in Mode}
-            ratios |= {f"TP over SP in a {phase}": self.drift.skew(phase) for phase in PHASES}
+            ratios = {mode.name: self.drift.ratio(mode) for mode in MODES}
+            ratios |= {f"{a.name} over {b.name} in a {phase}": off for (phase, a, b), off in self.drift.skews().items()}
             text = ", ".join(f"{m} {r:.2f} x" for m, r in ratios.items() if r is not None)
             logger.info("Step times have drifted from the predicted ones (median of the last steps): %s", text)
 
@@ -178,8 +177,7 @@ def finished_in(batch: Any) -> list[Finished]:
                 ttft=first - times.wait_queue_entry_time,
                 tpot=(end - first) / (count - 1) if count > 1 else None,
                 e2e=end - times.wait_queue_entry_time,
-                tp_steps=steps[Mode.TP],
-                sp_steps=steps[Mode.SP],
+                steps=steps,
             )
         )
     return finished
@@ -201,7 +199,7 @@ class BatchLines(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Let every record pass."""
         if self.mode is not None and str(record.msg).startswith(("Prefill batch", "Decode batch")):
-            record.msg = f"{record.msg}, mode: {self.mode.value.upper()}"
+            record.msg = f"{record.msg}, mode: {self.mode.name}"
         return True
 
 
@@ -212,10 +210,10 @@ class ShiftOutputStreamer(SchedulerOutputStreamer):
 
     @overrides("sends the steps of each request by mode into its meta_info")
     def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
-        """``shift_steps``, for finished requests: a list, as SGLang wants it, of one ``{"tp": n, "sp": n}``."""
+        """``shift_steps``, for finished requests: a list, as SGLang wants it, of one ``{mode: steps}``."""
         return {META_INFO_KEY: [[_steps_of(req)] if req.finished() else [] for req in reqs]}
 
 
 def _steps_of(req: Any) -> dict[str, int]:
     steps = getattr(req, "shift_steps", {})
-    return {mode.value: steps.get(mode, 0) for mode in Mode}
+    return {mode.value: steps.get(mode, 0) for mode in MODES}

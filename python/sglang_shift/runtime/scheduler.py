@@ -8,6 +8,7 @@ from http import HTTPStatus
 from itertools import islice
 from typing import Any
 
+import msgspec
 from sglang.srt.managers import scheduler as sglang_scheduler
 from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
@@ -19,14 +20,13 @@ from sglang.srt.utils import rank_consensus_checker
 from sglang_shift import seams
 from sglang_shift.config import ShiftConfig, shift_config_of
 from sglang_shift.cost.measure import kv_reads
-from sglang_shift.cost.model import PHASES
 from sglang_shift.errors import Refused
-from sglang_shift.modes import PENDING_REQUESTS, Mode, StepState
+from sglang_shift.modes import MODES, PENDING_REQUESTS, Mode, StepState
 from sglang_shift.observe.events import Publisher, StateEvent
 from sglang_shift.parallel.exchange.base import ExchangeCounter
 from sglang_shift.platforms import cpu
 from sglang_shift.policy.builtin import POLICIES, FixedMode, LedPolicy
-from sglang_shift.policy.selector import Choice, ModeSelector, make_policy
+from sglang_shift.policy.selector import DOUBTS, Decision, ModeSelector, make_policy
 from sglang_shift.runtime import agreement
 from sglang_shift.runtime.admission import NO_TOKENS, as_overrides
 from sglang_shift.runtime.calibrator import Calibrator
@@ -100,7 +100,7 @@ class ShiftScheduler(Scheduler):
         selector, broken = self.shift_selector, self.shift_calibrator.broken
         costs = None if selector.calibration is None else selector.calibration.costs
         if broken is not None and config.policy == "calibrated":
-            selector.policy = FixedMode(broken.other)
+            selector.policy = FixedMode(next(mode for mode in MODES if mode is not broken))
         else:
             policy = make_policy(config, costs, self.shift_chunk)
             if config.policy not in POLICIES:  # the user's
@@ -112,41 +112,41 @@ class ShiftScheduler(Scheduler):
     @overrides("chooses the mode of the step")
     def run_batch(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:
         """Run one step in the mode that the policy chooses for it."""
-        choice = self.choose_mode(batch)
-        if choice is None:
+        decision = self.choose_mode(batch)
+        if decision is None:
             return super().run_batch(batch, *args, **kwargs)
         runner = self.tp_worker.model_runner
-        with runner.running_in(choice.mode):
+        with runner.running_in(decision.mode):
             result = super().run_batch(batch, *args, **kwargs)
-        graphs = runner.graphs.of(choice.step.num_prefill_tokens > 0)
-        replayed = graphs.count(choice.mode, result.can_run_cuda_graph)
-        if choice.mode is Mode.SP:
-            self.shift_exchanged.count(choice.step.sp_bucket if replayed else choice.step.num_tokens)
+        step, mode = decision.step, decision.mode
+        replayed = runner.graphs.of(step.num_prefill_tokens > 0).count(mode, result.can_run_cuda_graph)
+        if mode is Mode.SP:
+            self.shift_exchanged.count(step.padded[mode] if replayed else step.num_tokens)
         if self.shift_reporter is not None:
-            self.shift_reporter.launched(batch.forward_iter, choice, self.tp_worker.last_lap, replayed)
+            self.shift_reporter.launched(batch.forward_iter, decision, self.tp_worker.last_lap, replayed)
         return result
 
-    def choose_mode(self, batch: ScheduleBatch) -> Choice | None:
+    def choose_mode(self, batch: ScheduleBatch) -> Decision | None:
         """The step's mode. Steps without tokens run no model, and have none."""
         step = self.step_state(batch)
         if step.num_tokens == 0:
             return None
-        choice = self.shift_selector.choose(step)
-        self.shift_watch.note(step.num_tokens, step.num_prefill_tokens, choice.mode)
+        decision = self.shift_selector.choose(step)
+        self.shift_watch.note(step.num_tokens, step.num_prefill_tokens, decision.mode)
         if self.shift_selector.asks_for_drift:
             self._agree_on_drift()
-        rank_consensus_checker.assert_same("sglang_shift step %s in %s", choice.step, choice.mode)
-        return choice
+        rank_consensus_checker.assert_same("sglang_shift step %s in %s", decision.step, decision.mode)
+        return decision
 
     @staticmethod
     def _from_rank_0(number: int) -> int:
         return int(agreement.from_rank_0([number])[0])
 
     def _agree_on_drift(self) -> None:
-        """What rank 0's clock says of the ratio of the modes' times, from the next step on, on every rank."""
+        """What rank 0's clock says of the ratios of the modes' times, from the next step on, on every rank."""
         found = {} if self.shift_reporter is None else self.shift_reporter.drift.doubts
-        shared = agreement.from_rank_0([found.get(phase, 0.0) for phase in PHASES])
-        self.shift_selector.doubt({phase: share for phase, share in zip(PHASES, shared, strict=True) if share})
+        shared = agreement.from_rank_0([found.get(doubt, 0.0) for doubt in DOUBTS])
+        self.shift_selector.doubt({doubt: share for doubt, share in zip(DOUBTS, shared, strict=True) if share})
 
     def step_state(self, batch: ScheduleBatch) -> StepState:
         """What the policy sees; only what is identical on every rank may enter."""
@@ -168,16 +168,14 @@ class ShiftScheduler(Scheduler):
         pending = sum(req.seqlen for req in islice(self.waiting_queue, PENDING_REQUESTS))
         if self.chunked_req is not None:
             pending += max(0, len(self.chunked_req.origin_input_ids) - (self.chunked_req.extend_end or 0))
-        bucket, sp_bucket = self.tp_worker.model_runner.graphs.of(prefill > 0).buckets(tokens)
         return StepState(
             num_tokens=tokens,
             num_prefill_tokens=prefill,
             num_running=running,
             num_waiting=len(self.waiting_queue),
             pending_prefill_tokens=pending,
-            bucket=bucket,
+            padded=self.tp_worker.model_runner.graphs.of(prefill > 0).padded(tokens),
             kv_reads=reads,
-            sp_bucket=sp_bucket,
         )
 
     @overrides("what a request raises is its answer; its embeddings replace those of tokens")
@@ -261,9 +259,9 @@ class ShiftScheduler(Scheduler):
             model=get_serving().served_model_name or get_model().model_path,
             policy=self.shift_config.policy,
             policy_text=selector.policy_text,
-            calibration=None if selector.calibration is None else selector.calibration.to_json(),
+            calibration=None if selector.calibration is None else msgspec.to_builtins(selector.calibration),
             calibration_text=self.shift_calibrator.text,
-            drift={mode.value: reporter.drift.ratio(mode) if reporter else None for mode in Mode},
+            drift={mode: reporter.drift.ratio(mode) if reporter else None for mode in MODES},
             weight_bytes=report.total,
             weight_bytes_beyond_base=report.beyond_base,
             **selector.counters(),
@@ -281,7 +279,7 @@ class ShiftScheduler(Scheduler):
             "base_tp_size": runner.topology.layout.base_tp_size,
             "policy": selector.policy_text,
             "calibration": self.shift_calibrator.text,
-            "costs": None if calibration is None else calibration.costs.to_json(),
+            "costs": None if calibration is None else msgspec.to_builtins(calibration.costs),
             **selector.counters(),
             "exchange": runner.topology.exchange.text,
             "exchanges": exchanged.calls,

@@ -25,7 +25,7 @@ from sglang_shift.seams import overrides
 
 
 class ShiftSteps(TokenizerManager):
-    """``meta_info["shift_steps"] = {"tp": n, "sp": n}`` for finished requests.
+    """``meta_info["shift_steps"] = {"tp": n, "sp": n}``, an entry for each mode, for finished requests.
 
     SGLang would make a list of it, one entry a token, and slice that in streams.
     """

@@ -10,14 +10,15 @@ the scheduler.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from math import ceil
 from statistics import fmean
 
+import numpy as np
+
 from sglang_shift.cost.model import CostModel
-from sglang_shift.modes import PENDING_REQUESTS, Mode, ShiftPolicy, StepState
+from sglang_shift.modes import MODES, PENDING_REQUESTS, Mode, ShiftPolicy, StepState
 from sglang_shift.simulate.traffic import Request
 
 Observer = Callable[[StepState, Mode, float], None]
@@ -34,14 +35,14 @@ class Server:
         max_running: Requests that hold KV cache at most (``--max-running-requests``).
         mixed: Prefill steps also decode the running requests, a token each, which count towards the
             chunk (``--enable-mixed-chunk``).
-        buckets: Ascending batch sizes of the CUDA graphs of decode steps; none where they run eagerly.
+        buckets: By mode, ascending batch sizes of the CUDA graphs of decode steps; none where they run eagerly.
     """
 
     chunk: int = 8192
     pool: int = 400_000
     max_running: int = 1024
     mixed: bool = False
-    buckets: tuple[int, ...] = ()
+    buckets: Mapping[Mode, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.chunk < 1 or self.max_running < 1:
@@ -49,10 +50,11 @@ class Server:
         if self.mixed and self.chunk <= self.max_running:
             raise ValueError("mixed steps need a chunk of more tokens than requests run at most")
 
-    def bucket(self, tokens: int) -> int:
-        """``tokens`` of a decode step, padded to the graph that it replays; beyond the largest, as they are."""
-        i = bisect_left(self.buckets, tokens)
-        return self.buckets[i] if i < len(self.buckets) else tokens
+    def padded(self, tokens: int) -> dict[Mode, int]:
+        """``tokens`` of a decode step, by mode padded to the graph that it replays; no entry beyond the largest."""
+        return {
+            mode: sizes[i] for mode, sizes in self.buckets.items() if (i := bisect_left(sizes, tokens)) < len(sizes)
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +105,13 @@ class Result:
 
         The mean TPOT is over the requests of more than one token; 0 where there are none.
         """
-        e2e = sorted(s.e2e for s in self.served)
+        e2e = [s.e2e for s in self.served]
         return {
             "mean_ttft": fmean(s.ttft for s in self.served),
             "mean_tpot": fmean([s.tpot for s in self.served if s.tpot is not None] or [0.0]),
             "throughput": self.throughput,
             "mean_e2e": fmean(e2e),
-            "p99_e2e": e2e[ceil(0.99 * len(e2e)) - 1],
+            "p99_e2e": float(np.percentile(e2e, 99, method="inverted_cdf")),
             "switches": float(self.switches),
             "makespan": self.makespan,
             "busy": self.busy,
@@ -179,7 +181,7 @@ class _Simulation:
 
     def run(self, observe: Observer | None) -> Result:
         """Step until all requests are served."""
-        steps, tokens, switches, busy = dict.fromkeys(Mode, 0), dict.fromkeys(Mode, 0), 0, 0.0
+        steps, tokens, switches, busy = dict.fromkeys(MODES, 0), dict.fromkeys(MODES, 0), 0, 0.0
         choose, predict = self.policy.choose, self.truth.predict
         while self.unserved:
             self._arrive()
@@ -223,11 +225,11 @@ class _Simulation:
             finished, prompt_tokens, reads = self._fill_chunk()
             if prompt_tokens:
                 if not (self.server.mixed and self.running):
-                    return _Step(self._state(prompt_tokens, prompt_tokens, prompt_tokens, reads), finished)
+                    return _Step(self._state(prompt_tokens, prompt_tokens, {}, reads), finished)
                 tokens = prompt_tokens + self.running
-                return _Step(self._state(tokens, prompt_tokens, tokens, reads + self.reads), finished, True)
+                return _Step(self._state(tokens, prompt_tokens, {}, reads + self.reads), finished, True)
         running = self.running
-        return _Step(self._state(running, 0, self.server.bucket(running), self.reads), decodes=True)
+        return _Step(self._state(running, 0, self.server.padded(running), self.reads), decodes=True)
 
     def _fill_chunk(self) -> tuple[list[int], int, int]:
         """Take up to a chunk of prompt tokens: the prompts that they finish, the tokens, their KV reads."""
@@ -258,7 +260,7 @@ class _Simulation:
             self.head += 1
         return finished, budget - room, reads
 
-    def _state(self, tokens: int, prompt_tokens: int, bucket: int, reads: int) -> StepState:
+    def _state(self, tokens: int, prompt_tokens: int, padded: dict[Mode, int], reads: int) -> StepState:
         """What the policy sees, once the step's prompts have left the queue."""
         head, prompts = self.head, self.prompts
         pending = prompts[min(head + PENDING_REQUESTS, self.arrived)] - prompts[head] if head < self.arrived else 0
@@ -266,7 +268,7 @@ class _Simulation:
             pending += self.requests[self.chunked].prompt - self.chunked_done
         waiting = self.arrived - head
         return StepState(
-            tokens, prompt_tokens, self.running, waiting, pending, bucket, reads, self.mode, self.since_switch
+            tokens, prompt_tokens, self.running, waiting, pending, padded, reads, self.mode, self.since_switch
         )
 
     def _finish_decode(self) -> None:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from sglang_shift.observe.hub import SCHEMA
+from sglang_shift.observe.events import SCHEMA
 from sglang_shift.tools.status_view import plain, view
 
 TIMEOUT_S = 10.0

@@ -11,9 +11,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-NAMES = {"tp": "TP", "sp": "SP"}
-STYLES = {"tp": "blue", "sp": "yellow"}
-PERCENTILES = ("p50", "p90", "p99")
+from sglang_shift.observe.summaries import PERCENTILES
+
+STYLES = ("blue", "yellow", "magenta", "green", "cyan")
+BLOCKS = "█▒▓░▚"
+"""How the modes look, in the order of the server's family; again from the start, where it has more."""
 BAR = 28
 """Characters of a bar; with it, the lines fit into 80 columns."""
 
@@ -41,6 +43,11 @@ def sparkline(values: Sequence[float | None], unicode: bool) -> str:
     marks = " ▁▂▃▄▅▆▇█" if unicode else " .:-=+*#@"
     top = max((v for v in values if v), default=0)
     return "".join(marks[math.ceil((v or 0) / top * 8) if top else 0] for v in values)
+
+
+def styled(mode: str, modes: Sequence[str], rest: str = "") -> Text:
+    """The name of ``mode`` and ``rest``, in the mode's colour."""
+    return plain(mode.upper() + rest, STYLES[modes.index(mode) % len(STYLES)])
 
 
 def view(data: dict[str, Any], url: str, problem: str = "", switches: int = 8, unicode: bool = True) -> RenderableType:
@@ -76,18 +83,21 @@ def _grid() -> Table:
 
 def _now(data: dict[str, Any], unicode: bool) -> Table:
     minute, history, queue, totals = data["minute"], data["history"], data["queue"], data["totals"]
-    steps, busy = sum(minute["steps"].values()), sum(minute["busy_seconds"].values())
-    by = minute["busy_seconds"] if busy else minute["steps"]
-    share = by["sp"] / (busy or steps) if steps else None
-    filled = round(BAR * (share or 0))
-    bar = Text(" " * BAR, "dim") if share is None else Text.assemble(
-        (("█" if unicode else "T") * (BAR - filled), STYLES["tp"]), (("▒" if unicode else "S") * filled, STYLES["sp"])
-    )  # fmt: skip
-    said = "no step in the last minute"
-    if share is not None:
-        said = f"SP {share:.0%} of the time, {minute['steps']['sp']:,} of {steps:,} steps"
-    tokens = [tp + sp for tp, sp in zip(history["tokens"]["tp"], history["tokens"]["sp"], strict=True)]
-    rate = {mode: sum(history["tokens"][mode][-10:]) / 10 for mode in NAMES}
+    modes: list[str] = data["modes"]
+    bar, said = Text(" " * BAR, "dim"), "no step in the last minute"
+    if steps := sum(minute["steps"].values()):
+        busy = sum(minute["busy_seconds"].values())
+        shares = {
+            mode: minute["busy_seconds"][mode] / busy if busy else minute["steps"][mode] / steps for mode in modes
+        }
+        bar = _bar(shares, unicode)
+        said = "; ".join(
+            f"{mode.upper()} {shares[mode]:.0%} of the time, {minute['steps'][mode]:,} of {steps:,} steps"
+            for mode in modes[1:]
+        )
+    tokens = [sum(of_second) for of_second in zip(*(history["tokens"][mode] for mode in modes), strict=True)]
+    rate = {mode: sum(history["tokens"][mode][-10:]) / 10 for mode in modes}
+    by_mode = ", ".join(f"{mode.upper()} {rate[mode]:,.0f}" for mode in modes)
     grid = _grid()
     for _ in range(3):
         grid.add_column(overflow="fold")
@@ -97,7 +107,7 @@ def _now(data: dict[str, Any], unicode: bool) -> Table:
     grid.add_row(
         "Throughput",
         sparkline(tokens[-BAR:], unicode),
-        f"{sum(rate.values()):,.0f} tokens/s: TP {rate['tp']:,.0f}, SP {rate['sp']:,.0f}",
+        f"{sum(rate.values()):,.0f} tokens/s: {by_mode}",
     )
     grid.add_row(
         "Waiting",
@@ -106,6 +116,16 @@ def _now(data: dict[str, Any], unicode: bool) -> Table:
     )
     grid.add_row("Switches", "", f"{totals['switches']:,} in {sum(totals['steps'].values()):,} steps since the start")
     return grid
+
+
+def _bar(shares: dict[str, float], unicode: bool) -> Text:
+    """A bar with a part for each mode. Its parts are rounded where they begin, so that they fill it."""
+    bar, modes = Text(), list(shares)
+    starts = [round(BAR * sum(shares[mode] for mode in modes[i:])) for i in range(1, len(modes))]
+    for i, (start, end) in enumerate(zip([BAR, *starts], [*starts, 0], strict=True)):
+        block = BLOCKS[i % len(BLOCKS)] if unicode else modes[i][0].upper()
+        bar.append(block * (start - end), STYLES[i % len(STYLES)])
+    return bar
 
 
 def _step_times(data: dict[str, Any]) -> RenderableType:
@@ -118,7 +138,7 @@ def _step_times(data: dict[str, Any]) -> RenderableType:
     for row in data["step_times"]:
         ratio = row["actual_over_predicted"]
         grid.add_row(
-            Text(f"{NAMES[row['mode']]} {row['phase']}", STYLES[row["mode"]]),
+            styled(row["mode"], data["modes"], f" {row['phase']}"),
             f"{row['count']:,}",
             *(seconds(row[p]) for p in PERCENTILES),
             "-" if ratio is None else f"{ratio:.2f}",
@@ -147,6 +167,5 @@ def _switches(data: dict[str, Any], count: int) -> RenderableType:
     grid.add_column("why", no_wrap=True, overflow="ellipsis")
     for switch in data["switches"][:count]:
         when = time.strftime("%H:%M:%S", time.localtime(switch["time"]))
-        mode = NAMES[switch["mode"]], STYLES[switch["mode"]]
-        grid.add_row(Text.assemble(f"{when} ", mode), plain(switch["reason"]))
+        grid.add_row(Text.assemble(f"{when} ", styled(switch["mode"], data["modes"])), plain(switch["reason"]))
     return grid

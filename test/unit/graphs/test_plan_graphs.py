@@ -10,7 +10,7 @@ from sglang_shift.args.server_args import prepare_server_args
 from sglang_shift.config import ShiftConfig
 from sglang_shift.cost.model import fit
 from sglang_shift.errors import Refused
-from sglang_shift.graphs.mode_graphs import PhaseGraphs
+from sglang_shift.graphs.mode_graphs import GraphSet, PhaseGraphs
 from sglang_shift.graphs.plan import GraphPlan, modes_of, padded, plan_graphs, price_of_no_graphs, thinned
 from sglang_shift.launch_server import resolve
 from sglang_shift.modes import Mode, StepState
@@ -23,14 +23,18 @@ def config(policy="calibrated", sp_size=8, **more):
     return ShiftConfig(world_size=8, sp_size=sp_size, switching=policy != "sp", policy=policy, **more)
 
 
+def plan(ladder, tp, sp):
+    return GraphPlan(ladder, {Mode.TP: tp, Mode.SP: sp})
+
+
 def test_both_modes_where_the_size_alone_does_not_decide():
     for policy in ("calibrated", "queue-depth", "module:Class"):
-        assert plan_graphs(LADDER, config(policy)) == GraphPlan(LADDER, LADDER, (8, 16, 24, 32))
+        assert plan_graphs(LADDER, config(policy)) == plan(LADDER, LADDER, (8, 16, 24, 32))
 
 
 def test_one_mode_where_the_policy_has_one():
-    assert plan_graphs(LADDER, config("tp")) == GraphPlan(LADDER, LADDER, ())
-    assert plan_graphs(LADDER, config("sp")) == GraphPlan(LADDER, (), (8, 16, 24, 32))
+    assert plan_graphs(LADDER, config("tp")) == plan(LADDER, LADDER, ())
+    assert plan_graphs(LADDER, config("sp")) == plan(LADDER, (), (8, 16, 24, 32))
 
 
 @pytest.mark.parametrize("threshold", [0, 1, 7, 8, 11, 12, 31, 32, 1000])
@@ -38,20 +42,21 @@ def test_one_mode_where_the_policy_has_one():
 def test_a_threshold_divides_the_sizes(threshold, sp_size):
     """No size twice; and each step finds the graph of its mode, with as many rows a rank as it is padded to."""
     policy = TokenThreshold(threshold)
-    plan = plan_graphs(LADDER, config("tokens", sp_size, threshold=threshold))
-    wanted_in_sp = [size for size in LADDER if size not in plan.tp]
-    assert plan.sp == tuple(sorted({-(-size // sp_size) * sp_size for size in wanted_in_sp}))
+    made = plan_graphs(LADDER, config("tokens", sp_size, threshold=threshold))
+    tp, sp = made.sizes[Mode.TP], made.sizes[Mode.SP]
+    wanted_in_sp = [size for size in LADDER if size not in tp]
+    assert sp == tuple(sorted({-(-size // sp_size) * sp_size for size in wanted_in_sp}))
     for tokens in range(1, 33):
-        bucket = padded(tokens, plan.ladder)
-        if policy.choose(StepState(tokens, bucket=bucket)) is Mode.TP:
-            assert bucket in plan.tp
+        bucket = padded(tokens, made.ladder)
+        if policy.choose(StepState(tokens, padded={Mode.TP: bucket})) is Mode.TP:
+            assert bucket in tp
         else:
             rows = -(-bucket // sp_size)
-            assert -(-padded(tokens, plan.sp) // sp_size) <= rows and padded(tokens, plan.sp) in plan.sp
+            assert -(-padded(tokens, sp) // sp_size) <= rows and padded(tokens, sp) in sp
 
 
 def test_sizes_that_fit_exactly_are_not_rounded():
-    assert plan_graphs((1, 2, 3), config(sp_size=2), exact=True).sp == (1, 2, 3)
+    assert plan_graphs((1, 2, 3), config(sp_size=2), exact=True).sizes[Mode.SP] == (1, 2, 3)
 
 
 @pytest.mark.parametrize(("most", "kept"), [(0, []), (1, [8]), (2, [1, 8]), (4, [1, 2, 4, 8]), (8, None), (99, None)])
@@ -78,8 +83,8 @@ def test_a_bound_leaves_no_holes_where_padding_is_limited(most):
 
 
 def test_the_bound_is_for_sp_alone():
-    assert plan_graphs(LADDER, config(graph_buckets=2)) == GraphPlan(LADDER, LADDER, (8, 32))
-    assert plan_graphs(LADDER, config(graph_buckets=0)) == GraphPlan(LADDER, LADDER, ())
+    assert plan_graphs(LADDER, config(graph_buckets=2)) == plan(LADDER, LADDER, (8, 32))
+    assert plan_graphs(LADDER, config(graph_buckets=0)) == plan(LADDER, LADDER, ())
 
 
 def test_nothing_to_capture():
@@ -95,8 +100,8 @@ def test_padding():
 
 def test_padding_counts_for_the_threshold():
     policy = TokenThreshold(256)
-    assert policy.choose(StepState(250, bucket=256)) is Mode.TP
-    assert policy.choose(StepState(250, bucket=264)) is Mode.SP
+    assert policy.choose(StepState(250, padded={Mode.TP: 256})) is Mode.TP
+    assert policy.choose(StepState(250, padded={Mode.TP: 264})) is Mode.SP
     assert policy.choose(StepState(300)) is Mode.SP
     assert modes_of(264, config("tokens")) == (Mode.SP,)
 
@@ -126,25 +131,27 @@ def test_what_no_graphs_in_sp_cost_is_said(bound, policy, machine, said):
 
 def test_each_mode_is_predicted_at_its_own_padding():
     costs = fit(measurements("crossovers-differ"))
-    step = StepState(5, bucket=8, sp_bucket=16)
+    step = StepState(5, padded={Mode.TP: 8, Mode.SP: 16})
     for mode, tokens in ((Mode.TP, 8), (Mode.SP, 16)):
         assert costs.predict(mode, step) == costs.predict(mode, StepState(tokens))
-    assert costs.predict(Mode.SP, StepState(5, bucket=8)) == costs.predict(Mode.SP, StepState(5)), "eager: unpadded"
+    assert costs.predict(Mode.SP, StepState(5, padded={Mode.TP: 8})) == costs.predict(Mode.SP, StepState(5)), (
+        "eager: unpadded"
+    )
 
 
 def test_buckets_of_a_phase():
-    graphs = PhaseGraphs(GraphPlan((1, 2, 4), (1, 2, 4), (4,)))
-    assert graphs.buckets(3) == (4, 3), "not captured (yet)"
-    graphs.sizes = {Mode.TP: (1, 2, 4), Mode.SP: (4,)}
-    assert [graphs.buckets(n) for n in (1, 3, 5)] == [(1, 4), (4, 4), (5, 5)]
+    graphs = PhaseGraphs(plan((1, 2, 4), (1, 2, 4), (4,)))
+    assert graphs.padded(3) == {Mode.TP: 4, Mode.SP: 3}, "not captured (yet)"
+    graphs.sets = {Mode.TP: GraphSet((1, 2, 4)), Mode.SP: GraphSet((4,))}
+    assert [tuple(graphs.padded(n).values()) for n in (1, 3, 5)] == [(1, 4), (4, 4), (5, 5)]
     graphs.factor = 1.0  # without padding
-    assert [graphs.buckets(n) for n in (1, 3, 4)] == [(1, 1), (3, 3), (4, 4)]
+    assert [tuple(graphs.padded(n).values()) for n in (1, 3, 4)] == [(1, 1), (3, 3), (4, 4)]
 
 
 def test_counts_of_a_phase():
-    graphs = PhaseGraphs(GraphPlan((1, 2), (1, 2), ()))
-    assert graphs.count(Mode.SP, False) is None and not any(graphs.missed.values()), "no graphs, nothing missed"
-    graphs.sizes[Mode.TP] = (1, 2)
+    graphs = PhaseGraphs(plan((1, 2), (1, 2), ()))
+    assert graphs.count(Mode.SP, False) is None and not any(s.missed for s in graphs.sets.values()), "nothing missed"
+    graphs.sets[Mode.TP].sizes = (1, 2)
     assert [graphs.count(Mode.TP, True), graphs.count(Mode.SP, False)] == [True, False]
     assert graphs.report() == {
         "tp": {"sizes": [1, 2], "replayed": 1, "missed": 0},

@@ -10,6 +10,7 @@ import time
 import msgspec
 import pytest
 import zmq
+from sglang_shift.modes import Mode
 from sglang_shift.observe import events
 from sglang_shift.observe.events import Finished, Publisher, StateEvent, StepEvent
 from sglang_shift.observe.hub import HISTORY_SECONDS, RECENT_REQUESTS, RECENT_STEPS, RECENT_SWITCHES, Gaps, Hub
@@ -57,7 +58,13 @@ def strict(hub: Hub) -> dict:
 
 def test_empty(hub):
     value = strict(hub)
-    assert value["schema"] == 1 and value["model"] is None and value["replicas"] == [] and not hub.ready
+    assert (
+        value["schema"] == 2
+        and value["modes"] == ["tp", "sp"]
+        and value["model"] is None
+        and value["replicas"] == []
+        and not hub.ready
+    )
     assert value["requests"]["count"] == 0 and value["requests"]["ttft"] is None
     assert value["events"] == {"received": 0, "dropped": 0, "malformed": 0, "age": None}
     assert len(value["history"]["running"]) == len(value["history"]["steps"]["sp"]) == HISTORY_SECONDS
@@ -110,7 +117,8 @@ def test_an_idle_state_empties_the_queue(hub):
 
 def test_requests(hub):
     done = [
-        Finished(10, 5, ttft=i / 100, tpot=None if i % 2 else 0.01, e2e=1.0, tp_steps=4, sp_steps=1) for i in range(101)
+        Finished(10, 5, ttft=i / 100, tpot=None if i % 2 else 0.01, e2e=1.0, steps={Mode.TP: 4, Mode.SP: 1})
+        for i in range(101)
     ]
     hub.feed(step(finished=done))
     requests = strict(hub)["requests"]
@@ -125,8 +133,8 @@ def test_percentiles():
 
 
 def test_step_times_and_predictions(hub):
-    hub.feed(step(number=1, seconds=0.02, predicted=0.01))
-    hub.feed(step(number=2, seconds=0.01, predicted=0.01))
+    hub.feed(step(number=1, seconds=0.02, predicted={Mode.TP: 0.01, Mode.SP: 0.5}))
+    hub.feed(step(number=2, seconds=0.01, predicted={Mode.TP: 0.01, Mode.SP: 0.5}))
     hub.feed(step(number=3, seconds=0.5, phase="mixed"))
     hub.feed(step(number=4, seconds=None, mode="sp"))
     decode, mixed = strict(hub)["step_times"]
@@ -168,7 +176,7 @@ def test_clock_jumps(hub, clock, leap):
 
 
 def test_memory_is_bounded(hub, clock):
-    request = Finished(1, 1, 0.1, None, 0.1, 1, 0)
+    request = Finished(1, 1, 0.1, None, 0.1, {Mode.TP: 1})
     for i in range(5000):
         clock.now += 1
         hub.feed(step(clock.now, i + 1, finished=[request]))
@@ -193,12 +201,12 @@ def test_senseless_events_are_counted(hub, event):
 
 def test_numbers_that_json_lacks(hub):
     nan, inf = float("nan"), float("inf")
-    hub.feed(step(seconds=nan, predicted=inf, predicted_other=-1.0, finished=[Finished(1, 1, nan, inf, 2.0, 1, 1)]))
+    hub.feed(step(seconds=nan, predicted={Mode.TP: inf, Mode.SP: -1.0}, finished=[Finished(1, 1, nan, inf, 2.0, {})]))
     hub.feed(state(drift={"tp": nan, "else": 1.0}, calibration={"curves": {"a": [1.0, inf]}, "b": nan}))
     value = strict(hub)
     assert value["calibration"] == {"curves": {"a": [1.0, None]}, "b": None}
     assert value["replicas"][0]["drift"] == {"tp": None, "sp": None}
-    assert value["steps"]["seconds"] == [None] and value["requests"]["ttft"] is None
+    assert value["steps"]["seconds"] == value["steps"]["predicted"] == [None] and value["requests"]["ttft"] is None
     assert value["requests"]["e2e"]["p50"] == 2
 
 
@@ -221,7 +229,7 @@ def test_snapshots_while_events_arrive(hub):
         i = 0
         while not stop.is_set() and i < 20_000:
             i += 1
-            hub.feed(step(number=i, switched=True, finished=[Finished(1, 1, 0.1, 0.1, 0.1, 1, 1)]))
+            hub.feed(step(number=i, switched=True, finished=[Finished(1, 1, 0.1, 0.1, 0.1, {Mode.TP: 1, Mode.SP: 1})]))
 
     thread = threading.Thread(target=feed)
     thread.start()
@@ -285,6 +293,8 @@ def test_malformed_messages_are_survived(endpoint):
         [b"step"], [b"step", b""], [b"step", b"\xc1"], [b"step", encode({"time": 1})], [b"step", encode([1, 2])],
         [b"other", encode({})], [b"", b"", b""], [b"state", encode({**msgspec.to_builtins(state()), "drift": "x"})],
         [b"step", encode({**msgspec.to_builtins(step()), "tokens": 1.5})], [b"state", b"\x91" * 100_000],
+        [b"step", encode({**msgspec.to_builtins(step()), "mode": "dp"})],
+        [b"state", encode({**msgspec.to_builtins(state()), "steps": {"dp": 1}})],
     ]  # fmt: skip
     try:
         send_until_heard(lambda: socket.send_multipart(good), hub)

@@ -30,10 +30,10 @@ def state(replica=0, drift=None, **more):
                        weight_bytes_beyond_base=30, steps={}, tokens={}, switches=0, replica=replica, **more))
 
 state()
-step(1, seconds=0.0004, predicted=0.0002)
-step(2, seconds=0.004, predicted=0.003, replayed=True)
+step(1, seconds=0.0004, predicted={"tp": 0.0002, "sp": 7.0})
+step(2, seconds=0.004, predicted={"tp": 0.003, "sp": 7.0}, replayed=True)
 step(3, "sp", "prefill", 300, exchanged=1000, switched=True, seconds=0.2)
-step(7, "sp", "mixed", 20, exchanged=1500, predicted=0.5, replayed=False)
+step(7, "sp", "mixed", 20, exchanged=1500, predicted={"tp": 7.0, "sp": 0.5}, replayed=False)
 step(8, "tp", "decode", 1, exchanged=1500, switched=True, seconds=99.0)
 state(drift={"tp": 1.25, "sp": None}, running=3, waiting=1)
 step(1, "sp", "prefill", 10, exchanged=200)  # the rank restarted

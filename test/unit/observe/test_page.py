@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 
+import msgspec
 import pytest
 import uvicorn
 from fastapi import FastAPI
@@ -30,12 +31,9 @@ def calibration() -> dict:
         for tokens, seconds in ((1, at_1), (511, at_511))
     ]
     return {
-        "format": 1,
-        "measurements": [
-            {"phase": m.phase, "mode": m.mode.value, "tokens": m.tokens, "kv_reads": m.kv_reads, "seconds": m.seconds}
-            for m in measurements
-        ],
-        "costs": fit(measurements).to_json(),
+        "format": 2,
+        "measurements": msgspec.to_builtins(measurements),
+        "costs": msgspec.to_builtins(fit(measurements)),
     }
 
 
@@ -83,7 +81,7 @@ class Served:
         self.number += 1
         self.publisher.send(StepEvent(
             time.time(), self.number, mode, "prefill" if tokens > 1 else "decode", tokens, tokens - 1, 5, 3, 77,
-            **{"seconds": 0.004 * tokens**0.5, "predicted": 0.004, **changes},
+            **{"seconds": 0.004 * tokens**0.5, "predicted": dict.fromkeys(Mode, 0.004), **changes},
         ))  # fmt: skip
 
     def stop(self) -> None:
@@ -139,7 +137,7 @@ def fits(browser) -> bool:
 def test_live_data_arrives(served, opened):
     served.step("tp", 1)
     served.step("sp", 900, switched=True, reason="a prefill of 900 tokens",
-                finished=[Finished(900, 5, 0.125, 0.01, 0.5, 4, 1)])  # fmt: skip
+                finished=[Finished(900, 5, 0.125, 0.01, 0.5, {Mode.TP: 4, Mode.SP: 1})])  # fmt: skip
     page = opened()
     page.wait("document.querySelector('#b-switches').textContent.includes('a prefill of 900 tokens')")
     assert "demo" in words(page, "#model") and "4 ranks: TP 4 or SP 2 \u00d7 TP 2" in words(page, "#model")
@@ -161,9 +159,9 @@ def test_the_crossovers_are_those_of_the_cost_model(served, opened):
     assert words(page, "#a-decode") == "TP is faster at every size."
     assert "SP from 257" in words(page, "#c-prefill")
     for phase in ("prefill", "decode"):
-        from_python = [[t, m.value] for t, m in CostModel.from_json(calibration()["costs"]).crossovers(phase)]
-        curves = f"data.calibration.costs.curves['{phase} tp'], data.calibration.costs.curves['{phase} sp']"
-        assert page.evaluate(f"crossovers({curves})") == from_python
+        model = msgspec.convert(calibration()["costs"], CostModel)
+        from_python = [[t, m.value] for t, m in model.crossovers(phase)]
+        assert page.evaluate(f"crossovers(data.calibration.costs.curves.{phase})") == from_python
 
 
 def test_empty_states(served, opened):
@@ -196,7 +194,7 @@ def test_nothing_overflows(served, opened, width):
     served.state(policy=LONG, policy_text=LONG, model=LONG, calibration_text=LONG)
     for tokens in (1, 7, 500, 8000):
         served.step("sp" if tokens > 9 else "tp", tokens, switched=True, reason=LONG, seconds=12345.6 / tokens,
-                    finished=[Finished(100_000, 100_000, 1234.5, 123.4, 12345.6, 4, 1)])  # fmt: skip
+                    finished=[Finished(100_000, 100_000, 1234.5, 123.4, 12345.6, {Mode.TP: 4})])  # fmt: skip
     page = opened(width=width, height=740)
     page.wait("document.querySelectorAll('#b-switches td.reason').length === 4")
     assert fits(page)

@@ -79,7 +79,7 @@ def test_status(client):
     answer = client.get("/shift/status")
     assert answer.status_code == 200 and answer.headers["content-type"] == "application/json"
     assert answer.headers["x-content-type-options"] == "nosniff" and answer.headers["cache-control"] == "no-store"
-    assert answer.json()["model"] == "<b>demo</b>" and answer.json()["schema"] == 1
+    assert answer.json()["model"] == "<b>demo</b>" and answer.json()["schema"] == 2
 
 
 def test_status_before_the_first_state():

@@ -165,10 +165,8 @@ def costs(tp: float, sp: float, switch_seconds: float = 0.0) -> CostModel:
     """Decodes of constant times; prefills of one token take as long in both modes, of 1001 ten times as long in TP."""
     flat = Curve((1,), (0.0,))
     curves = {
-        ("decode", Mode.TP): Curve((1,), (tp,)),
-        ("decode", Mode.SP): Curve((1,), (sp,)),
-        ("prefill", Mode.TP): Curve((1, 1001), (0.01, 0.1)),
-        ("prefill", Mode.SP): Curve((1,), (0.01,)),
+        "decode": {Mode.TP: Curve((1,), (tp,)), Mode.SP: Curve((1,), (sp,))},
+        "prefill": {Mode.TP: Curve((1, 1001), (0.01, 0.1)), Mode.SP: Curve((1,), (0.01,))},
     }
     return CostModel(
         curves, dict.fromkeys(("prefill", "decode"), flat), {"prefill": 0.0, "decode": 0.0}, switch_seconds
@@ -198,8 +196,8 @@ class TestProbes:
     def test_close_ones_come_first(self):
         """Of decodes of 1 and of 101 tokens in turn, SP takes 99 % and 1 % longer."""
         model = costs(0.01, 0.0199)
-        model.curves["decode", Mode.TP] = Curve((1, 101), (0.01, 0.02))
-        model.curves["decode", Mode.SP] = Curve((1, 101), (0.0199, 0.0202))
+        model.curves["decode"][Mode.TP] = Curve((1, 101), (0.01, 0.02))
+        model.curves["decode"][Mode.SP] = Curve((1, 101), (0.0199, 0.0202))
         selector = ModeSelector(Calibrated(model, 512))
         choices = [selector.choose(StepState(1 + 100 * (i % 2))) for i in range(2000)]
         probes = [c.step.num_tokens for c in choices if c.probe]
@@ -208,8 +206,8 @@ class TestProbes:
 
     def test_a_mode_that_runs_anyway_needs_none(self):
         selector = ModeSelector(Calibrated(costs(0.01, 0.011), 512))
-        selector.policy.costs.curves["decode", Mode.SP] = Curve((1, 5), (0.011, 0.011))
-        selector.policy.costs.curves["decode", Mode.TP] = Curve((1, 5), (0.01, 0.012))
+        selector.policy.costs.curves["decode"][Mode.SP] = Curve((1, 5), (0.011, 0.011))
+        selector.policy.costs.curves["decode"][Mode.TP] = Curve((1, 5), (0.01, 0.012))
         assert not any(selector.choose(StepState(num_tokens=1 + 4 * (i % 2))).probe for i in range(1000))
 
     def test_what_takes_more_than_twice_as_long_is_not_probed(self):
@@ -255,9 +253,9 @@ class TestDrift:
             assert not drift.drifted and not drift.doubts
             drift.add(Mode.SP, 1e-3, 0.70e-3)
         assert drift.drifted
-        assert drift.skew("decode") == pytest.approx(2.07, abs=0.005)
-        assert drift.doubts == {"decode": pytest.approx(1.07, abs=0.005)}
-        assert drift.skew("prefill") is None
+        assert drift.skew("decode", Mode.TP, Mode.SP) == pytest.approx(2.07, abs=0.005)
+        assert drift.doubts == {("decode", Mode.TP, Mode.SP): pytest.approx(1.07, abs=0.005)}
+        assert drift.skew("prefill", Mode.TP, Mode.SP) is None
         drift.clear()
         assert not drift.drifted and not drift.doubts
 
@@ -283,7 +281,7 @@ class TestDrift:
         for _ in range(DRIFT_STEPS):
             assert drift.doubts == {}
             drift.add(Mode.TP, 1e-3, 2e-3, "prefill")
-        assert drift.doubts == {"prefill": pytest.approx(DRIFT - 1)}
+        assert drift.doubts == {("prefill", Mode.TP, Mode.SP): pytest.approx(DRIFT - 1)}
 
     @pytest.mark.parametrize("alone", [True, False])
     def test_what_has_become_faster_still_is(self, alone):
@@ -303,15 +301,15 @@ class TestDrift:
 
     def test_doubts_reach_the_policy_at_the_same_step_on_every_rank(self):
         selector = ModeSelector(Calibrated(costs(0.01, 0.0105), 512))
-        text, asked = selector.policy_text, []
+        text, asked, doubts = selector.policy_text, [], {("decode", Mode.TP, Mode.SP): 0.6}
         for step in range(1, 2000):
             selector.choose(StepState(num_tokens=4))
             if selector.asks_for_drift:
                 asked.append(step)
-                selector.doubt({"decode": 0.6})
+                selector.doubt(doubts)
         assert asked == [512, 1024, 1536]
-        assert selector.policy.doubts == {"decode": 0.6} and selector.policy_text == text
+        assert selector.policy.doubts == doubts and selector.policy_text == text
         assert selector.choose(StepState(num_tokens=4, num_waiting=99)).mode is Mode.SP
         selector.policy = FixedMode(Mode.TP)
-        selector.doubt({"decode": 0.6})
+        selector.doubt(doubts)
         assert selector.policy == FixedMode(Mode.TP) and not selector.asks_for_drift

@@ -10,12 +10,13 @@ import tempfile
 from dataclasses import replace
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 from harness import run_ranks
 from sglang_shift.config import ShiftConfig
 from sglang_shift.cost import calibration
 from sglang_shift.cost.calibration import Calibration, CalibrationError, load, save
-from sglang_shift.cost.measure import MAX_LAPS, Measured, Shape, grid, kv_reads, measure, powers
+from sglang_shift.cost.measure import MAX_LAPS, Measured, StepShape, grid, kv_reads, measure, powers
 from sglang_shift.cost.model import Measurement
 from sglang_shift.modes import Mode
 from sglang_shift.policy.selector import DRIFT_STEPS, Drift
@@ -28,7 +29,7 @@ CONFIG = ShiftConfig(2, 2, True, "calibrated", calibration="auto")
 SWITCH = 3e-4
 
 
-def seconds(mode: Mode, shape: Shape) -> float:
+def seconds(mode: Mode, shape: StepShape) -> float:
     """A machine on which TP is faster up to 99 tokens."""
     base, slope = (1e-3, 2e-5) if mode is Mode.TP else (2e-3, 1e-5)
     return base + slope * shape.tokens + 1e-9 * shape.kv_reads
@@ -87,7 +88,7 @@ def test_grid_of_a_tiny_pool(slots):
 
 
 def test_a_chunk_longer_than_the_model_is_several_requests():
-    shape = Shape("prefill", 1000, 0, 300)
+    shape = StepShape("prefill", 1000, 0, 300)
     assert shape.requests == [(0, 300), (0, 300), (0, 300), (0, 100)]
     assert shape.kv_reads == 3 * 300 * 301 // 2 + 100 * 101 // 2
 
@@ -118,7 +119,7 @@ def test_measuring_finds_the_crossover():
 
 def test_modes_take_turns():
     bench = FakeBench()
-    list(measure(bench, [Shape("prefill", 64, 0, 4095)], 60, Measured(), clock=lambda: bench.now))
+    list(measure(bench, [StepShape("prefill", 64, 0, 4095)], 60, Measured(), clock=lambda: bench.now))
     modes = [mode for _, mode in bench.laps]
     assert modes == [Mode.TP, Mode.SP] * (len(modes) // 2)
     assert 2 * 4 <= len(modes) <= 2 * (MAX_LAPS + 1)
@@ -151,7 +152,7 @@ def test_saved_and_loaded(tmp_path):
     file = tmp_path / "folder" / "c.json"
     save(file, measured())
     again = load(file, KEY)
-    assert again.to_json() == measured().to_json() | {"made": again.made}
+    assert again == replace(measured(), made=again.made)
     assert [p.name for p in file.parent.iterdir()] == ["c.json"], "no temporary file is left"
 
 
@@ -162,17 +163,20 @@ def test_a_foreign_calibration_says_what_differs(tmp_path):
 
 
 def broken_files():
-    good = measured().to_json()
+    good = json.loads(msgspec.json.encode(measured()))
     return {
         "not JSON": "{",
         "a list": "[]",
         "another format": json.dumps({**good, "format": 99}),
+        "the first format": json.dumps({**good, "format": 1, "costs": {"curves": {"decode tp": {}}}}),
         "no costs": json.dumps({k: v for k, v in good.items() if k != "costs"}),
-        "negative times": json.dumps(good).replace('"seconds": [0.', '"seconds": [-0.'),
+        "negative times": json.dumps(good).replace('"seconds": 0.', '"seconds": -0.'),
         "not a number": json.dumps(good).replace('"switch_seconds": 1e-05', '"switch_seconds": NaN'),
         "a curve that falls": json.dumps(
-            {**good, "costs": {**good["costs"], "curves": {k: {**c, "seconds": [*c["seconds"][:-1], 1e-9]}
-                                                          for k, c in good["costs"]["curves"].items()}}}
+            {**good, "costs": {**good["costs"], "curves": {
+                phase: {mode: {**c, "values": [*c["values"][:-1], 1e-9]} for mode, c in by_mode.items()}
+                for phase, by_mode in good["costs"]["curves"].items()
+            }}}
         ),
     }  # fmt: skip
 
@@ -245,7 +249,7 @@ def test_the_first_start_measures_and_the_second_reuses(make, tmp_path, caplog):
     (file,) = tmp_path.iterdir()
     assert "saved as" in first.text
     second = make()
-    assert second.start().to_json() == json.loads(file.read_text())
+    assert msgspec.json.encode(second.start()) == msgspec.json.encode(json.loads(file.read_text()))
     assert str(file) in second.text
     assert not second.bench.laps, "nothing was measured"
 
@@ -266,6 +270,16 @@ def test_a_broken_cache_is_measured_again(make, tmp_path, caplog):
     json.loads(file.read_text())
 
 
+def test_a_file_of_the_first_format_is_measured_again(make, tmp_path, caplog):
+    make().start()
+    (file,) = tmp_path.iterdir()
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 1}))
+    mine = make()
+    assert mine.start() is not None and mine.bench.laps
+    assert "it has format 1, not 2" in caplog.text
+    assert json.loads(file.read_text())["format"] == 2
+
+
 def test_a_file_of_the_users_is_written_if_it_does_not_exist(make, tmp_path):
     config = replace(CONFIG, calibration=str(tmp_path / "mine.json"))
     assert make(config).start() is not None
@@ -276,7 +290,7 @@ def test_a_file_of_the_users_is_written_if_it_does_not_exist(make, tmp_path):
 @pytest.mark.parametrize("content", ["{", "foreign"])
 def test_a_file_of_the_users_that_does_not_fit_is_left_alone(make, tmp_path, content, caplog):
     file = tmp_path / "mine.json"
-    file.write_text(json.dumps(measured().to_json()) if content == "foreign" else content)
+    file.write_text(msgspec.json.encode(measured()).decode() if content == "foreign" else content)
     before = file.read_text()
     mine = make(replace(CONFIG, calibration=str(file)))
     assert mine.start() is None
@@ -320,7 +334,7 @@ def test_drift_is_followed_by_a_new_calibration_while_idle(make):
         assert mine.bench.prepared is None, "between turns all slots are free"
         turns += 1
     assert turns > 10
-    assert new.costs.curves["decode", Mode.TP](8) == pytest.approx(2 * old.costs.curves["decode", Mode.TP](8))
+    assert new.costs.curves["decode"][Mode.TP](8) == pytest.approx(2 * old.costs.curves["decode"][Mode.TP](8))
     assert mine.idle(steps + 2 * DRIFT_STEPS, drifted=True) is None
     assert mine._running is None, "the next look at drift is later than the first was"
 
@@ -344,20 +358,20 @@ def test_what_was_not_measured_again_stays(make, tmp_path):
     new = renewed(mine)
     assert len(new.measurements) == len(old.measurements)
     for mode in Mode:
-        slower = 1.5 * old.costs.curves["prefill", mode](128)
-        assert new.costs.curves["prefill", mode](128) == pytest.approx(slower, rel=0.01)
+        slower = 1.5 * old.costs.curves["prefill"][mode](128)
+        assert new.costs.curves["prefill"][mode](128) == pytest.approx(slower, rel=0.01)
         # Not measured: as much slower as what was.
         for phase, tokens in (("prefill", 512), ("decode", 64)):
-            slower = 1.5 * old.costs.curves[phase, mode](tokens)
-            assert new.costs.curves[phase, mode](tokens) == pytest.approx(slower, rel=0.01)
+            slower = 1.5 * old.costs.curves[phase][mode](tokens)
+            assert new.costs.curves[phase][mode](tokens) == pytest.approx(slower, rel=0.01)
     assert new.costs.switch_seconds == pytest.approx(SWITCH)
-    assert json.loads(file.read_text()) == new.to_json()
+    assert msgspec.json.decode(file.read_bytes(), type=Calibration) == new
 
 
 def timed(shapes, tp: float):
     """Measurements of the machine of :func:`seconds`, where TP takes ``tp`` times as long, but for its attention."""
 
-    def took(mode: Mode, s: Shape) -> float:
+    def took(mode: Mode, s: StepShape) -> float:
         attention = 1e-9 * s.kv_reads
         return attention + (seconds(mode, s) - attention) * (tp if mode is Mode.TP else 1.0)
 
@@ -373,11 +387,11 @@ def test_new_times_do_not_spoil_old_ones_beyond_them(tp, room):
     some = [s for s in shapes if s.slots <= room]
     new = old.renewed(1.0, timed(some, tp), None).costs
     whole = Calibration.of(KEY, 1.0, timed(shapes, tp), 0.0).costs
-    assert max(new.noise.values()) < 0.01
+    assert max(noise[Mode.SP] for noise in new.noise.values()) < 0.01
     for phase in ("prefill", "decode"):
         last = max(s.tokens for s in some if s.phase == phase)
         for tokens in {s.tokens for s in shapes if s.phase == phase}:
-            curve, before, after = ({m: c.curves[phase, m](tokens) for m in Mode} for c in (new, old.costs, whole))
+            curve, before, after = ({m: c.curves[phase][m](tokens) for m in Mode} for c in (new, old.costs, whole))
             if tokens <= last:
                 assert curve == pytest.approx(after, rel=0.02), (phase, tokens)
             ratio = (after if tokens <= last else before)[Mode.TP] / (after if tokens <= last else before)[Mode.SP]
@@ -389,8 +403,8 @@ def test_a_phase_that_was_not_measured_again_stays():
     shapes = shapes_of()
     old = Calibration.of(KEY, 1.0, timed(shapes, 1.0), 0.0)
     new = old.renewed(1.0, timed([s for s in shapes if s.phase == "decode"], 2.0), None).costs
-    assert new.curves["prefill", Mode.TP] == old.costs.curves["prefill", Mode.TP]
-    assert new.curves["decode", Mode.TP](1) == pytest.approx(2 * old.costs.curves["decode", Mode.TP](1), rel=0.01)
+    assert new.curves["prefill"][Mode.TP] == old.costs.curves["prefill"][Mode.TP]
+    assert new.curves["decode"][Mode.TP](1) == pytest.approx(2 * old.costs.curves["decode"][Mode.TP](1), rel=0.01)
 
 
 def test_without_any_room_the_old_calibration_stays(make, tmp_path, caplog):
@@ -620,14 +634,14 @@ def test_ranks_measure_the_same_shapes():
 
 def room_on_unequal_ranks(rank, size):
     bench, pool = bench_of(rank, free=100 + 50 * rank, cached=2000)
-    assert bench.make_room(Shape("prefill", 64, 0, 511))
+    assert bench.make_room(StepShape("prefill", 64, 0, 511))
     assert pool.evictions == [], "there was room"
-    assert bench.make_room(Shape("prefill", 500, 0, 511))
+    assert bench.make_room(StepShape("prefill", 500, 0, 511))
     assert pool.evictions == [402], "what the rank with the fewest free slots lacks, on both"
-    assert not bench.make_room(Shape("prefill", 3000, 0, 511)), "more than a quarter of the pool is not taken"
+    assert not bench.make_room(StepShape("prefill", 3000, 0, 511)), "more than a quarter of the pool is not taken"
     assert len(pool.evictions) == 1
     few, _ = bench_of(rank, free=4000, cached=0, rows=4 if rank else 64)
-    assert not few.make_room(Shape("decode", 8, 16, 511)), "one rank has not enough rows"
+    assert not few.make_room(StepShape("decode", 8, 16, 511)), "one rank has not enough rows"
 
 
 def test_ranks_make_room_alike():
@@ -655,7 +669,7 @@ def a_step_that_fails(rank, size, alone):
 
     bench.run = run
     with pytest.raises(CalibrationError, match=r"failed while calibrating \(MemoryError"):
-        list(measure(bench, [Shape("prefill", 8, 0, 511)], 60, Measured()))
+        list(measure(bench, [StepShape("prefill", 8, 0, 511)], 60, Measured()))
 
 
 def test_a_step_that_fails_on_all_ranks_ends_the_calibration():
@@ -678,7 +692,7 @@ def a_preparation_that_fails_on_one_rank(rank, size):
     bench.prepare = prepare
     where = "RuntimeError: no slots" if rank == 1 else "on another rank"
     with pytest.raises(CalibrationError, match=where):
-        list(measure(bench, [Shape("prefill", 8, 0, 511)], 60, Measured()))
+        list(measure(bench, [StepShape("prefill", 8, 0, 511)], 60, Measured()))
 
 
 def test_a_preparation_that_fails_on_one_rank_fails_on_all():

@@ -25,10 +25,8 @@ def costs(switch_seconds: float = 0.0, attention: float = 0.0) -> CostModel:
     flat = Curve((1,), (0.0,))
     return CostModel(
         {
-            ("prefill", Mode.TP): line(1.0, 0.01),
-            ("prefill", Mode.SP): line(2.0, 0.0),
-            ("decode", Mode.TP): line(0.5, 0.01),
-            ("decode", Mode.SP): line(1.0, 0.0),
+            "prefill": {Mode.TP: line(1.0, 0.01), Mode.SP: line(2.0, 0.0)},
+            "decode": {Mode.TP: line(0.5, 0.01), Mode.SP: line(1.0, 0.0)},
         },
         {"prefill": flat, "decode": flat},
         {"prefill": attention, "decode": attention},
@@ -58,9 +56,9 @@ def test_one_request():
     assert result.steps == {Mode.TP: 3, Mode.SP: 0}
     assert result.tokens == {Mode.TP: 12, Mode.SP: 0}
     assert [s for s, _, _ in steps] == [
-        StepState(10, 10, 0, 0, 0, 10, 55, None, 0),
-        StepState(1, 0, 1, 0, 0, 1, 11, Mode.TP, 1),
-        StepState(1, 0, 1, 0, 0, 1, 12, Mode.TP, 2),
+        StepState(10, 10, 0, 0, 0, {}, 55, None, 0),
+        StepState(1, 0, 1, 0, 0, {}, 11, Mode.TP, 1),
+        StepState(1, 0, 1, 0, 0, {}, 12, Mode.TP, 2),
     ]
 
 
@@ -136,8 +134,8 @@ def test_mixed_steps_decode_too():
 
 
 def test_decode_steps_have_the_bucket_of_their_graph():
-    _, steps = watch([Request(0, 10, 2)] * 5 + [Request(100, 10, 2)] * 3, server=Server(buckets=(1, 2, 4)))
-    assert [(s.num_tokens, s.bucket) for s, _, _ in steps] == [(50, 50), (5, 5), (30, 30), (3, 4)]
+    _, steps = watch([Request(0, 10, 2)] * 5 + [Request(100, 10, 2)] * 3, server=Server(buckets={Mode.TP: (1, 2, 4)}))
+    assert [(s.num_tokens, s.padded[Mode.TP]) for s, _, _ in steps] == [(50, 50), (5, 5), (30, 30), (3, 4)]
     assert steps[3][2] == pytest.approx(0.54)  # of the bucket
 
 
@@ -216,7 +214,10 @@ class Slow:
                 num_running=len(running),
                 num_waiting=len(waits),
                 pending_prefill_tokens=rest + sum(requests[i].prompt for i in waits[:64]),
-                bucket=total if tokens else next((b for b in server.buckets if b >= total), total),
+                padded={
+                    mode: next((b for b in sizes if b >= total and not tokens), total)
+                    for mode, sizes in server.buckets.items()
+                },
                 kv_reads=reads,
                 previous_mode=self.mode,
                 steps_since_switch=self.since,
@@ -270,7 +271,7 @@ def test_against_a_simulator_that_counts_everything(seed):
         pool=rng.randint(150, 400),
         max_running=most,
         mixed=mixed,
-        buckets=rng.choice([(), (1, 2, 4, 8)]),
+        buckets=rng.choice([{}, {Mode.TP: (1, 2, 4, 8)}]),
     )
     requests = [
         Request(rng.choice([0.0, rng.uniform(0, 200)]), rng.randint(1, 120), rng.randint(1, 30))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
-from math import ceil, isinf, isnan, nan
+from itertools import cycle, pairwise
+from math import ceil, isinf, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_shift.errors import ShiftError
+from sglang_shift.modes import MODES
 from sglang_shift.tools.benchmark.figures import BASELINES, SHIFT, Comparison, Spread, digits
 from sglang_shift.tools.benchmark.records import Sample, Visit
 
@@ -43,7 +44,7 @@ OTHERS: list[Style] = [
     {"color": ("#E69F00", "#56B4E9", "#000000", "#F0E442")[i % 4], "marker": "vPX*"[(i + i // 4) % 4]}
     for i in range(16)
 ]  # fmt: skip
-MODES = {"TP": "#C8C8C8", "SP": "#6E6E6E"}
+SHADES = ("#C8C8C8", "#6E6E6E", "#A0A0A0", "#404040")
 """Greys: no contender's colours."""
 
 
@@ -271,15 +272,13 @@ def _arrivals(ax: Axes, visit: Visit) -> None:
 
 def _mode_bands(ax: Axes, samples: Sequence[Sample]) -> None:
     """The share of the steps since the last sample that ran in each mode; blank where none ran."""
-    told = [s for s in samples if s.tp_steps is not None and s.sp_steps is not None]
-    shares = []
-    for a, b in pairwise(told):
-        tp, sp = (b.tp_steps or 0) - (a.tp_steps or 0), (b.sp_steps or 0) - (a.sp_steps or 0)
-        shares.append(tp / (tp + sp) if tp + sp else nan)
-    if shares:
-        edges, tops = [s.time for s in told], [nan if isnan(share) else 1.0 for share in shares]
-        ax.stairs(shares, edges, fill=True, color=MODES["TP"], label="TP")
-        ax.stairs(tops, edges, baseline=shares, fill=True, color=MODES["SP"], label="SP")
+    told = [s for s in samples if s.steps]
+    spans = [{mode: b.steps[mode] - a.steps[mode] for mode in b.steps} for a, b in pairwise(told)]
+    tops = [0.0 if any(span.values()) else nan for span in spans]
+    for mode, shade in zip(MODES, cycle(SHADES), strict=False) if spans else ():
+        below = tops
+        tops = [low + span[mode] / (sum(span.values()) or nan) for low, span in zip(below, spans, strict=True)]
+        ax.stairs(tops, [s.time for s in told], baseline=below, fill=True, color=shade, label=mode.name)
     ax.set_ylim(0, 1)
     ax.set_yticks([0, 0.5, 1], ["0", "50", "100"])
     ax.set_ylabel("steps, %")

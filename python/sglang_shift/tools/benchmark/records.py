@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+import msgspec
+
+from sglang_shift.modes import Mode
 
 MADE_UP = ("single", "saturated", "rate", "bursty", "long-mix")
 TRACES = ("azure", "mooncake")
@@ -60,16 +62,14 @@ class Sample:
         running: Requests in the running batch.
         waiting: Requests in the queue.
         kv_usage: Share of the KV pool in use, 0 to 1.
-        tp_steps: Steps in TP since the start of the visit; None from a server without modes.
-        sp_steps: Steps in SP, likewise.
+        steps: Steps since the start of the visit, by mode; empty from a server without modes.
     """
 
     time: float
     running: float | None = None
     waiting: float | None = None
     kv_usage: float | None = None
-    tp_steps: int | None = None
-    sp_steps: int | None = None
+    steps: dict[Mode, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Visit:
         seconds: From the first request's sending to the last token.
         requests: In the order in which they were due, warm-up not included.
         samples: In the order of their times.
-        shift: Changes of our servers' counters over the visit: ``tp_steps``, ``sp_steps``, ``switches``,
+        shift: Changes of our servers' counters over the visit: ``tp_steps`` and so on for each mode, ``switches``,
             ``exchanged_bytes``, ``exchanges``; None from other servers.
         started: Local time, ISO 8601.
         load_average: Of the machine, over the minute before.
@@ -103,21 +103,6 @@ class Visit:
     shift: dict[str, int] | None = None
     started: str = ""
     load_average: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """What :meth:`from_json` takes."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Visit:
-        """The visit that :meth:`to_json` wrote.
-
-        Raises:
-            KeyError, TypeError: it is something else.
-        """
-        requests = [RequestRecord(**r) for r in values["requests"]]
-        samples = [Sample(**s) for s in values["samples"]]
-        return cls(**{**values, "requests": requests, "samples": samples})
 
 
 class Visits:
@@ -141,8 +126,8 @@ class Visits:
         text = self.path.read_text()
         lines = text.split("\n")
         try:
-            return [Visit.from_json(json.loads(line)) for line in lines[:-1] if line]
-        except (KeyError, TypeError, ValueError) as error:
+            return [msgspec.json.decode(line, type=Visit) for line in lines[:-1] if line]
+        except ValueError as error:
             raise ValueError(f"{self.path} holds a line that is no visit ({error}); choose another --out") from error
 
     def add(self, visits: Iterable[Visit]) -> None:
@@ -152,4 +137,4 @@ class Visits:
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
             for visit in visits:
-                file.write(json.dumps(visit.to_json(), separators=(",", ":")).encode() + b"\n")
+                file.write(msgspec.json.encode(visit) + b"\n")

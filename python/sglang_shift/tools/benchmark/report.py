@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_shift.errors import ShiftError
+from sglang_shift.modes import MODES
 from sglang_shift.tools.benchmark import plots
 from sglang_shift.tools.benchmark.figures import BASELINES, SHIFT, Comparison, Limits, Spread, best_of, digits
 from sglang_shift.tools.benchmark.records import TRACES, Visit
@@ -177,10 +178,12 @@ def _rows(comparison: Comparison, workload: str, metrics: Sequence[str]) -> list
         if others:
             cells.append(_ratio(comparison.ratio(SHIFT, others, workload, metric)) if best else "")
         rows.append([label, *cells])
-    steps = [[comparison.spread(c, workload, f"{m}_steps") for m in ("tp", "sp")] for c in comparison.contenders]
+    steps = [[comparison.spread(c, workload, f"{mode}_steps") for mode in MODES] for c in comparison.contenders]
     if any(map(any, steps)):
-        cells = [" / ".join(f"{s.median:.0f}" if s else "-" for s in pair) if any(pair) else "-" for pair in steps]
-        rows.append(["steps TP / SP", *cells, *[""] * bool(others)])
+        cells = [
+            " / ".join(f"{s.median:.0f}" if s else "-" for s in by_mode) if any(by_mode) else "-" for by_mode in steps
+        ]
+        rows.append([f"steps {' / '.join(mode.name for mode in MODES)}", *cells, *[""] * bool(others)])
     return [f"| {_code(workload) if i == 0 else ''} | " + " | ".join(row) + " |" for i, row in enumerate(rows)]
 
 

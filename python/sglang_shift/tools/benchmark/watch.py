@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from sglang_shift.modes import MODES
 from sglang_shift.tools.benchmark.records import Sample
 from sglang_shift.tools.benchmark.servers import NO_ANSWER, call
 
@@ -39,7 +40,7 @@ def counters(url: str) -> dict[str, int] | None:
         states = [s["shift"] for s in call(url + "/server_info")["internal_states"]]
     except (*NO_ANSWER, KeyError, TypeError, ValueError):
         return None
-    total = {f"{mode}_steps": sum(s["steps"][mode] for s in states) for mode in ("tp", "sp")}
+    total = {f"{mode}_steps": sum(s["steps"][mode] for s in states) for mode in MODES}
     return total | {name: sum(s[name] for s in states) for name in COUNTERS}
 
 
@@ -84,13 +85,10 @@ class Watch:
         def pick(names: tuple[str, ...], combine: Callable[[list[float]], float]) -> float | None:
             return next((combine(found[name]) for name in names if name in found), None)
 
-        def steps(mode: str) -> int | None:
-            name = STEPS % mode
-            return int(sum(found[name]) - sum((self._first or {}).get(name, []))) if name in found else None
-
-        return Sample(
-            round(at, 3), pick(RUNNING, sum), pick(WAITING, sum), pick(KV_USAGE, max), steps("tp"), steps("sp")
-        )
+        before = self._first or {}
+        names = {mode: STEPS % mode for mode in MODES}
+        steps = {m: int(sum(found[n]) - sum(before.get(n, []))) for m, n in names.items() if n in found}
+        return Sample(round(at, 3), pick(RUNNING, sum), pick(WAITING, sum), pick(KV_USAGE, max), steps)
 
 
 def change(before: dict[str, int] | None, after: dict[str, int] | None) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from itertools import cycle, islice
 
 from sglang_shift.cost.model import PHASES, CostModel
 from sglang_shift.errors import ShiftError
-from sglang_shift.modes import Mode, ShiftPolicy
+from sglang_shift.modes import MODES, Mode, ShiftPolicy
 from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.policy.builtin import Calibrated, FixedMode, TokenThreshold
 from sglang_shift.simulate.simulator import Result, Server, simulate
@@ -56,7 +56,7 @@ class Candidate:
     @property
     def shifts(self) -> bool:
         """Whether its steps may differ in mode."""
-        return self.policy not in ("tp", "sp")
+        return self.policy not in MODES
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sglang_shift.cost.model import PHASES, CostModel, Curve, isotonic
-from sglang_shift.modes import Mode
+from sglang_shift.modes import MODES, Mode
 from sglang_shift.parallel.layout import RankLayout, padded_local_tokens
 from sglang_shift.tools.plan.hardware import Gpu
 from sglang_shift.tools.plan.model import Model
@@ -162,9 +162,11 @@ class StepTimes:
     def cost_model(self) -> CostModel:
         """Curves through these times, for the simulator and the policies."""
         curves = {
-            (phase, mode): Curve(TOKENS, tuple(isotonic(self.seconds(mode, phase, n) for n in TOKENS)))
+            phase: {
+                mode: Curve(TOKENS, tuple(isotonic(self.seconds(mode, phase, n) for n in TOKENS))) for mode in MODES
+            }
             for phase in PHASES
-            for mode in Mode
         }
         usual = Curve((1,), (1.0,))
-        return CostModel(curves, dict.fromkeys(PHASES, usual), {phase: self.attention(phase) for phase in PHASES})
+        attention = {phase: self.attention(phase) for phase in PHASES}
+        return CostModel(curves, dict.fromkeys(PHASES, usual), attention, switch_seconds=0.0)
