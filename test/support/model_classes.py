@@ -152,9 +152,9 @@ def build(config: Any) -> torch.nn.Module:
     import importlib
 
     from sglang.srt.layers.rotary_embedding import factory
-    from sglang_shift.models.fields import MODELS, PACKAGE
+    from sglang_shift.models.families import FAMILIES, PACKAGE
 
-    module, _, name = MODELS[config.architectures[0]].native.partition(":")
+    module, _, name = FAMILIES[config.architectures[0]].native.partition(":")
     torch.set_default_dtype(torch.float32)
     factory._ROPE_DICT.clear()  # in which a factor of 4 is one of 4.0
     return getattr(importlib.import_module(PACKAGE + module), name)(config=config)

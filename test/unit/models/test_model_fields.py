@@ -22,9 +22,18 @@ from sglang_shift.args.server_args import ShiftServerArgs
 from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refused
 from sglang_shift.launch_server import resolve
-from sglang_shift.models.fields import FOREIGN, HARMLESS, MODELS, ROPE, TAKEN, WINDOW, check_class, check_fields
+from sglang_shift.models.families import FAMILIES, check_class
+from sglang_shift.models.fields import (
+    FOREIGN,
+    HARMLESS,
+    ROPE,
+    TAKEN,
+    WINDOW,
+    check_fields,
+    taken_fields,
+)
 
-LLAMA, MISTRAL, PHI3, QWEN2, QWEN3 = MODELS
+LLAMA, MISTRAL, PHI3, QWEN2, QWEN3 = FAMILIES
 SHIFT = ShiftConfig(2, 2, True, "tokens")
 CLOSE, APART = 1e-4, 0.05  # nats
 
@@ -48,9 +57,9 @@ HALF = {"partial_rotary_factor": 0.5}
 SLIDING = {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}
 
 SERVED = {
-    **{f"{name}, plain": Case(name, {} if name != MISTRAL else {"sliding_window": None}) for name in MODELS},
-    **{f"{name}, tied": Case(name, {"tie_word_embeddings": True, "sliding_window": None}) for name in MODELS},
-    **{f"{name}, wide heads": Case(name, {"head_dim": 24, "sliding_window": None}) for name in MODELS},
+    **{f"{name}, plain": Case(name, {} if name != MISTRAL else {"sliding_window": None}) for name in FAMILIES},
+    **{f"{name}, tied": Case(name, {"tie_word_embeddings": True, "sliding_window": None}) for name in FAMILIES},
+    **{f"{name}, wide heads": Case(name, {"head_dim": 24, "sliding_window": None}) for name in FAMILIES},
     "Llama with biases": Case(LLAMA, {"attention_bias": True}),
     "Qwen3 with biases": Case(QWEN3, {"attention_bias": True}),
     "Qwen2 that says what it has": Case(QWEN2, {"attention_bias": True}),
@@ -237,7 +246,7 @@ def read_fields(source):
 
 
 def own_fields(name):
-    return {field.name for field in fields(transformers.CONFIG_MAPPING[MODELS[name].model_type])}
+    return {field.name for field in fields(transformers.CONFIG_MAPPING[FAMILIES[name].model_type])}
 
 
 def test_every_field_that_sglang_reads_has_been_judged():
@@ -249,9 +258,9 @@ def test_every_field_that_sglang_reads_has_been_judged():
     assert read - ELSEWHERE - {"hidden_act"} <= JUDGED
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_field_that_transformers_reads_has_been_judged(name):
-    model_type = MODELS[name].model_type
+    model_type = FAMILIES[name].model_type
     modules = (f"models.{model_type}.modeling_{model_type}", "masking_utils", "modeling_rope_utils")
     read = set().union(*(read_fields(inspect.getsource(importlib.import_module("transformers." + m))) for m in modules))
     assert {"rms_norm_eps", "is_causal", "sliding_window"} <= read
@@ -259,10 +268,10 @@ def test_every_field_that_transformers_reads_has_been_judged(name):
     assert read - methods - {"_attn_implementation", "json"} <= JUDGED | own_fields(name)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_field_of_transformers_configuration_has_been_judged(name):
     """Those that are refused if they differ from the default, and no other; a new one is refused as well."""
-    refused = own_fields(name) - TAKEN - HARMLESS - ROPE - WINDOW - set(MODELS[name].takes)
+    refused = own_fields(name) - taken_fields(FAMILIES[name]) - HARMLESS - ROPE - WINDOW
     assert refused == {"is_encoder_decoder", "hidden_act"} | ({"mlp_bias"} if name == LLAMA else set())
 
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from model_classes import TINY, Case, build, in_runtime
 from sglang_shift.errors import Refused
-from sglang_shift.models.fields import MODELS, check_class
+from sglang_shift.models.families import FAMILIES, check_class
 from sglang_shift.weights.base_weights import find_projections
 
 
-def roles(model):
+def roles(model, family="LlamaForCausalLM"):
     """The roles of the projections, or why there are none."""
     try:
-        return [kind.__name__ for _, kind in find_projections(model)]
+        return [kind.__name__ for _, kind in find_projections(model, FAMILIES[family].linears)]
     except Refused as refusal:
         return str(refusal)
 
@@ -26,10 +26,10 @@ def found():
     from sglang.srt.models.qwen3_moe import Qwen3MoeForCausalLM
 
     of = {}
-    for name in MODELS:
+    for name in FAMILIES:
         model = build(Case(name).model_config().hf_config)
         check_class(model, name)
-        of[name] = roles(model)
+        of[name] = roles(model, name)
     sizes = {**TINY, "num_experts_per_tok": 1}
     of["Mixtral"] = roles(MixtralForCausalLM(transformers.MixtralConfig(num_local_experts=2, **sizes)))
     sparse = transformers.Qwen3MoeConfig(num_experts=2, moe_intermediate_size=32, head_dim=16, **sizes)
@@ -49,7 +49,7 @@ def projections():
     return in_runtime(found)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_dense_decoder_has_four_a_layer(name, projections):
     layer = ["QkvProjection", "OutputProjection", "GateUpProjection", "DownProjection"]
     assert projections[name] == layer * TINY["num_hidden_layers"]
