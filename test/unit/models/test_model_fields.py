@@ -27,11 +27,13 @@ from sglang_shift.models.fields import (
     FOREIGN,
     HARMLESS,
     ROPE,
+    RULES,
     TAKEN,
     WINDOW,
     check_fields,
     taken_fields,
 )
+from sglang_shift.models.rules import Checkpoint
 
 LLAMA, MISTRAL, PHI3, QWEN2, QWEN3 = FAMILIES
 SHIFT = ShiftConfig(2, 2, True, "tokens")
@@ -200,9 +202,7 @@ def test_what_would_answer_otherwise_is_refused(name, differences):
 LAYERS = {"full_attention": rope()["rope_parameters"]}
 
 
-@pytest.mark.parametrize(
-    ("case", "words"),
-    [
+NEITHER = (
         # Neither computes these.
         (Case(QWEN3, {"layer_types": ["full_attention"] * 2, "rope_parameters": LAYERS}), "by type of layer"),
         (Case(LLAMA, {"rope_scaling": {"type": "default", "mrope_section": [2, 3, 3]}}), "mrope_section"),
@@ -211,11 +211,15 @@ LAYERS = {"full_attention": rope()["rope_parameters"]}
         (Case(LLAMA, {"no_rope_layers": [0, 1]}), "no_rope_layers"),
         (Case(LLAMA, {"attn_logit_softcapping": 30.0}), "attn_logit_softcapping 30.0"),
         (Case(QWEN2, {"attention_bias": False}), "attention_bias False"),
+    (Case(LLAMA, rope(**HALF)), r"partial_rotary_factor 0\.5 among .*; serve another"),
         (Case(LLAMA, {"model_type": "mistral"}), "model_type 'mistral'"),
         # The user asked for yarn with the old key, over the configuration's own rope_type.
         (Case(QWEN2, override={"rope_scaling": {"type": "yarn", "factor": 4.0}}), "'default' and type 'yarn'"),
-    ],
-)  # fmt: skip
+        (Case(QWEN3, {"layer_types": ["full_attention", "sliding_attention"]}), "sliding_attention, and no sliding"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "words"), NEITHER)
 def test_what_neither_computes_is_refused(case, words):
     with pytest.raises(Refused, match=words):
         check(case)
@@ -433,3 +437,15 @@ def test_a_window_is_refused_before_anything_starts(tmp_path):
     with pytest.raises(Refused, match=r"sliding_window 64.* 256 tokens .* give --context-length 64 or less"):
         resolve(ShiftServerArgs(**flags))
     resolve(ShiftServerArgs(**flags, context_length=64))
+
+
+def test_every_rule_refuses_a_case():
+    """A rule that no case meets might as well not be there."""
+    longer = Case(QWEN2, {"max_sequence_length": 1024, "rope_scaling": {"type": "linear", "factor": 4.0}})
+    theta = Case(LLAMA, {"rope_theta": 500.0}, override={"rope_theta": 900.0})
+    cases = [longer, theta, *(case for case, *_ in REFUSED.values()), *(case for case, _ in NEITHER)]
+    configs = [case.model_config() for case in cases]
+    layered = transformers.LlamaConfig(architectures=[LLAMA], per_layer_config={1: {"rms_norm_eps": 0.5}})
+    checkpoints = [Checkpoint(layered, 100), *(Checkpoint(each.hf_config, each.context_len) for each in configs)]
+    met = {next(rule for rule in RULES if rule.problem(each)).subject for each in checkpoints}
+    assert met == {rule.subject for rule in RULES}
