@@ -16,6 +16,7 @@ import torch
 import transformers
 from harness import free_port
 from sglang.srt.configs.model_config import ModelConfig
+from sglang_shift.models.families import FAMILIES, PACKAGE
 
 TINY = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -46,7 +47,7 @@ class Case:
 
     def write(self, folder: str) -> dict[str, Any]:
         """Write its ``config.json``; returns the content."""
-        model_type = self.architecture.removesuffix("ForCausalLM").lower()
+        model_type = FAMILIES[self.architecture].model_type
         head_dim = {"head_dim": 16} if model_type == "qwen3" else {}
         content = {"architectures": [self.architecture], "model_type": model_type, **TINY, **head_dim, **self.fields}
         Path(folder, "config.json").write_text(json.dumps(content))
@@ -152,9 +153,8 @@ def build(config: Any) -> torch.nn.Module:
     import importlib
 
     from sglang.srt.layers.rotary_embedding import factory
-    from sglang_shift.models.fields import MODELS, PACKAGE
 
-    module, _, name = MODELS[config.architectures[0]].native.partition(":")
+    module, _, name = FAMILIES[config.architectures[0]].native.partition(":")
     torch.set_default_dtype(torch.float32)
     factory._ROPE_DICT.clear()  # in which a factor of 4 is one of 4.0
     return getattr(importlib.import_module(PACKAGE + module), name)(config=config)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from sglang_shift.errors import ShiftError
+from sglang_shift.models.families import Role
 from sglang_shift.tools.benchmark import link as link_module
 from sglang_shift.tools.benchmark import link_rate
 from sglang_shift.tools.benchmark.link import Link, burst, namespaces
@@ -48,10 +49,10 @@ class TestRule:
 
     def test_parameters_and_shards(self):
         assert BENCH.parameters == 1024 * (1024 + 2 * 128) + 1024 * 1024 + 3 * 1024 * 3584
-        assert BENCH.shards(2) == [(512 + 2 * 64, 1024), (1024, 512), (3584, 1024), (1024, 1792)]
-        assert 4 * sum(n * k for n, k in BENCH.shards(4)) == BENCH.parameters
-        assert BENCH.shards(8)[0] == (128 + 2 * 32, 1024)  # a whole KV head
-        assert sum(n * k for n, k in BENCH.shards(1)) == BENCH.parameters
+        assert list(BENCH.shards(2).values()) == [(512 + 2 * 64, 1024), (1024, 512), (3584, 1024), (1024, 1792)]
+        assert 4 * sum(n * k for n, k in BENCH.shards(4).values()) == BENCH.parameters
+        assert BENCH.shards(8)[Role.QKV] == (128 + 2 * 32, 1024)  # a whole KV head
+        assert sum(n * k for n, k in BENCH.shards(1).values()) == BENCH.parameters
 
     @pytest.mark.parametrize("ranks", [0, 3, 64])
     def test_ranks_that_do_not_divide_are_refused(self, ranks):
@@ -110,7 +111,7 @@ class TestRule:
         asked = []
         monkeypatch.setattr(link_rate, "gemm_flops", lambda *args: asked.append(args) or 200e9)
         choice = link_rate.chosen_rate(in_config(tmp_path), 2, "qwen-32b")
-        assert asked == [(BENCH.shards(2), "bfloat16", 2)]
+        assert asked == [(list(BENCH.shards(2).values()), "bfloat16", 2)]
         assert choice.rho == TARGETS["qwen-32b"].rho.value
         assert choice.rate == rate_for(BENCH, 2, 2, 200e9, choice.rho)
         assert f"rate        {choice.rate / 1e6:.0f} Mbit/s" in choice.text

@@ -8,10 +8,10 @@ from sglang.srt.arg_groups import memory_hook
 from sglang.srt.arg_groups.overrides import declare_resolution, resolution_result
 from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, PhaseConfig
 from sglang_shift.args.server_args import ShiftServerArgs
-from sglang_shift.args.sp_size import MIB
 from sglang_shift.errors import ShiftError
 from sglang_shift.launch_server import resolve
 from sglang_shift.models.demo import demo_model_path
+from sglang_shift.models.sizes import MIB
 from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.tools.benchmark.link_rate import TARGETS
 from sglang_shift.tools.plan.hardware import gpus

@@ -8,16 +8,11 @@ import pytest
 from plan_models import CONFIG, config
 from sglang.srt.configs.model_config import ModelConfig
 from sglang_shift.errors import ShiftError
+from sglang_shift.models.families import FAMILIES
 from sglang_shift.tools.plan.config import completed, context_of
 from sglang_shift.tools.plan.model import read_model
 
-TYPES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Phi3ForCausalLM": "phi3",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
+TYPES = {name: family.model_type for name, family in FAMILIES.items()}
 FACTORS = [1.0] * 32
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ABSENT = object()

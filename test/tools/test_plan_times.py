@@ -108,7 +108,7 @@ class TestGemms:
         rows = {mode: times(on, 4, 2, model={"weights": "fp8"}).parts(mode, "prefill", 2)["gemm"] for mode in Mode}
         share = {Mode.TP: 4, Mode.SP: 2}
         for mode, m in ((Mode.TP, 2), (Mode.SP, 1)):
-            shards = SMALL.shards(share[mode])
+            shards = SMALL.shards(share[mode]).values()
             inputs, outputs = sum(k for _, k in shards), sum(n for n, _ in shards)
             layers = 3 * (SMALL.parameters / share[mode] + m * inputs + 2 * m * outputs)
             head = (1 + 256) * 64 + 2 * 256

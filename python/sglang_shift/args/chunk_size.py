@@ -14,7 +14,8 @@ from sglang.srt.arg_groups.overrides import (
 )
 from sglang.srt.utils import get_device_memory_capacity
 
-from sglang_shift.args.sp_size import on_our_cpu_platform, pool_of, rank_memory_bytes, weight_bytes
+from sglang_shift.args.sp_size import on_our_cpu_platform, pool_of, rank_memory_bytes
+from sglang_shift.models.sizes import ModelSizes
 
 # Rows from which on a bfloat16 GEMM is bound by arithmetic, not by reading its weights: data-centre
 # GPUs do 200 to 400 operations in the time in which they read a byte; next power of two. A rule of
@@ -61,7 +62,8 @@ def suit_chunk_size(server_args: Any, sp_size: int) -> Suited:
     fraction = lowered_fraction(settings, chunk, get_device_memory_capacity(settings.device))
     model_config = model_config_of(server_args)
     memory = int(rank_memory_bytes(settings) * fraction / settings.mem_fraction_static)
-    weights = weight_bytes(model_config.hf_config, settings.tp_size, sp_size, model_config.dtype.itemsize)
+    sizes = ModelSizes.of(model_config.hf_config)
+    weights = sizes.weight_bytes(settings.tp_size, sp_size, model_config.dtype.itemsize)
     if weights + pool_of(settings, model_config, memory).wanted > memory:
         return Suited(
             f"--chunked-prefill-size stays {default}, SGLang's default: the activations of {chunk} tokens would take "

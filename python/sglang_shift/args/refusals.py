@@ -9,7 +9,9 @@ from sglang_shift_kernels.layout import SCALE_BYTES
 
 from sglang_shift.config import QUEUE_FIELDS, ShiftConfig, policies_using
 from sglang_shift.errors import Refused
-from sglang_shift.models.fields import MODELS, check_fields
+from sglang_shift.models.families import FAMILIES
+from sglang_shift.models.fields import check_fields
+from sglang_shift.models.heads import Heads
 from sglang_shift.policy.builtin import POLICIES, QueueDepth, load_policy
 
 POLICY_FIELDS = ("shift_policy", "shift_threshold", *("shift_" + name for name in QUEUE_FIELDS), "shift_calibration")
@@ -20,8 +22,6 @@ SP_FIELDS = {
     "shift_graph_buckets": "no step is in SP",
 }
 """Settings of SP mode, which need no switching; why they are pointless without it."""
-
-ARCHITECTURES = tuple(MODELS)
 
 # (what the user asked for, whether these settings ask for it, why it cannot be served)
 FEATURES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -162,7 +162,7 @@ def check_registry(name: str) -> None:
     """
     from sglang.srt.environ import envs
 
-    module = MODELS[name].native.partition(":")[0]
+    module = FAMILIES[name].module
     if module in envs.SGLANG_DISABLED_MODEL_ARCHS.get():
         raise Refused(f"SGLANG_DISABLED_MODEL_ARCHS={module} keeps SGLang from its own {name}; unset it")
 
@@ -175,10 +175,8 @@ def check_model(model_config: Any, config: ShiftConfig) -> None:
     """
     hf_config = model_config.hf_config
     name = (getattr(hf_config, "architectures", None) or ["unknown"])[0]
-    if name not in ARCHITECTURES:
-        raise Refused(
-            f"architecture {name} is not served with sequence parallelism; these are: {', '.join(ARCHITECTURES)}"
-        )
+    if name not in FAMILIES:
+        raise Refused(f"architecture {name} is not served with sequence parallelism; these are: {', '.join(FAMILIES)}")
     check_registry(name)
     if model_config.quantization is not None or getattr(hf_config, "quantization_config", None):
         raise Refused(
@@ -189,22 +187,23 @@ def check_model(model_config: Any, config: ShiftConfig) -> None:
         raise Refused(f"{name} is served for text generation only")
     check_fields(hf_config, model_config.context_len)
     world_size = config.world_size
-    heads, kv_heads = model_config.num_attention_heads, model_config.get_total_num_kv_heads()
-    if heads % world_size:
+    heads = Heads(model_config.num_attention_heads, model_config.get_total_num_kv_heads())
+    if not heads.divides_queries(world_size):
         raise Refused(
-            f"--tp-size {world_size} does not divide the model's {heads} attention heads; choose a divisor of {heads}"
+            f"--tp-size {world_size} does not divide the model's {heads.query} attention heads; choose a divisor of "
+            f"{heads.query}"
         )
-    if kv_heads % world_size and world_size % kv_heads:
+    if not heads.divides_kv(world_size):
         raise Refused(
-            f"--tp-size {world_size} and the model's {kv_heads} KV heads do not divide each other; choose another size"
+            f"--tp-size {world_size} and the model's {heads.kv} KV heads do not divide each other; choose another size"
         )
     intermediate = hf_config.intermediate_size
     if intermediate % world_size:
         raise Refused(f"--tp-size {world_size} does not divide the model's intermediate size {intermediate}")
     if config.exchange_dtype == "fp8":
-        queries = heads // world_size * model_config.head_dim
-        qkv = queries + 2 * max(1, kv_heads // world_size) * model_config.head_dim
-        for name, width in (("QKV", qkv), ("O", queries)):
+        shard = heads.of_rank(world_size)
+        for name, count in (("QKV", shard.qkv), ("O", shard.query)):
+            width = count * model_config.head_dim
             if width % SCALE_BYTES:
                 raise Refused(
                     f"--shift-exchange-dtype fp8 takes a multiple of {SCALE_BYTES} columns, and with --tp-size "

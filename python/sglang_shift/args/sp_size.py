@@ -15,16 +15,13 @@ from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
 from sglang.srt.utils import get_device_memory_capacity
 
 from sglang_shift.errors import Refused
+from sglang_shift.models.sizes import MIB, ModelSizes, size_text
 from sglang_shift.platforms.cpu import ShiftCpuPlatform, local_ranks
 
 AUTO = "auto"
 # Of the memory that is free on a machine without a GPU, what weights and KV pools of all its ranks
 # may take together; the rest is for the processes themselves and for activations.
 CPU_FRACTION = 0.8
-# Rows to a multiple of which SGLang pads a vocabulary.
-VOCAB_PADDING = 64
-GIB = 1 << 30
-MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -80,65 +77,6 @@ def check_sp_size(value: Any) -> None:
     raise Refused(f"sp_size {value!r} is neither a whole number of ranks nor '{AUTO}'")
 
 
-def weight_bytes(config: Any, world_size: int, sp_size: int, dtype_bytes: int) -> int:
-    """Bytes of the base configuration's weights on one rank, each storage once.
-
-    The layers are those that SGLang builds for the architectures in
-    :data:`sglang_shift.args.refusals.ARCHITECTURES`, which P must suit: SGLang has no bias in the MLP,
-    whatever ``mlp_bias`` says, and one in QKV for every Qwen2.
-
-    Args:
-        config: The model's Hugging Face configuration.
-        world_size: P.
-        sp_size: S.
-        dtype_bytes: Bytes of one weight.
-    """
-    heads, hidden = config.num_attention_heads, config.hidden_size
-    architecture = config.architectures[0]
-    bias = bool(getattr(config, "attention_bias", False))
-    if architecture in ("LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM"):
-        bias = bias or bool(getattr(config, "bias", False))  # the name that some Llama-like checkpoints use
-    if architecture == "Qwen2ForCausalLM":
-        qkv_bias, o_bias = True, False
-    else:
-        qkv_bias = o_bias = bias
-    # S shards side by side, each with its own copy of a replicated KV head.
-    q_width = sp_size * heads // world_size * _head_dim(config)
-    kv_width = sp_size * _kv_heads_of_rank(config, world_size) * _head_dim(config)
-    qkv = (q_width + 2 * kv_width) * (hidden + qkv_bias)
-    out = q_width * hidden + hidden * o_bias
-    mlp = 3 * hidden * (sp_size * config.intermediate_size // world_size)
-    norms = 2 * hidden + (2 * _head_dim(config) if architecture == "Qwen3ForCausalLM" else 0)
-    embeddings = 1 if config.tie_word_embeddings else 2
-    vocab = embeddings * padded_vocab(config.vocab_size, world_size) // world_size * hidden
-    return (config.num_hidden_layers * (qkv + out + mlp + norms) + hidden + vocab) * dtype_bytes
-
-
-def kv_bytes_per_token(config: Any, world_size: int, kv_dtype_bytes: int) -> int:
-    """Bytes of K and V of one token on one rank, in all layers: the same in both modes, whatever S is."""
-    width = _kv_heads_of_rank(config, world_size) * _head_dim(config)
-    return 2 * config.num_hidden_layers * width * kv_dtype_bytes
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _kv_heads_of_rank(config: Any, world_size: int) -> int:
-    """KV heads of one rank's full-TP shard; where there are fewer than ranks, each is on several."""
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return max(1, kv_heads // world_size)
-
-
-def padded_vocab(vocab_size: int, world_size: int) -> int:
-    """Rows of the embedding on all ranks, padded as SGLang's VocabParallelEmbedding does."""
-    # Not imported from there: the launcher need not load SGLang's layers and their kernels.
-    padding = VOCAB_PADDING
-    if -(-vocab_size // padding) * padding % world_size:
-        padding *= world_size
-    return -(-vocab_size // padding) * padding
-
-
 def on_our_cpu_platform() -> bool:
     """Whether this machine is served by :class:`sglang_shift.platforms.cpu.ShiftCpuPlatform`."""
     from sglang.srt.platforms import current_platform
@@ -181,19 +119,18 @@ def pool_of(settings: Any, model_config: Any, memory: int) -> Pool:
     tokens anyway. Once the pool has half, a smaller S could not even double it. What it must have is
     less, since SGLang serves shorter requests where the longest has no room: 1/8 of the memory.
     """
-    config = model_config.hf_config
     kv_dtype = str(settings.kv_cache_dtype)
     kv_bytes = 1 if kv_dtype.startswith(("fp8", "mxfp8", "nvfp4", "fp4")) else model_config.dtype.itemsize
     kv_bytes = 2 if kv_dtype in ("bf16", "bfloat16") else kv_bytes
-    per_token = kv_bytes_per_token(config, settings.tp_size, kv_bytes)
+    per_token = ModelSizes.of(model_config.hf_config).kv_bytes_per_token(settings.tp_size, kv_bytes)
     if settings.max_total_tokens is not None:
         size = settings.max_total_tokens * per_token
-        return Pool(size, size, f"a KV pool of {settings.max_total_tokens} tokens ({_size(size)})")
+        return Pool(size, size, f"a KV pool of {settings.max_total_tokens} tokens ({size_text(size)})")
     context = model_config.context_len
     longest = context * per_token
     wanted = max(longest, memory // 2)
-    what = f"half of the memory, {_size(wanted)}" if wanted > longest else f"{_size(wanted)}"
-    words = f"a KV pool of {what} (one request of {context} tokens needs {_size(longest)})"
+    what = f"half of the memory, {size_text(wanted)}" if wanted > longest else f"{size_text(wanted)}"
+    words = f"a KV pool of {what} (one request of {context} tokens needs {size_text(longest)})"
     return Pool(min(longest, memory // LEAST_SHARE), wanted, words)
 
 
@@ -210,15 +147,15 @@ def choose_sp_size(weights: Mapping[int, int], memory: int, pool: Pool) -> Choic
     Raises:
         Refused: no candidate leaves the needed pool.
     """
-    table = ", ".join(f"S={s} {_size(weights[s])}" for s in sorted(weights))
-    numbers = f"weights a rank: {table}; {_size(memory)} for weights and pool together"
+    table = ", ".join(f"S={s} {size_text(weights[s])}" for s in sorted(weights))
+    numbers = f"weights a rank: {table}; {size_text(memory)} for weights and pool together"
     if fitting := [s for s in weights if weights[s] + pool.wanted <= memory]:
         s = max(fitting)
         which = "the largest candidate, and its weights fit" if s == max(weights) else "the largest that fits"
         return Choice(s, f"S={s} is {which} beside {pool.words}; {numbers}")
     s = min(weights)
     if weights[s] + pool.needed <= memory:
-        left = _size(memory - weights[s])
+        left = size_text(memory - weights[s])
         return Choice(s, f"no S fits beside {pool.words}; S={s} leaves the most, {left}; {numbers}")
     smaller = f", a smaller --context-length or --max-total-tokens, --sp-size {s} with a pool of what is left"
     raise Refused(
@@ -235,13 +172,10 @@ def auto_sp_size(server_args: Any) -> Choice:
     """
     settings, model_config = resolving_view(server_args), model_config_of(server_args)
     world_size, memory = settings.tp_size, rank_memory_bytes(settings)
+    sizes = ModelSizes.of(model_config.hf_config)
     weights = {
-        s: weight_bytes(model_config.hf_config, world_size, s, model_config.dtype.itemsize)
+        s: sizes.weight_bytes(world_size, s, model_config.dtype.itemsize)
         for s in range(2, world_size + 1)
         if world_size % s == 0
     }
     return choose_sp_size(weights, memory, pool_of(settings, model_config, memory))
-
-
-def _size(size: int) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"

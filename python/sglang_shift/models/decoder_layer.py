@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_shift.errors import ShiftError
+from sglang_shift.models.families import Role
+from sglang_shift.models.heads import Heads
 
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Fields of ``config.json`` that count experts."""
+
 MOST = 2**31 - 1
 
 
@@ -23,33 +27,38 @@ class Layer:
     head_dim: int
 
     @property
+    def attention(self) -> Heads:
+        """Its heads, which ranks divide."""
+        return Heads(self.heads, self.kv_heads)
+
+    @property
     def parameters(self) -> int:
         """Weights of its GEMMs: queries, keys and values; output; gate and up; down."""
-        attention = (2 * self.heads + 2 * self.kv_heads) * self.head_dim
-        return self.hidden * (attention + 3 * self.intermediate)
+        return sum(outputs * inputs for outputs, inputs in self._matrices(self.attention, self.intermediate).values())
 
-    def shards(self, ranks: int) -> list[tuple[int, int]]:
-        """Outputs and inputs of a rank's GEMMs in TP. Keys and values are not divided below a head.
+    def shards(self, ranks: int) -> dict[Role, tuple[int, int]]:
+        """Outputs and inputs of a rank's GEMMs in TP, in the order of a forward.
 
         Raises:
             ShiftError: the layer cannot be divided by ``ranks``.
         """
-        uneven = ranks < 1 or self.heads % ranks or self.intermediate % ranks
-        if uneven or (self.kv_heads % ranks and ranks % self.kv_heads):
+        uneven = ranks < 1 or not self.attention.divides_queries(ranks) or self.intermediate % ranks
+        if uneven or not self.attention.divides_kv(ranks):
             raise ShiftError(
                 f"{ranks} ranks for {self.heads} heads, {self.kv_heads} KV heads and an intermediate size of "
                 f"{self.intermediate}; give a number that divides the heads and the size, and that divides the KV "
                 "heads or is divided by them"
             )
-        queries = self.heads // ranks * self.head_dim
-        values = max(1, self.kv_heads // ranks) * self.head_dim
-        intermediate = self.intermediate // ranks
-        return [
-            (queries + 2 * values, self.hidden),
-            (self.hidden, queries),
-            (2 * intermediate, self.hidden),
-            (self.hidden, intermediate),
-        ]
+        return self._matrices(self.attention.of_rank(ranks), self.intermediate // ranks)
+
+    def _matrices(self, heads: Heads, intermediate: int) -> dict[Role, tuple[int, int]]:
+        queries = heads.query * self.head_dim
+        return {
+            Role.QKV: (heads.qkv * self.head_dim, self.hidden),
+            Role.OUTPUT: (self.hidden, queries),
+            Role.GATE_UP: (2 * intermediate, self.hidden),
+            Role.DOWN: (self.hidden, intermediate),
+        }
 
     def all_reduce_bytes(self, ranks: int, element_bytes: int) -> float:
         """What a rank sends per token in TP: two ring all-reduces of the hidden states.
@@ -62,11 +71,10 @@ class Layer:
     def exchange_bytes(self, ranks: int, element_bytes: int) -> float:
         """What a rank sends per token in SP = P: of its share of the tokens, the heads that are others'.
 
-        Queries, keys and values one way, the attention's output the other. KV heads are replicated where
-        there are fewer than ranks.
+        Queries, keys and values one way, the attention's output the other, of all ranks' heads.
         """
-        width = (2 * self.heads + 2 * max(self.kv_heads, ranks)) * self.head_dim
-        return width * element_bytes * (ranks - 1) / ranks**2
+        heads = self.attention.of_base_rank(ranks, ranks)
+        return (heads.qkv + heads.query) * self.head_dim * element_bytes * (ranks - 1) / ranks**2
 
 
 def size_in(config: dict[str, Any], name: str, default: int | None = None, least: int = 1) -> int:

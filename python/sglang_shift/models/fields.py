@@ -1,49 +1,21 @@
 """Fields of a model's ``config.json`` that SGLang's class does not compute as transformers does: refused by name.
 
 SGLang's classes read the fields that they know and pass over the others without a word, so a checkpoint with another
-one is served wrongly. What is said here of a field is what the sources of both say, and ``test/test_model_fields.py``
-holds it against them: it reads which fields they name, and compares their answers.
+one is served wrongly. What is said here of a field is what the sources of both say. The tests hold it against them:
+they read which fields the sources name, and compare the answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields
-from itertools import chain
+from dataclasses import MISSING, fields
 from typing import Any
 
 from sglang_shift.errors import Refused
-from sglang_shift.models.rope_fields import LENGTH, PARTIAL, override, rope_problems, short
+from sglang_shift.models.decoder_layer import EXPERTS
+from sglang_shift.models.families import ORIGINAL_LENGTH, PARTIAL_ROTARY, Family, Role, Window
+from sglang_shift.models.rope_fields import ROPE_RULES
+from sglang_shift.models.rules import Checkpoint, override, rule, short
 from sglang_shift.seams import relies_on
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How SGLang and transformers call a model that is served.
-
-    Attributes:
-        native: SGLang's class, ``module:name``, in ``sglang.srt.models``.
-        model_type: What transformers goes by.
-        takes: Fields that SGLang's class takes as transformers does, besides :data:`TAKEN`.
-        has: What other models have fields for, and this one has whatever they say.
-    """
-
-    native: str
-    model_type: str
-    takes: tuple[str, ...] = ()
-    has: tuple[str, ...] = ()
-
-
-PACKAGE = "sglang.srt.models."
-
-# Dense decoders on SGLang's layer boundaries whose every mode is tested against transformers.
-MODELS = {
-    "LlamaForCausalLM": Architecture("llama:LlamaForCausalLM", "llama", ("attention_bias", LENGTH)),
-    "MistralForCausalLM": Architecture("mistral:MistralForCausalLM", "mistral", (LENGTH,)),
-    "Phi3ForCausalLM": Architecture("llama:Phi3ForCausalLM", "phi3", (LENGTH, PARTIAL)),
-    "Qwen2ForCausalLM": Architecture("qwen2:Qwen2ForCausalLM", "qwen2", has=("attention_bias", "qkv_bias")),
-    "Qwen3ForCausalLM": Architecture("qwen3:Qwen3ForCausalLM", "qwen3", ("attention_bias",), ("use_qk_norm",)),
-}
 
 TAKEN = frozenset(
     ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -58,11 +30,11 @@ HARMLESS = frozenset(
 )  # fmt: skip
 """What no answer depends on: names, training, token ids, and how the same sums are divided."""
 
-ROPE = frozenset(("rope_parameters", LENGTH))
+ROPE = frozenset(("rope_parameters", ORIGINAL_LENGTH))
 WINDOW = frozenset(("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"))
 
-# Other models' fields that change what is computed, and what they are where they change nothing (as null does). None
-# of the classes above has them in transformers; SGLang's ignore them, or read them where transformers does not.
+# Other models' fields that change what is computed, and the values with which they change nothing (as null does). None
+# of the families has them in transformers. SGLang's classes ignore them, or read them although transformers does not.
 FOREIGN: dict[str, Any] = {
     **dict.fromkeys(
         ("attention_bias", "bias", "mlp_bias", "qkv_bias", "use_bias", "lm_head_bias", "attention_out_bias",
@@ -73,7 +45,7 @@ FOREIGN: dict[str, Any] = {
     **dict.fromkeys(("is_causal", "rope_is_neox_style", "use_rope"), True),
     **dict.fromkeys(
         ("logit_scale", "logits_scaling", "residual_multiplier", "embedding_multiplier", "lm_head_multiplier",
-         "scale_emb", "embedding_scale", "partial_rotary_factor", "rotary_pct", "loop_num", "num_loops", "hc_mult"), 1
+         "scale_emb", "embedding_scale", PARTIAL_ROTARY, "rotary_pct", "loop_num", "num_loops", "hc_mult"), 1
     ),
     **dict.fromkeys(
         ("attention_multiplier", "query_pre_attn_scalar", "scale_depth", "dim_model_base", "attn_logit_softcapping",
@@ -82,7 +54,7 @@ FOREIGN: dict[str, Any] = {
          "dual_chunk_attention_config", "original_num_attention_heads", "linear_attn_config", "engram_layer_ids",
          "hidden_activation"), None
     ),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 0),
+    **dict.fromkeys(EXPERTS, 0),
 }  # fmt: skip
 
 
@@ -98,95 +70,142 @@ def check_fields(hf_config: Any, context_len: int) -> None:
     """Check that SGLang's class computes what the model's configuration says, up to the context.
 
     Args:
-        hf_config: Its Hugging Face configuration, whose architecture is in :data:`MODELS`.
+        hf_config: Its Hugging Face configuration, whose architecture is in :data:`FAMILIES`.
         context_len: The longest sequence that is served.
 
     Raises:
         Refused: with the field, and the way out if there is one.
     """
-    model = MODELS[hf_config.architectures[0]]
-    for problem in chain(
-        _field_problems(hf_config, model),
-        rope_problems(hf_config, model.takes, context_len),
-        _window_problems(hf_config, model, context_len),
-    ):
-        raise Refused(f"config.json has {problem}")
+    checkpoint = Checkpoint(hf_config, context_len)
+    for each in RULES:
+        if problem := each.problem(checkpoint):
+            raise Refused(f"config.json has {problem}")
 
 
-def check_class(model: Any, name: str) -> None:
-    """Check that SGLang loaded its own class for the architecture.
-
-    It falls back to transformers' code, silently, for a name that it lacks or whose module it cannot import, and a
-    package of the user's may register a class of that name.
-
-    Args:
-        model: The loaded model.
-        name: The architecture, which is in :data:`MODELS`.
-
-    Raises:
-        Refused: it is another class.
-    """
-    found = type(model)
-    loaded, native = f"{found.__module__}:{found.__qualname__}", PACKAGE + MODELS[name].native
-    if loaded != native:
-        raise Refused(
-            f"SGLang loaded {loaded} for architecture {name}, and sequence parallelism is tested with {native}; remove "
-            "what replaces it (SGLANG_EXTERNAL_MODEL_PACKAGE, SGLANG_DISABLED_MODEL_ARCHS), or serve without sequence "
-            "parallelism"
-        )
+def taken_fields(family: Family) -> frozenset[str]:
+    """Fields that SGLang's class takes as transformers does, besides those of the rope and the window."""
+    return TAKEN | family.bias_fields | set(family.rope_fields)
 
 
-def _field_problems(hf_config: Any, model: Architecture) -> Iterator[str]:
-    name = hf_config.architectures[0]
-    if hf_config.model_type != model.model_type:
-        yield (
-            f"architecture {name} and model_type {hf_config.model_type!r}, and SGLang would compute the former where "
-            "transformers computes the latter; if the weights are the former's, give "
-            f"{override('model_type', model.model_type)}"
-        )
-    if getattr(hf_config, "is_heterogeneous", False):
-        yield f"per_layer_config, which SGLang's {name} does not read; serve another checkpoint"
-    for field, without in _neutral(model).items():
-        value = getattr(hf_config, field, None)
-        if value not in (None, [], without):
-            yield (
-                f"{field} {short(value)}, with which SGLang's {name} would answer wrongly, without an error; if the "
-                f"weights do without it, remove it or give {override(field, without)}"
-            )
-
-
-def _neutral(model: Architecture) -> dict[str, Any]:
+def neutral_values(family: Family) -> dict[str, Any]:
     """The fields that must change nothing, and the values with which they do not."""
-    known = _known(model)
-    foreign = {field: field in model.has or value for field, value in FOREIGN.items() if field not in known}
-    served = TAKEN | HARMLESS | ROPE | WINDOW | set(model.takes)
+    known, stated = transformers_defaults(family), _stated(family)
+    foreign = {field: field in stated or value for field, value in FOREIGN.items() if field not in known}
+    served = taken_fields(family) | HARMLESS | ROPE | WINDOW
     return {field: value for field, value in (foreign | known).items() if field not in served}
 
 
-def _known(model: Architecture) -> dict[str, Any]:
+def transformers_defaults(family: Family) -> dict[str, Any]:
     """The fields of transformers' class, and their defaults."""
     from transformers import CONFIG_MAPPING
 
-    return {field.name: _default(field) for field in fields(CONFIG_MAPPING[model.model_type])}
+    return {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(CONFIG_MAPPING[family.model_type])
+    }
 
 
-def _default(field: Any) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
+def _stated(family: Family) -> set[str]:
+    """Other models' fields that may be true, as they state what this family has whatever they say."""
+    stated = {"use_qk_norm"} if family.qk_norm else set()
+    biased = any(linear.role is Role.QKV and linear.bias is True for linear in family.linears)
+    return stated | ({"attention_bias", "qkv_bias"} if biased else set())
 
 
-def _window_problems(hf_config: Any, model: Architecture, context_len: int) -> Iterator[str]:
-    """None of the classes has a window: it must be as long as anything that is served."""
-    name, kinds = hf_config.architectures[0], getattr(hf_config, "layer_types", None) or []
-    if others := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
-        yield f"layers of type {', '.join(others)}, which SGLang's {name} does not have; serve another checkpoint"
-    # A field of transformers' class; where it has none, transformers does without a window as well.
-    window = hf_config.sliding_window if "sliding_window" in _known(model) else None
-    slides = "sliding_attention" in kinds
-    if window is None and slides:
-        yield "layers of type sliding_attention, and no sliding_window; give one, or serve another checkpoint"
-    # Qwen has it in the layers that slide, the others in all.
-    if window is not None and window < context_len and (slides or not model.model_type.startswith("qwen")):
-        yield (
-            f"sliding_window {window}, which SGLang's {name} does not have: beyond it the context of {context_len} "
-            f"tokens would be answered wrongly, without an error; give --context-length {window} or less"
-        )
+@rule(
+    "a `model_type` that is not the architecture's",
+    "SGLang reads the architecture, and transformers reads the type.",
+    "If the weights are the architecture's, give the override in the message.",
+)
+def other_type(checkpoint: Checkpoint) -> str | None:
+    """As of a Mistral with layer_types, whose type is ministral."""
+    family = checkpoint.family
+    if checkpoint.config.model_type == family.model_type:
+        return None
+    return (
+        f"architecture {family.architecture} and model_type {checkpoint.config.model_type!r}, and SGLang would compute "
+        "the former where transformers computes the latter; if the weights are the former's, give "
+        f"{override('model_type', family.model_type)}"
+    )
+
+
+@rule("`per_layer_config`", "SGLang does not read it.")
+def per_layer(checkpoint: Checkpoint) -> str | None:
+    """Transformers' class notes it as a property."""
+    if not getattr(checkpoint.config, "is_heterogeneous", False):
+        return None
+    return f"per_layer_config, which SGLang's {checkpoint.family.architecture} does not read; serve another checkpoint"
+
+
+@rule(
+    "a field of the table below with another value than there",
+    "SGLang ignores the field, or reads it although transformers does not.",
+    "If the weights do without it, remove the field or give the override in the message. "
+    "If the field is `bias`, its name should be `attention_bias`.",
+)
+def foreign_field(checkpoint: Checkpoint) -> str | None:
+    """Null and an empty list change nothing either."""
+    for field, without in neutral_values(checkpoint.family).items():
+        value = getattr(checkpoint.config, field, None)
+        if value not in (None, [], without):
+            return (
+                f"{field} {short(value)}, with which SGLang's {checkpoint.family.architecture} would answer wrongly, "
+                f"without an error; if the weights do without it, remove it or give {override(field, without)}"
+            )
+    return None
+
+
+@rule("`layer_types` with other types than `full_attention` and `sliding_attention`", "SGLang has no such layers.")
+def other_layers(checkpoint: Checkpoint) -> str | None:
+    """Such as those of chunked or of linear attention."""
+    others = sorted(set(_layer_types(checkpoint)) - {"full_attention", "sliding_attention"})
+    if not others:
+        return None
+    name = checkpoint.family.architecture
+    return f"layers of type {', '.join(others)}, which SGLang's {name} does not have; serve another checkpoint"
+
+
+@rule(
+    "`layer_types` with `sliding_attention`, and no `sliding_window`",
+    "No window is known for these layers.",
+    "Give a `sliding_window`, if transformers reads one for the family.",
+)
+def window_without_length(checkpoint: Checkpoint) -> str | None:
+    """Transformers would fail, or do without a window in a family that has none."""
+    if _window(checkpoint) is not None or "sliding_attention" not in _layer_types(checkpoint):
+        return None
+    return "layers of type sliding_attention, and no sliding_window; give one, or serve another checkpoint"
+
+
+@rule(
+    "a `sliding_window` shorter than the context, in a model that uses it",
+    "SGLang attends to all tokens.",
+    "Give `--context-length` of at most the window. Then no token is outside of it.",
+    lambda family: family.window is not Window.NONE,
+)
+def short_window(checkpoint: Checkpoint) -> str | None:
+    """None of SGLang's classes has a window: it must be as long as anything that is served."""
+    family, window, context = checkpoint.family, _window(checkpoint), checkpoint.context
+    if window is None or window >= context:
+        return None
+    if family.window is Window.SLIDING and "sliding_attention" not in _layer_types(checkpoint):
+        return None
+    return (
+        f"sliding_window {window}, which SGLang's {family.architecture} does not have: beyond it the context of "
+        f"{context} tokens would be answered wrongly, without an error; give --context-length {window} or less"
+    )
+
+
+def _layer_types(checkpoint: Checkpoint) -> list[str]:
+    return getattr(checkpoint.config, "layer_types", None) or []
+
+
+def _window(checkpoint: Checkpoint) -> int | None:
+    """If transformers applies a window to no layer of the family, ``sliding_window`` means nothing there either."""
+    return None if checkpoint.family.window is Window.NONE else checkpoint.config.sliding_window
+
+
+FIELD_RULES = (other_type, per_layer, foreign_field)
+WINDOW_RULES = (other_layers, window_without_length, short_window)
+RULES = (*FIELD_RULES, *ROPE_RULES, *WINDOW_RULES)
+"""All rules, in the order in which they are checked."""

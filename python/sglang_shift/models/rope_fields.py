@@ -2,162 +2,295 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Collection, Iterator
-from typing import Any
 
+from sglang_shift.models.families import ORIGINAL_LENGTH, PARTIAL_ROTARY
+from sglang_shift.models.rules import Checkpoint, override, rule, short
 from sglang_shift.seams import relies_on
 
-LENGTH = "original_max_position_embeddings"
-PARTIAL = "partial_rotary_factor"
-
-# Parameters that both read, by type of rope.
-KEYS: dict[str, frozenset[str]] = {
+ROPE_PARAMETERS: dict[str, frozenset[str]] = {
     "linear": frozenset(("factor",)),
-    "llama3": frozenset(("factor", LENGTH, "low_freq_factor", "high_freq_factor")),
+    "llama3": frozenset(("factor", ORIGINAL_LENGTH, "low_freq_factor", "high_freq_factor")),
     "yarn": frozenset(
-        ("factor", LENGTH, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+        ("factor", ORIGINAL_LENGTH, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+         "truncate")
     ),
-    "longrope": frozenset(("factor", LENGTH, "attention_factor", "short_factor", "long_factor")),
-}
-# SGLang's only, of yarn, and how it answers as transformers does, which does not read them.
+    "longrope": frozenset(("factor", ORIGINAL_LENGTH, "attention_factor", "short_factor", "long_factor")),
+}  # fmt: skip
+"""Parameters that SGLang and transformers both read, by type of rope."""
+
+# "default" is also what is left if another type is switched off, with all of its parameters.
+ROPE_PARAMETERS["default"] = frozenset().union(*ROPE_PARAMETERS.values())
+
+OF_ANY_TYPE = frozenset(("rope_type", "type", "rope_theta", PARTIAL_ROTARY, "finetuned"))
+
 YARN_NEUTRAL = {"attn_factor": 1, "extrapolation_factor": 1}
-# "default" is also what is left when another type is switched off, with all of its parameters.
-KEYS["default"] = frozenset().union(*KEYS.values())
-OF_ANY_TYPE = frozenset(("rope_type", "type", "rope_theta", PARTIAL, "finetuned"))
+"""Parameters of yarn that only SGLang reads, and the values with which it answers as transformers does."""
+
+
+@rule("rope parameters by type of layer", "SGLang does not read them.", "Give one set of parameters for all layers.")
+def by_layer_type(checkpoint: Checkpoint) -> str | None:
+    """SGLang builds one rope for all layers."""
+    if nested := [key for key, value in checkpoint.rope.items() if isinstance(value, dict)]:
+        return f"rope parameters by type of layer ({', '.join(nested)}), which SGLang does not read; give one for all"
+    return None
+
+
+@rule(
+    "rope type `dynamic`",
+    "SGLang scales for the longest sequence, whatever the length of a prompt.",
+    "Give the override in the message, with `--context-length` of at most `max_position_embeddings`.",
+)
+def dynamic_type(checkpoint: Checkpoint) -> str | None:
+    """Transformers scales for the sequence at hand."""
+    if checkpoint.rope_type != "dynamic":
+        return None
+    return (
+        "rope type 'dynamic', which SGLang scales for the longest sequence at every length; "
+        f"{override('rope_scaling', {'rope_type': 'default', 'type': 'default'})} with --context-length "
+        f"{checkpoint.config.max_position_embeddings} or less is the same without"
+    )
+
+
+@rule("another rope type that is not in the table above", "It has not been compared with transformers.")
+def unknown_type(checkpoint: Checkpoint) -> str | None:
+    """The rules below know the types of :data:`ROPE_PARAMETERS` only."""
+    if (kind := checkpoint.rope_type) in ROPE_PARAMETERS:
+        return None
+    return f"rope type {kind!r}, which is not served; these are: {', '.join(sorted(ROPE_PARAMETERS))}"
+
+
+@rule(
+    "`rope_type` with the value `default`, and `type` with another value",
+    "SGLang reads `rope_type`.",
+    "Give both the same value.",
+)
+def two_types(checkpoint: Checkpoint) -> str | None:
+    """As when a user asks for another type with the old name."""
+    kind, rope = checkpoint.rope_type, checkpoint.rope
+    if kind == "default" and rope.get("type", kind) != kind:
+        return f"rope_type 'default' and type {rope['type']!r}, and SGLang goes by the former; give both alike"
+    return None
+
+
+@rule(
+    f"rope type `yarn` with {' or '.join(f'`{name}`' for name in YARN_NEUTRAL)}",
+    "SGLang reads this parameter, and transformers does not.",
+    "Give the override in the message. With it, SGLang answers as transformers does.",
+)
+def yarn_of_sglang(checkpoint: Checkpoint) -> str | None:
+    """As in DeepSeek-R1-0528-Qwen3-8B."""
+    if checkpoint.rope_type != "yarn":
+        return None
+    for key in sorted(checkpoint.rope.keys() & YARN_NEUTRAL.keys()):
+        if checkpoint.rope[key] != YARN_NEUTRAL[key]:
+            return (
+                f"{key} {short(checkpoint.rope[key])} for rope type 'yarn', which only SGLang reads; give "
+                f"{override('rope_scaling', {key: YARN_NEUTRAL[key]})}, or serve another checkpoint"
+            )
+    return None
 
 
 @relies_on("sglang.srt.layers.rotary_embedding.factory:get_rope", "it says which parameters of a rope SGLang reads")
-def rope_problems(hf_config: Any, takes: Collection[str], context_len: int) -> Iterator[str]:
-    """What of the rope would be computed otherwise than transformers does, in words that follow "has".
-
-    Args:
-        hf_config: The model's Hugging Face configuration.
-        takes: :data:`LENGTH` and :data:`PARTIAL` if SGLang's class reads them beside the rope's parameters.
-        context_len: The longest sequence that is served.
-    """
-    rope = getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {}
-    if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
-        yield f"rope parameters by type of layer ({', '.join(nested)}), which SGLang does not read; give one for all"
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "dynamic":
-        yield (
-            "rope type 'dynamic', which SGLang scales for the longest sequence at every length; "
-            f"{override('rope_scaling', {'rope_type': 'default', 'type': 'default'})} with --context-length "
-            f"{hf_config.max_position_embeddings} or less is the same without"
-        )
-    if kind not in KEYS:
-        yield f"rope type {kind!r}, which is not served; these are: {', '.join(sorted(KEYS))}"
-    if kind == "default" and rope.get("type", kind) != kind:
-        yield f"rope_type 'default' and type {rope['type']!r}, and SGLang goes by the former; give both alike"
-    for key in sorted(rope.keys() - KEYS[kind] - OF_ANY_TYPE):
-        if kind == "yarn" and key in YARN_NEUTRAL:
-            if rope[key] != YARN_NEUTRAL[key]:
-                yield (
-                    f"{key} {short(rope[key])} for rope type 'yarn', which only SGLang reads; give "
-                    f"{override('rope_scaling', {key: YARN_NEUTRAL[key]})}, or serve another checkpoint"
-                )
-        elif rope[key] is not None:
-            yield (
+@rule("a parameter of the rope that is not in the table above", "SGLang and transformers read it differently.")
+def unknown_parameter(checkpoint: Checkpoint) -> str | None:
+    """Parameters of the type that both read are in :data:`ROPE_PARAMETERS`."""
+    kind, rope = checkpoint.rope_type, checkpoint.rope
+    judged = ROPE_PARAMETERS[kind] | OF_ANY_TYPE | (YARN_NEUTRAL.keys() if kind == "yarn" else set())
+    for key in sorted(rope.keys() - judged):
+        if rope[key] is not None:
+            return (
                 f"{key} {short(rope[key])} for rope type {kind!r}, which SGLang and transformers do not read alike; "
                 "remove it, or serve another checkpoint"
             )
-    yield from _partial_problems(hf_config, takes, rope)
-    theta, among = getattr(hf_config, "rope_theta", None), rope.get("rope_theta")
-    if None not in (theta, among) and theta != among:  # transformers leaves one; the user's override is another
-        yield (
-            f"rope_theta {theta}, and {among} among the rope's parameters, which SGLang takes; give "
-            f"{override('rope_scaling', {'rope_theta': theta})}"
-        )
-    length, beside = rope.get(LENGTH), getattr(hf_config, LENGTH, None)
-    if LENGTH in takes or length is None:
-        length = beside or length or hf_config.max_position_embeddings
-    elif LENGTH in KEYS[kind] and kind != "default" and beside not in (None, length):
-        yield f"{LENGTH} {beside}, and {length} among the rope's parameters, which SGLang takes; make them agree"
-    if kind in PROBLEMS:
-        yield from PROBLEMS[kind](rope, length, hf_config.max_position_embeddings / length, context_len)
+    return None
 
 
-def _partial_problems(hf_config: Any, takes: Collection[str], rope: dict[str, Any]) -> Iterator[str]:
-    """SGLang's Phi-3 reads it beside the rope's parameters, transformers' among them; the others have neither."""
-    beside = getattr(hf_config, PARTIAL, None) if PARTIAL in takes else None
-    among = rope.get(PARTIAL) or beside or 1
-    if among == (beside or 1):
-        return
-    if PARTIAL in takes:
-        yield (
-            f"{PARTIAL} {among} among the rope's parameters, where SGLang does not read it; give "
-            f"{override(PARTIAL, among)} as well"
-        )
-    yield f"{PARTIAL} {among} among the rope's parameters, which SGLang does not read; serve another checkpoint"
+@rule(
+    f"`{PARTIAL_ROTARY}` among the parameters of the rope only",
+    "SGLang reads it beside these parameters, and transformers among them.",
+    "Give it in both places.",
+    lambda family: PARTIAL_ROTARY in family.rope_fields,
+)
+def partial_rotary_inside(checkpoint: Checkpoint) -> str | None:
+    """For the families whose class in SGLang turns a part of each head."""
+    beside = getattr(checkpoint.config, PARTIAL_ROTARY, None) or 1
+    if (among := checkpoint.rope.get(PARTIAL_ROTARY) or beside) == beside:
+        return None
+    return (
+        f"{PARTIAL_ROTARY} {among} among the rope's parameters, where SGLang does not read it; give "
+        f"{override(PARTIAL_ROTARY, among)} as well"
+    )
 
 
-def _linear(rope: dict[str, Any], length: int, ratio: float, context_len: int) -> Iterator[str]:
-    factor = rope.get("factor")
-    if not isinstance(factor, float):
-        yield (
-            f"factor {factor!r} for rope type 'linear', with which SGLang fails; give a number with a point: "
-            f"{override('rope_scaling', {'factor': float(factor or 1)})}"
-        )
-    # Where the context goes by another field, max_sequence_length, or by the user.
-    elif context_len > (longest := int(round(length * ratio) * factor)):
-        yield (
-            f"rope type 'linear', which SGLang does not scale beyond {longest} tokens, max_position_embeddings times "
-            f"{factor:g}, and the context is {context_len}; give --context-length {longest} or less"
-        )
+@rule(
+    f"`{PARTIAL_ROTARY}` among the parameters of the rope",
+    "SGLang does not read it.",
+    concerns=lambda family: PARTIAL_ROTARY not in family.rope_fields,
+)
+def partial_rotary(checkpoint: Checkpoint) -> str | None:
+    """For the families whose class in SGLang turns the whole of each head."""
+    if (among := checkpoint.rope.get(PARTIAL_ROTARY) or 1) == 1:
+        return None
+    return f"{PARTIAL_ROTARY} {among} among the rope's parameters, which SGLang does not read; serve another checkpoint"
 
 
-def _yarn(rope: dict[str, Any], length: int, ratio: float, context_len: int) -> Iterator[str]:
-    factor, mscale, all_dim = rope.get("factor") or 0.0, rope.get("mscale"), rope.get("mscale_all_dim")
-    if not factor or any(key in rope and not rope[key] for key in ("beta_fast", "beta_slow")):
-        yield "factor, beta_fast or beta_slow null or 0 for rope type 'yarn', with which SGLang fails; give numbers"
-    scale = _yarn_scale(factor, 1)
-    if mscale is not None and all_dim is not None:
-        if not mscale or not all_dim:
-            yield "mscale or mscale_all_dim 0 for rope type 'yarn', which SGLang does not take for none; remove both"
-        scale = _yarn_scale(factor, mscale) / _yarn_scale(factor, all_dim)
-    yield from _attention_factor(rope, scale)
+@rule(
+    "`rope_theta` in `--json-model-override-args`",
+    "SGLang reads the value among the parameters of the rope.",
+    "Give the override in the message.",
+)
+def two_thetas(checkpoint: Checkpoint) -> str | None:
+    """Transformers leaves one of them; the user's override is another."""
+    theta, among = getattr(checkpoint.config, "rope_theta", None), checkpoint.rope.get("rope_theta")
+    if theta is None or among is None or theta == among:
+        return None
+    return (
+        f"rope_theta {theta}, and {among} among the rope's parameters, which SGLang takes; give "
+        f"{override('rope_scaling', {'rope_theta': theta})}"
+    )
+
+
+@rule(
+    f"two values of `{ORIGINAL_LENGTH}`",
+    "SGLang reads the value among the parameters of the rope.",
+    "Give both the same value.",
+    lambda family: ORIGINAL_LENGTH not in family.rope_fields,
+)
+def two_lengths(checkpoint: Checkpoint) -> str | None:
+    """For the families whose class in SGLang reads the length in one place only."""
+    kind, among = checkpoint.rope_type, checkpoint.rope.get(ORIGINAL_LENGTH)
+    beside = getattr(checkpoint.config, ORIGINAL_LENGTH, None)
+    if among is None or kind == "default" or ORIGINAL_LENGTH not in ROPE_PARAMETERS[kind] or beside in (None, among):
+        return None
+    return f"{ORIGINAL_LENGTH} {beside}, and {among} among the rope's parameters, which SGLang takes; make them agree"
+
+
+@rule("rope type `linear` with a whole number as its factor", "SGLang fails while it loads.", "Write `4.0` for `4`.")
+def whole_linear_factor(checkpoint: Checkpoint) -> str | None:
+    """SGLang takes what is no float for a list of factors."""
+    factor = checkpoint.rope.get("factor")
+    if checkpoint.rope_type != "linear" or isinstance(factor, float):
+        return None
+    return (
+        f"factor {factor!r} for rope type 'linear', with which SGLang fails; give a number with a point: "
+        f"{override('rope_scaling', {'factor': float(factor or 1)})}"
+    )
+
+
+@rule(
+    "rope type `linear` with a context beyond `max_position_embeddings` times the factor",
+    "SGLang does not scale the positions beyond that.",
+    "Give `--context-length` of at most that.",
+)
+def beyond_linear(checkpoint: Checkpoint) -> str | None:
+    """As when the context goes by another field, max_sequence_length (Vicuna 16k), or by the user."""
+    if checkpoint.rope_type != "linear":
+        return None
+    factor = checkpoint.rope["factor"]
+    longest = int(round(checkpoint.original_length * checkpoint.length_ratio) * factor)
+    if checkpoint.context <= longest:
+        return None
+    return (
+        f"rope type 'linear', which SGLang does not scale beyond {longest} tokens, max_position_embeddings times "
+        f"{factor:g}, and the context is {checkpoint.context}; give --context-length {longest} or less"
+    )
+
+
+@rule(
+    "rope type `yarn` with `factor`, `beta_fast` or `beta_slow` null or 0",
+    "SGLang fails while it loads.",
+    "Give numbers.",
+)
+def yarn_without_numbers(checkpoint: Checkpoint) -> str | None:
+    """Transformers has defaults for these."""
+    rope = checkpoint.rope
+    if checkpoint.rope_type != "yarn":
+        return None
+    if rope.get("factor") and not any(key in rope and not rope[key] for key in ("beta_fast", "beta_slow")):
+        return None
+    return "factor, beta_fast or beta_slow null or 0 for rope type 'yarn', with which SGLang fails; give numbers"
+
+
+@rule(
+    "rope type `yarn` with `mscale` or `mscale_all_dim` 0",
+    "SGLang computes with 0, and transformers without either.",
+    "Remove both.",
+)
+def yarn_without_mscale(checkpoint: Checkpoint) -> str | None:
+    """Transformers uses the two if neither is 0."""
+    if checkpoint.rope_type != "yarn":
+        return None
+    mscales = checkpoint.rope.get("mscale"), checkpoint.rope.get("mscale_all_dim")
+    if None in mscales or all(mscales):
+        return None
+    return "mscale or mscale_all_dim 0 for rope type 'yarn', which SGLang does not take for none; remove both"
+
+
+@rule(
+    f"rope type `longrope` with a `factor` that is not `max_position_embeddings` / `{ORIGINAL_LENGTH}`",
+    "SGLang computes with that quotient.",
+    "Make the two agree.",
+)
+def longrope_factor(checkpoint: Checkpoint) -> str | None:
+    """SGLang does not read the factor."""
+    factor = checkpoint.rope.get("factor")
+    if checkpoint.rope_type != "longrope" or factor is None or math.isclose(factor, checkpoint.length_ratio):
+        return None
+    return (
+        f"factor {factor} for rope type 'longrope', for which SGLang takes max_position_embeddings / "
+        f"{ORIGINAL_LENGTH}, here {checkpoint.length_ratio:g}; make them agree"
+    )
+
+
+@rule("rope type `yarn` or `longrope` with an unusual `attention_factor`", "SGLang computes the usual one.")
+def attention_factor(checkpoint: Checkpoint) -> str | None:
+    """SGLang does not read it."""
+    if checkpoint.rope_type not in ("yarn", "longrope"):
+        return None
+    given = checkpoint.rope.get("attention_factor")
+    computed = _yarn_attention(checkpoint) if checkpoint.rope_type == "yarn" else _longrope_attention(checkpoint)
+    if given is None or math.isclose(given, computed, rel_tol=1e-6):
+        return None
+    return f"attention_factor {given} for the rope, for which SGLang takes {computed:.6g}; serve another checkpoint"
+
+
+def _yarn_attention(checkpoint: Checkpoint) -> float:
+    factor = checkpoint.rope["factor"]
+    mscale, all_dim = checkpoint.rope.get("mscale"), checkpoint.rope.get("mscale_all_dim")
+    if mscale is None or all_dim is None:
+        return _yarn_scale(factor, 1)
+    return _yarn_scale(factor, mscale) / _yarn_scale(factor, all_dim)
 
 
 def _yarn_scale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _longrope(rope: dict[str, Any], length: int, ratio: float, context_len: int) -> Iterator[str]:
-    factor = rope.get("factor")
-    if factor is not None and not math.isclose(factor, ratio):
-        yield (
-            f"factor {factor} for rope type 'longrope', for which SGLang takes max_position_embeddings / {LENGTH}, "
-            f"here {ratio:g}; make them agree"
-        )
-    yield from _attention_factor(rope, math.sqrt(1 + math.log(ratio) / math.log(length)) if ratio > 1 else 1.0)
-    if context_len > length:
-        yield (
-            f"rope type 'longrope', whose long factors SGLang takes for a whole batch as soon as one of its tokens is "
-            f"beyond {length}, so that answers would depend on other requests; give --context-length {length} or less"
-        )
+def _longrope_attention(checkpoint: Checkpoint) -> float:
+    ratio = checkpoint.length_ratio
+    return math.sqrt(1 + math.log(ratio) / math.log(checkpoint.original_length)) if ratio > 1 else 1.0
 
 
-def _attention_factor(rope: dict[str, Any], computed: float) -> Iterator[str]:
-    given = rope.get("attention_factor")
-    if given is not None and not math.isclose(given, computed, rel_tol=1e-6):
-        yield f"attention_factor {given} for the rope, for which SGLang takes {computed:.6g}; serve another checkpoint"
+@rule(
+    f"rope type `longrope` with a context beyond `{ORIGINAL_LENGTH}`",
+    "SGLang takes the long factors for a whole batch as soon as one of its tokens is beyond.",
+    "Give `--context-length` of at most that.",
+)
+def beyond_longrope(checkpoint: Checkpoint) -> str | None:
+    """Transformers takes the factors for the sequence at hand."""
+    length = checkpoint.original_length
+    if checkpoint.rope_type != "longrope" or checkpoint.context <= length:
+        return None
+    return (
+        f"rope type 'longrope', whose long factors SGLang takes for a whole batch as soon as one of its tokens is "
+        f"beyond {length}, so that answers would depend on other requests; give --context-length {length} or less"
+    )
 
 
-PROBLEMS: dict[str, Callable[[dict[str, Any], int, float, int], Iterator[str]]] = {
-    "linear": _linear,
-    "yarn": _yarn,
-    "longrope": _longrope,
-}
-
-
-def override(field: str, value: Any) -> str:
-    """The flag that gives a field of ``config.json`` another value."""
-    return f"--json-model-override-args '{json.dumps({field: value})}'"
-
-
-def short(value: Any) -> str:
-    """A value in a sentence."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+ROPE_RULES = (
+    by_layer_type, dynamic_type, unknown_type, two_types, yarn_of_sglang, unknown_parameter, partial_rotary_inside,
+    partial_rotary, two_thetas, two_lengths, whole_linear_factor, beyond_linear, yarn_without_numbers,
+    yarn_without_mscale, longrope_factor, attention_factor, beyond_longrope,
+)  # fmt: skip
+"""In this order: a later rule relies on what an earlier one has excluded."""

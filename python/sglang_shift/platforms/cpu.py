@@ -16,6 +16,7 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
 from sglang_shift.errors import SeamError
+from sglang_shift.models.heads import kv_heads_of_rank
 from sglang_shift.seams import extends, put_in_place, replaces
 
 # Collectives whose custom ops SGLang registers, on an out-of-tree platform, for PrivateUse1 only.
@@ -152,7 +153,7 @@ def kv_pool_tokens(server_args: Any, ranks: int) -> int:
     from sglang.srt.arg_groups.overrides import model_config_of
 
     config = model_config_of(server_args)
-    heads = max(1, config.get_total_num_kv_heads() // server_args.tp_size)
+    heads = kv_heads_of_rank(config.get_total_num_kv_heads(), server_args.tp_size)
     per_token = 2 * heads * config.head_dim * config.num_hidden_layers * config.dtype.itemsize
     fraction = server_args.mem_fraction_static or KV_FRACTION
     fits = int(psutil.virtual_memory().available * fraction / ranks / per_token)

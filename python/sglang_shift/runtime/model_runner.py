@@ -23,7 +23,7 @@ from sglang_shift_kernels.operations import Shape, warm_up
 from sglang_shift.config import ShiftConfig, shift_config_of
 from sglang_shift.graphs.mode_graphs import ModeGraphs
 from sglang_shift.graphs.runners import SpDecodeGraphRunner
-from sglang_shift.models.fields import check_class
+from sglang_shift.models.families import check_class
 from sglang_shift.modes import Mode
 from sglang_shift.parallel.exchange.base import ExchangeVolume, SequenceExchange
 from sglang_shift.parallel.exchange.choose import Operands, make_exchange

@@ -11,7 +11,7 @@ SGLang has loaded the shards, those of each SP group are all-gathered in SP orde
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -26,10 +26,11 @@ from sglang.srt.layers.linear import (
     RowParallelLinear,
 )
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
-from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from sglang_shift.errors import Refused
+from sglang_shift.models.families import Linear, Role, family_of
+from sglang_shift.models.heads import Heads
 from sglang_shift.parallel.exchange.base import ExchangeVolume, SequenceExchange
 from sglang_shift.parallel.topology import Topology
 from sglang_shift.seams import overrides, substitutes_for
@@ -41,6 +42,14 @@ from sglang_shift.weights.projections import (
     Projection,
     QkvProjection,
 )
+
+KINDS: dict[Role, tuple[type, type[Projection]]] = {
+    Role.QKV: (QKVParallelLinear, QkvProjection),
+    Role.OUTPUT: (RowParallelLinear, OutputProjection),
+    Role.GATE_UP: (MergedColumnParallelLinear, GateUpProjection),
+    Role.DOWN: (RowParallelLinear, DownProjection),
+}
+"""SGLang's linear of each role, and what it is in SP mode."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,8 @@ class BaseWeights:
         self.topology = topology
         self.projections: list[Projection] = []
         self.stale = False  # whether SGLang may have written shards since they were gathered
-        for linear, kind in find_projections(model):
+        family = family_of(model)
+        for linear, kind in find_projections(model, family.linears if family else ()):
             base = _assemble(linear, topology)
             linear.ulysses = kind(linear, base)
             self.projections.append(linear.ulysses)
@@ -114,34 +124,36 @@ class BaseWeights:
         return ExchangeVolume(size, len(columns), sum(exchange.row_bytes(n, dtype.itemsize) for n in columns))
 
 
-def find_projections(model: torch.nn.Module) -> Iterator[tuple[Any, type[Projection]]]:
-    """Every parallel linear of a dense decoder with its role in SP mode.
+def find_projections(model: torch.nn.Module, linears: Iterable[Linear]) -> Iterator[tuple[Any, type[Projection]]]:
+    """Every parallel linear of a decoder with what it is in SP mode.
+
+    Args:
+        model: A loaded SGLang model.
+        linears: The linears of each layer, from the record of the model's family.
 
     Raises:
-        Refused: a parallel linear is not one of a QKV/output pair beside a RadixAttention or of a
-            gate_up/down pair, or another module has weights and is no norm and no embedding: what it
-            sums, and over which ranks, is not known.
+        Refused: a parallel linear is not among these, or another module has weights and is no norm and no embedding:
+            what it sums, and over which ranks, is not known.
     """
-    roles: dict[torch.nn.Module, type[Projection]] = {}
-    for parent in model.modules():
-        children = list(parent.children())
-        rows = [c for c in children if isinstance(c, RowParallelLinear)]
-        qkv = [c for c in children if isinstance(c, QKVParallelLinear)]
-        merged = [c for c in children if isinstance(c, MergedColumnParallelLinear)]
-        if len(qkv) == len(rows) == 1 and any(isinstance(c, RadixAttention) for c in children):
-            roles[qkv[0]], roles[rows[0]] = QkvProjection, OutputProjection
-        elif len(merged) == len(rows) == 1 and len(merged[0].output_sizes) == 2:
-            roles[merged[0]], roles[rows[0]] = GateUpProjection, DownProjection
     for name, module in model.named_modules():
         linear = isinstance(module, ColumnParallelLinear | RowParallelLinear)
-        problem = _problem_with(module, known=module in roles) if linear else _stranger(module)
+        kind = _kind_of(name, module, linears) if linear else None
+        problem = _problem_with(module, known=kind is not None) if linear else _stranger(module)
         if problem:
             raise Refused(
                 f"{type(model).__name__} has a layer that SP mode cannot run: {name} {problem}; "
                 "serve this model without --sp-size and --enable-shift-parallel"
             )
-        if linear:
-            yield module, roles[module]
+        if kind:
+            yield module, kind
+
+
+def _kind_of(name: str, module: torch.nn.Module, linears: Iterable[Linear]) -> type[Projection] | None:
+    """What the linear of this name is in SP mode; None if the record has no such linear, or another class for it."""
+    role = next((linear.role for linear in linears if name.endswith("." + linear.name)), None)
+    if role is None or type(module) is not KINDS[role][0]:
+        return None
+    return KINDS[role][1]
 
 
 @substitutes_for(
@@ -252,7 +264,7 @@ def _bytes_beyond_base(projection: Projection, base_tp_size: int) -> int:
     linear = projection.linear
     if not isinstance(linear, QKVParallelLinear):
         return 0
-    stock_heads = linear.total_num_heads // base_tp_size + 2 * max(1, linear.total_num_kv_heads // base_tp_size)
+    stock_heads = Heads(linear.total_num_heads, linear.total_num_kv_heads).of_rank(base_tp_size).qkv
     base = projection.base
     row_bytes = base.weight.shape[1] * base.weight.element_size()
     row_bytes += 0 if base.bias is None else base.bias.element_size()

@@ -8,18 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import families
 import pytest
 import torch
-from families import FAMILIES
 from sglang.srt.arg_groups.overrides import resolution_result
 from sglang.srt.layers.quantization import unquant
 from sglang_shift.args.gemm_backend import SPLIT_K, suit_gemm_backend
-from sglang_shift.args.refusals import ARCHITECTURES, FEATURES, check_flags, check_model
+from sglang_shift.args.refusals import FEATURES, check_flags, check_model
 from sglang_shift.args.server_args import ShiftServerArgs, prepare_server_args
 from sglang_shift.config import ShiftConfig, shift_config_of
 from sglang_shift.errors import Refused, ShiftError
 from sglang_shift.launch_server import resolve
 from sglang_shift.models.demo import demo_model_path
+from sglang_shift.models.families import FAMILIES
 
 SHIFT = {"tp_size": 2, "enable_shift_parallel": True}
 
@@ -229,7 +230,7 @@ def demo_config(**changes):
 
 
 def test_the_allowlist_is_the_tested_families():
-    assert set(FAMILIES) == set(ARCHITECTURES)
+    assert set(families.FAMILIES) == set(FAMILIES)
 
 
 def test_split_k_products_are_switched_off_where_sglang_has_them(monkeypatch):

@@ -18,19 +18,20 @@ from sglang_shift.args import chunk_size as chunk_size_module
 from sglang_shift.args import graph_memory, sp_size
 from sglang_shift.args.chunk_size import chunk_size, lowered_fraction, suit_chunk_size
 from sglang_shift.args.graph_memory import suit_graph_memory
-from sglang_shift.args.refusals import ARCHITECTURES
 from sglang_shift.args.server_args import ShiftServerArgs, prepare_server_args, resolve_shift
-from sglang_shift.args.sp_size import GIB, Pool, choose_sp_size, kv_bytes_per_token, pool_of, weight_bytes
+from sglang_shift.args.sp_size import Pool, choose_sp_size, pool_of
 from sglang_shift.config import ShiftConfig, shift_config_of
 from sglang_shift.errors import Refused, ShiftError
 from sglang_shift.graphs.plan import graph_batch_sizes_suit
 from sglang_shift.launch_server import resolve
 from sglang_shift.models.demo import demo_model_path
+from sglang_shift.models.families import FAMILIES
+from sglang_shift.models.sizes import GIB, VOCAB_PADDING, ModelSizes
 
 DEMO = json.loads(Path(demo_model_path(), "config.json").read_text())
 LAYOUTS = [(p, s) for p in (2, 4, 8) for s in (2, 4, 8) if s <= p]
 MODELS = [
-    *((name, {}) for name in ARCHITECTURES),
+    *((name, {}) for name in FAMILIES),
     *((name, {"attention_bias": True}) for name in ("LlamaForCausalLM", "Qwen3ForCausalLM")),
     *((name, {"head_dim": 24}) for name in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM")),
 ]
@@ -60,11 +61,11 @@ def test_weights_of_the_demo_model(world, sp):
     base = layers * (qkv + hidden * heads // t * head + mlp + 2 * hidden) + hidden
     embedding = DEMO["vocab_size"] * hidden // world
     replicated = layers * hidden * (sp * 2 * max(1, kv_heads // world) * head - kv_rows)
-    assert weight_bytes(SimpleNamespace(**DEMO), world, sp, 4) == 4 * (base + embedding + replicated)
+    assert ModelSizes.of(SimpleNamespace(**DEMO)).weight_bytes(world, sp, 4) == 4 * (base + embedding + replicated)
 
 
 def test_weights_that_a_server_logged():
-    assert weight_bytes(SimpleNamespace(**DEMO), 2, 2, 2) == 7082496  # docs/usage.md, Memory
+    assert ModelSizes.of(SimpleNamespace(**DEMO)).weight_bytes(2, 2, 2) == 7082496  # docs/usage.md, Memory
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -80,7 +81,7 @@ def test_weights_are_the_parameters_of_transformers(name, fields, tied):
     model.tie_weights()
     parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     padding = (1024 - 1000) * 64 * (1 if tied else 2)
-    assert weight_bytes(config, 1, 1, 2) == 2 * (parameters + padding)
+    assert ModelSizes.of(config).weight_bytes(1, 1, 2) == 2 * (parameters + padding)
 
 
 def test_bias_and_replicated_heads_of_a_rank():
@@ -91,7 +92,7 @@ def test_bias_and_replicated_heads_of_a_rank():
     )  # fmt: skip
     qkv_rows = (2 + 2 * 2) * 16
     expected = qkv_rows * (64 + 1) + 64 * 32 + 3 * 64 * 48 + 2 * 64 + 64 + 64 * 64 // 4
-    assert weight_bytes(config, 4, 2, 1) == expected
+    assert ModelSizes.of(config).weight_bytes(4, 2, 1) == expected
 
 
 @pytest.mark.parametrize(("vocab", "world", "rows"), [(1000, 2, 512), (4096, 8, 512), (100, 3, 64), (151936, 6, 25344)])
@@ -101,13 +102,13 @@ def test_padding_of_the_vocabulary(vocab, world, rows):
     config = SimpleNamespace(
         architectures=["LlamaForCausalLM"], hidden_size=world, vocab_size=vocab, tie_word_embeddings=True, **fields
     )
-    assert weight_bytes(config, world, 1, 1) == (rows + 1) * world
-    assert sp_size.VOCAB_PADDING == DEFAULT_VOCAB_PADDING_SIZE
+    assert ModelSizes.of(config).weight_bytes(world, 1, 1) == (rows + 1) * world
+    assert VOCAB_PADDING == DEFAULT_VOCAB_PADDING_SIZE
 
 
 @pytest.mark.parametrize(("world", "kv_heads"), [(1, 8), (4, 2), (8, 1), (16, 1)])
 def test_kv_bytes_of_a_token(world, kv_heads):
-    assert kv_bytes_per_token(LLAMA_70B, world, 2) == 2 * 80 * kv_heads * 128 * 2
+    assert ModelSizes.of(LLAMA_70B).kv_bytes_per_token(world, 2) == 2 * 80 * kv_heads * 128 * 2
 
 
 # Choices
@@ -197,7 +198,7 @@ def test_llama_70b_on_eight_gpus_of_80_gib(monkeypatch):
     """68 GiB a rank, and weights of 32.4 (S=2), 64.2 (S=4) and 127.9 (S=8)."""
     on_gpus(monkeypatch, 80)
     memory = sp_size.rank_memory_bytes(settings(mem_fraction_static=0.85))
-    weights = {s: weight_bytes(LLAMA_70B, 8, s, 2) for s in (2, 4, 8)}
+    weights = {s: ModelSizes.of(LLAMA_70B).weight_bytes(8, s, 2) for s in (2, 4, 8)}
     assert memory == 68 * GIB
     assert choose_sp_size(weights, memory, pool_of(settings(), model(), memory)).sp_size == 2
     assert choose_sp_size(weights, memory, pool_of(settings(max_total_tokens=30_000), model(), memory)).sp_size == 4

@@ -22,9 +22,20 @@ from sglang_shift.args.server_args import ShiftServerArgs
 from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refused
 from sglang_shift.launch_server import resolve
-from sglang_shift.models.fields import FOREIGN, HARMLESS, MODELS, ROPE, TAKEN, WINDOW, check_class, check_fields
+from sglang_shift.models.families import FAMILIES, PACKAGE, check_class
+from sglang_shift.models.fields import (
+    FOREIGN,
+    HARMLESS,
+    ROPE,
+    RULES,
+    TAKEN,
+    WINDOW,
+    check_fields,
+    taken_fields,
+)
+from sglang_shift.models.rules import Checkpoint
 
-LLAMA, MISTRAL, PHI3, QWEN2, QWEN3 = MODELS
+LLAMA, MISTRAL, PHI3, QWEN2, QWEN3, *_ = FAMILIES
 SHIFT = ShiftConfig(2, 2, True, "tokens")
 CLOSE, APART = 1e-4, 0.05  # nats
 
@@ -48,9 +59,9 @@ HALF = {"partial_rotary_factor": 0.5}
 SLIDING = {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}
 
 SERVED = {
-    **{f"{name}, plain": Case(name, {} if name != MISTRAL else {"sliding_window": None}) for name in MODELS},
-    **{f"{name}, tied": Case(name, {"tie_word_embeddings": True, "sliding_window": None}) for name in MODELS},
-    **{f"{name}, wide heads": Case(name, {"head_dim": 24, "sliding_window": None}) for name in MODELS},
+    **{f"{name}, plain": Case(name, {} if name != MISTRAL else {"sliding_window": None}) for name in FAMILIES},
+    **{f"{name}, tied": Case(name, {"tie_word_embeddings": True, "sliding_window": None}) for name in FAMILIES},
+    **{f"{name}, wide heads": Case(name, {"head_dim": 24, "sliding_window": None}) for name in FAMILIES},
     "Llama with biases": Case(LLAMA, {"attention_bias": True}),
     "Qwen3 with biases": Case(QWEN3, {"attention_bias": True}),
     "Qwen2 that says what it has": Case(QWEN2, {"attention_bias": True}),
@@ -191,9 +202,7 @@ def test_what_would_answer_otherwise_is_refused(name, differences):
 LAYERS = {"full_attention": rope()["rope_parameters"]}
 
 
-@pytest.mark.parametrize(
-    ("case", "words"),
-    [
+NEITHER = (
         # Neither computes these.
         (Case(QWEN3, {"layer_types": ["full_attention"] * 2, "rope_parameters": LAYERS}), "by type of layer"),
         (Case(LLAMA, {"rope_scaling": {"type": "default", "mrope_section": [2, 3, 3]}}), "mrope_section"),
@@ -202,11 +211,15 @@ LAYERS = {"full_attention": rope()["rope_parameters"]}
         (Case(LLAMA, {"no_rope_layers": [0, 1]}), "no_rope_layers"),
         (Case(LLAMA, {"attn_logit_softcapping": 30.0}), "attn_logit_softcapping 30.0"),
         (Case(QWEN2, {"attention_bias": False}), "attention_bias False"),
+    (Case(LLAMA, rope(**HALF)), r"partial_rotary_factor 0\.5 among .*; serve another"),
         (Case(LLAMA, {"model_type": "mistral"}), "model_type 'mistral'"),
         # The user asked for yarn with the old key, over the configuration's own rope_type.
         (Case(QWEN2, override={"rope_scaling": {"type": "yarn", "factor": 4.0}}), "'default' and type 'yarn'"),
-    ],
-)  # fmt: skip
+        (Case(QWEN3, {"layer_types": ["full_attention", "sliding_attention"]}), "sliding_attention, and no sliding"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "words"), NEITHER)
 def test_what_neither_computes_is_refused(case, words):
     with pytest.raises(Refused, match=words):
         check(case)
@@ -237,21 +250,22 @@ def read_fields(source):
 
 
 def own_fields(name):
-    return {field.name for field in fields(transformers.CONFIG_MAPPING[MODELS[name].model_type])}
+    return {field.name for field in fields(transformers.CONFIG_MAPPING[FAMILIES[name].model_type])}
 
 
 def test_every_field_that_sglang_reads_has_been_judged():
-    from sglang.srt.models import llama, mistral, qwen2, qwen3
+    from sglang.srt.models import mistral
 
     assert not vars(mistral.MistralForCausalLM).keys() - {"__module__", "__doc__", "__annotations__"}
-    read = set().union(*(read_fields(inspect.getsource(module)) for module in (llama, qwen2, qwen3)))
+    modules = {importlib.import_module(PACKAGE + family.module) for family in FAMILIES.values()} - {mistral}
+    read = set().union(*(read_fields(inspect.getsource(module)) for module in modules))
     assert {"rms_norm_eps", "rope_is_neox_style", "dual_chunk_attention_config"} <= read
     assert read - ELSEWHERE - {"hidden_act"} <= JUDGED
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_field_that_transformers_reads_has_been_judged(name):
-    model_type = MODELS[name].model_type
+    model_type = FAMILIES[name].model_type
     modules = (f"models.{model_type}.modeling_{model_type}", "masking_utils", "modeling_rope_utils")
     read = set().union(*(read_fields(inspect.getsource(importlib.import_module("transformers." + m))) for m in modules))
     assert {"rms_norm_eps", "is_causal", "sliding_window"} <= read
@@ -259,10 +273,10 @@ def test_every_field_that_transformers_reads_has_been_judged(name):
     assert read - methods - {"_attn_implementation", "json"} <= JUDGED | own_fields(name)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_field_of_transformers_configuration_has_been_judged(name):
     """Those that are refused if they differ from the default, and no other; a new one is refused as well."""
-    refused = own_fields(name) - TAKEN - HARMLESS - ROPE - WINDOW - set(MODELS[name].takes)
+    refused = own_fields(name) - taken_fields(FAMILIES[name]) - HARMLESS - ROPE - WINDOW
     assert refused == {"is_encoder_decoder", "hidden_act"} | ({"mlp_bias"} if name == LLAMA else set())
 
 
@@ -423,3 +437,15 @@ def test_a_window_is_refused_before_anything_starts(tmp_path):
     with pytest.raises(Refused, match=r"sliding_window 64.* 256 tokens .* give --context-length 64 or less"):
         resolve(ShiftServerArgs(**flags))
     resolve(ShiftServerArgs(**flags, context_length=64))
+
+
+def test_every_rule_refuses_a_case():
+    """A rule that no case meets might as well not be there."""
+    longer = Case(QWEN2, {"max_sequence_length": 1024, "rope_scaling": {"type": "linear", "factor": 4.0}})
+    theta = Case(LLAMA, {"rope_theta": 500.0}, override={"rope_theta": 900.0})
+    cases = [longer, theta, *(case for case, *_ in REFUSED.values()), *(case for case, _ in NEITHER)]
+    configs = [case.model_config() for case in cases]
+    layered = transformers.LlamaConfig(architectures=[LLAMA], per_layer_config={1: {"rms_norm_eps": 0.5}})
+    checkpoints = [Checkpoint(layered, 100), *(Checkpoint(each.hf_config, each.context_len) for each in configs)]
+    met = {next(rule for rule in RULES if rule.problem(each)).subject for each in checkpoints}
+    assert met == {rule.subject for rule in RULES}

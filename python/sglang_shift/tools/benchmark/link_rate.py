@@ -196,7 +196,7 @@ def chosen_rate(model_path: str | Path, ranks: int, target: str) -> Choice:
     goal = TARGETS[target]
     layer, dtype = read_layer(model_path)
     size = ELEMENT_BYTES[dtype]
-    flops = gemm_flops(layer.shards(ranks), dtype, ranks)
+    flops = gemm_flops(list(layer.shards(ranks).values()), dtype, ranks)
     rho = goal.rho
     rate, slow, fast = (rate_for(layer, ranks, size, flops, r) for r in (rho.value, rho.high, rho.low))
     lines = [

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sglang_shift.models.families import Role
 from sglang_shift.parallel.layout import padded_local_tokens
 from sglang_shift.tools.benchmark.link_rate import TARGETS, Layer
 
-PROJECTIONS = ("qkv", "o", "gate_up", "down")
-ROW_PARALLEL = ("o", "down")
+PROJECTIONS = tuple(Role)
+ROW_PARALLEL = tuple(role for role in Role if role.row_parallel)
 """Their TP shards are slices of columns of the base weights; those of the others are slices of rows."""
 
 
@@ -65,7 +66,7 @@ class Deployment:
     @property
     def shards(self) -> dict[str, Matrix]:
         """A rank's full-TP shards, by projection, each as a view of its base weight."""
-        shapes = dict(zip(PROJECTIONS, self.layer.shards(self.ranks), strict=True))
+        shapes = self.layer.shards(self.ranks)
         return {name: Matrix(n, k, k * self.sp if name in ROW_PARALLEL else k) for name, (n, k) in shapes.items()}
 
     @property

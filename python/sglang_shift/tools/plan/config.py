@@ -8,9 +8,9 @@ from typing import Any
 from sglang.srt.utils.hf_transformers import get_context_length
 from transformers import CONFIG_MAPPING
 
-from sglang_shift.args.refusals import ARCHITECTURES
 from sglang_shift.errors import ShiftError
 from sglang_shift.models.decoder_layer import MOST, size_in
+from sglang_shift.models.families import FAMILIES
 
 REQUIRED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 """Sizes whose defaults, where there are any, are those of another model."""
@@ -31,8 +31,8 @@ def architecture_of(raw: dict[str, Any]) -> str:
     names = raw["architectures"] or ["no architecture"]
     if not (isinstance(names, list) and isinstance(names[0], str)):
         raise ValueError(f"architectures {names!r} is not a list of names")
-    if names[0] not in ARCHITECTURES:
-        raise ValueError(f"{names[0]}, which is none of {', '.join(ARCHITECTURES)}")
+    if names[0] not in FAMILIES:
+        raise ValueError(f"{names[0]}, which is none of {', '.join(FAMILIES)}")
     if inside := next((name for name in INSIDE if raw.get(name) is not None), None):
         raise ValueError(f"{inside}, a model inside another")
     return names[0]

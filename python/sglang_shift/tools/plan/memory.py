@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from sglang.srt.arg_groups.cuda_graph_hook import generate_prefill_cuda_graph_batch_sizes
 from sglang.srt.arg_groups.overrides import pre_capture_activation_reserve_mb_of
 
-from sglang_shift.args.sp_size import MIB, kv_bytes_per_token, padded_vocab, weight_bytes
+from sglang_shift.models.sizes import MIB
 from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.tools.plan.hardware import Gpu
 from sglang_shift.tools.plan.model import Model
@@ -75,7 +75,7 @@ def memory(
         _weights(model, ranks, layout.sp_size) - weights,
         graphs * MIB if shifts else 0,
         int(reserve * MIB),
-        kv_bytes_per_token(model.config, ranks, 1 if kv_dtype == "fp8" else 2),
+        model.sizes.kv_bytes_per_token(ranks, 1 if kv_dtype == "fp8" else 2),
         gpu.memory_mib * MIB,
     )
 
@@ -83,6 +83,5 @@ def memory(
 def _weights(model: Model, ranks: int, sp: int) -> int:
     """Bytes of the base weights of S = ``sp``; embeddings and LM head are never quantized."""
     if not model.quantized:
-        return weight_bytes(model.config, ranks, sp, 2)
-    vocabulary = padded_vocab(model.vocabulary, ranks) // ranks * model.layer.hidden * (1 if model.tied else 2)
-    return weight_bytes(model.config, ranks, sp, 1) + vocabulary
+        return model.sizes.weight_bytes(ranks, sp, 2)
+    return model.sizes.weight_bytes(ranks, sp, 1) + model.sizes.embedding_elements(ranks)

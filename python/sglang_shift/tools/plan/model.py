@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from sglang_shift.errors import ShiftError
 from sglang_shift.models.decoder_layer import Layer, check_dense, layer_of
+from sglang_shift.models.families import FAMILIES, Family
 from sglang_shift.models.fields import check_fields
+from sglang_shift.models.sizes import ModelSizes
 from sglang_shift.tools.plan.config import architecture_of, completed, context_of
 
 BESIDE = "hf_quant_config.json"
@@ -47,9 +48,14 @@ class Model:
     shortened: bool = False
 
     @property
+    def family(self) -> Family:
+        """The record of its architecture."""
+        return FAMILIES[self.architecture]
+
+    @property
     def qk_norm(self) -> bool:
         """Whether each head's queries and keys are normalised."""
-        return self.architecture == "Qwen3ForCausalLM"
+        return self.family.qk_norm
 
     @property
     def quantized(self) -> bool:
@@ -57,14 +63,10 @@ class Model:
         return self.weights != "bfloat16"
 
     @property
-    def config(self) -> SimpleNamespace:
-        """The names of Hugging Face's configurations, for :mod:`sglang_shift.args.sp_size`."""
-        return SimpleNamespace(
-            architectures=[self.architecture], hidden_size=self.layer.hidden, num_hidden_layers=self.layers,
-            intermediate_size=self.layer.intermediate, num_attention_heads=self.layer.heads,
-            num_key_value_heads=self.layer.kv_heads, head_dim=self.layer.head_dim, vocab_size=self.vocabulary,
-            tie_word_embeddings=self.tied,
-        )  # fmt: skip
+    def sizes(self) -> ModelSizes:
+        """What its weights and its KV cache are computed from. Biases that not every model has are left out."""
+        biased = frozenset(linear.role for linear in self.family.linears if linear.bias is True)
+        return ModelSizes(self.family, self.layer, self.layers, self.vocabulary, self.tied, biased)
 
 
 def read_model(path: str | Path, context_length: int | None = None) -> Model:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sglang_shift.args.sp_size import GIB
 from sglang_shift.cost.model import PHASES, CostModel
 from sglang_shift.errors import ShiftError
+from sglang_shift.models.sizes import GIB
 from sglang_shift.tools.benchmark.plots import DPI, KNOWN, panels
 from sglang_shift.tools.plan.memory import Memory
 from sglang_shift.tools.plan.model import Model

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sglang_shift.cost.model import PHASES, CostModel, Curve, isotonic
+from sglang_shift.models.families import Role
 from sglang_shift.modes import MODES, Mode
 from sglang_shift.parallel.layout import RankLayout, padded_local_tokens
 from sglang_shift.tools.plan.hardware import Gpu
@@ -63,10 +64,9 @@ class StepTimes:
         self.model, self.gpu, self.layout = model, gpu, layout
         self.kv_dtype, self.engine = kv_dtype, engine or Engine()
         layer, ranks = model.layer, layout.world_size
-        # QKV, O, gate and up, down of a rank's full-TP shard.
         self.shards = layer.shards(ranks)
-        self.query_width = self.shards[1][1]
-        self.kv_width = (self.shards[0][0] - self.query_width) // 2
+        heads = layer.attention.of_rank(ranks)
+        self.query_width, self.kv_width = heads.query * layer.head_dim, heads.kv * layer.head_dim
 
     def seconds(self, mode: Mode, phase: str, tokens: int) -> float:
         """A step of ``tokens`` without its attention to other tokens."""
@@ -105,7 +105,7 @@ class StepTimes:
 
     def _gemms(self, rows: int, sp: int) -> float:
         """Of a layer. Base weights are the shards of S ranks, side by side."""
-        gemm, (qkv, out, gate_up, down) = self.gpu.gemms[self.model.weights], self.shards
+        gemm, (qkv, out, gate_up, down) = self.gpu.gemms[self.model.weights], self.shards.values()
         seconds = (
             gemm.seconds(rows, sp * qkv[0], qkv[1])
             + gemm.seconds(rows, out[0], sp * out[1])
@@ -121,7 +121,7 @@ class StepTimes:
     def _elementwise(self, tokens: int, rows: int, sp: int) -> float:
         """Of a layer: all that reads and writes its elements once. Bytes per row are those of docs/cost-model.md."""
         hidden, queries, values = self.model.layer.hidden, self.query_width, self.kv_width
-        inner = sp * self.shards[3][1]
+        inner = sp * self.shards[Role.DOWN][1]
         width = queries + 2 * values
         work = [
             # Residual and norm, twice.

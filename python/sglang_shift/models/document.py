@@ -1,0 +1,180 @@
+"""``docs/models.md``: which models are served, from the records and the rules of this folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+
+from sglang_shift.models.families import FAMILIES, PACKAGE, Family
+from sglang_shift.models.fields import HARMLESS, ROPE, RULES, WINDOW, neutral_values, taken_fields
+from sglang_shift.models.heads import Heads
+from sglang_shift.models.rope_fields import OF_ANY_TYPE, ROPE_PARAMETERS
+
+MOST_RANKS = 32
+"""The largest P in the table of head counts."""
+
+HEAD_COUNTS = (Heads(16, 2), Heads(16, 8), Heads(28, 4), Heads(32, 8), Heads(32, 32), Heads(40, 8), Heads(64, 8))
+"""Usual head counts of published models."""
+
+PAGE = """\
+# Models
+
+This page is the output of `python -m sglang_shift.models`: do not edit it. It is made from the records and the rules in
+`python/sglang_shift/models/`, by which the server decides. A test compares the page with the output.
+
+## Families
+
+A model is served if its `architectures` in `config.json` begins with one of these. All of them are dense decoders.
+Quantized checkpoints are refused, and so is every other architecture. The tests compare each family with transformers.
+
+{families}
+
+These are the linears of each layer, and which of them have a bias:
+
+{linears}
+
+## Numbers of ranks
+
+P, the number of ranks, is `--tp-size`. It must divide the heads and the MLP's intermediate size. P and the number of
+KV heads must divide each other. If there are fewer KV heads than ranks, each KV head is on several ranks. In SP mode
+these copies take memory, and ranks exchange them. `--sp-size` must divide P. `python -m sglang_shift.plan` computes the
+memory that a model takes.
+
+The table shows which P up to {most} suit usual head counts. `x2` means that each KV head is on two ranks.
+
+{ranks}
+
+## Fields of config.json that are served
+
+SGLang's classes take these fields as transformers does:
+
+{taken}
+
+These fields change no answer: {harmless}.
+
+The rules below decide about {ruled}.
+
+These types of rope are served. The parameters in the table can have any value that the
+[rules](#what-is-refused) do not exclude. Every type also has {of_any_type}.
+
+{ropes}
+
+## What is refused
+
+SGLang's classes read the fields that they know, and ignore all others without a message. Stock SGLang would answer
+wrongly, or fail. Here the server does not start. Its message names the field, and the way out if there is one. These
+are the rules:
+
+{rules}
+
+A field of the next table is served if it is absent, null or an empty list, or has the value in the table. Fields of
+other models are in this table, and so are all other fields that transformers has for the family.
+
+{neutral}
+"""
+
+
+def document() -> str:
+    """The page, in Markdown."""
+    return PAGE.format(
+        families=_families(), linears=_linears(), most=MOST_RANKS, ranks=_ranks(), taken=_taken(),
+        harmless=_codes(HARMLESS), ruled=_codes(ROPE | WINDOW), of_any_type=_codes(OF_ANY_TYPE), ropes=_ropes(),
+        rules=_rules(), neutral=_neutral(),
+    )  # fmt: skip
+
+
+def _families() -> str:
+    rows = [
+        (
+            family.title,
+            f"`{family.architecture}`",
+            f"`{family.model_type}`",
+            f"`{PACKAGE}{family.native}`",
+            "yes" if family.qk_norm else "no",
+            family.window.value,
+        )
+        for family in FAMILIES.values()
+    ]
+    return _table(
+        ("Family", "`architectures`", "`model_type`", "SGLang's class", "Norms of Q and K", "Has a sliding window in"),
+        rows,
+    )
+
+
+def _linears() -> str:
+    roles = {linear.name: linear.role for family in FAMILIES.values() for linear in family.linears}
+    rows = [
+        (f"`{name}`", "inputs" if role.row_parallel else "outputs", *(_bias(f, name) for f in FAMILIES.values()))
+        for name, role in roles.items()
+    ]
+    return _table(("Linear", "Ranks divide its", *(family.title for family in FAMILIES.values())), rows)
+
+
+def _bias(family: Family, name: str) -> str:
+    for linear in family.linears:
+        if linear.name == name:
+            return f"bias if `{linear.bias}`" if isinstance(linear.bias, str) else "bias" if linear.bias else "no bias"
+    return "no such linear"
+
+
+def _ranks() -> str:
+    rows = [(str(heads.query), str(heads.kv), ", ".join(_suitable_ranks(heads))) for heads in HEAD_COUNTS]
+    return _table(("Heads", "KV heads", "P"), rows)
+
+
+def _suitable_ranks(heads: Heads) -> Iterable[str]:
+    for ranks in range(2, MOST_RANKS + 1):
+        if heads.divides_queries(ranks) and heads.divides_kv(ranks):
+            copies = ranks * heads.of_rank(ranks).kv // heads.kv
+            yield f"{ranks} x{copies}" if copies > 1 else str(ranks)
+
+
+def _taken() -> str:
+    fields = {family.title: taken_fields(family) for family in FAMILIES.values()}
+    common = frozenset.intersection(*fields.values())
+    rows = [("every family", _codes(common))]
+    rows += [(title, _codes(own - common)) for title, own in fields.items() if own - common]
+    return _table(("Family", "Fields"), rows)
+
+
+def _ropes() -> str:
+    rows = [(f"`{kind}`", _codes(parameters)) for kind, parameters in ROPE_PARAMETERS.items() if kind != "default"]
+    rows.append(("`default`, or none", "those of all other types, which change nothing"))
+    return _table(("Type", "Parameters"), rows)
+
+
+def _rules() -> str:
+    rows = [(each.subject, _those(each.concerns), each.reason, each.way_out) for each in RULES]
+    return _table(("`config.json` has", "Families", "Why it is refused", "What you can do"), rows)
+
+
+def _those(concerns: Callable[[Family], bool]) -> str:
+    return _titles([family for family in FAMILIES.values() if concerns(family)])
+
+
+def _neutral() -> str:
+    """Fields with the same value in the same families share a row."""
+    having: dict[tuple[str, str], list[Family]] = {}
+    for family in FAMILIES.values():
+        for field, value in neutral_values(family).items():
+            having.setdefault((json.dumps(value), field), []).append(family)
+    lines = sorted((-len(those), _titles(those), value, field) for (value, field), those in having.items())
+    rows = [
+        (titles, f"`{value}`", _codes(field for *_, field in group))
+        for (_, titles, value), group in groupby(lines, key=lambda line: line[:3])
+    ]
+    return _table(("Families", "Value", "Fields"), rows)
+
+
+def _titles(families: Sequence[Family]) -> str:
+    return "all" if len(families) == len(FAMILIES) else ", ".join(family.title for family in families)
+
+
+def _codes(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines).replace("|  |", "| |")

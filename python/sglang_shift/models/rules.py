@@ -1,0 +1,96 @@
+"""Rules of what a ``config.json`` may say: each has its check, and its words in ``docs/models.md``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from sglang_shift.models.families import FAMILIES, ORIGINAL_LENGTH, Family
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the rules look at.
+
+    Attributes:
+        config: The model's Hugging Face configuration.
+        context: Tokens of the longest sequence that is served.
+    """
+
+    config: Any
+    context: int
+
+    @property
+    def family(self) -> Family:
+        """The record of its architecture."""
+        return FAMILIES[self.config.architectures[0]]
+
+    @cached_property
+    def rope(self) -> dict[str, Any]:
+        """The parameters of the rope."""
+        return getattr(self.config, "rope_parameters", None) or getattr(self.config, "rope_scaling", None) or {}
+
+    @property
+    def rope_type(self) -> Any:
+        """The type of the rope, which SGLang looks for under two names."""
+        return self.rope.get("rope_type", self.rope.get("type", "default"))
+
+    @property
+    def original_length(self) -> int:
+        """The tokens that the model was trained with before its rope was scaled, as SGLang's class reads them."""
+        beside, among = getattr(self.config, ORIGINAL_LENGTH, None), self.rope.get(ORIGINAL_LENGTH)
+        if ORIGINAL_LENGTH in self.family.rope_fields or among is None:
+            return beside or among or self.config.max_position_embeddings
+        return among
+
+    @property
+    def length_ratio(self) -> float:
+        """``max_position_embeddings`` over :attr:`original_length`."""
+        return self.config.max_position_embeddings / self.original_length
+
+
+Check = Callable[[Checkpoint], str | None]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Something that a ``config.json`` may not say, and why.
+
+    Attributes:
+        subject: What it may not say, for a table.
+        reason: What SGLang does instead, in a sentence.
+        way_out: What a user can do, in a sentence; empty if there is nothing.
+        concerns: The families that the rule is for.
+        check: What is wrong with a checkpoint, in words that follow "config.json has", or None.
+    """
+
+    subject: str
+    reason: str
+    way_out: str
+    concerns: Callable[[Family], bool]
+    check: Check
+
+    def problem(self, checkpoint: Checkpoint) -> str | None:
+        """What is wrong with a checkpoint, or None."""
+        return self.check(checkpoint) if self.concerns(checkpoint.family) else None
+
+
+def rule(
+    subject: str, reason: str, way_out: str = "", concerns: Callable[[Family], bool] = lambda family: True
+) -> Callable[[Check], Rule]:
+    """Make a rule of the check that follows; the arguments are those of :class:`Rule`."""
+    return lambda check: Rule(subject, reason, way_out, concerns, check)
+
+
+def override(field: str, value: Any) -> str:
+    """The flag that gives a field of ``config.json`` another value."""
+    return f"--json-model-override-args '{json.dumps({field: value})}'"
+
+
+def short(value: Any) -> str:
+    """A value in a sentence."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,99 @@
+"""What a model takes of a rank's memory: its weights in each mode, and the KV cache of a token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_shift.models.decoder_layer import Layer
+from sglang_shift.models.families import FAMILIES, Family, Role
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+VOCAB_PADDING = 64
+"""SGLang pads the rows of a vocabulary to a multiple of this."""
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """The sizes of a model, from which those of its weights follow.
+
+    Attributes:
+        family: Its family.
+        layer: One of its layers.
+        layers: How many it has.
+        vocabulary: Tokens that it knows.
+        tied: Whether the LM head is the embedding.
+        biased: The linears that have a bias.
+    """
+
+    family: Family
+    layer: Layer
+    layers: int
+    vocabulary: int
+    tied: bool
+    biased: frozenset[Role]
+
+    @classmethod
+    def of(cls, hf_config: Any) -> ModelSizes:
+        """The sizes in a Hugging Face configuration, whose architecture is in :data:`FAMILIES`."""
+        family = FAMILIES[hf_config.architectures[0]]
+        hidden, heads = hf_config.hidden_size, hf_config.num_attention_heads
+        layer = Layer(
+            hidden=hidden,
+            intermediate=hf_config.intermediate_size,
+            heads=heads,
+            kv_heads=getattr(hf_config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(hf_config, "head_dim", None) or hidden // heads,
+        )
+        biased = frozenset(linear.role for linear in family.linears if linear.has_bias(hf_config))
+        tied = hf_config.tie_word_embeddings
+        return cls(family, layer, hf_config.num_hidden_layers, hf_config.vocab_size, tied, biased)
+
+    def weight_bytes(self, ranks: int, sp_size: int, element_bytes: int) -> int:
+        """Bytes of the base weights on one rank, each storage once. The TP weights are views of them.
+
+        Args:
+            ranks: P, which must suit the layer.
+            sp_size: S; with 1 these are the weights of stock TP.
+            element_bytes: Bytes of one weight.
+
+        Raises:
+            ShiftError: the layer cannot be divided by ``ranks``.
+        """
+        shards = self.layer.shards(ranks)
+        roles = [linear.role for linear in self.family.linears]
+        linears = sum(self._base_elements(role, shards[role], sp_size) for role in roles)
+        norms = 2 * self.layer.hidden + (2 * self.layer.head_dim if self.family.qk_norm else 0)
+        elements = self.layers * (linears + norms) + self.layer.hidden + self.embedding_elements(ranks)
+        return elements * element_bytes
+
+    def embedding_elements(self, ranks: int) -> int:
+        """Weights of the embedding and the LM head on one rank, which are the same in both modes."""
+        rows = padded_vocab(self.vocabulary, ranks) // ranks
+        return rows * self.layer.hidden * (1 if self.tied else 2)
+
+    def kv_bytes_per_token(self, ranks: int, element_bytes: int) -> int:
+        """Bytes of K and V of one token on one rank, in all layers: the same in both modes, whatever S is."""
+        return 2 * self.layers * self.layer.attention.of_rank(ranks).kv * self.layer.head_dim * element_bytes
+
+    def _base_elements(self, role: Role, shard: tuple[int, int], sp_size: int) -> int:
+        """Elements of a base weight and its bias: S shards, and a whole bias if the ranks sum products."""
+        outputs, inputs = shard
+        bias = outputs if role in self.biased else 0
+        return sp_size * outputs * inputs + (bias if role.row_parallel else sp_size * bias)
+
+
+def padded_vocab(vocab_size: int, ranks: int) -> int:
+    """Rows of the embedding on all ranks, padded as SGLang's VocabParallelEmbedding does."""
+    # Not imported from there: the launcher need not load SGLang's layers and their kernels.
+    padding = VOCAB_PADDING
+    if -(-vocab_size // padding) * padding % ranks:
+        padding *= ranks
+    return -(-vocab_size // padding) * padding
+
+
+def size_text(size: int) -> str:
+    """Bytes for a person."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
