@@ -10,6 +10,7 @@ import importlib
 import os
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -17,9 +18,8 @@ from sglang_shift.parallel.exchange.collective import SequenceExchange
 from sglang_shift.parallel.exchange.flashinfer import WORLD_SIZES, FlashInferExchange
 from sglang_shift.tools.gpu_check import environment, one_gpu
 from sglang_shift.tools.gpu_check.attempts import attempt
-from sglang_shift.tools.gpu_check.child import one_line
 from sglang_shift.tools.gpu_check.ranks import RankGroup
-from sglang_shift.tools.gpu_check.record import Record, Row, Skip
+from sglang_shift.tools.gpu_check.record import Record, Row, one_line
 from sglang_shift.tools.gpu_check.timing import Timer, captured
 
 ROWS = (1, 5, 128, 1024)
@@ -36,7 +36,7 @@ def check(record: Record) -> None:
     try:
         os.environ.update(one_gpu.nccl_environment())
         _run(record, "2 ranks on one GPU", ["cuda:0", "cuda:0"], names)
-    except Skip as reason:
+    except pytest.skip.Exception as reason:
         record.note(f"2 ranks on one GPU: skipped: {reason}")
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from sglang_shift.parallel.layout import padded_local_tokens
 from sglang_shift.tools.gpu_check.record import Record
-from sglang_shift.tools.gpu_check.report import aligned
+from sglang_shift.tools.tables import aligned
 from sglang_shift.tools.gpu_check.shapes import DEPLOYMENTS, Deployment, Matrix
 from sglang_shift.tools.gpu_check.timing import Timer, error_of
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+import pytest
 import torch
 
-from sglang_shift.tools.gpu_check.record import Record, Skip
+from sglang_shift.tools.gpu_check.record import Record
 from sglang_shift.tools.gpu_check.shapes import DEPLOYMENTS
 from sglang_shift.tools.gpu_check.timing import Timer
 
@@ -23,7 +24,7 @@ def check(record: Record) -> None:
         import sglang_shift_kernels as kernels
         from sglang_shift_kernels import gpu, operations, reference
     except ImportError as error:
-        raise Skip(f"{PACKAGE} cannot be imported ({error}); put the folder kernels on PYTHONPATH") from error
+        raise pytest.skip.Exception(f"{PACKAGE} cannot be imported ({error}); put the folder kernels on PYTHONPATH") from error
     device = torch.device("cuda")
     fp8 = kernels.fp8_supported(device)
     if not fp8:

@@ -16,9 +16,8 @@ import torch.distributed as dist
 
 from sglang_shift.tools.gpu_check import environment
 from sglang_shift.tools.gpu_check.attempts import attempt
-from sglang_shift.tools.gpu_check.child import one_line
-from sglang_shift.tools.gpu_check.record import Record, Row
-from sglang_shift.tools.gpu_check.report import aligned
+from sglang_shift.tools.gpu_check.record import Record, Row, one_line
+from sglang_shift.tools.tables import aligned
 from sglang_shift.tools.gpu_check.timing import Timer, captured
 
 SIZES = tuple(8**power for power in range(1, 11))

@@ -13,7 +13,7 @@ import torch
 
 from sglang_shift.modes import Mode
 from sglang_shift.tools.gpu_check.record import Record
-from sglang_shift.tools.gpu_check.report import aligned
+from sglang_shift.tools.tables import aligned
 from sglang_shift.tools.gpu_check.shapes import DEPLOYMENTS, Deployment
 from sglang_shift.tools.gpu_check.stack import Batch, Stack
 from sglang_shift.tools.gpu_check.timing import Timer, captured
