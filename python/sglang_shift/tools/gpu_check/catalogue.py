@@ -8,6 +8,11 @@ from types import ModuleType
 from typing import Any
 
 PREFIX = "test_"
+MARKERS = (
+    "gpus(count): the fewest GPUs that the check needs; 1 without it",
+    "timeout(seconds): what the check may take, the start of its process counted",
+)
+"""For pytest, with or without pytest-timeout."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from sglang_shift.tools.gpu_check.catalogue import MARKERS
 from sglang_shift.tools.gpu_check.record import End, Record, one_line
 
 RECORD = pytest.StashKey[Record]()
@@ -26,6 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Open the record, and let a signal end the check by its own ``finally``, which ends what it has started."""
     path, until = config.getoption("--record"), config.getoption("--until")
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
     config.stash[RECORD] = Record(path.open("wb"), path.parent)
     timeouts = config.pluginmanager.hasplugin("timeout")
 

@@ -13,7 +13,7 @@ import pytest
 
 from sglang_shift.tools.gpu_check import checks, environment, report
 from sglang_shift.tools.gpu_check.catalogue import Check, checks_of
-from sglang_shift.tools.gpu_check.isolation import SESSION, CheckResult, Isolation
+from sglang_shift.tools.gpu_check.isolation import SESSION, Isolation
 from sglang_shift.tools.tables import aligned
 
 MODULE = checks

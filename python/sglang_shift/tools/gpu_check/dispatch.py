@@ -57,7 +57,7 @@ def backend(unquant: ModuleType, name: str) -> Iterator[None]:
         try:
             unquant.initialize_bf16_gemm_config()
         except (ImportError, ValueError) as error:
-            raise pytest.skip.Exception(one_line(error)) from error
+            pytest.skip(one_line(error))
         yield
     finally:
         vars(unquant).update(before)

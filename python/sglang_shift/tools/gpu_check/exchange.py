@@ -20,7 +20,7 @@ from sglang_shift.tools.gpu_check import environment, one_gpu
 from sglang_shift.tools.gpu_check.attempts import attempt
 from sglang_shift.tools.gpu_check.ranks import RankGroup
 from sglang_shift.tools.gpu_check.record import Record, Row, one_line
-from sglang_shift.tools.gpu_check.timing import Timer, captured
+from sglang_shift.tools.gpu_check.timing import captured, collective_seconds
 
 ROWS = (1, 5, 128, 1024)
 """Tokens of a rank."""
@@ -78,7 +78,7 @@ def compare(device: torch.device, name: str, dtype: torch.dtype = torch.bfloat16
         dtype: Of what is sent.
     """
     group: Any = RankGroup()
-    size, timer, rows = group.world_size, Timer(device), []
+    size, rows = group.world_size, []
     exchange = (
         SequenceExchange(group)
         if name == "collective"
@@ -87,13 +87,13 @@ def compare(device: torch.device, name: str, dtype: torch.dtype = torch.bfloat16
     for local in ROWS:
         trip = Trip(exchange, local, dtype, device)
         row: Row = {"ranks": size, "exchange": exchange.text, "rows": local, "eager_right": trip.right()}
-        row["eager_us"] = round(1e6 * timer.seconds(trip.run), 1)
+        row["eager_us"] = round(1e6 * collective_seconds(trip.run, device), 1)
         if device.type == "cuda":
             graph, _ = captured(trip.run)
             trip.fill(seed=1)
             graph.replay()
             row["graph_right"] = trip.arrived()
-            row["graph_us"] = round(1e6 * timer.seconds(graph.replay), 1)
+            row["graph_us"] = round(1e6 * collective_seconds(graph.replay, device), 1)
         rows.append(row)
     exchange.close()
     return rows

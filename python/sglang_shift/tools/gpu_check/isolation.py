@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from sglang_shift.tools.gpu_check import processes
-from sglang_shift.tools.gpu_check.catalogue import Check
+from sglang_shift.tools.gpu_check.catalogue import MARKERS, Check
 from sglang_shift.tools.gpu_check.record import Record, Status, read
 
 LEAST_SECONDS = 30.0
@@ -63,6 +63,11 @@ class Isolation:
     def __init__(self, gpus: int, no_gpu: str, seconds: float, out: Path) -> None:
         self._gpus, self._no_gpu, self._seconds, self._out = gpus, no_gpu, seconds, out
         self._deadline = time.monotonic() + seconds - processes.GRACE_SECONDS
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        """Say which markers there are."""
+        for marker in MARKERS:
+            config.addinivalue_line("markers", marker)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Function, nextitem: pytest.Item | None) -> bool | None:
@@ -112,19 +117,16 @@ def child_command(item: pytest.Function, lines: Path, until: float) -> Sequence[
 
 
 def reports(item: pytest.Function, result: CheckResult) -> list[pytest.TestReport]:
-    """What pytest makes of a check's result: a call, and the end of it, with which junit's XML is written."""
+    """What pytest makes of a check's result: a call, and the teardown after which junit's XML has all of a test."""
     reason = (str(item.path), item.location[1] or 0, result.reason) if result.status == "skipped" else result.reason
-    notes = [("note", note) for note in result.found.notes]
-    problems = [("problem", problem) for problem in result.found.problems]
+    found = result.found
+    properties = [("note", note) for note in found.notes] + [("problem", problem) for problem in found.problems]
     return [
         pytest.TestReport(
-            item.nodeid, item.location, {}, outcome, longrepr, when, duration=seconds,
-            user_properties=[*notes, *problems], found=result.found,
-        )
-        for when, outcome, longrepr, seconds in (
-            ("call", result.status, reason or None, result.seconds), ("teardown", "passed", None, 0.0),
-        )
-    ]  # fmt: skip
+            item.nodeid, item.location, {}, result.status, reason or None, "call", duration=result.seconds, found=found
+        ),
+        pytest.TestReport(item.nodeid, item.location, {}, "passed", None, "teardown", user_properties=properties),
+    ]
 
 
 def last_line(log: Path) -> str:

@@ -30,7 +30,7 @@ def check(record: Record) -> None:
         ShiftError, OSError, HTTPException: the server does not start, or does not answer.
     """
     if find_spec("torch_memory_saver") is None:
-        raise pytest.skip.Exception("torch_memory_saver is not installed")
+        pytest.skip("torch_memory_saver is not installed")
     with TemporaryDirectory(prefix="sglang_shift_") as name:
         folder = Path(name)
         flags = [*model_flags(folder), "--attention-backend", "triton", "--tp-size", "2"]

@@ -59,7 +59,7 @@ def nccl_environment() -> dict[str, str]:
         pytest.skip.Exception: it is too old.
     """
     if (found := nccl_version()) < LEAST_NCCL:
-        raise pytest.skip.Exception(
+        pytest.skip(
             f"NCCL {'.'.join(map(str, found)) or '(none)'} refuses two ranks on one GPU; preload "
             f"{'.'.join(map(str, LEAST_NCCL))} or newer, and name it in SGLANG_NCCL_SO_PATH"
         )
