@@ -19,8 +19,8 @@ from sglang_shift.tools.benchmark import command, link, link_rate, options, watc
 from sglang_shift.tools.benchmark.campaign import Campaign, Settings
 from sglang_shift.tools.benchmark.contenders import contender, contenders
 from sglang_shift.tools.benchmark.records import Visits
-from sglang_shift.tools.benchmark.servers import Failure
 from sglang_shift.tools.benchmark.workloads import prompt_ids
+from sglang_shift.tools.servers import Failure
 
 CONTEXT = 4096
 

@@ -10,12 +10,12 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from sglang_shift.tools.benchmark.servers import Server, call, serving
 from sglang_shift.tools.gpu_check import one_gpu
 from sglang_shift.tools.gpu_check.answers import compare, prompts
 from sglang_shift.tools.gpu_check.comparison import SHIFT, START_SECONDS, THRESHOLDS, ask, set_threshold
 from sglang_shift.tools.gpu_check.engine import EAGER, SHARING, VOCABULARY, model_flags
 from sglang_shift.tools.gpu_check.record import Record
+from sglang_shift.tools.servers import Server, call, serving
 
 SAVER = ["--enable-memory-saver", "--enable-weights-cpu-backup"]
 TOLERANCE = 1e-3
@@ -27,7 +27,7 @@ def check(record: Record) -> None:
 
     Raises:
         pytest.skip.Exception: SGLang's memory saver is not installed.
-        ShiftError, OSError, HTTPException: the server does not start, or does not answer.
+        ShiftError, OSError: the server does not start, or does not answer.
     """
     if find_spec("torch_memory_saver") is None:
         pytest.skip("torch_memory_saver is not installed")
