@@ -141,7 +141,7 @@ def test_a_campaign_keeps_its_link(tmp_path, monkeypatch):
     """What a rank computes is never measured alike twice; visits at two rates are not to be compared."""
     rates = iter([5e8, 6e8, 7e8])
     monkeypatch.setattr(link, "check", lambda: None)
-    monkeypatch.setattr(link_rate, "chosen_rate", lambda *_: SimpleNamespace(rate=next(rates), text="derived"))
+    monkeypatch.setattr(link_rate, "choose_rate", lambda *_: SimpleNamespace(rate=next(rates), text="derived"))
 
     def rate(*words: str) -> float:
         return command._link(options.parse([*words, "--kv-tokens", "9", "--out", str(tmp_path)]), "model")[0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from sglang_shift.models.decoder_layer import Layer
 from sglang_shift.modes import Mode
-from sglang_shift.tools.benchmark.link_rate import Layer
 from sglang_shift.tools.gpu_check import dispatch, gemms, graphs, steps
 from sglang_shift.tools.gpu_check.record import Record
 from sglang_shift.tools.gpu_check.shapes import Deployment, Matrix

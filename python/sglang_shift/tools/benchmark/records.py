@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 MADE_UP = ("single", "saturated", "rate", "bursty", "long-mix")
 TRACES = ("azure", "mooncake")
@@ -14,8 +13,7 @@ KINDS = MADE_UP + TRACES
 """The kinds of workload, in the order of reports."""
 
 
-@dataclass(frozen=True)
-class RequestRecord:
+class RequestRecord(msgspec.Struct, frozen=True):
     """One request as the client saw it. Times are in seconds.
 
     Attributes:
@@ -51,8 +49,7 @@ class RequestRecord:
         return (self.latency - self.ttft) / (self.output - 1) if self.output > 1 else None
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(msgspec.Struct, frozen=True):
     """The server's state at a moment. What a server does not tell is None.
 
     Attributes:
@@ -72,8 +69,7 @@ class Sample:
     sp_steps: int | None = None
 
 
-@dataclass(frozen=True)
-class Visit:
+class Visit(msgspec.Struct, frozen=True):
     """One workload, sent to one contender once.
 
     Attributes:
@@ -99,25 +95,10 @@ class Visit:
     round: int
     seconds: float
     requests: list[RequestRecord]
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[Sample] = msgspec.field(default_factory=list)
     shift: dict[str, int] | None = None
     started: str = ""
     load_average: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """What :meth:`from_json` takes."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Visit:
-        """The visit that :meth:`to_json` wrote.
-
-        Raises:
-            KeyError, TypeError: it is something else.
-        """
-        requests = [RequestRecord(**r) for r in values["requests"]]
-        samples = [Sample(**s) for s in values["samples"]]
-        return cls(**{**values, "requests": requests, "samples": samples})
 
 
 class Visits:
@@ -138,11 +119,10 @@ class Visits:
         """
         if not self.path.exists():
             return []
-        text = self.path.read_text()
-        lines = text.split("\n")
+        lines, decoder = self.path.read_bytes().split(b"\n"), msgspec.json.Decoder(Visit)
         try:
-            return [Visit.from_json(json.loads(line)) for line in lines[:-1] if line]
-        except (KeyError, TypeError, ValueError) as error:
+            return [decoder.decode(line) for line in lines[:-1] if line]
+        except msgspec.DecodeError as error:
             raise ValueError(f"{self.path} holds a line that is no visit ({error}); choose another --out") from error
 
     def add(self, visits: Iterable[Visit]) -> None:
@@ -152,4 +132,4 @@ class Visits:
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
             for visit in visits:
-                file.write(json.dumps(visit.to_json(), separators=(",", ":")).encode() + b"\n")
+                file.write(msgspec.json.encode(visit) + b"\n")

@@ -32,7 +32,7 @@ def check(record: Record) -> None:
     shares = defaultdict(list)
     for (size, qkv, o), model in exchanges().items():
         for rows in ROWS:
-            shape = operations.Shape(size, rows, qkv, o)
+            shape = operations.ExchangeShape(size, rows, qkv, o)
             for operation in operations.operations(shape, torch.bfloat16, device):
                 if fp8 or "fp8" not in operation.name:
                     said = {"operation": operation.name, "model": model, "ranks": size, "rows": rows}

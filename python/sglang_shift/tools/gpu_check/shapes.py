@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sglang_shift.models.decoder_layer import Layer
 from sglang_shift.parallel.layout import padded_local_tokens
-from sglang_shift.tools.benchmark.link_rate import TARGETS, Layer
+from sglang_shift.tools.published import TARGETS
 
 PROJECTIONS = ("qkv", "o", "gate_up", "down")
 ROW_PARALLEL = ("o", "down")
