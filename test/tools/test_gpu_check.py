@@ -13,6 +13,7 @@ import made_up_checks
 import psutil
 import pytest
 from harness import REPO
+from sglang_shift.tools import nvidia_smi
 from sglang_shift.tools.gpu_check import checks, command, environment, isolation, processes, report
 from sglang_shift.tools.gpu_check.catalogue import checks_of
 from sglang_shift.tools.gpu_check.isolation import CheckResult, Isolation
@@ -211,6 +212,15 @@ def test_the_time_for_all(gpus, words, minutes, tmp_path, monkeypatch):
     assert given == [(gpus, 60 * minutes)]
 
 
+def test_without_pytest():
+    program = (
+        "import runpy, sys; sys.modules['pytest'] = None; runpy.run_module('sglang_shift.gpu_check', None, '__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    said = "sglang_shift: error: the GPU checks need pytest: pip install 'sglang_shift[gpu-check]'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
 def test_a_name_that_is_none(capsys):
     with pytest.raises(SystemExit) as ended:
         command.main(["--only", "nonsense"])
@@ -276,8 +286,8 @@ def test_a_tool_that_does_not_answer(tmp_path, monkeypatch):
     tool.write_text("#!/bin/sh\nexec sleep 60\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(environment, "SMI_SECONDS", 0.2)
-    assert environment.nvidia_smi("name") == []
+    monkeypatch.setattr(nvidia_smi, "LIMIT_SECONDS", 0.2)
+    assert nvidia_smi.nvidia_smi("name") == []
 
 
 def test_versions_that_are_not_there():

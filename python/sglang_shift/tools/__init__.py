@@ -1,3 +1,1 @@
-"""The commands beside the server, a file or a folder each; what several of them use is a module here: :mod:`servers`,
-:mod:`tables`, :mod:`plotting`, :mod:`published`.
-"""
+"""The commands beside the server, each a file or a folder. Modules that several of them use are here as well."""
