@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 if __name__ == "__main__":
     if find_spec("pytest") is None:
-        print("sglang_shift: error: the GPU checks need pytest: pip install 'sglang_shift[gpu-check]'", file=sys.stderr)
+        print("sglang_shift: error: the GPU checks need pytest: pip install 'sglang-shift[gpu-check]'", file=sys.stderr)
         sys.exit(2)
     from sglang_shift.tools.gpu_check.command import main
 

@@ -9,6 +9,9 @@ import sys
 import time
 
 import pytest
+import torch
+import torch.distributed as dist
+from sglang_shift.tools.gpu_check.ranks import run_ranks
 from sglang_shift.tools.gpu_check.record import Record
 
 
@@ -23,6 +26,15 @@ def test_passes(record: Record) -> None:
 def test_raises(record: Record) -> None:
     record.row(size=16)
     raise RuntimeError("out of\nmemory")
+
+
+def rank(device: torch.device) -> int:
+    return dist.get_world_size()
+
+
+@pytest.mark.timeout(60)
+def test_has_ranks(record: Record) -> None:
+    record.row(ranks=run_ranks(rank, ["cpu", "cpu"], "gloo"))
 
 
 SLEEPS = "import time; time.sleep(1000)"

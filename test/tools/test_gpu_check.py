@@ -128,6 +128,11 @@ def test_what_cannot_run_is_skipped_and_says_why(tmp_path):
     assert late.status == "skipped" and late.reason.startswith(f"too little is left of the {seconds:.0f} s")
 
 
+def test_a_check_of_several_ranks(tmp_path):
+    (result,) = run(tmp_path, "has-ranks")
+    assert (result.status, result.found.rows) == ("passed", [{"ranks": 2}]), result.reason
+
+
 def test_figures_of_an_earlier_run_are_not_taken_for_this_ones(tmp_path):
     (tmp_path / "skips.jsonl").write_text('{"row": {"old": 1}}\n{"end": {"status": "passed", "reason": ""}}\n')
     (result,) = run(tmp_path, "skips")
@@ -217,7 +222,7 @@ def test_without_pytest():
         "import runpy, sys; sys.modules['pytest'] = None; runpy.run_module('sglang_shift.gpu_check', None, '__main__')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    said = "sglang_shift: error: the GPU checks need pytest: pip install 'sglang_shift[gpu-check]'\n"
+    said = "sglang_shift: error: the GPU checks need pytest: pip install 'sglang-shift[gpu-check]'\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 
