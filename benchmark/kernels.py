@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from sglang_shift_kernels import cpu, fp8_supported, reference
-from sglang_shift_kernels.operations import Operation, Shape, operations, traffic
+from sglang_shift_kernels.operations import ExchangeShape, Operation, operations, traffic
 from torch_ways import WAYS
 
 # Heads and KV heads a rank has, times 128, by model and S.
@@ -38,7 +38,7 @@ def examples(device: str, dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[dic
     for model, (size, qkv, o) in SHAPES.items():
         for dtype in dtypes:
             for rows in ROWS[device]:
-                for operation in operations(Shape(size, rows, qkv, o), dtype, device):
+                for operation in operations(ExchangeShape(size, rows, qkv, o), dtype, device):
                     if "fp8" in operation.name and not fp8_supported(torch.device(device)):
                         continue
                     said = {"model": model, "rows": rows, "dtype": str(dtype).removeprefix("torch.")}

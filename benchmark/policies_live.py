@@ -28,7 +28,7 @@ import aiohttp
 from sglang_shift.simulate.traces import read_trace
 from sglang_shift.simulate.traffic import Request, bursty, ramp, scaled, steady, window
 from sglang_shift.tools.benchmark.environment import describe_machine
-from sglang_shift.tools.benchmark.servers import Failure, call, serving
+from sglang_shift.tools.servers import Failure, call, serving
 
 POLICIES: dict[str, dict[str, Any]] = {
     "tp": {"shift_policy": "tp"},

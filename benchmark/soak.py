@@ -29,8 +29,8 @@ from typing import Any
 
 import psutil
 import requests
-from sglang_shift.tools.benchmark import servers
-from sglang_shift.tools.benchmark.servers import Failure, Server
+from sglang_shift.tools import servers
+from sglang_shift.tools.servers import Failure, Server
 
 FLAGS = ["--tp-size", "2", "--enable-shift-parallel", "--dtype", "float32", "--sleep-on-idle", "--enable-metrics"]
 POLICIES: tuple[dict[str, Any], ...] = (

@@ -25,9 +25,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from sglang_shift.errors import ShiftError
-from sglang_shift.tools.benchmark import servers
+from sglang_shift.tools import servers
 from sglang_shift.tools.benchmark.contenders import Contender, contenders
-from sglang_shift.tools.benchmark.link import Link
+from sglang_shift.tools.benchmark.link import Link, start_on
 
 PREFILLS, DECODES = 3, 96
 """Steps that are profiled."""
@@ -112,7 +112,8 @@ def profile(whom: Contender, args: argparse.Namespace, folder: Path) -> None:
     shape = (16, 1 + DECODES // PREFILLS) if args.decode else (args.tokens, 1)
     steps = DECODES if args.decode else PREFILLS
     with Link(args.tp_size, args.link_rate) if args.link_rate and whom.ranks > 1 else nullcontext() as link:
-        server = servers.start(flags, 0, folder / f"{whom.name}.log", link)
+        log = folder / f"{whom.name}.log"
+        server = start_on(link, flags, 0, log) if link else servers.start(flags, 0, log)
         try:
             server.wait_until_healthy(args.timeout)
             times = [generate(server, *shape) for _ in range(7)][2:]

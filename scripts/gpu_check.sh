@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Check on this machine's GPUs what can be checked there: python -m sglang_shift.tools.gpu_check.
+# Check on this machine's GPUs what can be checked there: python -m sglang_shift.gpu_check.
 #
-# Uses $PYTHON, else python3, where that has SGLang and a PyTorch that finds a GPU. Else it sets up .venv, which takes
+# Uses $PYTHON, else python3, if that has SGLang and a PyTorch that finds a GPU. Otherwise it sets up .venv, which takes
 # a network.
 set -euo pipefail
 
@@ -10,7 +10,7 @@ python=${PYTHON:-python3}
 if "$python" -c 'import sglang, torch; assert torch.version.cuda and torch.cuda.is_available()' 2>/dev/null; then
     export PYTHONPATH=$root/python:$root/kernels${PYTHONPATH:+:$PYTHONPATH}
 else
-    "$root/scripts/setup.sh"
+    "$root/scripts/setup.sh" gpu-check
     python=$root/.venv/bin/python
 fi
 exec "$python" -m sglang_shift.gpu_check "$@"

@@ -3,6 +3,7 @@
 #
 #   scripts/setup.sh             what serving needs
 #   scripts/setup.sh benchmark   and what the benchmark's plots need
+#   scripts/setup.sh gpu-check   and what the GPU checks need
 #   scripts/setup.sh test        and what the tests need, all of the above among it
 #
 # Uses $PYTHON, else python3. Prints nothing when there is nothing to do, and needs no network then.
@@ -30,13 +31,17 @@ print(f"{sys.version_info[0]}.{sys.version_info[1]} {digest} {root}")
 PYTHON
 }
 
+# The extras that .venv has, separated by commas.
+present() { [[ -f $stamp ]] && sed 's/.* //' "$stamp" || true; }
+
 # Is .venv complete? The test extras include all others, and all include what serving needs.
 ready() {
-    local found
+    local found has
     [[ -f $stamp && ! -e $unfinished ]] || return 1
     found=$(installed)
-    [[ -n $found ]] || return 1
-    [[ $(cat "$stamp") == "$found test" || $(cat "$stamp") == "$found $extras"* ]]
+    [[ -n $found && $(cat "$stamp") == "$found "* ]] || return 1
+    has=,$(present),
+    [[ -z $extras || $has == *,test,* || $has == *,$extras,* ]]
 }
 
 pip_install() { "$venv/bin/python" -m pip install --disable-pip-version-check --no-input $quiet "$@"; }
@@ -50,18 +55,19 @@ install_without_outlines() {
     say "Python 3.13: leaving out outlines, which has no wheel for it; --grammar-backend outlines will not work"
     pip_install --no-deps -e . &&
         pip_install --no-deps "$(requirements sglang-shift | grep '^sglang==')" &&
-        { requirements sglang; requirements sglang-shift $extras; } | grep -v -e '^sglang==' -e '^outlines==' >"$needs" &&
+        { requirements sglang; requirements sglang-shift ${extras//,/ }; } | grep -v -e '^sglang==' -e '^outlines==' >"$needs" &&
         pip_install -r "$needs"
 }
 
-# requirements PACKAGE [EXTRA]: what an installed package needs in this environment, a line each.
+# requirements PACKAGE [EXTRA...]: what an installed package needs in this environment, a line each.
 requirements() {
     "$venv/bin/python" - "$@" <<'PYTHON'
 import importlib.metadata, sys
 from pip._vendor.packaging.requirements import Requirement
 for line in importlib.metadata.requires(sys.argv[1]) or []:
     requirement = Requirement(line)
-    if requirement.marker is None or requirement.marker.evaluate({"extra": "".join(sys.argv[2:])}):
+    extras = sys.argv[2:] or [""]
+    if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
         requirement.marker = None
         print(requirement)
 PYTHON
@@ -132,6 +138,7 @@ if [[ -d $venv/lib/python$current/site-packages/sglang ]]; then
 else
     say "installing sglang_shift, SGLang and PyTorch: 3 to 4 minutes and about 11 GB, the first time only"
 fi
+extras=$({ present; echo "$extras"; } | tr , '\n' | sed '/^$/d' | sort -u | paste -sd , -) # what it has, it keeps
 rm -f "$stamp"
 touch "$unfinished"
 if [[ $current == 3.13 ]]; then install=install_without_outlines; else install=install_all; fi

@@ -62,7 +62,7 @@ class Operation:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ExchangeShape:
     """The exchange around one layer's attention, as one rank sees it.
 
     Attributes:
@@ -78,7 +78,7 @@ class Shape:
     o: int
 
 
-def operations(shape: Shape, dtype: torch.dtype, device: torch.device | str = "cpu") -> Iterator[Operation]:
+def operations(shape: ExchangeShape, dtype: torch.dtype, device: torch.device | str = "cpu") -> Iterator[Operation]:
     """All that copies something, plain and as fp8. ``pack_tokens`` gets one token less than fills the blocks.
 
     fp8 is left out where a width is no multiple of 16.
@@ -97,7 +97,7 @@ def operations(shape: Shape, dtype: torch.dtype, device: torch.device | str = "c
         yield Operation("unpack heads, fp8", "unpack_heads", (reference.pack_tokens(tokens, size, True), dtype))
 
 
-def warm_up(shape: Shape, hidden: int, dtype: torch.dtype, device: torch.device | str, fp8: bool) -> None:
+def warm_up(shape: ExchangeShape, hidden: int, dtype: torch.dtype, device: torch.device | str, fp8: bool) -> None:
     """Run once on a GPU each kernel that an exchange may need: Triton compiles it, and loads it, at its first call.
 
     Args:

@@ -30,7 +30,7 @@ from sglang_shift.parallel.exchange.gloo import GlooExchange
 from sglang_shift.runtime import model_runner
 from sglang_shift.runtime.scheduler import ShiftScheduler
 from sglang_shift.weights.projections import BaseWeight, OutputProjection, QkvProjection
-from sglang_shift_kernels.operations import Shape
+from sglang_shift_kernels.operations import ExchangeShape
 
 
 class StandIn:
@@ -273,7 +273,7 @@ def test_a_gpus_kernels_are_compiled_before_it_serves(monkeypatch, device, fp8):
         dtype=torch.bfloat16,
     )
     model_runner.ShiftModelRunner._exchange(mine, config())  # type: ignore[arg-type]
-    assert warmed == ([(Shape(8, 2, 48, 32), 64, torch.bfloat16, "cuda", fp8)] if device == "cuda" else [])
+    assert warmed == ([(ExchangeShape(8, 2, 48, 32), 64, torch.bfloat16, "cuda", fp8)] if device == "cuda" else [])
 
 
 @pytest.mark.parametrize("fails", [False, True])

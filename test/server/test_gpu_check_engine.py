@@ -13,12 +13,12 @@ import pytest
 from sglang_shift.models.demo import demo_model_path
 from sglang_shift.modes import Mode, StepState
 from sglang_shift.policy.builtin import TokenThreshold
-from sglang_shift.tools.benchmark import servers as processes
-from sglang_shift.tools.benchmark.servers import Server
+from sglang_shift.tools import servers as processes
 from sglang_shift.tools.gpu_check import comparison, engine, one_gpu
 from sglang_shift.tools.gpu_check.answers import prompts
 from sglang_shift.tools.gpu_check.comparison import EXPECTED, REQUESTS, THRESHOLDS, Comparison, Contender, explained
-from sglang_shift.tools.gpu_check.record import Record, Skip
+from sglang_shift.tools.gpu_check.record import Record
+from sglang_shift.tools.servers import Server
 
 ONE = Contender("TP=1", ["--tp-size", "1"])
 TWO = Contender("two ranks", ["--tp-size", "2"])
@@ -221,7 +221,7 @@ class TestOneGpu:
             variables = one_gpu.environment("nccl", tmp_path)
             assert variables["NCCL_MULTI_RANK_GPU_ENABLE"] == "1" and "SGLANG_NCCL_SO_PATH" not in variables
         else:
-            with pytest.raises(Skip, match=r"preload 2\.30 or newer"):
+            with pytest.raises(pytest.skip.Exception, match=r"preload 2\.30 or newer"):
                 one_gpu.environment("nccl", tmp_path)
 
     def test_sglang_takes_the_platform(self, tmp_path):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from harness import SUPPORT
 from prompts import assert_same_answers
-from sglang_shift.tools.benchmark.servers import Server
 from sglang_shift.tools.gpu_check.comparison import Comparison, Contender
 from sglang_shift.tools.gpu_check.record import Record
+from sglang_shift.tools.servers import Server
 
 pytestmark = pytest.mark.server
 

@@ -6,11 +6,11 @@ import pytest
 from harness import SUPPORT
 from prompts import assert_same_answers
 from sglang_shift.models.demo import demo_model_path
-from sglang_shift.tools.benchmark.servers import Server
 from sglang_shift.tools.gpu_check import memory
 from sglang_shift.tools.gpu_check.answers import Answer
 from sglang_shift.tools.gpu_check.memory import check_release
 from sglang_shift.tools.gpu_check.record import Record
+from sglang_shift.tools.servers import Server
 
 pytestmark = pytest.mark.server
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from sglang_shift_kernels import gpu, reference
 from sglang_shift_kernels.copies import to_rows
 from sglang_shift_kernels.layout import Layout
-from sglang_shift_kernels.operations import Shape, operations, traffic
+from sglang_shift_kernels.operations import ExchangeShape, operations, traffic
 from triton.runtime import interpreter
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -107,7 +107,7 @@ def test_bytes_moved(dtype, monkeypatch):
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", counted_load)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", counted_store)
-    examples = list(operations(Shape(size=3, rows=19, qkv=80, o=48), dtype))
+    examples = list(operations(ExchangeShape(size=3, rows=19, qkv=80, o=48), dtype))
     assert len(examples) == 7
     for operation in examples:
         moved = 0

@@ -1,4 +1,4 @@
-"""Checks for the tests of the GPU check's runner: each ends in its own way."""
+"""Checks for the tests of the GPU check's command: each ends in its own way."""
 
 from __future__ import annotations
 
@@ -8,27 +8,33 @@ import subprocess
 import sys
 import time
 
-from sglang_shift.tools.gpu_check.record import Record, Skip
+import pytest
+import torch
+import torch.distributed as dist
+from sglang_shift.tools.gpu_check.ranks import run_ranks
+from sglang_shift.tools.gpu_check.record import Record
 
 
-def passes(record: Record) -> None:
+@pytest.mark.timeout(60)
+def test_passes(record: Record) -> None:
+    """What a check shows."""
     record.row(size=8, us=1.5)
     record.note("all is well")
 
 
-def finds_problems(record: Record) -> None:
-    record.row(size=8)
-    record.problem("the first thing is wrong")
-    record.problem("the second thing is wrong")
-
-
-def raises(record: Record) -> None:
+@pytest.mark.timeout(60)
+def test_raises(record: Record) -> None:
     record.row(size=16)
     raise RuntimeError("out of\nmemory")
 
 
-def skips(record: Record) -> None:
-    raise Skip("there is no kernel for this")
+def rank(device: torch.device) -> int:
+    return dist.get_world_size()
+
+
+@pytest.mark.timeout(60)
+def test_has_ranks(record: Record) -> None:
+    record.row(ranks=run_ranks(rank, ["cpu", "cpu"], "gloo"))
 
 
 SLEEPS = "import time; time.sleep(1000)"
@@ -44,15 +50,60 @@ def server() -> int:
     return int(first.stdout.readline())
 
 
-def crashes(record: Record) -> None:
+@pytest.mark.timeout(60)
+def test_crashes(record: Record) -> None:
     record.row(size=32, pid=server())
     print("about to crash", flush=True)
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def hangs(record: Record) -> None:
+@pytest.mark.timeout(60)
+def test_aborts(record: Record) -> None:
+    record.note("so far, so good")
+    print("terminate called after throwing an instance of 'c10::Error'", flush=True)
+    os.abort()
+
+
+@pytest.mark.timeout(60)
+def test_skips(record: Record) -> None:
+    pytest.skip("there is no kernel for this")
+
+
+@pytest.mark.timeout(60)
+def test_finds_problems(record: Record) -> None:
+    record.row(size=8)
+    record.problem("the first thing is wrong")
+    record.problem("the second thing is wrong")
+
+
+@pytest.mark.timeout(6)
+def test_hangs(record: Record) -> None:
     record.row(pid=server())
     try:
         time.sleep(1000)
     finally:
         record.note("it could clean up")
+
+
+@pytest.mark.timeout(60)
+def test_hangs_long(record: Record) -> None:
+    test_hangs(record)
+
+
+@pytest.mark.timeout(6)
+def test_hangs_in_a_kernel(record: Record) -> None:
+    """No signal reaches Python there."""
+    record.row(pid=server())
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM, signal.SIGTERM})
+    time.sleep(1000)
+
+
+@pytest.mark.timeout(60)
+def test_passes_too(record: Record) -> None:
+    test_passes(record)
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.timeout(60)
+def test_needs_two(record: Record) -> None:
+    test_passes(record)

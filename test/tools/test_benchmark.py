@@ -19,8 +19,8 @@ from sglang_shift.tools.benchmark import command, link, link_rate, options, watc
 from sglang_shift.tools.benchmark.campaign import Campaign, Settings
 from sglang_shift.tools.benchmark.contenders import contender, contenders
 from sglang_shift.tools.benchmark.records import Visits
-from sglang_shift.tools.benchmark.servers import Failure
 from sglang_shift.tools.benchmark.workloads import prompt_ids
+from sglang_shift.tools.servers import Failure
 
 CONTEXT = 4096
 
@@ -141,7 +141,7 @@ def test_a_campaign_keeps_its_link(tmp_path, monkeypatch):
     """What a rank computes is never measured alike twice; visits at two rates are not to be compared."""
     rates = iter([5e8, 6e8, 7e8])
     monkeypatch.setattr(link, "check", lambda: None)
-    monkeypatch.setattr(link_rate, "chosen_rate", lambda *_: SimpleNamespace(rate=next(rates), text="derived"))
+    monkeypatch.setattr(link_rate, "choose_rate", lambda *_: SimpleNamespace(rate=next(rates), text="derived"))
 
     def rate(*words: str) -> float:
         return command._link(options.parse([*words, "--kv-tokens", "9", "--out", str(tmp_path)]), "model")[0]

@@ -6,10 +6,10 @@ import csv
 import json
 import struct
 import sys
-from dataclasses import replace
 from math import nan
 
 import pytest
+from msgspec.structs import replace
 from sglang_shift.errors import ShiftError
 from sglang_shift.modes import Mode
 from sglang_shift.tools.benchmark import plots, report
@@ -148,7 +148,7 @@ def test_one_round_and_strange_names():
 
 
 def test_targets():
-    found = report.outcomes(Comparison(campaign()))
+    found = report.verdicts(Comparison(campaign()))
     saturated = [(o.got.median, o.met) for o in found if o.workload == "saturated"]
     assert saturated == [(pytest.approx(2.5), True), (pytest.approx(1.25), True)]
     assert [o.note for o in found if o.met is None] == ["not measured"] * 2  # mooncake
@@ -170,14 +170,14 @@ def test_targets():
 )
 def test_bounds_of_latencies(workload, metric, factors, met):
     visits = [visit(name, workload, factor, x=1.0) for name, factor in zip(NAMES, factors, strict=True)]
-    found = report.outcomes(Comparison(visits))
+    found = report.verdicts(Comparison(visits))
     assert [o.met for o in found if o.workload == workload and o.target.startswith(metric)] == [met]
 
 
 @pytest.mark.parametrize(("tp", "dp", "met"), [(1.55, 0.95, (True, True)), (1.45, 0.85, (False, False))])
 def test_bounds_of_the_throughput(tp, dp, met):
     visits = [visit("shift", "saturated"), visit("stock-tp", "saturated", tp), visit("stock-dp", "saturated", dp)]
-    found = report.outcomes(Comparison(visits))
+    found = report.verdicts(Comparison(visits))
     assert tuple(o.met for o in found if o.workload == "saturated") == met
 
 

@@ -1,4 +1,4 @@
-"""The GPU check's runner with made-up checks: independence, failures, time limits, skips, table, JSON, exit codes."""
+"""The GPU check's command with made-up checks: independence, failures, time limits, skips, table, files, exit codes."""
 
 from __future__ import annotations
 
@@ -7,60 +7,100 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
+import made_up_checks
 import psutil
 import pytest
-from harness import REPO, SUPPORT
-from sglang_shift.tools.gpu_check import command, environment, report, runner
-from sglang_shift.tools.gpu_check.checks import CHECKS
-from sglang_shift.tools.gpu_check.runner import Check, Outcome, run_all
+from harness import REPO
+from sglang_shift.tools import nvidia_smi
+from sglang_shift.tools.gpu_check import checks, command, environment, isolation, processes, report
+from sglang_shift.tools.gpu_check.catalogue import checks_of
+from sglang_shift.tools.gpu_check.isolation import CheckResult, Isolation
+from sglang_shift.tools.gpu_check.record import Record
+from sglang_shift.tools.tables import aligned
 
 NO_GPU = "there is none"
+CHECKS = checks_of(checks)
 
 
-def made_up(name: str, limit: float = 60, gpus: int = 1) -> Check:
-    return Check(name, f"what {name} shows", f"made_up_checks:{name}", limit, gpus)
+@pytest.fixture
+def _made_up(monkeypatch):
+    monkeypatch.setattr(command, "MODULE", made_up_checks)
 
 
-@pytest.fixture(autouse=True)
-def _made_up_checks_are_found(monkeypatch):
-    paths = (str(SUPPORT), os.environ.get("PYTHONPATH", ""))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
-
-
-def run(tmp_path: Path, *checks: Check, gpus: int = 1, seconds: float = 300) -> list[Outcome]:
-    return list(run_all(checks, gpus, NO_GPU, seconds, tmp_path))
+def run(tmp_path: Path, *names: str, gpus: int = 1, seconds: float = 300) -> list[CheckResult]:
+    """The results of made-up checks, in their order."""
+    chosen = [check for check in checks_of(made_up_checks) if check.name in names]
+    assert len(chosen) == len(names)
+    reporter = report.Reporter(tmp_path, {})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(command, "MODULE", made_up_checks)
+        code = command.run(chosen, Isolation(gpus, NO_GPU, seconds, tmp_path), reporter, tmp_path / "junit.xml")
+    assert code == report.exit_code(reporter.results)
+    assert [result.name for result in reporter.results] == [check.name for check in chosen]
+    return reporter.results
 
 
 def test_no_failure_stops_the_rest(tmp_path):
-    names = ("passes", "raises", "crashes", "skips", "finds_problems", "passes")
-    outcomes = run(tmp_path, *map(made_up, names))
-    assert [o.status for o in outcomes] == ["passed", "failed", "failed", "skipped", "failed", "passed"]
-    assert [o.reason for o in outcomes][:2] == ["", "RuntimeError: out of memory"]
-    assert outcomes[2].reason.startswith("it ended with exit code -11: about to crash (")
-    assert [o.reason for o in outcomes][3:5] == [
+    names = ("passes", "raises", "crashes", "aborts", "skips", "finds-problems", "passes-too")
+    results = run(tmp_path, *names)
+    statuses = ["passed", "failed", "failed", "failed", "skipped", "failed", "passed"]
+    assert [r.status for r in results] == statuses
+    assert [r.reason for r in results][:2] == ["", "RuntimeError: out of memory"]
+    assert results[2].reason.startswith("it ended with exit code -11: about to crash (")
+    assert results[3].reason.startswith("it ended with exit code -6: terminate called after throwing an instance of")
+    assert [r.reason for r in results][4:6] == [
         "there is no kernel for this",
         "the first thing is wrong (and 1 more)",
     ]
     # What was found until then is kept.
-    assert [o.found.rows for o in outcomes[:2]] == [[{"size": 8, "us": 1.5}], [{"size": 16}]]
-    assert outcomes[2].found.rows[0]["size"] == 32
-    assert outcomes[0].found.notes == ["all is well"] and len(outcomes[4].found.problems) == 2
+    assert [r.found.rows for r in results[:2]] == [[{"size": 8, "us": 1.5}], [{"size": 16}]]
+    assert results[2].found.rows[0]["size"] == 32 and results[3].found.notes == ["so far, so good"]
+    assert results[0].found.notes == ["all is well"] and len(results[5].found.problems) == 2
     assert "Traceback" in (tmp_path / "raises.log").read_text()
+    assert "in test_crashes" in (tmp_path / "crashes.log").read_text(), "where it crashed"
+    # The same in junit's XML.
+    suite = ElementTree.parse(tmp_path / "junit.xml").getroot()[0]
+    assert [case.get("name") for case in suite] == ["test_" + name.replace("-", "_") for name in names]
+    told = {"passed": None, "failed": "failure", "skipped": "skipped"}
+    for case, result in zip(suite, results, strict=True):
+        ends = {end.tag: end.get("message") for end in case if end.tag != "properties"}
+        assert ends == ({} if result.status == "passed" else {told[result.status]: result.reason})
+        assert float(case.get("time")) == pytest.approx(result.seconds, abs=0.002)
+    notes = [(p.get("name"), p.get("value")) for p in suite[0].iter("property")]
+    assert notes == [("note", "all is well")]
 
 
 def test_a_check_that_hangs_ends_with_all_that_it_started(tmp_path):
-    hung, after = run(tmp_path, made_up("hangs", limit=5), made_up("passes"))
-    assert hung.status == "failed" and hung.reason == "it took longer than 5 s"
+    hung, after = run(tmp_path, "hangs", "passes-too")
+    assert hung.status == "failed" and hung.reason == "it took longer than 6 s"
     assert hung.found.notes == ["it could clean up"]
     assert not psutil.pid_exists(hung.found.rows[0]["pid"])
+    assert after.status == "passed"
+    assert "time.sleep(1000)" in (tmp_path / "hangs.log").read_text(), "where it hung"
+
+
+def test_a_hang_that_no_signal_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "GRACE_SECONDS", 1.0)
+    hung, after = run(tmp_path, "hangs-in-a-kernel", "passes-too")
+    assert hung.status == "failed" and hung.reason == "it took longer than 6 s"
+    assert not psutil.pid_exists(hung.found.rows[0]["pid"])
+    assert after.status == "passed"
+
+
+def test_a_hang_without_pytest_timeout(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:timeout")
+    hung, after = run(tmp_path, "hangs", "passes-too")
+    assert hung.status == "failed" and hung.reason == "it took longer than 6 s"
+    assert hung.found.notes == ["it could clean up"]
     assert after.status == "passed"
 
 
 def test_what_a_crash_leaves_behind_is_ended(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        (crashed,) = run(tmp_path, made_up("crashes"))
+        (crashed,) = run(tmp_path, "crashes")
         assert crashed.status == "failed" and not psutil.pid_exists(crashed.found.rows[0]["pid"])
         assert other.poll() is None, "no process of the check's"
     finally:
@@ -69,29 +109,34 @@ def test_what_a_crash_leaves_behind_is_ended(tmp_path):
 
 
 def test_a_check_that_the_time_for_all_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "GRACE_SECONDS", 1.0)
-    monkeypatch.setattr(runner, "LEAST_SECONDS", 1.0)
-    cut, late = run(tmp_path, made_up("hangs"), made_up("passes"), seconds=8)
+    monkeypatch.setattr(processes, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(isolation, "LEAST_SECONDS", 1.0)
+    cut, late = run(tmp_path, "hangs-long", "passes-too", seconds=8)
     assert cut.status == "failed"
-    assert cut.reason == "the 8 s for all checks ended it; give more --minutes, or --only hangs"
+    assert cut.reason == "the 8 s for all checks ended it; give more --minutes, or --only hangs-long"
     assert cut.found.rows and late.status == "skipped"
 
 
 def test_what_cannot_run_is_skipped_and_says_why(tmp_path):
-    two = made_up("passes", gpus=2)
-    assert [(o.status, o.reason) for o in run(tmp_path, made_up("passes"), two, gpus=0)] == [("skipped", NO_GPU)] * 2
-    one, other = run(tmp_path, made_up("passes"), two, gpus=1)
+    names = ("passes", "needs-two")
+    assert [(r.status, r.reason) for r in run(tmp_path, *names, gpus=0)] == [("skipped", NO_GPU)] * 2
+    one, other = run(tmp_path, *names, gpus=1)
     assert one.status == "passed"
     assert (other.status, other.reason) == ("skipped", "it needs 2 GPUs, and there is 1")
-    seconds = runner.GRACE_SECONDS + runner.LEAST_SECONDS - 1
-    (late,) = run(tmp_path, made_up("passes"), seconds=seconds)
+    seconds = processes.GRACE_SECONDS + isolation.LEAST_SECONDS - 1
+    (late,) = run(tmp_path, "passes", seconds=seconds)
     assert late.status == "skipped" and late.reason.startswith(f"too little is left of the {seconds:.0f} s")
+
+
+def test_a_check_of_several_ranks(tmp_path):
+    (result,) = run(tmp_path, "has-ranks")
+    assert (result.status, result.found.rows) == ("passed", [{"ranks": 2}]), result.reason
 
 
 def test_figures_of_an_earlier_run_are_not_taken_for_this_ones(tmp_path):
     (tmp_path / "skips.jsonl").write_text('{"row": {"old": 1}}\n{"end": {"status": "passed", "reason": ""}}\n')
-    (outcome,) = run(tmp_path, made_up("skips"))
-    assert outcome.status == "skipped" and outcome.found.rows == []
+    (result,) = run(tmp_path, "skips")
+    assert result.status == "skipped" and result.found.rows == []
 
 
 @pytest.mark.parametrize(
@@ -105,12 +150,11 @@ def test_figures_of_an_earlier_run_are_not_taken_for_this_ones(tmp_path):
     ],
 )
 def test_exit_codes(statuses, code):
-    assert report.exit_code([Outcome("x", status) for status in statuses]) == code
+    assert report.exit_code([CheckResult("x", status) for status in statuses]) == code
 
 
+@pytest.mark.usefixtures("_made_up")
 def test_the_command(tmp_path, monkeypatch, capsys):
-    checks = (made_up("passes"), made_up("raises"), made_up("skips"))
-    monkeypatch.setattr(command, "CHECKS", checks)
     monkeypatch.setattr(environment, "gpus", lambda: 1)
     assert command.main(["--only", "skips", "passes", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
@@ -167,9 +211,19 @@ def test_the_script(has_all, tmp_path):
 def test_the_time_for_all(gpus, words, minutes, tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(environment, "gpus", lambda: gpus)
-    monkeypatch.setattr(command, "run_all", lambda checks, n, why, seconds, out: given.append((n, seconds)) or [])
+    monkeypatch.setattr(command, "Isolation", lambda n, why, seconds, out: given.append((n, seconds)))
+    monkeypatch.setattr(command, "run", lambda *_: 0)
     command.main(["--out", str(tmp_path), *words])
     assert given == [(gpus, 60 * minutes)]
+
+
+def test_without_pytest():
+    program = (
+        "import runpy, sys; sys.modules['pytest'] = None; runpy.run_module('sglang_shift.gpu_check', None, '__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    said = "sglang_shift: error: the GPU checks need pytest: pip install 'sglang-shift[gpu-check]'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 
 def test_a_name_that_is_none(capsys):
@@ -184,20 +238,26 @@ def test_the_list(capsys):
     assert len(printed) == 1 + len(CHECKS) and all(c.text in line for c, line in zip(CHECKS, printed[1:], strict=True))
 
 
-def test_every_check_is_there():
-    import pkgutil
+def test_every_check_is_there(monkeypatch):
+    """Each test runs a check of its own, all of which exist."""
+    from sglang_shift.tools.gpu_check import dispatch, engine, exchange, gemms, graphs, kernels, links, memory, steps
 
-    assert len({check.name for check in CHECKS}) == len(CHECKS)
+    ran, record = [], Record()
+    for module in (dispatch, engine, exchange, gemms, graphs, kernels, links, memory, steps):
+        for name in [name for name in vars(module) if name.startswith("check")]:
+            monkeypatch.setattr(module, name, lambda given, at=(module, name): ran.append((at, given)))
     for check in CHECKS:
-        assert callable(pkgutil.resolve_name(check.target)), check.name
+        getattr(checks, check.function)(record)
+    assert len({at for at, _ in ran}) == len(ran) == len({check.name for check in CHECKS}) == len(CHECKS)
+    assert all(given is record for _, given in ran) and all(check.text.endswith(".") for check in CHECKS)
 
 
 def test_the_table():
-    assert report.aligned([("a", "bytes"), ("long", 7)]) == "a     bytes\nlong      7"
-    outcome = Outcome("gemms", "failed", "x is wrong", 3.21)
-    outcome.found.problems += ["x is wrong", "y too"]
-    outcome.found.notes += ["a note", "a table\nof two lines"]
-    assert report.line(outcome).splitlines() == [
+    assert aligned([("a", "bytes"), ("long", 7)]) == "a     bytes\nlong      7"
+    result = CheckResult("gemms", "failed", "x is wrong", 3.21)
+    result.found.problems += ["x is wrong", "y too"]
+    result.found.notes += ["a note", "a table\nof two lines"]
+    assert report.line(result).splitlines() == [
         "gemms              failed      3.2 s",
         "    x is wrong",
         "    y too",
@@ -208,10 +268,10 @@ def test_the_table():
 
 
 def test_a_table_of_many_problems():
-    outcome = Outcome("engine", "failed", "0 is wrong (and 8 more)")
-    outcome.found.problems += [f"{i} is wrong" for i in range(9)]
-    outcome.found.notes.append("a note")
-    shown = [line.strip() for line in report.line(outcome).splitlines()[1:]]
+    result = CheckResult("engine", "failed", "0 is wrong (and 8 more)")
+    result.found.problems += [f"{i} is wrong" for i in range(9)]
+    result.found.notes.append("a note")
+    shown = [line.strip() for line in report.line(result).splitlines()[1:]]
     assert shown == [
         "0 is wrong (and 8 more)",
         *(f"{i} is wrong" for i in range(1, 6)),
@@ -221,9 +281,9 @@ def test_a_table_of_many_problems():
 
 
 def test_a_problem_from_before_an_exception():
-    outcome = Outcome("engine", "failed", "RuntimeError: out of memory")
-    outcome.found.problems.append("0 is wrong")
-    assert "    0 is wrong" in report.line(outcome).splitlines()
+    result = CheckResult("engine", "failed", "RuntimeError: out of memory")
+    result.found.problems.append("0 is wrong")
+    assert "    0 is wrong" in report.line(result).splitlines()
 
 
 def test_a_tool_that_does_not_answer(tmp_path, monkeypatch):
@@ -231,8 +291,8 @@ def test_a_tool_that_does_not_answer(tmp_path, monkeypatch):
     tool.write_text("#!/bin/sh\nexec sleep 60\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(environment, "SMI_SECONDS", 0.2)
-    assert environment.nvidia_smi("name") == []
+    monkeypatch.setattr(nvidia_smi, "LIMIT_SECONDS", 0.2)
+    assert nvidia_smi.nvidia_smi("name") == []
 
 
 def test_versions_that_are_not_there():

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 from sglang_shift.errors import ShiftError
+from sglang_shift.models.decoder_layer import Layer
 from sglang_shift.models.families import Role
 from sglang_shift.tools.benchmark import link as link_module
 from sglang_shift.tools.benchmark import link_rate
 from sglang_shift.tools.benchmark.link import Link, burst, namespaces
-from sglang_shift.tools.benchmark.link_rate import TARGETS, Layer, gemm_flops, most_gain, rate_for, read_layer
+from sglang_shift.tools.benchmark.link_rate import gemm_flops, most_gain, rate_for, read_layer
+from sglang_shift.tools.published import TARGETS
 
 # As benchmark/make_model.py makes it for the benchmark.
 BENCH = Layer(hidden=1024, intermediate=3584, heads=32, kv_heads=4, head_dim=32)
@@ -110,16 +112,16 @@ class TestRule:
     def test_the_choice(self, tmp_path, monkeypatch):
         asked = []
         monkeypatch.setattr(link_rate, "gemm_flops", lambda *args: asked.append(args) or 200e9)
-        choice = link_rate.chosen_rate(in_config(tmp_path), 2, "qwen-32b")
+        choice = link_rate.choose_rate(in_config(tmp_path), 2, "qwen-32b")
         assert asked == [(list(BENCH.shards(2).values()), "bfloat16", 2)]
         assert choice.rho == TARGETS["qwen-32b"].rho.value
         assert choice.rate == rate_for(BENCH, 2, 2, 200e9, choice.rho)
         assert f"rate        {choice.rate / 1e6:.0f} Mbit/s" in choice.text
         assert TARGETS["qwen-32b"].bus_bandwidth.source in choice.text
         with pytest.raises(ShiftError, match="no target gpt; choose one of llama-70b, qwen-32b"):
-            link_rate.chosen_rate(tmp_path, 2, "gpt")
+            link_rate.choose_rate(tmp_path, 2, "gpt")
         with pytest.raises(ShiftError, match="--ranks 1: a rank alone has nothing to send; give 2 or more"):
-            link_rate.chosen_rate(tmp_path, 1, "qwen-32b")
+            link_rate.choose_rate(tmp_path, 1, "qwen-32b")
 
     def test_every_rank_is_measured(self):
         assert 1e6 < gemm_flops([(8, 16), (16, 8)], "bfloat16", 2) < 1e15

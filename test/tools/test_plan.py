@@ -13,11 +13,11 @@ from sglang_shift.launch_server import resolve
 from sglang_shift.models.demo import demo_model_path
 from sglang_shift.models.sizes import MIB
 from sglang_shift.parallel.layout import RankLayout
-from sglang_shift.tools.benchmark.link_rate import TARGETS
 from sglang_shift.tools.plan.hardware import gpus
 from sglang_shift.tools.plan.memory import memory
 from sglang_shift.tools.plan.model import Model, read_model
 from sglang_shift.tools.plan.search import CHUNKS, layouts
+from sglang_shift.tools.published import TARGETS
 
 H200 = gpus()["H200"]
 LLAMA = Model("llama", TARGETS["llama-70b"].layer, 80, 128_256, 131_072)

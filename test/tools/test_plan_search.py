@@ -9,13 +9,13 @@ from sglang_shift.errors import ShiftError
 from sglang_shift.modes import Mode
 from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.simulate.traffic import Request, steady
-from sglang_shift.tools.benchmark.link_rate import TARGETS
 from sglang_shift.tools.plan import report
 from sglang_shift.tools.plan.hardware import gpus
 from sglang_shift.tools.plan.memory import memory
 from sglang_shift.tools.plan.model import Model
 from sglang_shift.tools.plan.search import CHUNKS, COMPARED, Candidate, offered, search, serve, thresholds
 from sglang_shift.tools.plan.step_time import StepTimes
+from sglang_shift.tools.published import TARGETS
 
 H200 = gpus()["H200"]
 LLAMA = Model("llama", TARGETS["llama-70b"].layer, 80, 128_256, 131_072, path="/models/llama")

@@ -12,10 +12,10 @@ from sglang_shift.errors import ShiftError
 from sglang_shift.models.decoder_layer import Layer
 from sglang_shift.modes import Mode, StepState
 from sglang_shift.parallel.layout import RankLayout
-from sglang_shift.tools.benchmark.link_rate import TARGETS
 from sglang_shift.tools.plan.hardware import NODE, Gemm, Gpu, Kernel, gpus, parse_gpus
 from sglang_shift.tools.plan.model import Model
 from sglang_shift.tools.plan.step_time import TOKENS, Engine, StepTimes
+from sglang_shift.tools.published import TARGETS
 
 SMALL = Layer(hidden=64, intermediate=256, heads=8, kv_heads=4, head_dim=8)
 FREE = Kernel(0.0, 1e300)

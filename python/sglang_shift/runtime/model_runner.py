@@ -18,7 +18,7 @@ from sglang.srt.model_executor.model_runner_components.weight_updater import Wei
 from sglang.srt.platforms import current_platform
 from sglang.srt.runtime_context import get_exec, get_flags, get_parallel, get_schedule
 from sglang.srt.utils import get_available_gpu_memory
-from sglang_shift_kernels.operations import Shape, warm_up
+from sglang_shift_kernels.operations import ExchangeShape, warm_up
 
 from sglang_shift.config import ShiftConfig, shift_config_of
 from sglang_shift.graphs.mode_graphs import ModeGraphs
@@ -112,7 +112,7 @@ class ShiftModelRunner(ModelRunner):
         if self.device == "cuda":
             # Graphs of SP have multiples of S tokens: the first other step would compile while it serves.
             hidden, out = next(p.base.weight.shape for p in projections if isinstance(p, OutputProjection))
-            shape = Shape(config.sp_size, 2, width // config.sp_size, out // config.sp_size)
+            shape = ExchangeShape(config.sp_size, 2, width // config.sp_size, out // config.sp_size)
             warm_up(shape, hidden, self.dtype, self.device, exchange.fp8)
         return exchange
 

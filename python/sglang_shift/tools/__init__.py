@@ -1,1 +1,1 @@
-"""Commands beside the server: benchmark, planner, GPU checks, terminal view, port check."""
+"""The commands beside the server, each a file or a folder. Modules that several of them use are here as well."""

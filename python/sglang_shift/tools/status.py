@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import http.client
 import json
 import os
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+import requests
 from rich.console import Console, RenderableType
 from rich.live import Live
 
@@ -35,13 +33,6 @@ class StatusError(Exception):
     def __init__(self, message: str, passing: bool = False) -> None:
         super().__init__(message)
         self.passing = passing
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """The API key goes to the server that the user named, and to no other."""
-
-    def redirect_request(self, *args: Any) -> None:
-        return None
 
 
 def status_url(url: str) -> str:
@@ -71,27 +62,18 @@ def fetch(url: str, api_key: str | None = None) -> dict[str, Any]:
         StatusError: there is none, and why.
     """
     server = url.removesuffix("/shift/status")
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     stranger = StatusError(
         f"{server} answers, but not as sglang_shift started with --sp-size or --enable-shift-parallel"
     )
+    answer = _get(url, api_key)
+    if answer.status_code == 401:
+        raise StatusError(f"{server} wants {'another' if api_key else 'an'} API key; give it with --api-key")
+    if answer.status_code == 503 and (reason := _reason(answer)):
+        raise StatusError(f"{server} is starting: {reason}", passing=True)
+    if answer.status_code != 200:
+        raise stranger
     try:
-        request = urllib.request.Request(url, headers=headers)
-        with urllib.request.build_opener(_NoRedirects).open(request, timeout=TIMEOUT_S) as answer:
-            value = json.load(answer)
-    except urllib.error.HTTPError as error:
-        if error.code == 401:
-            raise StatusError(
-                f"{server} wants {'another' if api_key else 'an'} API key; give it with --api-key"
-            ) from error
-        if error.code == 503 and (reason := _reason(error)):
-            raise StatusError(f"{server} is starting: {reason}", passing=True) from error
-        raise stranger from error
-    except (OSError, http.client.HTTPException) as error:
-        why = getattr(error, "reason", str(error))
-        raise StatusError(f"{server} cannot be reached ({why}); check the address, and that it runs") from error
-    except UnicodeEncodeError as error:  # before ValueError, whose kind it is
-        raise StatusError("the address and --api-key must be plain ASCII") from error
+        value = answer.json()
     except ValueError as error:
         raise stranger from error
     if not isinstance(value, dict) or "schema" not in value:
@@ -101,10 +83,37 @@ def fetch(url: str, api_key: str | None = None) -> dict[str, Any]:
     return value
 
 
-def _reason(error: urllib.error.HTTPError) -> str:
+def _get(url: str, api_key: str | None) -> requests.Response:
+    """A server's answer, whatever it is.
+
+    The API key goes to the server that the user named, and to no other; no password of ~/.netrc takes its place.
+    """
+
+    def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if api_key:
+            request.headers["Authorization"] = f"Bearer {api_key}"
+        return request
+
     try:
-        return str(json.load(error)["error"])
-    except (ValueError, KeyError, TypeError, OSError):
+        return requests.get(url, auth=sign, allow_redirects=False, timeout=TIMEOUT_S)
+    except requests.RequestException as error:
+        problem = f"{url.removesuffix('/shift/status')} cannot be reached ({_cause(error)})"
+        raise StatusError(f"{problem}; check the address, and that it runs") from error
+    except ValueError as error:
+        raise StatusError("the address and --api-key must be plain ASCII, without line breaks") from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first of a chain: what the operating system or the other end said."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
+def _reason(answer: requests.Response) -> str:
+    try:
+        return str(answer.json()["error"])
+    except (ValueError, KeyError, TypeError):
         return ""
 
 

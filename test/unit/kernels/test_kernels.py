@@ -12,7 +12,7 @@ import sglang_shift_kernels as kernels
 import torch
 from harness import SUPPORT
 from sglang_shift_kernels import copies, cpu, gpu, reference
-from sglang_shift_kernels.operations import Shape, Traffic, operations, traffic, warm_up
+from sglang_shift_kernels.operations import ExchangeShape, Traffic, operations, traffic, warm_up
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -54,7 +54,15 @@ def test_an_exchange_and_back(size, tokens, dtype, fp8):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [Shape(2, 1, 16, 16), Shape(3, 8, 48, 80), Shape(2, 9, 7, 5), Shape(4, 65, 160, 32)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ExchangeShape(2, 1, 16, 16),
+        ExchangeShape(3, 8, 48, 80),
+        ExchangeShape(2, 9, 7, 5),
+        ExchangeShape(4, 65, 160, 32),
+    ],
+)
 def test_cpu_gives_what_the_reference_gives(shape, dtype):
     names = set()
     for operation in operations(shape, dtype):
@@ -160,7 +168,7 @@ def test_a_warm_up_launches_what_a_step_may(monkeypatch, fp8):
     monkeypatch.setattr(
         gpu.fp8, "_launch", lambda kernel, x, blocks, layout: launches.add((kernel.__name__, layout.width))
     )
-    warm_up(Shape(4, 2, 160, 128), 512, torch.bfloat16, "cpu", fp8)
+    warm_up(ExchangeShape(4, 2, 160, 128), 512, torch.bfloat16, "cpu", fp8)
     warmed = launches.copy()
     for rows in (2, 65):  # a step of T tokens: QKV, O with and without padding, the embedding
         for tokens in (4 * rows, 4 * rows - 1):

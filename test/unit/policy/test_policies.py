@@ -33,10 +33,10 @@ from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.policy.builtin import Calibrated, FixedMode, QueueDepth, TokenThreshold, load_policy
 from sglang_shift.simulate.simulator import Server, simulate
 from sglang_shift.simulate.traffic import Request, steady
-from sglang_shift.tools.benchmark.link_rate import TARGETS
 from sglang_shift.tools.plan.hardware import gpus
 from sglang_shift.tools.plan.model import Model
 from sglang_shift.tools.plan.step_time import StepTimes
+from sglang_shift.tools.published import TARGETS
 
 TP, SP = Mode.TP, Mode.SP
 

@@ -20,11 +20,11 @@ from sglang_shift.errors import ShiftError
 from sglang_shift.simulate.traffic import Request
 from sglang_shift.tools.benchmark.client import Client, errors
 from sglang_shift.tools.benchmark.contenders import Contender
-from sglang_shift.tools.benchmark.link import Link
+from sglang_shift.tools.benchmark.link import Link, start_on
 from sglang_shift.tools.benchmark.records import Visit, Visits
-from sglang_shift.tools.benchmark.servers import NO_ANSWER, Failure, Server, call, start
 from sglang_shift.tools.benchmark.watch import Watch, change, counters
 from sglang_shift.tools.benchmark.workloads import Plan, Workload
+from sglang_shift.tools.servers import Failure, Server, call, start
 
 SETTLE_S = 1.0
 
@@ -145,13 +145,14 @@ class Campaign:
             server.pause()
 
     def _start(self, contender: Contender) -> Server:
-        link = None
+        flags = [*contender.flags, "--enable-metrics", *self.settings.flags]
+        log = self.settings.out / f"{contender.name.replace('/', '_').replace(':', '_')}.log"
         if self.settings.link_rate is not None and contender.ranks > 1:
             link = Link(contender.ranks, self.settings.link_rate)
             self._links.append(link)
-        flags = [*contender.flags, "--enable-metrics", *self.settings.flags]
-        log = self.settings.out / f"{contender.name.replace('/', '_').replace(':', '_')}.log"
-        server = start(flags, self.settings.port, log, link)
+            server = start_on(link, flags, self.settings.port, log)
+        else:
+            server = start(flags, self.settings.port, log)
         self._servers[contender.name] = server
         server.wait_until_healthy(self.settings.timeout)
         # What a server does for the first time takes longer: as many requests at once as it will ever see.
@@ -229,7 +230,7 @@ def _rotated(contenders: Sequence[Contender], by: int) -> list[Contender]:
 
 def _has_generate(url: str) -> bool:
     """Whether a server is SGLang, and so has an API in token ids of its own."""
-    with suppress(*NO_ANSWER, ValueError):
+    with suppress(OSError, ValueError):
         return "model_path" in call(url + "/get_model_info")
     return False
 

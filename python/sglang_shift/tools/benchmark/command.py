@@ -67,7 +67,7 @@ def _link(args: argparse.Namespace, model: str) -> tuple[float, str]:
         kept = json.loads(file.read_text())
         if kept["target"] == args.link:
             return kept["rate"], kept["text"]
-    choice = link_rate.chosen_rate(model, args.tp_size, args.link)
+    choice = link_rate.choose_rate(model, args.tp_size, args.link)
     file.write_text(json.dumps({"target": args.link, "rate": choice.rate, "text": choice.text}, indent=1) + "\n")
     return choice.rate, choice.text
 

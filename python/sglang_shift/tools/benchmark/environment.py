@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
-import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from sglang_shift.tools.nvidia_smi import nvidia_smi
 
 
 def describe_machine() -> dict[str, Any]:
@@ -19,15 +19,11 @@ def describe_machine() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    gpus = ""
-    if tool := shutil.which("nvidia-smi"):
-        query = [tool, "--query-gpu=name", "--format=csv,noheader"]
-        gpus = " + ".join(subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines())
     return {
         "CPU": (models or [platform.processor()])[0],
         "cores": len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count(),
         "memory GiB": round(psutil.virtual_memory().total / 2**30, 1),
-        "GPUs": gpus,
+        "GPUs": " + ".join(nvidia_smi("name")),
         "Python": platform.python_version(),
         **{package: version(package) for package in ("torch", "sglang", "sglang_shift")},
     }

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from math import floor, log10
 from statistics import fmean, median
 
-from sglang_shift.observe.summaries import percentiles
+import numpy as np
+
 from sglang_shift.tools.benchmark.records import KINDS, RequestRecord, Sample, Visit
 
 SHIFT = "shift"
@@ -15,7 +16,8 @@ BASELINES = ("stock-tp", "stock-dp", "sp")
 """The contenders that the targets of the project compare ``shift`` with."""
 
 LATENCIES = ("ttft", "tpot", "itl", "e2e")
-STATISTICS = ("mean", "p50", "p90", "p99")
+PERCENTS = (50, 90, 99)
+STATISTICS = ("mean", *(f"p{percent}" for percent in PERCENTS))
 
 LOWER_IS_BETTER = frozenset(f"{latency}_{statistic}" for latency in LATENCIES for statistic in STATISTICS)
 HIGHER_IS_BETTER = frozenset(
@@ -76,11 +78,11 @@ def _latencies(served: Sequence[RequestRecord]) -> dict[str, float]:
         "itl": [seconds for r in served for seconds in r.itl],
         "e2e": [r.latency for r in served],
     }
-    found = {}
+    found: dict[str, float] = {}
     for name, seconds in values.items():
-        for statistic, value in (percentiles(seconds) or {}).items():
-            found[f"{name}_{statistic}"] = value
         if seconds:
+            quantiles = np.percentile(seconds, PERCENTS).tolist()
+            found |= {f"{name}_p{percent}": value for percent, value in zip(PERCENTS, quantiles, strict=True)}
             found[f"{name}_mean"] = fmean(seconds)
     return found
 

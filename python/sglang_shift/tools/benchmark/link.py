@@ -20,9 +20,11 @@ import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
 from types import TracebackType
 
 from sglang_shift.errors import ShiftError
+from sglang_shift.tools.servers import LAUNCHER, Server, claim_port, launch
 
 PREFIX = "sglang-shift"
 """Of our namespaces' names: ``sglang-shift-PID-NUMBER-PLACE``, a place being a rank or ``switch``."""
@@ -234,3 +236,27 @@ def _run(*argv: str) -> str:
         reason = " ".join(done.stderr.split()) or f"status {done.returncode}"
         raise ShiftError(f"the emulated link cannot be set up: `{' '.join(argv)}` says: {reason}; leave out --link")
     return done.stdout
+
+
+def start_on(link: Link, flags: Sequence[str], port: int, log: Path) -> Server:
+    """Start ``sglang_shift.launch_server`` on a link: one process a rank, each of which counts as a node.
+
+    Args:
+        link: Joins the ranks.
+        flags: As in :func:`~sglang_shift.tools.servers.start`.
+        port: As there.
+        log: As there.
+
+    Raises:
+        Failure: the port is in use.
+    """
+    port = claim_port(port)
+    command = [*LAUNCHER, *flags, "--host", "0.0.0.0", "--port", str(port)]
+    command += ["--nnodes", str(link.ranks), "--dist-init-addr", link.rendezvous]
+    # A calibration over another link, or none, would look as if it were of this one.
+    own = {"SGLANG_SHIFT_CACHE_DIR": str(log.parent.resolve() / "calibrations")}
+    commands = [
+        (link.command(rank, [*command, "--node-rank", str(rank)]), own | link.environment(rank))
+        for rank in range(link.ranks)
+    ]
+    return launch(commands, f"http://{link.server_address}:{port}", log)

@@ -22,6 +22,7 @@ from threading import Barrier
 
 from sglang_shift.errors import ShiftError
 from sglang_shift.models.decoder_layer import ELEMENT_BYTES, Layer, layer_of
+from sglang_shift.tools.published import TARGETS
 
 TOKENS = 1024
 """Of the step whose GEMMs are measured."""
@@ -31,89 +32,7 @@ START_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A published figure: the value that counts, the least and the most it may be, and where it is from."""
-
-    value: float
-    low: float
-    high: float
-    source: str
-
-
-@dataclass(frozen=True)
-class Target:
-    """A model on GPUs whose rho is to be had.
-
-    Attributes:
-        name: In words.
-        layer: Its layer.
-        layer_source: Where the sizes are from.
-        gemm_flops: A GPU's sustained FLOP/s in GEMMs.
-        bus_bandwidth: Bytes per second of its all-reduces, as nccl-tests count them.
-        ranks: GPUs.
-        element_bytes: Bytes of an activation's element in an all-reduce.
-    """
-
-    name: str
-    layer: Layer
-    layer_source: str
-    gemm_flops: Figure
-    bus_bandwidth: Figure
-    ranks: int = 8
-    element_bytes: int = 2
-
-    @property
-    def rho(self) -> Figure:
-        """All-reduce time over GEMM time; low and high where both figures are at their ends."""
-        flops, bandwidth = self.gemm_flops, self.bus_bandwidth
-        return Figure(
-            self._rho(flops.value, bandwidth.value),
-            self._rho(flops.low, bandwidth.high),
-            self._rho(flops.high, bandwidth.low),
-            "computed",
-        )
-
-    def _rho(self, flops: float, bandwidth: float) -> float:
-        communication = self.layer.all_reduce_bytes(self.ranks, self.element_bytes) / bandwidth
-        return communication / (2 * self.layer.parameters / self.ranks / flops)
-
-
-# The value is for Llama 70B's up projection at TP=8, with row-wise scales, on an H100 held to 500 W; low is
-# with the activations' quantisation; high is the best of the kernel that SGLang uses for large shapes.
-_FP8 = Figure(
-    1141.38e12,
-    876.66e12,
-    1520e12,
-    "Add fp8 row/block-wise scaled GEMMs, https://github.com/pytorch/FBGEMM/pull/2546; high: Route large SM90 "
-    "row/column-scaled FP8 GEMMs to Torch, https://github.com/sgl-project/sglang/pull/34318",
-)
-# 8 x H200, the table's PyTorch column, at the size nearest to a chunk's: 4096 tokens, and 2048 and 8192.
-_ALL_REDUCE = (
-    "Networking Benchmarks, How the calls are timed, "
-    "https://github.com/stas00/ml-engineering/blob/master/network/benchmarks/README.md"
-)
-
-TARGETS = {
-    "llama-70b": Target(
-        "Llama-3.3-70B FP8, TP=8 on 8 x H200",
-        Layer(hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128),
-        "config.json of a derivative, https://huggingface.co/hf-100/Llama-3.3-Instruct-Spellbound-StoryWriter-70B-"
-        "instruct-0.3-chkpt-744-4bit/commit/99da9afd021d09b4e1b9063318d57deafd66a10e",
-        _FP8,
-        Figure(368.86e9, 301.25e9, 414.54e9, f"{_ALL_REDUCE}, 64 MiB (32 and 128)"),
-    ),
-    "qwen-32b": Target(
-        "Qwen3-32B FP8, TP=8 on 8 x H200",
-        Layer(hidden=5120, intermediate=25600, heads=64, kv_heads=8, head_dim=128),
-        "MindSpeed-RL, qwen3_32b.yaml, https://gitcode.com/Ascend/MindSpeed-RL/blob/master/configs/model/qwen3_32b.yaml",
-        _FP8,
-        Figure(301.25e9, 255.90e9, 368.86e9, f"{_ALL_REDUCE}, 32 MiB for 40 (16 for 20, and 64 for 80)"),
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Choice:
+class LinkRate:
     """A link's rate and why.
 
     Attributes:
@@ -183,7 +102,7 @@ def _layer_seconds(shards: list[tuple[int, int]], dtype: str, start: Barrier) ->
     return median(times[1:])
 
 
-def chosen_rate(model_path: str | Path, ranks: int, target: str) -> Choice:
+def choose_rate(model_path: str | Path, ranks: int, target: str) -> LinkRate:
     """The rate for a model on this machine; takes some seconds of all its cores.
 
     Raises:
@@ -210,7 +129,7 @@ def chosen_rate(model_path: str | Path, ranks: int, target: str) -> Choice:
         f"{layer.exchange_bytes(ranks, size):.0f} in SP",
         f"so          SP gains at most {most_gain(layer, ranks, rho.value):.2f} x on TP",
     ]
-    return Choice(rate, rho.value, flops, "\n".join(lines))
+    return LinkRate(rate, rho.value, flops, "\n".join(lines))
 
 
 def main(argv: list[str]) -> None:
@@ -221,7 +140,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--target", default="llama-70b", choices=TARGETS)
     args = parser.parse_args(argv)
     try:
-        print(chosen_rate(args.model_path, args.ranks, args.target).text)
+        print(choose_rate(args.model_path, args.ranks, args.target).text)
     except ShiftError as error:
         parser.exit(2, f"sglang_shift: error: {error}\n")
 

@@ -7,23 +7,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle, pairwise
 from math import ceil, isinf, nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sglang_shift.errors import ShiftError
 from sglang_shift.modes import MODES
 from sglang_shift.tools.benchmark.figures import BASELINES, SHIFT, Comparison, Spread, digits
 from sglang_shift.tools.benchmark.records import Sample, Visit
+from sglang_shift.tools.plotting import DPI, KNOWN, Style, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Style = dict[str, Any]
-
-WIDTH = 8.0
-"""Inches: text of 8 points and more is readable where the picture is shown 800 pixels wide."""
-
-DPI = 150
 LINE = 90
 """Characters that fit beside each other."""
 
@@ -33,13 +27,6 @@ MOST_NUMBERS = 6
 
 LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "e2e": "E2E"}
 
-# Okabe and Ito's colours, which the colour-blind can tell apart: https://jfly.uni-koeln.de/color/
-KNOWN: dict[str, Style] = {
-    "shift": {"color": "#D55E00", "marker": "o"},
-    "stock-tp": {"color": "#0072B2", "marker": "s"},
-    "stock-dp": {"color": "#009E73", "marker": "^"},
-    "sp": {"color": "#CC79A7", "marker": "D"},
-}
 OTHERS: list[Style] = [
     {"color": ("#E69F00", "#56B4E9", "#000000", "#F0E442")[i % 4], "marker": "vPX*"[(i + i // 4) % 4]}
     for i in range(16)
@@ -94,20 +81,6 @@ def styles(contenders: Sequence[str]) -> dict[str, Style]:
     """A colour and a marker for each contender, the same in all plots of these contenders."""
     others = [c for c in contenders if c not in KNOWN]
     return {c: KNOWN[c] if c in KNOWN else OTHERS[others.index(c) % len(OTHERS)] for c in contenders}
-
-
-def panels(title: str, rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure and its axes, row by row; a ShiftError where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ShiftError("plots need matplotlib, which is not installed: `pip install matplotlib`") from error
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    figure.suptitle(title, fontsize=12)
-    axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _legend(figure: Figure, axes: Iterable[Axes]) -> None:

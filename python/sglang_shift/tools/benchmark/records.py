@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -16,8 +15,7 @@ KINDS = MADE_UP + TRACES
 """The kinds of workload, in the order of reports."""
 
 
-@dataclass(frozen=True)
-class RequestRecord:
+class RequestRecord(msgspec.Struct, frozen=True):
     """One request as the client saw it. Times are in seconds.
 
     Attributes:
@@ -53,8 +51,7 @@ class RequestRecord:
         return (self.latency - self.ttft) / (self.output - 1) if self.output > 1 else None
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(msgspec.Struct, frozen=True):
     """The server's state at a moment. What a server does not tell is None.
 
     Attributes:
@@ -69,11 +66,10 @@ class Sample:
     running: float | None = None
     waiting: float | None = None
     kv_usage: float | None = None
-    steps: dict[Mode, int] = field(default_factory=dict)
+    steps: dict[Mode, int] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Visit:
+class Visit(msgspec.Struct, frozen=True):
     """One workload, sent to one contender once.
 
     Attributes:
@@ -99,7 +95,7 @@ class Visit:
     round: int
     seconds: float
     requests: list[RequestRecord]
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[Sample] = msgspec.field(default_factory=list)
     shift: dict[str, int] | None = None
     started: str = ""
     load_average: float = 0.0
@@ -123,11 +119,10 @@ class Visits:
         """
         if not self.path.exists():
             return []
-        text = self.path.read_text()
-        lines = text.split("\n")
+        lines, decoder = self.path.read_bytes().split(b"\n"), msgspec.json.Decoder(Visit)
         try:
-            return [msgspec.json.decode(line, type=Visit) for line in lines[:-1] if line]
-        except ValueError as error:
+            return [decoder.decode(line) for line in lines[:-1] if line]
+        except msgspec.DecodeError as error:
             raise ValueError(f"{self.path} holds a line that is no visit ({error}); choose another --out") from error
 
     def add(self, visits: Iterable[Visit]) -> None:

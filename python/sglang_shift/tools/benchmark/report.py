@@ -86,8 +86,8 @@ TARGETS = (
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of a target at a workload.
+class Verdict:
+    """Whether a target is met at a workload.
 
     Attributes:
         target: In words.
@@ -104,35 +104,35 @@ class Outcome:
     note: str = ""
 
 
-def outcomes(comparison: Comparison) -> list[Outcome]:
+def verdicts(comparison: Comparison) -> list[Verdict]:
     """All targets at all workloads. The median ratio counts."""
     found = []
     for target in TARGETS:
         workloads = comparison.of_kind(target.kind)
-        found += [_outcome(comparison, target, w) for w in workloads]
+        found += [_verdict(comparison, target, w) for w in workloads]
         if not workloads:
-            found.append(Outcome(str(target), target.kind, None, None, "not measured"))
+            found.append(Verdict(str(target), target.kind, None, None, "not measured"))
     return found
 
 
-def _outcome(comparison: Comparison, target: Target, workload: str) -> Outcome:
+def _verdict(comparison: Comparison, target: Target, workload: str) -> Verdict:
     missing = [c for c in (SHIFT, *target.others) if not comparison.visited(c, workload)]
     if missing:
-        return Outcome(str(target), workload, None, None, f"no visit of {', '.join(map(_code, missing))}")
+        return Verdict(str(target), workload, None, None, f"no visit of {', '.join(map(_code, missing))}")
     failed = int(sum(comparison.values(SHIFT, workload, "errors").values()))
     note = f"{failed} failed requests of {_code(SHIFT)}" if failed else ""
     ratio = comparison.ratio(SHIFT, target.others, workload, target.metric)
     if ratio is not None:
-        return Outcome(str(target), workload, ratio, target.met(ratio.median), note)
+        return Verdict(str(target), workload, ratio, target.met(ratio.median), note)
     mine, *theirs = (comparison.values(c, workload, target.metric) for c in (SHIFT, *target.others))
     if failed and not mine and any(theirs):
-        return Outcome(str(target), workload, None, False, note)
-    return Outcome(str(target), workload, None, None, "no round in which all have this figure")
+        return Verdict(str(target), workload, None, False, note)
+    return Verdict(str(target), workload, None, None, "no round in which all have this figure")
 
 
 def reach(comparison: Comparison) -> str:
     """The targets with what was got, as a Markdown table; those that cannot be judged below it, with the reason."""
-    every = outcomes(comparison)
+    every = verdicts(comparison)
     lines = ["| target | workload | got | |", "| --- | --- | --: | --- |"]
     for o in every:
         if o.met is not None:
@@ -220,7 +220,7 @@ def csv(comparison: Comparison) -> str:
 
 
 def json(comparison: Comparison, heading: dict[str, Any], limits: Limits | None = None) -> str:
-    """What :func:`csv` has, the figures over the rounds by contender and workload, and the targets' outcomes."""
+    """What :func:`csv` has, the figures over the rounds by contender and workload, and the verdicts on the targets."""
     metrics = dict.fromkeys(name for visit in comparison.visits for name in comparison.figures(visit))
     summary = {
         c: {
@@ -233,7 +233,7 @@ def json(comparison: Comparison, heading: dict[str, Any], limits: Limits | None 
     value = {
         "heading": heading,
         "limits": asdict(limits or Limits()),
-        "targets": [asdict(outcome) for outcome in outcomes(comparison)],
+        "targets": [asdict(verdict) for verdict in verdicts(comparison)],
         "summary": summary,
         "visits": _visit_rows(comparison),
     }

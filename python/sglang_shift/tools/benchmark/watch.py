@@ -9,7 +9,7 @@ from typing import Any
 
 from sglang_shift.modes import MODES
 from sglang_shift.tools.benchmark.records import Sample
-from sglang_shift.tools.benchmark.servers import NO_ANSWER, call
+from sglang_shift.tools.servers import call
 
 # The first that a server has counts. Ours are of every step, SGLang's of every batch line it logs.
 RUNNING = ("sglang_shift:queue_requests{running}", "sglang:num_running_reqs", "vllm:num_requests_running")
@@ -38,7 +38,7 @@ def counters(url: str) -> dict[str, int] | None:
     """Our counters so far, summed over replicas; None from another server."""
     try:
         states = [s["shift"] for s in call(url + "/server_info")["internal_states"]]
-    except (*NO_ANSWER, KeyError, TypeError, ValueError):
+    except (OSError, KeyError, TypeError, ValueError):
         return None
     total = {f"{mode}_steps": sum(s["steps"][mode] for s in states) for mode in MODES}
     return total | {name: sum(s[name] for s in states) for name in COUNTERS}
@@ -78,7 +78,7 @@ class Watch:
     def _read(self) -> dict[str, list[float]] | None:
         try:
             return read_metrics(call(self._url + "/metrics", text=True))
-        except (*NO_ANSWER, ValueError):
+        except (OSError, ValueError):
             return None
 
     def _sample(self, found: dict[str, list[float]], at: float) -> Sample:

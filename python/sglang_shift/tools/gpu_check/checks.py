@@ -1,25 +1,111 @@
-"""The checks, in the order in which they run: what is right comes before how fast it is."""
+"""The checks, in the order in which they run: correctness checks before performance checks.
+
+They are tests of pytest's, which ``python -m sglang_shift.gpu_check`` runs, each in a process of its own. Each imports
+what it needs itself: the process that only starts and lists them stays light, and a library that crashes when it is
+imported fails the checks that need it, and no other.
+"""
 
 from __future__ import annotations
 
-from sglang_shift.tools.gpu_check.runner import Check
+import pytest
+
+from sglang_shift.tools.gpu_check.record import Record
 
 
-def _check(name: str, module: str, limit: float, text: str, gpus: int = 1) -> Check:
-    return Check(name, text, f"sglang_shift.tools.gpu_check.{module}", limit, gpus)
+@pytest.mark.timeout(60)
+def test_kernels(record: Record) -> None:
+    """Our pack and unpack kernels are right; their bandwidth beside that of a copy."""
+    from sglang_shift.tools.gpu_check import kernels
+
+    kernels.check(record)
 
 
-CHECKS = (
-    _check("kernels", "kernels:check", 60, "our pack and unpack kernels: right, and how fast beside a copy"),
-    _check("graphs", "graphs:check", 60, "CUDA graphs of both modes: captured, replayed, right"),
-    _check("exchange", "exchange:check", 120, "FlashInfer's exchange and the collective one give what was sent"),
-    _check("exchange-gpus", "exchange:check_several", 300, "the same on several GPUs, with NVLink's kernel", gpus=2),
-    _check("links", "links:check", 300, "all-to-all and all-reduce, 8 B to 1 GiB", gpus=2),
-    _check("engine-gpus", "engine:check_several", 480, "SGLang on all GPUs at every S: modes equal TP=1", gpus=2),
-    _check("engine-triton", "engine:check_triton", 240, "SGLang with Triton attention: tp, sp and shift equal TP=1"),
-    _check("engine-flashinfer", "engine:check_flashinfer", 240, "the same with FlashInfer's attention"),
-    _check("dispatch", "dispatch:check", 100, "SGLang's own GEMM kernels are right on our views of base weights"),
-    _check("steps", "steps:check", 90, "a rank's step in both modes, eager and as a graph, without the links"),
-    _check("engine-memory", "memory:check", 150, "SGLang's memory saver frees the base weights and brings them back"),
-    _check("gemms", "gemms:check", 100, "GEMMs of a rank in both modes, and what a view costs beside a copy"),
-)
+@pytest.mark.timeout(60)
+def test_graphs(record: Record) -> None:
+    """CUDA graphs of both modes are captured, replayed and right."""
+    from sglang_shift.tools.gpu_check import graphs
+
+    graphs.check(record)
+
+
+@pytest.mark.timeout(120)
+def test_exchange(record: Record) -> None:
+    """FlashInfer's exchange and the collective one give what was sent."""
+    from sglang_shift.tools.gpu_check import exchange
+
+    exchange.check(record)
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.timeout(300)
+def test_exchange_gpus(record: Record) -> None:
+    """The same exchanges on several GPUs, with NVLink's kernel."""
+    from sglang_shift.tools.gpu_check import exchange
+
+    exchange.check_several(record)
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.timeout(300)
+def test_links(record: Record) -> None:
+    """The times of all-to-all and all-reduce, 8 B to 1 GiB."""
+    from sglang_shift.tools.gpu_check import links
+
+    links.check(record)
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.timeout(480)
+def test_engine_gpus(record: Record) -> None:
+    """SGLang on all GPUs at every S: tp, sp and shift equal TP=1."""
+    from sglang_shift.tools.gpu_check import engine
+
+    engine.check_several(record)
+
+
+@pytest.mark.timeout(240)
+def test_engine_triton(record: Record) -> None:
+    """SGLang with Triton's attention: tp, sp and shift equal TP=1."""
+    from sglang_shift.tools.gpu_check import engine
+
+    engine.check_triton(record)
+
+
+@pytest.mark.timeout(240)
+def test_engine_flashinfer(record: Record) -> None:
+    """SGLang with FlashInfer's attention: tp, sp and shift equal TP=1."""
+    from sglang_shift.tools.gpu_check import engine
+
+    engine.check_flashinfer(record)
+
+
+@pytest.mark.timeout(100)
+def test_dispatch(record: Record) -> None:
+    """SGLang's own GEMM kernels are right on our views of base weights."""
+    from sglang_shift.tools.gpu_check import dispatch
+
+    dispatch.check(record)
+
+
+@pytest.mark.timeout(90)
+def test_steps(record: Record) -> None:
+    """The time of a rank's step in both modes, eager and as a graph, without the links."""
+    from sglang_shift.tools.gpu_check import steps
+
+    steps.check(record)
+
+
+@pytest.mark.timeout(150)
+def test_engine_memory(record: Record) -> None:
+    """SGLang's memory saver frees the base weights and brings them back."""
+    from sglang_shift.tools.gpu_check import memory
+
+    memory.check(record)
+
+
+@pytest.mark.timeout(100)
+def test_gemms(record: Record) -> None:
+    """The times of a rank's GEMMs in both modes, and what a view costs beside a copy."""
+    from sglang_shift.tools.gpu_check import gemms
+
+    gemms.check(record)

@@ -1,43 +1,81 @@
-"""The process of one check: ``python -m sglang_shift.tools.gpu_check.child module:function FILE``."""
+"""The pytest plugin of the process that runs one check: what the check finds, its time, and how it ends."""
 
 from __future__ import annotations
 
-import pkgutil
 import signal
 import sys
-import traceback
+import time
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
-from sglang_shift.tools.gpu_check.record import Record, Skip
+import pytest
 
+from sglang_shift.tools.gpu_check.catalogue import MARKERS
+from sglang_shift.tools.gpu_check.record import End, Record, one_line
 
-def main(target: str, path: str) -> None:
-    """Run ``target``, a function of one :class:`Record`, and write what it finds to ``path``."""
-    # What a check has started ends with it, by its own `finally`.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    with open(path, "w") as file:
-        record = Record(file, Path(path).parent)
-        try:
-            pkgutil.resolve_name(target)(record)
-        except Skip as skip:
-            record.end("skipped", str(skip))
-        except Exception as error:  # whatever a library raises: this check has failed, the others go on
-            traceback.print_exc()
-            record.end("failed", one_line(error))
-        else:
-            record.end("failed" if record.problems else "passed", summed_up(record.problems))
+RECORD = pytest.StashKey[Record]()
 
 
-def one_line(error: BaseException) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What the process that starts this one says."""
+    group = parser.getgroup("gpu-check")
+    group.addoption("--record", type=Path, help="the file for what the check finds")
+    group.addoption("--until", type=float, help="when its time is up, in seconds since the epoch")
 
 
-def summed_up(problems: list[str]) -> str:
-    """The first problem, and how many there are besides."""
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return problems[0] + more if problems else ""
+def pytest_configure(config: pytest.Config) -> None:
+    """Open the record, and let a signal end the check by its own ``finally``, which ends what it has started."""
+    path, until = config.getoption("--record"), config.getoption("--until")
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
+    config.stash[RECORD] = Record(path.open("wb"), path.parent)
+    timeouts = config.pluginmanager.hasplugin("timeout")
+
+    def end(number: int, _: Any) -> None:
+        # After that time pytest-timeout has raised in the check already, which now cleans up.
+        if not (timeouts and time.time() >= until):
+            sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The time that is left is less than the check's own limit: this process took some of it to start."""
+    for item in items:
+        left = config.getoption("--until") - time.time()
+        item.add_marker(pytest.mark.timeout(max(1.0, left), method="signal"), append=False)
+
+
+@pytest.fixture
+def record(pytestconfig: pytest.Config) -> Record:
+    """Where a check puts what it finds."""
+    return pytestconfig.stash[RECORD]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """A check that found problems has failed."""
+    result = yield
+    if problems := pyfuncitem.config.stash[RECORD].problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        pytest.fail(problems[0] + more, pytrace=False)
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Record how the check ended: by its first phase that did not pass, or by its last one."""
+    report = yield
+    if call.excinfo is not None or call.when == "teardown":
+        late = report.failed and call.stop >= item.config.getoption("--until")
+        reason = "" if call.excinfo is None else _reason(call.excinfo.value)
+        item.config.stash[RECORD].end(End(report.outcome, reason, late))
+    return report
+
+
+def _reason(error: BaseException) -> str:
+    said = isinstance(error, (pytest.fail.Exception, pytest.skip.Exception))
+    return str(error) if said else one_line(error)

@@ -1,6 +1,6 @@
 """``python -m sglang_shift.gpu_check``: the checks, a table, and JSON.
 
-Exit codes: 0, all that ran passed; 1, something failed; 2, nothing could run.
+Exit codes: 0, all that ran passed; 1, something failed; 2, nothing could run; others are pytest's.
 """
 
 from __future__ import annotations
@@ -9,21 +9,29 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from sglang_shift.tools.gpu_check import environment, report
-from sglang_shift.tools.gpu_check.checks import CHECKS
-from sglang_shift.tools.gpu_check.runner import Outcome, run_all
+import pytest
+
+from sglang_shift.tools.gpu_check import checks, environment, report
+from sglang_shift.tools.gpu_check.catalogue import Check, checks_of
+from sglang_shift.tools.gpu_check.isolation import SESSION, Isolation
+from sglang_shift.tools.tables import aligned
+
+MODULE = checks
+"""Whose test functions are the checks."""
 
 MINUTES, MINUTES_OF_SEVERAL = 8.0, 20.0
 """For all checks on one GPU, and where there are more."""
 
+JUNIT = "gpu_check.xml"
+
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of the command line."""
-    names = [check.name for check in CHECKS]
+    names = [check.name for check in checks_of(MODULE)]
     parser = argparse.ArgumentParser(prog="python -m sglang_shift.gpu_check", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--only", nargs="+", choices=names, metavar="NAME", default=names, help=f"of {', '.join(names)}")
-    add("--out", type=Path, default=Path("gpu-check"), metavar="DIR", help="for JSON and logs (%(default)s)")
+    add("--out", type=Path, default=Path("gpu-check"), metavar="DIR", help="for JSON, XML and logs (%(default)s)")
     minutes = f"for all checks together ({MINUTES:g}; with several GPUs {MINUTES_OF_SEVERAL:g})"
     add("--minutes", type=float, help=minutes)
     add("--list", action="store_true", help="say what the checks are, and run none")
@@ -33,22 +41,34 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Run the checks; returns the exit code."""
     args = parse(argv)
-    chosen = [check for check in CHECKS if check.name in args.only]
+    chosen = [check for check in checks_of(MODULE) if check.name in args.only]
     if args.list:
-        rows = [("name", "GPUs", "at most"), *((c.name, c.gpus, f"{c.limit:.0f} s") for c in chosen)]
-        for text, check in zip(report.aligned(rows).splitlines(), (None, *chosen), strict=True):
-            print(text + (f"  {check.text}" if check else ""))
-        return 0
+        print(listing(chosen))
+        return report.PASSED
     args.out.mkdir(parents=True, exist_ok=True)
-    described = environment.describe()
-    print("\n".join(f"{name}: {value}" for name, value in described.items()), end="\n\n", flush=True)
-    outcomes: list[Outcome] = []
-    report.write(args.out, described, outcomes)
+    facts = environment.describe()
+    print("\n".join(f"{name}: {value}" for name, value in facts.items()), end="\n\n", flush=True)
     gpus = environment.gpus()
     minutes = (MINUTES_OF_SEVERAL if gpus > 1 else MINUTES) if args.minutes is None else args.minutes
-    for outcome in run_all(chosen, gpus, environment.no_gpu(), 60 * minutes, args.out):
-        outcomes.append(outcome)
-        report.write(args.out, described, outcomes)
-        print(report.line(outcome), flush=True)
-    print(f"\n{report.totals(outcomes)}; {args.out / report.FILE}")
-    return report.exit_code(outcomes)
+    reporter = report.Reporter(args.out, facts)
+    code = run(chosen, Isolation(gpus, environment.no_gpu(), 60 * minutes, args.out), reporter, args.out / JUNIT)
+    print(f"\n{report.totals(reporter.results)}; {args.out / report.FILE}")
+    return code
+
+
+def listing(chosen: Sequence[Check]) -> str:
+    """A line for each check: what it needs, and what it shows."""
+    rows = [("name", "GPUs", "at most"), *((c.name, c.gpus, f"{c.limit:.0f} s") for c in chosen)]
+    texts = ("", *(f"  {check.text}" for check in chosen))
+    return "\n".join(row + text for row, text in zip(aligned(rows).splitlines(), texts, strict=True))
+
+
+def run(chosen: Sequence[Check], isolation: Isolation, reporter: report.Reporter, junit: Path) -> int:
+    """Let pytest run the checks, and write ``junit``; returns the exit code."""
+    file = Path(str(MODULE.__file__))
+    # The limit of a check counts in its own process.
+    options = ["-p", "no:terminal", "-p", "no:timeout", f"--junitxml={junit}", f"--rootdir={file.parent}"]
+    tests = [f"{file}::{check.function}" for check in chosen]
+    code = pytest.main([*SESSION, *options, *tests], plugins=[isolation, reporter])
+    ended = code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+    return report.exit_code(reporter.results) if ended else int(code)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from http.client import HTTPException
 from time import monotonic
 from typing import Any
 
 from sglang_shift.errors import ShiftError
-from sglang_shift.tools.benchmark.servers import Server, call, start
 from sglang_shift.tools.gpu_check.answers import Answer, compare, prompts, requests
 from sglang_shift.tools.gpu_check.record import Record
+from sglang_shift.tools.servers import Server, call, start
 
 REQUESTS = 16
 """At most at once: no decode step has more tokens, nor do CUDA graphs pad it to more."""
@@ -78,7 +77,7 @@ class Comparison:
                 is started.
 
         Raises:
-            ShiftError, OSError, HTTPException: the reference does not start, or does not answer.
+            ShiftError, OSError: the reference does not start, or does not answer.
         """
         contenders = [one_rank, *(replace(c, flags=[*c.flags, *SHIFT]) for c in others)]
         with ExitStack() as stack:
@@ -91,7 +90,7 @@ class Comparison:
         """The answers to hold others against.
 
         Raises:
-            ShiftError, OSError, HTTPException: it does not start, or does not answer.
+            ShiftError, OSError: it does not start, or does not answer.
         """
         self._wait(contender, server)
         self.reference = ask(server, self.prompts)
@@ -102,7 +101,7 @@ class Comparison:
             self._wait(contender, server)
             for mode in EXPECTED:
                 self._compare(contender, server, mode)
-        except (ShiftError, OSError, HTTPException, ValueError) as error:
+        except (ShiftError, OSError, ValueError) as error:
             self.record.problem(f"{contender.label}: {explained(error)}")
 
     def _compare(self, contender: Contender, server: Server, mode: str) -> None:

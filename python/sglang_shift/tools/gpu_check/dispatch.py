@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 
+import pytest
 import torch
 
-from sglang_shift.tools.gpu_check.child import one_line
 from sglang_shift.tools.gpu_check.gemms import TOLERANCE, random_rows, random_weight
-from sglang_shift.tools.gpu_check.record import Record, Skip
+from sglang_shift.tools.gpu_check.record import Record, one_line
 from sglang_shift.tools.gpu_check.shapes import DEPLOYMENTS, Matrix
 from sglang_shift.tools.gpu_check.timing import error_of
 
@@ -35,7 +35,7 @@ def check(record: Record) -> None:
             with backend(unquant, name):
                 check_views(record, unquant._bf16_gemm_dispatch_impl, name, torch.device("cuda"))
             ran.append(name)
-        except Skip as reason:
+        except pytest.skip.Exception as reason:
             record.note(f"{name}: skipped: {reason}")
     record.note(f"checked: {', '.join(ran)}")
 
@@ -45,7 +45,7 @@ def backend(unquant: ModuleType, name: str) -> Iterator[None]:
     """Inside, SGLang's module of unquantized layers is initialized as with ``--bf16-gemm-backend name``.
 
     Raises:
-        Skip: this GPU, or what is installed, does not have it.
+        pytest.skip.Exception: this GPU, or what is installed, does not have it.
     """
     before = dict(vars(unquant))
     config = SimpleNamespace(
@@ -57,7 +57,7 @@ def backend(unquant: ModuleType, name: str) -> Iterator[None]:
         try:
             unquant.initialize_bf16_gemm_config()
         except (ImportError, ValueError) as error:
-            raise Skip(one_line(error)) from error
+            pytest.skip(one_line(error))
         yield
     finally:
         vars(unquant).update(before)

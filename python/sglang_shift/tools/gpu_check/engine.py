@@ -11,12 +11,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import torch
 
 from sglang_shift.models.random_model import write_random_model
 from sglang_shift.tools.gpu_check import environment, one_gpu
 from sglang_shift.tools.gpu_check.comparison import REQUESTS, Comparison, Contender
-from sglang_shift.tools.gpu_check.record import Record, Skip
+from sglang_shift.tools.gpu_check.record import Record
 
 MODEL: dict[str, Any] = {
     "hidden_size": 1024,
@@ -71,7 +72,7 @@ def check_one_gpu(record: Record, attention: str) -> None:
             label = f"two ranks over {backend}"
             try:
                 variables = one_gpu.environment(backend, folder / backend)
-            except Skip as reason:
+            except pytest.skip.Exception as reason:
                 record.note(f"{label}: skipped: {reason}")
                 continue
             own = ["--tp-size", "2", *SHARING, *(GRAPHS if graphs else EAGER)]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import platform
-import shutil
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
+from sglang_shift.tools.nvidia_smi import nvidia_smi
+
 PACKAGES = ("torch", "triton", "flashinfer-python", "sglang", "sglang-kernel", "transformers", "sglang_shift")
-SMI_SECONDS = 30.0
 
 
 def gpus() -> int:
@@ -34,18 +33,6 @@ def describe() -> dict[str, Any]:
         "NCCL": ".".join(map(str, nccl_version())),
         **{package: version_of(package) for package in PACKAGES},
     }
-
-
-def nvidia_smi(fields: str) -> list[str]:
-    """A line for each GPU; none where there is no nvidia-smi, or it fails, or does not answer."""
-    if (tool := shutil.which("nvidia-smi")) is None:
-        return []
-    command = [tool, f"--query-gpu={fields}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SMI_SECONDS)
-    except subprocess.SubprocessError:
-        return []
-    return done.stdout.splitlines()
 
 
 def nccl_version() -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import importlib
 import os
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -18,10 +19,9 @@ from sglang_shift.parallel.exchange.collective import CollectiveExchange
 from sglang_shift.parallel.exchange.flashinfer import WORLD_SIZES, FlashInferExchange
 from sglang_shift.tools.gpu_check import environment, one_gpu
 from sglang_shift.tools.gpu_check.attempts import attempt
-from sglang_shift.tools.gpu_check.child import one_line
 from sglang_shift.tools.gpu_check.ranks import RankGroup
-from sglang_shift.tools.gpu_check.record import Record, Row, Skip
-from sglang_shift.tools.gpu_check.timing import Timer, captured
+from sglang_shift.tools.gpu_check.record import Record, Row, one_line
+from sglang_shift.tools.gpu_check.timing import captured, collective_seconds
 
 ROWS = (1, 5, 128, 1024)
 """Tokens of a rank."""
@@ -37,7 +37,7 @@ def check(record: Record) -> None:
     try:
         os.environ.update(one_gpu.nccl_environment())
         _run(record, "2 ranks on one GPU", ["cuda:0", "cuda:0"], names)
-    except Skip as reason:
+    except pytest.skip.Exception as reason:
         record.note(f"2 ranks on one GPU: skipped: {reason}")
 
 
@@ -79,7 +79,7 @@ def compare(device: torch.device, name: str, dtype: torch.dtype = torch.bfloat16
         dtype: Of what is sent.
     """
     group: Any = RankGroup()
-    size, timer, rows = group.world_size, Timer(device), []
+    size, rows = group.world_size, []
     exchange = (
         CollectiveExchange(group)
         if name == "collective"
@@ -88,13 +88,13 @@ def compare(device: torch.device, name: str, dtype: torch.dtype = torch.bfloat16
     for local in ROWS:
         trip = Trip(exchange, local, dtype, device)
         row: Row = {"ranks": size, "exchange": exchange.text, "rows": local, "eager_right": trip.right()}
-        row["eager_us"] = round(1e6 * timer.seconds(trip.run), 1)
+        row["eager_us"] = round(1e6 * collective_seconds(trip.run, device), 1)
         if device.type == "cuda":
             graph, _ = captured(trip.run)
             trip.fill(seed=1)
             graph.replay()
             row["graph_right"] = trip.arrived()
-            row["graph_us"] = round(1e6 * timer.seconds(graph.replay), 1)
+            row["graph_us"] = round(1e6 * collective_seconds(graph.replay, device), 1)
         rows.append(row)
     exchange.close()
     return rows

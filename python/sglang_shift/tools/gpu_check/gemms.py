@@ -15,9 +15,9 @@ import torch.nn.functional as F
 
 from sglang_shift.parallel.layout import padded_local_tokens
 from sglang_shift.tools.gpu_check.record import Record
-from sglang_shift.tools.gpu_check.report import aligned
 from sglang_shift.tools.gpu_check.shapes import DEPLOYMENTS, Deployment, Matrix
-from sglang_shift.tools.gpu_check.timing import Timer, error_of
+from sglang_shift.tools.gpu_check.timing import error_of, seconds_of
+from sglang_shift.tools.tables import aligned
 
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
 """Of a step. A rank has as many rows in TP, and 1/S of them in SP."""
@@ -55,43 +55,42 @@ class Cost:
 def check(record: Record) -> None:
     """Every matrix of every deployment, in bfloat16 and in fp8 where ``torch._scaled_mm`` takes it."""
     device = torch.device("cuda")
-    timer = Timer(device)
     for dtype in (torch.bfloat16, FP8):
         if dtype is FP8 and torch.cuda.get_device_capability(device) < (8, 9):
             record.note("fp8: skipped: this GPU multiplies no fp8 numbers")
             continue
-        costs = [cost for deployment in DEPLOYMENTS for cost in measure(record, deployment, dtype, timer)]
+        costs = [cost for deployment in DEPLOYMENTS for cost in measure(record, deployment, dtype, device)]
         for text in verdict(costs, name_of(dtype)):
             record.note(text)
     record.note("weights are views, whatever this says: there is one copy of them; no fp8 model is served yet")
 
 
 def measure(
-    record: Record, deployment: Deployment, dtype: torch.dtype, timer: Timer, steps: tuple[int, ...] = TOKENS
+    record: Record, deployment: Deployment, dtype: torch.dtype, device: torch.device, steps: tuple[int, ...] = TOKENS
 ) -> Iterator[Cost]:
     """Time the GEMMs of a rank in both modes; the costs of views as they are found."""
     for projection, shard in deployment.shards.items():
-        base = random_weight(deployment.bases[projection], dtype, timer.device)
+        base = random_weight(deployment.bases[projection], dtype, device)
         view = base[: shard.outputs, : shard.inputs]  # as good as those of the rank's own SP index
         copy = view.contiguous()
         for tokens in steps:
             said = {"deployment": deployment.name, "projection": projection, "dtype": name_of(dtype), "tokens": tokens}
-            rows = random_rows(tokens, shard.inputs, dtype, timer.device)
-            contiguous = _time(record, {**said, "held": "shard"}, rows, copy, timer)
+            rows = random_rows(tokens, shard.inputs, dtype, device)
+            contiguous = _time(record, {**said, "held": "shard"}, rows, copy)
             if shard.is_view:
-                seconds = _time(record, {**said, "held": "view"}, rows, view, timer)
+                seconds = _time(record, {**said, "held": "view"}, rows, view)
                 if contiguous is not None and seconds is not None:
                     _check_view(record, said, rows, view, copy)
                     yield Cost(deployment.name, projection, tokens, seconds, contiguous)
             local = padded_local_tokens(tokens, deployment.sp)
-            rows = random_rows(local, base.shape[1], dtype, timer.device)
-            _time(record, {**said, "held": "base"}, rows, base, timer)
+            rows = random_rows(local, base.shape[1], dtype, device)
+            _time(record, {**said, "held": "base"}, rows, base)
 
 
-def _time(record: Record, said: dict[str, object], x: torch.Tensor, weight: torch.Tensor, timer: Timer) -> float | None:
+def _time(record: Record, said: dict[str, object], x: torch.Tensor, weight: torch.Tensor) -> float | None:
     """Seconds of one product; None where it is refused."""
     try:
-        seconds = timer.seconds(lambda: product(x, weight))
+        seconds = seconds_of(lambda: product(x, weight), x.device)
     except (RuntimeError, ValueError) as error:
         record.row(**said, refused=" ".join(str(error).split())[:200])
         return None

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+import pytest
 import torch
 
-from sglang_shift.tools.gpu_check.record import Record, Skip
+from sglang_shift.tools.gpu_check.record import Record
 from sglang_shift.tools.gpu_check.shapes import DEPLOYMENTS
-from sglang_shift.tools.gpu_check.timing import Timer
+from sglang_shift.tools.gpu_check.timing import copy_seconds, seconds_of
 
 ROWS = (1, 16, 128, 1024, 4096)
 """Tokens of a rank."""
@@ -23,19 +24,19 @@ def check(record: Record) -> None:
         import sglang_shift_kernels as kernels
         from sglang_shift_kernels import gpu, operations, reference
     except ImportError as error:
-        raise Skip(f"{PACKAGE} cannot be imported ({error}); put the folder kernels on PYTHONPATH") from error
+        pytest.skip(f"{PACKAGE} cannot be imported ({error}); put the folder kernels on PYTHONPATH")
     device = torch.device("cuda")
     fp8 = kernels.fp8_supported(device)
     if not fp8:
         record.note("fp8: skipped: this GPU has no instruction that makes e4m3")
-    timer, shares = Timer(device), defaultdict(list)
+    shares = defaultdict(list)
     for (size, qkv, o), model in exchanges().items():
         for rows in ROWS:
-            shape = operations.Shape(size, rows, qkv, o)
+            shape = operations.ExchangeShape(size, rows, qkv, o)
             for operation in operations.operations(shape, torch.bfloat16, device):
                 if fp8 or "fp8" not in operation.name:
                     said = {"operation": operation.name, "model": model, "ranks": size, "rows": rows}
-                    row = measure(record, said, operation, (gpu, reference, operations.traffic), timer)
+                    row = measure(record, said, operation, (gpu, reference, operations.traffic), device)
                     if row and rows == ROWS[-1]:
                         shares[operation.name].append(row["share of a copy"])
     for name, found in shares.items():
@@ -51,7 +52,7 @@ def exchanges() -> dict[tuple[int, int, int], str]:
 
 
 def measure(
-    record: Record, said: dict[str, Any], operation: Any, modules: tuple[Any, Any, Any], timer: Timer
+    record: Record, said: dict[str, Any], operation: Any, modules: tuple[Any, Any, Any], device: torch.device
 ) -> dict[str, Any] | None:
     """Check one operation, and time it unless its result is a view."""
     gpu, reference, traffic = modules
@@ -62,7 +63,7 @@ def measure(
     moved = traffic(operation.arguments[0], result)
     if not moved.moved:
         return None
-    seconds, copy = timer.seconds(lambda: operation.run(gpu)), timer.copy_seconds(moved.moved)
+    seconds, copy = seconds_of(lambda: operation.run(gpu), device), copy_seconds(moved.moved, device)
     figures = {"us": 1e6 * seconds, "GB/s": moved.moved / seconds / 1e9, "copy GB/s": moved.moved / copy / 1e9}
     return record.row(
         **said,

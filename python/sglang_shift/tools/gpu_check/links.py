@@ -16,10 +16,9 @@ import torch.distributed as dist
 
 from sglang_shift.tools.gpu_check import environment
 from sglang_shift.tools.gpu_check.attempts import attempt
-from sglang_shift.tools.gpu_check.child import one_line
-from sglang_shift.tools.gpu_check.record import Record, Row
-from sglang_shift.tools.gpu_check.report import aligned
-from sglang_shift.tools.gpu_check.timing import Timer, captured
+from sglang_shift.tools.gpu_check.record import Record, Row, one_line
+from sglang_shift.tools.gpu_check.timing import captured, collective_seconds
+from sglang_shift.tools.tables import aligned
 
 SIZES = tuple(8**power for power in range(1, 11))
 """Bytes of a rank's buffer: 8 B to 1 GiB."""
@@ -47,32 +46,31 @@ def check(record: Record) -> None:
 
 def sweep(device: torch.device, operation: str) -> list[Row]:
     """One rank's part: an operation of :data:`OPERATIONS` at every size."""
-    timer = Timer(device)
     if operation != SGLANG:
-        return list(_measure(operation, _all_to_all if operation == ALL_TO_ALL else dist.all_reduce, timer))
+        return list(_measure(operation, _all_to_all if operation == ALL_TO_ALL else dist.all_reduce, device))
     try:
         custom = custom_all_reduce(device)
     except Exception as error:  # whatever its libraries raise where they cannot
         return [{"skipped": one_line(error)}]
-    return list(_measure(operation, custom.custom_all_reduce, timer, custom))
+    return list(_measure(operation, custom.custom_all_reduce, device, custom))
 
 
 def _repeat(call: Callable[[torch.Tensor], Any], x: torch.Tensor, calls: int) -> list[Any]:
     return [call(x) for _ in range(calls)]
 
 
-def _measure(name: str, call: Callable[[torch.Tensor], Any], timer: Timer, custom: Any = None) -> Iterator[Row]:
+def _measure(name: str, call: Callable[[torch.Tensor], Any], device: torch.device, custom: Any = None) -> Iterator[Row]:
     world = dist.get_world_size()
     for size in SIZES:
-        x = torch.zeros(size // 2, dtype=torch.bfloat16, device=timer.device)
+        x = torch.zeros(size // 2, dtype=torch.bfloat16, device=device)
         if size % (2 * world) and name == ALL_TO_ALL:
-            x = torch.zeros(size, dtype=torch.uint8, device=timer.device)
+            x = torch.zeros(size, dtype=torch.uint8, device=device)
         if custom is not None and not custom.should_custom_ar(x):
             continue
         calls = MANY if size < SMALL else FEW
         with nullcontext() if custom is None else custom.capture():
             graph, _ = captured(partial(_repeat, call, x, calls))
-        seconds = timer.seconds(graph.replay) / calls
+        seconds = collective_seconds(graph.replay, device) / calls
         row: Row = {"operation": name, "ranks": world, "bytes": size, "us": round(1e6 * seconds, 2)}
         yield row | {"bus_gb_per_s": round(bus_share(name, world) * size / seconds / 1e9, 2)}
 

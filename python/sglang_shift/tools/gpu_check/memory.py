@@ -7,14 +7,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 import torch
 
-from sglang_shift.tools.benchmark.servers import Server, call, serving
 from sglang_shift.tools.gpu_check import one_gpu
 from sglang_shift.tools.gpu_check.answers import compare, prompts
 from sglang_shift.tools.gpu_check.comparison import SHIFT, START_SECONDS, THRESHOLDS, ask, set_threshold
 from sglang_shift.tools.gpu_check.engine import EAGER, SHARING, VOCABULARY, model_flags
-from sglang_shift.tools.gpu_check.record import Record, Skip
+from sglang_shift.tools.gpu_check.record import Record
+from sglang_shift.tools.servers import Server, call, serving
 
 SAVER = ["--enable-memory-saver", "--enable-weights-cpu-backup"]
 TOLERANCE = 1e-3
@@ -25,11 +26,11 @@ def check(record: Record) -> None:
     """Two ranks on one GPU, over gloo.
 
     Raises:
-        Skip: SGLang's memory saver is not installed.
-        ShiftError, OSError, HTTPException: the server does not start, or does not answer.
+        pytest.skip.Exception: SGLang's memory saver is not installed.
+        ShiftError, OSError: the server does not start, or does not answer.
     """
     if find_spec("torch_memory_saver") is None:
-        raise Skip("torch_memory_saver is not installed")
+        pytest.skip("torch_memory_saver is not installed")
     with TemporaryDirectory(prefix="sglang_shift_") as name:
         folder = Path(name)
         flags = [*model_flags(folder), "--attention-backend", "triton", "--tp-size", "2"]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 from sglang_shift.tools.gpu_check.environment import nccl_version
-from sglang_shift.tools.gpu_check.record import Skip
 
 NAME = "sglang_shift_one_gpu"
 BACKEND_VARIABLE = "SGLANG_SHIFT_ONE_GPU_BACKEND"
@@ -31,7 +32,7 @@ def environment(backend: str, folder: Path) -> dict[str, str]:
         folder: Where the entry point may be written.
 
     Raises:
-        Skip: this NCCL cannot.
+        pytest.skip.Exception: this NCCL cannot.
     """
     info = folder / f"{NAME}-0.dist-info"
     info.mkdir(parents=True, exist_ok=True)
@@ -55,10 +56,10 @@ def nccl_environment() -> dict[str, str]:
     """What lets NCCL have two ranks on a GPU.
 
     Raises:
-        Skip: it is too old.
+        pytest.skip.Exception: it is too old.
     """
     if (found := nccl_version()) < LEAST_NCCL:
-        raise Skip(
+        pytest.skip(
             f"NCCL {'.'.join(map(str, found)) or '(none)'} refuses two ranks on one GPU; preload "
             f"{'.'.join(map(str, LEAST_NCCL))} or newer, and name it in SGLANG_NCCL_SO_PATH"
         )

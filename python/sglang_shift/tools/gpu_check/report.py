@@ -1,4 +1,4 @@
-"""The outcomes as a table to read and as JSON to keep."""
+"""The results as lines to read and as JSON to keep, written after every check, so that what is done is kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_shift.tools.gpu_check.runner import Outcome
+import pytest
+
+from sglang_shift.tools.gpu_check.catalogue import name_of
+from sglang_shift.tools.gpu_check.isolation import CheckResult
+from sglang_shift.tools.gpu_check.record import Record
 
 FILE = "gpu_check.json"
 WIDTH = 116
@@ -18,22 +22,53 @@ SHOWN = 5
 PASSED, FAILED, NOTHING_RAN = 0, 1, 2
 
 
-def exit_code(outcomes: Sequence[Outcome]) -> int:
+class Reporter:
+    """The pytest plugin that prints and keeps results, in place of pytest's terminal.
+
+    Args:
+        out: A folder, for the JSON.
+        environment: What the figures depend on.
+
+    Attributes:
+        results: Of the checks so far.
+    """
+
+    def __init__(self, out: Path, environment: dict[str, Any]) -> None:
+        self._out, self._environment = out, environment
+        self.results: list[CheckResult] = []
+        write(out, environment, self.results)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take a result; a check that is skipped before it begins has no call."""
+        if report.when == "call" or not report.passed:
+            self.results.append(result_of(report))
+            write(self._out, self._environment, self.results)
+            print(line(self.results[-1]), flush=True)
+
+
+def result_of(report: pytest.TestReport) -> CheckResult:
+    """The check's result in a report of pytest's."""
+    reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else report.longreprtext
+    name = name_of(report.nodeid.rpartition("::")[2])
+    return CheckResult(name, report.outcome, reason, report.duration, getattr(report, "found", None) or Record())
+
+
+def exit_code(results: Sequence[CheckResult]) -> int:
     """0: all that ran passed. 1: something failed. 2: nothing could run."""
-    if any(outcome.status == "failed" for outcome in outcomes):
+    if any(result.status == "failed" for result in results):
         return FAILED
-    return PASSED if any(outcome.status == "passed" for outcome in outcomes) else NOTHING_RAN
+    return PASSED if any(result.status == "passed" for result in results) else NOTHING_RAN
 
 
-def line(outcome: Outcome) -> str:
-    """An outcome in the table, with what was found below it."""
-    head = f"{outcome.name:<18} {outcome.status:<8} {outcome.seconds:6.1f} s"
-    parts = [outcome.reason] if outcome.reason else []
-    problems = [problem for problem in outcome.found.problems if not outcome.reason.startswith(problem)]
+def line(result: CheckResult) -> str:
+    """A result in the table, with what was found below it."""
+    head = f"{result.name:<18} {result.status:<8} {result.seconds:6.1f} s"
+    parts = [result.reason] if result.reason else []
+    problems = [problem for problem in result.found.problems if not result.reason.startswith(problem)]
     parts += problems[:SHOWN]
     if len(problems) > SHOWN:
         parts.append(f"and {len(problems) - SHOWN} more in {FILE}")
-    parts += outcome.found.notes
+    parts += result.found.notes
     return "\n".join([head.rstrip(), *(_indented(part) for part in parts)])
 
 
@@ -44,34 +79,24 @@ def _indented(text: str) -> str:
     return textwrap.fill(text, WIDTH, initial_indent="    ", subsequent_indent="    ")
 
 
-def totals(outcomes: Sequence[Outcome]) -> str:
+def totals(results: Sequence[CheckResult]) -> str:
     """How many passed, failed and were skipped."""
-    counts = {status: sum(o.status == status for o in outcomes) for status in ("passed", "failed", "skipped")}
+    counts = {status: sum(r.status == status for r in results) for status in ("passed", "failed", "skipped")}
     return ", ".join(f"{n} {status}" for status, n in counts.items())
 
 
-def aligned(rows: Sequence[Sequence[Any]]) -> str:
-    """Columns of a small table, the first one to the left; its first row is the heading."""
-    texts = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in texts
-    )
-
-
-def write(out: Path, environment: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
-    """Write the JSON; called after every check, so that what is done is kept."""
+def write(out: Path, environment: dict[str, Any], results: Sequence[CheckResult]) -> None:
+    """Write the JSON."""
     checks = [
         {
-            "name": o.name,
-            "status": o.status,
-            "reason": o.reason,
-            "seconds": round(o.seconds, 2),
-            "notes": o.found.notes,
-            "problems": o.found.problems,
-            "figures": o.found.rows,
+            "name": r.name,
+            "status": r.status,
+            "reason": r.reason,
+            "seconds": round(r.seconds, 2),
+            "notes": r.found.notes,
+            "problems": r.found.problems,
+            "figures": r.found.rows,
         }
-        for o in outcomes
+        for r in results
     ]
     (out / FILE).write_text(json.dumps({"environment": environment, "checks": checks}, indent=1) + "\n")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sglang_shift.models.decoder_layer import Layer
 from sglang_shift.models.families import Role
 from sglang_shift.parallel.layout import padded_local_tokens
-from sglang_shift.tools.benchmark.link_rate import TARGETS, Layer
+from sglang_shift.tools.published import TARGETS
 
 PROJECTIONS = tuple(Role)
 ROW_PARALLEL = tuple(role for role in Role if role.row_parallel)

@@ -13,10 +13,10 @@ import torch
 
 from sglang_shift.modes import Mode
 from sglang_shift.tools.gpu_check.record import Record
-from sglang_shift.tools.gpu_check.report import aligned
 from sglang_shift.tools.gpu_check.shapes import DEPLOYMENTS, Deployment
 from sglang_shift.tools.gpu_check.stack import Batch, Stack
-from sglang_shift.tools.gpu_check.timing import Timer, captured
+from sglang_shift.tools.gpu_check.timing import captured, seconds_of
+from sglang_shift.tools.tables import aligned
 
 LAYERS = 4
 """So many that the weights of none are in the L2 cache when its turn comes."""
@@ -25,16 +25,13 @@ DECODES, CONTEXT = (8, 64, 256), 1024
 PREFILLS = (1024, 8192)
 """Tokens, in S prompts: each rank's tokens are then whole prompts."""
 
-RUNS = 7
-
 
 def check(record: Record) -> None:
     """Every deployment that its GPUs could hold in bfloat16."""
     device = torch.device("cuda")
-    timer = Timer(device)
     for deployment in DEPLOYMENTS[1:]:  # Llama-70B in bfloat16 at S=8 would be 140 GB on each rank
         with torch.no_grad():
-            rows = [row for batch in batches(deployment.sp) for row in measure(record, deployment, batch, timer)]
+            rows = [row for batch in batches(deployment.sp) for row in measure(record, deployment, batch, device)]
         record.note(table(deployment.name, rows))
 
 
@@ -45,19 +42,19 @@ def batches(sp: int) -> Iterator[Batch]:
 
 
 def measure(
-    record: Record, deployment: Deployment, batch: Batch, timer: Timer, dtype: torch.dtype = torch.bfloat16,
+    record: Record, deployment: Deployment, batch: Batch, device: torch.device, dtype: torch.dtype = torch.bfloat16,
     layers: int = LAYERS,
 ) -> list[dict[str, object]]:  # fmt: skip
     """Time one step in both modes; on a GPU also as a CUDA graph."""
-    stack = Stack(deployment, layers, batch, dtype, timer.device)
+    stack = Stack(deployment, layers, batch, dtype, device)
     sent = deployment.sent_bytes(batch.tokens, dtype.itemsize)
     rows = []
     for mode in Mode:
         step = partial(stack.run, stack.input(mode), mode)
-        seconds = {"eager": timer.seconds(step, RUNS)}
-        if timer.device.type == "cuda":
+        seconds = {"eager": seconds_of(step, device)}
+        if device.type == "cuda":
             graph, _ = captured(step)
-            seconds["graph"] = timer.seconds(graph.replay, RUNS)
+            seconds["graph"] = seconds_of(graph.replay, device)
         times = {}
         for how, taken in seconds.items():
             times[f"{how}_us_per_layer"] = round(1e6 * taken / layers, 2)

@@ -8,61 +8,68 @@ from statistics import median
 from typing import Any
 
 import torch
+from triton.testing import do_bench
 
 Call = Callable[[], Any]
+
+WARM_UP_MS, MEASURE_MS = 5, 20
+"""Of ``do_bench``: hundreds of calls of all sizes are timed, in a minute or two."""
 
 WARM_UPS, RUNS = 3, 12
 L2_BYTES = 64 << 20
 """Where PyTorch does not say how large the L2 cache is."""
 
 
-class Timer:
-    """Times calls: by events on the stream of a GPU, with a cold L2 cache; by the clock on a CPU.
+def seconds_of(call: Call, device: torch.device) -> float:
+    """The median time of a call: by ``do_bench`` on a GPU, with a cold L2 cache; by the clock on a CPU.
 
     Weights of a rank may fit the L2 cache, and no step of a model finds them there.
-
-    Args:
-        device: Where the calls work.
     """
+    if device.type == "cuda":
+        return do_bench(call, warmup=WARM_UP_MS, rep=MEASURE_MS, return_mode="median") / 1e3
+    return _by_the_clock(call)
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", L2_BYTES)
-            self._cold = torch.empty(4 * size, dtype=torch.int8, device=device)
 
-    def seconds(self, call: Call, runs: int = RUNS) -> float:
-        """The median of ``runs`` calls, after some that do not count."""
-        for _ in range(WARM_UPS):
-            call()
-        return median(self._on_gpu(call, runs) if self.device.type == "cuda" else self._on_cpu(call, runs))
+def collective_seconds(call: Call, device: torch.device) -> float:
+    """The same of a call that waits for other ranks.
 
-    def _on_gpu(self, call: Call, runs: int) -> list[float]:
-        laps = []
-        for _ in range(runs):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self._cold.zero_()  # so long that the call is queued before it ends
-            start.record()
-            call()
-            end.record()
-            laps.append((start, end))
-        torch.cuda.synchronize(self.device)
-        return [start.elapsed_time(end) / 1e3 for start, end in laps]
+    ``do_bench`` cannot time it: it takes as many calls as fit a time by its first estimate, which differs from rank to
+    rank, and a rank that calls once more than another waits for ever. Here all ranks make the same number of calls.
+    """
+    if device.type != "cuda":
+        return _by_the_clock(call)
+    for _ in range(WARM_UPS):
+        call()
+    size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", L2_BYTES)
+    cold = torch.empty(4 * size, dtype=torch.int8, device=device)
+    laps = []
+    for _ in range(RUNS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        cold.zero_()  # so long that the call is queued before it ends
+        start.record()
+        call()
+        end.record()
+        laps.append((start, end))
+    torch.cuda.synchronize(device)
+    return median(start.elapsed_time(end) for start, end in laps) / 1e3
 
-    @staticmethod
-    def _on_cpu(call: Call, runs: int) -> list[float]:
-        times = []
-        for _ in range(runs):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        return times
 
-    def copy_seconds(self, size: int) -> float:
-        """A copy on the device that moves ``size`` bytes: half of them read, half written."""
-        source = torch.empty(size // 2, dtype=torch.int8, device=self.device)
-        target = torch.empty_like(source)
-        return self.seconds(lambda: target.copy_(source))
+def _by_the_clock(call: Call) -> float:
+    for _ in range(WARM_UPS):
+        call()
+    times = []
+    for _ in range(RUNS):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def copy_seconds(size: int, device: torch.device) -> float:
+    """A copy on the device that moves ``size`` bytes: half of them read, half written."""
+    source = torch.empty(size // 2, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return seconds_of(lambda: target.copy_(source), device)
 
 
 def captured(call: Call, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:

@@ -14,12 +14,12 @@ from statistics import fmean
 
 from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.simulate.traffic import Request
-from sglang_shift.tools.benchmark.link_rate import TARGETS
 from sglang_shift.tools.plan.hardware import NODE, gpus
 from sglang_shift.tools.plan.memory import memory
 from sglang_shift.tools.plan.model import Model
 from sglang_shift.tools.plan.search import Candidate, serve
 from sglang_shift.tools.plan.step_time import Engine, StepTimes
+from sglang_shift.tools.published import TARGETS
 
 PROMPT, OUTPUT = 4096, 250
 FLOOD = 2000

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from sglang_shift.cost.model import PHASES, CostModel
 from sglang_shift.errors import ShiftError
 from sglang_shift.models.sizes import GIB
-from sglang_shift.tools.benchmark.plots import DPI, KNOWN, panels
 from sglang_shift.tools.plan.memory import Memory
 from sglang_shift.tools.plan.model import Model
-from sglang_shift.tools.plan.search import COMPARED, PEAK_REQUESTS, Candidate, Outcome, Plan
+from sglang_shift.tools.plan.search import COMPARED, PEAK_REQUESTS, Candidate, Plan, Trial
+from sglang_shift.tools.plotting import DPI, KNOWN, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,23 +118,23 @@ def _crossovers(costs: CostModel) -> str:
     return "; ".join(f"{phase} {', '.join(words)}" for phase, words in found.items()) + " tokens on"
 
 
-def table(outcomes: Sequence[Outcome], plan: Plan) -> str:
+def table(trials: Sequence[Trial], plan: Plan) -> str:
     """One row each; the best's is bold."""
     lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "--:|" * len(HEADINGS)]
-    for outcome in outcomes:
-        cells = _cells(outcome, plan.gpus)
-        if outcome.candidate == plan.best.candidate:
+    for trial in trials:
+        cells = _cells(trial, plan.gpus)
+        if trial.candidate == plan.best.candidate:
             cells = [f"**{cell}**" for cell in cells]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cells(outcome: Outcome, gpus: int) -> list[str]:
-    c, held, m = outcome.candidate, outcome.memory, outcome.metrics
+def _cells(trial: Trial, gpus: int) -> list[str]:
+    c, held, m = trial.candidate, trial.memory, trial.metrics
     times = ["too little memory", "", "", "", ""]
     if m:
         times = [f"{1e3 * m['mean_ttft']:.0f}", f"{1e3 * m['mean_tpot']:.1f}", f"{m['mean_e2e']:.2f}",
-                 f"{m['p99_e2e']:.2f}", f"{outcome.peak:.0f}"]  # fmt: skip
+                 f"{m['p99_e2e']:.2f}", f"{trial.peak:.0f}"]  # fmt: skip
     sizes = [f"{size / GIB:.1f}" for size in (held.weights, held.base + held.graphs, held.reserve, held.pool)]
     replicas = f"{c.replicas} ({idle} idle)" if (idle := _idle(c, gpus)) else str(c.replicas)
     where = [replicas, *map(str, (c.layout.world_size, c.layout.sp_size, c.chunk))]
@@ -182,8 +182,8 @@ def plot(plan: Plan, title: str, path: Path) -> None:
 
 
 def _name_layouts(ax: Axes, plan: Plan, points: Mapping[Candidate, tuple[float, float]]) -> None:
-    for outcome in plan.layouts:
-        candidate = outcome.candidate
+    for trial in plan.layouts:
+        candidate = trial.candidate
         if candidate in points:
             name = f"{candidate.layout.world_size}/{candidate.layout.sp_size}"
             ax.annotate(name, points[candidate], xytext=(6, 4), textcoords="offset points", fontsize=7)

@@ -60,7 +60,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Trial:
     """How a candidate did.
 
     Attributes:
@@ -92,9 +92,9 @@ class Plan:
         overloaded: Whether that is more than any layout serves.
     """
 
-    best: Outcome
-    layouts: list[Outcome]
-    settings: list[Outcome]
+    best: Trial
+    layouts: list[Trial]
+    settings: list[Trial]
     gpus: int
     kv_dtype: str
     offered: float
@@ -106,7 +106,7 @@ class Plan:
         return max(o.peak for o in self.layouts)
 
     @property
-    def tried(self) -> dict[Candidate, Outcome]:
+    def tried(self) -> dict[Candidate, Trial]:
         """All that were served, each once."""
         return {o.candidate: o for o in (*self.layouts, *self.settings) if o.metrics}
 
@@ -119,9 +119,9 @@ class Plan:
         return {c: more for c, more in sorted(worse.items(), key=lambda item: item[1]) if more <= COMPARED}
 
 
-def cost(outcome: Outcome, overloaded: bool) -> float:
+def cost(trial: Trial, overloaded: bool) -> float:
     """What the best has least of: the mean end-to-end time, or the time per token at the peak; in seconds."""
-    return 1 / outcome.peak if overloaded else outcome.metrics["mean_e2e"]
+    return 1 / trial.peak if overloaded else trial.metrics["mean_e2e"]
 
 
 def offered(requests: Sequence[Request]) -> float:
@@ -201,31 +201,31 @@ def search(
     longest = max(r.prompt + r.output for r in requests)
     flood = [replace(r, time=0.0) for r in islice(cycle(requests), PEAK_REQUESTS)]
 
-    def attempt(candidate: Candidate, costs: CostModel) -> Outcome:
+    def attempt(candidate: Candidate, costs: CostModel) -> Trial:
         held = memory(model, gpu, candidate.layout, candidate.chunk, kv_dtype, shifts=candidate.shifts)
         if held.tokens < longest:
-            return Outcome(candidate, held, costs, {}, 0.0)
+            return Trial(candidate, held, costs, {}, 0.0)
         progress(describe(candidate))
         metrics = serve(requests, candidate, costs, held.tokens).metrics()
         peak = serve(flood, candidate, costs, held.tokens).throughput
-        return Outcome(candidate, held, costs, metrics, peak)
+        return Trial(candidate, held, costs, metrics, peak)
 
     tried = []
     for layout, replicas in layouts(model, gpus):
         costs = StepTimes(model, gpu, layout, kv_dtype).cost_model()
         policy = "calibrated" if layout.sp_size > 1 else "tp"
         tried.append(attempt(Candidate(layout, replicas, policy=policy), costs))
-    if not any(outcome.metrics for outcome in tried):
+    if not any(trial.metrics for trial in tried):
         most = max(tried, key=lambda o: o.memory.tokens)
         raise ShiftError(
             f"{model.name} does not fit {gpus} x {gpu.name}: no layout leaves a KV cache for the longest request "
             f"({longest} tokens; the most is {most.memory.tokens}); give more GPUs or shorter requests"
         )
     brought = offered(requests)
-    overloaded = brought > max(outcome.peak for outcome in tried)
+    overloaded = brought > max(trial.peak for trial in tried)
 
-    def best_of(outcomes: list[Outcome]) -> Outcome:
-        return min((o for o in outcomes if o.metrics), key=lambda o: cost(o, overloaded))
+    def best_of(trials: list[Trial]) -> Trial:
+        return min((o for o in trials if o.metrics), key=lambda o: cost(o, overloaded))
 
     best = best_of(tried)
     settings = [best]
@@ -235,7 +235,7 @@ def search(
     return Plan(best_of(settings), tried, settings, gpus, kv_dtype, brought, overloaded)
 
 
-def policies(best: Outcome) -> list[Candidate]:
+def policies(best: Trial) -> list[Candidate]:
     """The same with other policies, where it may shift. TP alone needs no base weights."""
     shifting = best.candidate
     if not shifting.shifts:

@@ -9,25 +9,21 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import requests
 
 from sglang_shift.errors import ShiftError
 
-if TYPE_CHECKING:
-    from sglang_shift.tools.benchmark.link import Link
-
 HOST = "127.0.0.1"
 SHUTDOWN_S = 20
-NO_ANSWER = (OSError, HTTPException)
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 # Unless the caller says otherwise: a download is no part of a start-up time.
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
+LAUNCHER = (sys.executable, "-m", "sglang_shift.launch_server")
 
 
 class Failure(ShiftError):
@@ -41,16 +37,18 @@ def call(url: str, body: Any = None, timeout: float = 60, text: bool = False) ->
     """GET ``url``, or POST ``body`` to it; the JSON answered (None for an empty answer), or its text.
 
     Raises:
-        OSError, HTTPException: nobody answers, or with an error.
+        OSError: nobody answers, or with an error.
         ValueError: the answer is not JSON.
     """
-    request = urllib.request.Request(url, headers={"Content-Type": "application/json"})
-    if key := os.environ.get("OPENAI_API_KEY"):
-        request.add_header("Authorization", f"Bearer {key}")
-    request.data = None if body is None else json.dumps(body).encode()
-    with DIRECT.open(request, timeout=timeout) as response:
-        answer = response.read()
-    return answer.decode() if text else json.loads(answer or "null")
+    key = os.environ.get("OPENAI_API_KEY")
+    with requests.Session() as session:
+        session.trust_env = False  # no proxy is between a server of this machine and us
+        answer = session.request(
+            "GET" if body is None else "POST", url, json=body, timeout=timeout,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+        )  # fmt: skip
+    answer.raise_for_status()
+    return answer.content.decode() if text else json.loads(answer.content or "null")
 
 
 class Server:
@@ -74,7 +72,7 @@ class Server:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             self.check_alive("while it started")
-            with suppress(*NO_ANSWER):
+            with suppress(OSError):
                 call(self.url + "/health", timeout=max(1, deadline - time.monotonic()), text=True)
                 return
             time.sleep(0.1)
@@ -96,7 +94,7 @@ class Server:
             Failure: the server never did.
         """
         for _ in range(50):
-            with suppress(*NO_ANSWER):
+            with suppress(OSError):
                 call(self.url + "/flush_cache", body={}, text=True)
                 return
             time.sleep(0.2)
@@ -134,47 +132,39 @@ class Server:
                 os.killpg(process.pid, number)
 
 
-def start(
-    flags: Sequence[str],
-    port: int,
-    log: Path,
-    link: Link | None = None,
-    environment: Mapping[str, str] | None = None,
-) -> Server:
-    """Start ``sglang_shift.launch_server``, on a link one process a rank.
+def start(flags: Sequence[str], port: int, log: Path, environment: Mapping[str, str] | None = None) -> Server:
+    """Start ``sglang_shift.launch_server``.
 
     Args:
         flags: Its flags, other than where to listen.
         port: Where to listen; 0 takes a free port.
         log: Where its output goes.
-        link: Joins its ranks, each of which then counts as a node.
         environment: Variables of its own, besides this process's.
 
     Raises:
         Failure: the port is in use.
     """
     port = claim_port(port)
-    command = [sys.executable, "-m", "sglang_shift.launch_server", *flags, "--port", str(port)]
-    variables = OFFLINE | os.environ | dict(environment or {})
-    if link is None:
-        commands = [([*command, "--host", HOST], variables)]
-        url = f"http://{HOST}:{port}"
-    else:
-        nodes = ["--host", "0.0.0.0", "--nnodes", str(link.ranks), "--dist-init-addr", link.rendezvous]
-        # A calibration over another link, or none, would look as if it were of this one.
-        own = {"SGLANG_SHIFT_CACHE_DIR": str(log.parent.resolve() / "calibrations")}
-        commands = [
-            (link.command(r, [*command, *nodes, "--node-rank", str(r)]), variables | own | link.environment(r))
-            for r in range(link.ranks)
-        ]
-        url = f"http://{link.server_address}:{port}"
+    command = [*LAUNCHER, *flags, "--host", HOST, "--port", str(port)]
+    return launch([(command, environment or {})], f"http://{HOST}:{port}", log)
+
+
+def launch(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]], url: str, log: Path) -> Server:
+    """Start the processes of a server.
+
+    Args:
+        commands: Of each process, the first of which answers requests, and variables besides this process's.
+        url: Where it will listen.
+        log: Where the first one's output goes; those of the others are beside it.
+    """
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        for rank, (line, own_variables) in enumerate(commands):
+        for rank, (command, own) in enumerate(commands):
+            variables = OFFLINE | os.environ | dict(own)
             with (log if rank == 0 else rank_log(log, rank)).open("wb") as out:
                 processes.append(
                     subprocess.Popen(
-                        line, stdout=out, stderr=subprocess.STDOUT, env=own_variables, start_new_session=True
+                        command, stdout=out, stderr=subprocess.STDOUT, env=variables, start_new_session=True
                     )
                 )
     except BaseException:

@@ -1,0 +1,136 @@
+"""The pytest plugin that runs each check in a process of its own, so that none can harm another.
+
+A check may crash its process, hang in a kernel that no Python signal interrupts, or leave servers behind that hold the
+GPU. So pytest-forked and pytest-xdist would not do: a fork cannot use CUDA, and neither ends what a test has started.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from sglang_shift.tools.gpu_check import processes
+from sglang_shift.tools.gpu_check.catalogue import MARKERS, Check
+from sglang_shift.tools.gpu_check.record import Record, Status, read
+
+LEAST_SECONDS = 30.0
+"""With less time than this no check is begun: SGLang and PyTorch take some of it to be imported."""
+
+MARGIN_SECONDS = 2.0
+"""After a check's time, until this process ends it: pytest-timeout, if it is installed, ends it before."""
+
+SESSION = ("-c", "/dev/null", "--noconftest", "-p", "no:cacheprovider", "--capture=no")
+"""Of both pytests: nothing of the folder from which the command runs counts."""
+
+CRASH = "Fatal Python error"
+"""Begins what pytest's faulthandler prints when the process crashes."""
+
+
+@dataclass
+class CheckResult:
+    """How a check ended.
+
+    Attributes:
+        name: Its name.
+        status: ``passed``, ``failed`` or ``skipped``.
+        reason: Why, unless it passed.
+        seconds: How long it took.
+        found: What it found, also where it failed half-way.
+    """
+
+    name: str
+    status: Status
+    reason: str = ""
+    seconds: float = 0.0
+    found: Record = field(default_factory=Record)
+
+
+class Isolation:
+    """Takes the place of pytest's own way to run a test.
+
+    Args:
+        gpus: How many there are here.
+        no_gpu: Why there is none, if there is none.
+        seconds: For all checks: what has not begun by then is skipped, what runs is ended.
+        out: A folder, for what each check prints and finds.
+    """
+
+    def __init__(self, gpus: int, no_gpu: str, seconds: float, out: Path) -> None:
+        self._gpus, self._no_gpu, self._seconds, self._out = gpus, no_gpu, seconds, out
+        self._deadline = time.monotonic() + seconds - processes.GRACE_SECONDS
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        """Say which markers there are."""
+        for marker in MARKERS:
+            config.addinivalue_line("markers", marker)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Function, nextitem: pytest.Item | None) -> bool | None:
+        """Run a check; pytest itself skips one that cannot run."""
+        check, left = Check.of(item.function), self._deadline - time.monotonic()
+        if reason := self._obstacle(check, left):
+            item.add_marker(pytest.mark.skip(reason=reason))
+            return None
+        late = f"it took longer than {check.limit:.0f} s"
+        if left < check.limit:
+            late = f"the {self._seconds:.0f} s for all checks ended it; give more --minutes, or --only {check.name}"
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        for report in reports(item, self._run(item, check.name, min(left, check.limit), late)):
+            item.ihook.pytest_runtest_logreport(report=report)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    def _obstacle(self, check: Check, left: float) -> str:
+        if not self._gpus:
+            return self._no_gpu
+        if self._gpus < check.gpus:
+            return f"it needs {check.gpus} GPUs, and there is {self._gpus}"
+        if left < LEAST_SECONDS:
+            return f"too little is left of the {self._seconds:.0f} s for all checks; give more --minutes"
+        return ""
+
+    def _run(self, item: pytest.Function, name: str, seconds: float, late: str) -> CheckResult:
+        """Run a check for at most so many seconds. What it prints goes to ``<name>.log``."""
+        start, lines, log = time.time(), self._out / f"{name}.jsonl", self._out / f"{name}.log"
+        lines.unlink(missing_ok=True)
+        command = child_command(item, lines, start + seconds)
+        code = processes.run(command, seconds + MARGIN_SECONDS, log)
+        found, end = read(lines)
+        taken = time.time() - start
+        if code is None or (end is not None and end.late):
+            return CheckResult(name, "failed", late, taken, found)
+        if end is None:
+            return CheckResult(name, "failed", f"it ended with exit code {code}: {last_line(log)}", taken, found)
+        return CheckResult(name, end.status, end.reason, taken, found)
+
+
+def child_command(item: pytest.Function, lines: Path, until: float) -> Sequence[str]:
+    """The program that runs one check: pytest, with the plugin of its own process."""
+    options = ("-q", "--no-header", "--tb=native", "-p", "sglang_shift.tools.gpu_check.child")
+    own = (f"--record={lines}", f"--until={until}", f"--rootdir={item.path.parent}", f"{item.path}::{item.name}")
+    return [sys.executable, "-m", "pytest", *SESSION, *options, *own]
+
+
+def reports(item: pytest.Function, result: CheckResult) -> list[pytest.TestReport]:
+    """What pytest makes of a check's result: a call, and the teardown after which junit's XML has all of a test."""
+    reason = (str(item.path), item.location[1] or 0, result.reason) if result.status == "skipped" else result.reason
+    found = result.found
+    properties = [("note", note) for note in found.notes] + [("problem", problem) for problem in found.problems]
+    return [
+        pytest.TestReport(
+            item.nodeid, item.location, {}, result.status, reason or None, "call", duration=result.seconds, found=found
+        ),
+        pytest.TestReport(item.nodeid, item.location, {}, "passed", None, "teardown", user_properties=properties),
+    ]
+
+
+def last_line(log: Path) -> str:
+    """The end of what a check printed, that of its crash not counted, and where the rest is."""
+    printed = log.read_text(errors="replace").partition(CRASH)[0]
+    lines = [line for line in printed.splitlines() if line.strip()]
+    return f"{lines[-1].strip()[:200] if lines else 'it printed nothing'} ({log})"
