@@ -236,7 +236,6 @@ class LedPolicy(ShiftPolicy):
 
 QUEUE = QueueDepth()
 """Decides where step times are not known well enough."""
-POLICIES = ("calibrated", "queue-depth", "tokens", "tp", "sp")
 
 
 def load_policy(name: str) -> ShiftPolicy:

@@ -21,7 +21,7 @@ from sglang.srt.runtime_context import get_exec, get_flags, get_parallel, get_sc
 from sglang.srt.utils import get_available_gpu_memory
 from sglang_shift_kernels.operations import Shape, warm_up
 
-from sglang_shift.config import ShiftConfig, shift_config_of
+from sglang_shift.config import ShiftConfig
 from sglang_shift.graphs.mode_graphs import ModeGraphs
 from sglang_shift.graphs.runners import SpDecodeGraphRunner
 from sglang_shift.models.fields import check_class
@@ -31,6 +31,7 @@ from sglang_shift.parallel.exchange.choose import Operands, make_exchange
 from sglang_shift.parallel.exchange.collective import SequenceExchange
 from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.parallel.region import region
+from sglang_shift.resolution import shift_config_of
 from sglang_shift.weights.base_weights import BaseWeights, WeightReport
 from sglang_shift.weights.projections import OutputProjection, QkvProjection
 

@@ -11,13 +11,12 @@ import ast
 import difflib
 import hashlib
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.metadata import distribution
 from pathlib import Path
 
-from sglang_shift.errors import ShiftError
+from sglang_shift.errors import ShiftError, print_error
 from sglang_shift.seams.registry import SEAMS, SGLANG_VERSION
 
 FLAGS = "sglang.srt.arg_groups.fields"
@@ -210,6 +209,5 @@ def main(argv: Sequence[str]) -> int:
         new = Release.unpacked(parser.parse_args(argv).folder)
         print(report(Release.installed(), new, Path(__file__).parent))
     except ShiftError as error:
-        print(f"sglang_shift: error: {error}", file=sys.stderr)
-        return 2
+        return print_error(error)
     return 0

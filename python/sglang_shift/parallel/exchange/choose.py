@@ -16,10 +16,6 @@ from sglang_shift.parallel.exchange.flashinfer import WORLD_SIZES, FlashInferExc
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "flashinfer", "collective")
-DTYPES = ("auto", "fp8")
-"""What travels: activations as they are, or quantized."""
-
 
 @dataclass(frozen=True)
 class Operands:
