@@ -84,7 +84,7 @@ class Flag:
         """The text for ``--help``."""
         parts = [self.meaning, self.limits]
         if self.need:
-            parts.append(f"Needs {self.need}.")
+            parts.append(f"It needs {self.need}.")
         if self.default:
             parts.append(f"Default: {self.default}.")
         return " ".join(filter(None, parts))
@@ -94,7 +94,7 @@ class Flag:
         """The policies that it is for, in a sentence; empty if it is for all."""
         if not self.policies:
             return ""
-        return f"Only for the {'policies' if len(self.policies) > 1 else 'policy'} {' and '.join(self.policies)}."
+        return f"It is only for the {'policies' if len(self.policies) > 1 else 'policy'} {' and '.join(self.policies)}."
 
 
 def parse_sp_size(text: str) -> int | str:
@@ -137,7 +137,7 @@ FLAGS = (
         aliases=("--sequence-parallel-size",),
         parse=parse_sp_size,
         resolvable=True,
-        more="usage.md#choosing-p-and-s",
+        more="usage.md#choose-p-and-s",
     ),
     Flag(
         "enable_shift_parallel",
@@ -152,7 +152,7 @@ FLAGS = (
         str,
         f"How the mode of a step is chosen: {', '.join(POLICIES)}, or a class of your own as module:Class. calibrated "
         "takes the faster mode by step times that are measured at start-up. queue-depth takes SP for many tokens, and "
-        "for prefills while the queue is deep. tokens takes SP if the step has more than --shift-threshold tokens. tp "
+        "for prefills while the queue is deep. tokens takes SP if the step has more tokens than --shift-threshold. tp "
         "and sp take that mode for every step.",
         default="calibrated",
         placeholder="NAME",

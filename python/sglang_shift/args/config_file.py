@@ -73,12 +73,14 @@ def arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
     Raises:
         ShiftError: what is wrong with the file.
     """
-    named = {option[2:].replace("-", "_"): a for a in parser._actions for option in a.option_strings if len(option) > 2}
-    named = {**{a.dest: a for a in reversed(parser._actions)}, **named}
+    by_option = {
+        option[2:].replace("-", "_"): a for a in parser._actions for option in a.option_strings if len(option) > 2
+    }
+    by_name = {**{a.dest: a for a in reversed(parser._actions)}, **by_option}
     words: list[str] = []
     seen: list[argparse.Action] = []
     for entry in read(path):
-        where, action = f"--config {path}: {entry.name}", named.get(entry.key)
+        where, action = f"--config {path}: {entry.name}", by_name.get(entry.key)
         if action is None:
             raise ShiftError(f"{where} is not the name of a flag; correct it there, without dashes before it")
         if action in seen:

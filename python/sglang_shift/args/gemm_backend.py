@@ -15,9 +15,10 @@ SPLIT_K = "SGLANG_ENABLE_BF16_SPLITK_GEMM"
 BLACKWELL = 10
 """Major compute capability of the GPUs that SGLang uses split-K products on."""
 SPLIT_K_PRODUCTS = Refusal(
-    SPLIT_K + "={VALUE} cannot be combined with sequence parallelism: those products want weights that are not slices "
+    SPLIT_K + "={value} cannot be combined with sequence parallelism: those products want weights that are not slices "
     "of larger ones; leave it out",
-    "On Blackwell GPUs. The weights of O and down in TP are slices of columns of the base weights.",
+    "SGLang uses those products on Blackwell GPUs. In TP, the weights of O and down are slices of columns of the base "
+    "weights.",
 )
 
 
@@ -43,6 +44,6 @@ def adjust_gemm_backend(device: str, backend: str = "auto") -> None:
     if device != "cuda" or torch.cuda.get_device_capability()[0] != BLACKWELL:
         return
     if os.environ.get(SPLIT_K, "0").lower() not in ("0", "false"):
-        raise SPLIT_K_PRODUCTS(VALUE=os.environ[SPLIT_K])
+        raise SPLIT_K_PRODUCTS(value=os.environ[SPLIT_K])
     os.environ[SPLIT_K] = "0"
     logger.info("sglang_shift: %s=0, as TP shards are slices of the base weights", SPLIT_K)

@@ -1,6 +1,6 @@
-"""What is not served, and why: features of SGLang that do not combine, flags that contradict each other, models.
+"""Which flags are refused, and why: features of SGLang that do not combine, and flags that contradict each other.
 
-``python -m sglang_shift.args refusals`` prints ``docs/refusals.md`` from it.
+``python -m sglang_shift.args refusals`` prints ``docs/refusals.md`` from these declarations and those of other modules.
 """
 
 from __future__ import annotations
@@ -8,15 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from sglang_shift_kernels.layout import SCALE_BYTES
-
 from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refusal
 from sglang_shift.flags import BY_NAME, FLAGS, LIVE_NUMBERS, POLICIES, Need
-from sglang_shift.models.fields import MODELS, check_fields
 from sglang_shift.policy.builtin import load_policy
-
-ARCHITECTURES = tuple(MODELS)
 
 
 class Feature(NamedTuple):
@@ -96,29 +91,29 @@ FEATURES = (
      "they replace the linears that SP mode runs through"),
 )  # fmt: skip
 FEATURE = Refusal(
-    "{FEATURE} cannot be combined with sequence parallelism: {REASON}; leave one of them out",
+    "{feature} cannot be combined with sequence parallelism: {reason}; leave one of them out",
     "Each of these features has its own reason.",
 )
 
 NEEDS_SWITCHING = Refusal(
-    "{FLAG} {VALUE} needs --enable-shift-parallel; without it no step is switched",
+    "{flag} {value} needs --enable-shift-parallel; without it no step is switched",
     "These are settings of the policy: " + ", ".join(f.option for f in FLAGS if f.need is Need.SWITCHING) + ".",
 )
 NEEDS_SP = Refusal(
-    "{FLAG} {VALUE} needs --sp-size or --enable-shift-parallel; without them {REASON}",
+    "{flag} {value} needs --sp-size or --enable-shift-parallel; without them {reason}",
     "These are settings of SP mode: " + ", ".join(f.option for f in FLAGS if f.need is Need.SP) + ".",
 )
-NEGATIVE = Refusal("{FLAG} {VALUE} must be 0 or more", "It is a number of tokens, of requests or of graphs.")
+NEGATIVE = Refusal("{flag} {value} must be 0 or more", "The number counts tokens, requests or graphs.")
 NOT_OF_THE_POLICY = Refusal(
-    "{FLAG} {VALUE} has no meaning with --shift-policy {NAME}; leave it out, or give --shift-policy {POLICIES}",
+    "{flag} {value} has no meaning with --shift-policy {policy}; leave it out, or give --shift-policy {policies}",
     "Other policies do not use this number.",
 )
 LEAVES_ABOVE_ENTER = Refusal(
-    "{LEAVE_FLAG} {N} must not be above {ENTER_FLAG} {M}",
+    "{leave_flag} {N} must not be above {enter_flag} {M}",
     "The queue cannot be short again while it is still deep.",
 )
 UNKNOWN_POLICY = Refusal(
-    "--shift-policy {NAME} is unknown; choose from {POLICIES}, or give module:Class",
+    "--shift-policy {policy} is unknown; choose from {policies}, or give module:Class",
     "Nothing would choose the modes.",
 )
 NO_CALIBRATION = Refusal(
@@ -126,7 +121,7 @@ NO_CALIBRATION = Refusal(
     "The policy compares step times, and the calibration is where they come from.",
 )
 CALIBRATION_UNUSED = Refusal(
-    "--shift-calibration {VALUE} has no meaning with --shift-policy {NAME}; leave one out",
+    "--shift-calibration {value} has no meaning with --shift-policy {policy}; leave one out",
     "Only the policy calibrated uses step times.",
 )
 ONE_RANK = Refusal(
@@ -142,40 +137,6 @@ NOT_A_DIVISOR = Refusal(
     "The base configuration is SP = S, TP = P/S.",
 )
 
-CLASS_DISABLED = Refusal(
-    "SGLANG_DISABLED_MODEL_ARCHS={MODULE} keeps SGLang from its own {ARCHITECTURE}; unset it",
-    "SGLang would serve the model by transformers' code, without a word.",
-)
-ARCHITECTURE = Refusal(
-    "architecture {ARCHITECTURE} is not served with sequence parallelism; these are: {ARCHITECTURES}",
-    f"Every mode is tested for {', '.join(ARCHITECTURES)}. For others it is not.",
-)
-QUANTIZED = Refusal(
-    "quantized weights ({METHOD}) are not served with sequence parallelism yet; use an unquantized checkpoint",
-    "Quantized weights are not assembled yet.",
-)
-NOT_TEXT = Refusal(
-    "{ARCHITECTURE} is served for text generation only",
-    "Embedding and multimodal models are not tested.",
-)
-HEADS = Refusal(
-    "--tp-size {P} does not divide the model's {N} attention heads; choose a divisor of {N}",
-    "Every rank has the same number of heads.",
-)
-KV_HEADS = Refusal(
-    "--tp-size {P} and the model's {N} KV heads do not divide each other; choose another size",
-    "KV heads are divided among the ranks, or replicated, evenly.",
-)
-INTERMEDIATE_SIZE = Refusal(
-    "--tp-size {P} does not divide the model's intermediate size {N}",
-    "Every rank has an equal part of the MLP.",
-)
-FP8_WIDTH = Refusal(
-    f"--shift-exchange-dtype fp8 takes a multiple of {SCALE_BYTES} columns, and with --tp-size {{P}} a rank has {{N}} "
-    "of {PROJECTION}; give auto",
-    "The scales behind the columns must stay aligned.",
-)
-
 
 def check_flags(settings: Any) -> None:
     """Check the flags against each other; ``settings`` is a view of the resolved server arguments.
@@ -187,14 +148,14 @@ def check_flags(settings: Any) -> None:
     given = [(flag, getattr(settings, flag.name)) for flag in FLAGS if getattr(settings, flag.name) is not None]
     for flag, value in given:
         if flag.need is Need.SWITCHING and not switching:
-            raise NEEDS_SWITCHING(FLAG=flag.option, VALUE=value)
+            raise NEEDS_SWITCHING(flag=flag.option, value=value)
     if not switching and sp_size is None:
         for flag, value in given:
             if flag.need is Need.SP:
-                raise NEEDS_SP(FLAG=flag.option, VALUE=value, REASON=flag.without)
+                raise NEEDS_SP(flag=flag.option, value=value, reason=flag.without)
         return
     if settings.shift_graph_buckets is not None and settings.shift_graph_buckets < 0:
-        raise NEGATIVE(FLAG="--shift-graph-buckets", VALUE=settings.shift_graph_buckets)
+        raise NEGATIVE(flag="--shift-graph-buckets", value=settings.shift_graph_buckets)
     check_policy(settings)
     if world_size < 2:
         raise ONE_RANK(P=world_size)
@@ -204,7 +165,7 @@ def check_flags(settings: Any) -> None:
         raise NOT_A_DIVISOR(S=sp_size, P=world_size)
     for feature in FEATURES:
         if feature.asked(settings):
-            raise FEATURE(FEATURE=feature.name, REASON=feature.why)
+            raise FEATURE(feature=feature.name, reason=feature.why)
 
 
 def check_policy(settings: Any) -> None:
@@ -219,67 +180,21 @@ def check_policy(settings: Any) -> None:
     for name, value in numbers.items():
         flag = BY_NAME[name]
         if value < 0:
-            raise NEGATIVE(FLAG=flag.option, VALUE=value)
+            raise NEGATIVE(flag=flag.option, value=value)
         if policy not in flag.policies and not (policy is None and name == "shift_threshold"):
             raise NOT_OF_THE_POLICY(
-                FLAG=flag.option, VALUE=value, NAME=policy or "calibrated", POLICIES=" or ".join(flag.policies)
+                flag=flag.option, value=value, policy=policy or "calibrated", policies=" or ".join(flag.policies)
             )
     for what in ("requests", "tokens"):
         enter, leave = BY_NAME[f"shift_enter_{what}"], BY_NAME[f"shift_leave_{what}"]
         low, high = (numbers.get(flag.name, getattr(ShiftConfig, flag.setting)) for flag in (leave, enter))
         if low > high:
-            raise LEAVES_ABOVE_ENTER(LEAVE_FLAG=leave.option, N=low, ENTER_FLAG=enter.option, M=high)
+            raise LEAVES_ABOVE_ENTER(leave_flag=leave.option, N=low, enter_flag=enter.option, M=high)
     if policy is not None and policy not in POLICIES:
         if ":" not in policy:
-            raise UNKNOWN_POLICY(NAME=policy, POLICIES=", ".join(POLICIES))
+            raise UNKNOWN_POLICY(policy=policy, policies=", ".join(POLICIES))
         load_policy(policy)
     if policy == "calibrated" and calibration == "off":
         raise NO_CALIBRATION()
     if calibration not in (None, "auto", "off") and policy not in (None, "calibrated"):
-        raise CALIBRATION_UNUSED(VALUE=calibration, NAME=policy)
-
-
-def check_registry(name: str) -> None:
-    """Check that SGLang may import its own class; the rank checks which one it loaded.
-
-    Raises:
-        Refused: it may not, and would serve the model by transformers' code without a word.
-    """
-    from sglang.srt.environ import envs
-
-    module = MODELS[name].native.partition(":")[0]
-    if module in envs.SGLANG_DISABLED_MODEL_ARCHS.get():
-        raise CLASS_DISABLED(MODULE=module, ARCHITECTURE=name)
-
-
-def check_model(model_config: Any, config: ShiftConfig) -> None:
-    """Check that the model is one that every mode serves, at this size.
-
-    Raises:
-        Refused: with the reason.
-    """
-    hf_config = model_config.hf_config
-    name = (getattr(hf_config, "architectures", None) or ["unknown"])[0]
-    if name not in ARCHITECTURES:
-        raise ARCHITECTURE(ARCHITECTURE=name, ARCHITECTURES=", ".join(ARCHITECTURES))
-    check_registry(name)
-    if model_config.quantization is not None or getattr(hf_config, "quantization_config", None):
-        raise QUANTIZED(METHOD=model_config.quantization or "quantization_config")
-    if not model_config.is_generation or model_config.is_multimodal:
-        raise NOT_TEXT(ARCHITECTURE=name)
-    check_fields(hf_config, model_config.context_len)
-    world_size = config.world_size
-    heads, kv_heads = model_config.num_attention_heads, model_config.get_total_num_kv_heads()
-    if heads % world_size:
-        raise HEADS(P=world_size, N=heads)
-    if kv_heads % world_size and world_size % kv_heads:
-        raise KV_HEADS(P=world_size, N=kv_heads)
-    intermediate = hf_config.intermediate_size
-    if intermediate % world_size:
-        raise INTERMEDIATE_SIZE(P=world_size, N=intermediate)
-    if config.exchange_dtype == "fp8":
-        queries = heads // world_size * model_config.head_dim
-        qkv = queries + 2 * max(1, kv_heads // world_size) * model_config.head_dim
-        for projection, width in (("QKV", qkv), ("O", queries)):
-            if width % SCALE_BYTES:
-                raise FP8_WIDTH(P=world_size, N=width, PROJECTION=projection)
+        raise CALIBRATION_UNUSED(value=calibration, policy=policy)

@@ -16,7 +16,8 @@ from sglang_shift.args import config_file
 from sglang_shift.args.chunk_size import adjust_chunk_size
 from sglang_shift.args.gemm_backend import adjust_gemm_backend
 from sglang_shift.args.graph_memory import adjust_graph_memory
-from sglang_shift.args.refusals import check_flags, check_model
+from sglang_shift.args.model_check import check_model
+from sglang_shift.args.refusals import check_flags
 from sglang_shift.args.sp_size import auto_sp_size, check_sp_size
 from sglang_shift.errors import ShiftError
 from sglang_shift.flags import AUTO, BY_NAME, FLAGS, Flag

@@ -27,18 +27,24 @@ MIB = 1 << 20
 
 
 NOT_A_SIZE = Refusal(
-    "sp_size {VALUE} is neither a whole number of ranks nor 'auto'",
-    "From Python; on the command line, argparse says the same.",
+    "sp_size {value} is neither a whole number of ranks nor 'auto'",
+    "From Python, the value must be None, an int or 'auto'.",
 )
 MEMORY_UNKNOWN = Refusal(
     "--sp-size auto cannot read the memory of this device; give --sp-size a number",
     "SGLang does not know how much memory this kind of device has.",
 )
-NOTHING_FITS = Refusal(
-    "--sp-size auto finds no S whose weights fit beside {POOL} ({NUMBERS}); give a larger --tp-size{SMALLER}, or serve "
-    "without sequence parallelism",
-    "The message has the bytes of each candidate. [Choosing P and S](usage.md#choosing-p-and-s) says how much the KV "
+NO_ROOM_FOR_THE_POOL = Refusal(
+    "--sp-size auto finds no S whose weights fit beside {pool} ({numbers}); give a larger --tp-size, a smaller "
+    "--context-length or --max-total-tokens, --sp-size {S} with a pool of what is left, or serve without sequence "
+    "parallelism",
+    "The message has the bytes of each candidate. [Choose P and S](usage.md#choose-p-and-s) says how much the KV "
     "pool must have.",
+)
+NO_ROOM_FOR_THE_WEIGHTS = Refusal(
+    "--sp-size auto finds no S whose weights fit beside {pool} ({numbers}); give a larger --tp-size, or serve without "
+    "sequence parallelism",
+    "Not even the weights of the smallest S fit.",
 )
 
 
@@ -78,14 +84,14 @@ def check_sp_size(value: Any) -> None:
     """
     if value is None or value == AUTO or (isinstance(value, int) and not isinstance(value, bool)):
         return
-    raise NOT_A_SIZE(VALUE=repr(value))
+    raise NOT_A_SIZE(value=repr(value))
 
 
 def weight_bytes(config: Any, world_size: int, sp_size: int, dtype_bytes: int) -> int:
     """Bytes of the base configuration's weights on one rank, each storage once.
 
     The layers are those that SGLang builds for the architectures in
-    :data:`sglang_shift.args.refusals.ARCHITECTURES`, which P must suit: SGLang has no bias in the MLP,
+    :data:`sglang_shift.args.model_check.ARCHITECTURES`, which P must suit: SGLang has no bias in the MLP,
     whatever ``mlp_bias`` says, and one in QKV for every Qwen2.
 
     Args:
@@ -221,8 +227,9 @@ def choose_sp_size(weights: Mapping[int, int], memory: int, pool: Pool) -> SpSiz
     if weights[s] + pool.minimum <= memory:
         left = _size(memory - weights[s])
         return SpSizeDecision(s, f"no S fits beside {pool.words}; S={s} leaves the most, {left}; {numbers}")
-    smaller = f", a smaller --context-length or --max-total-tokens, --sp-size {s} with a pool of what is left"
-    raise NOTHING_FITS(POOL=pool.words, NUMBERS=numbers, SMALLER=smaller if weights[s] < memory else "")
+    if weights[s] < memory:
+        raise NO_ROOM_FOR_THE_POOL(pool=pool.words, numbers=numbers, S=s)
+    raise NO_ROOM_FOR_THE_WEIGHTS(pool=pool.words, numbers=numbers)
 
 
 def auto_sp_size(server_args: Any) -> SpSizeDecision:

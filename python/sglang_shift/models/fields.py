@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, fields
 from itertools import chain
 from typing import Any
 
-from sglang_shift.errors import Refused
+from sglang_shift.errors import Refusal
 from sglang_shift.models.rope_fields import LENGTH, PARTIAL, override, rope_problems, short
 
 
@@ -85,6 +85,20 @@ FOREIGN: dict[str, Any] = {
 }  # fmt: skip
 
 
+FIELD = Refusal(
+    "config.json has {problem}",
+    "SGLang's class does not compute what the field says, so its answers would be wrong. The message has the field, "
+    "and the way out if there is one: [Fields of config.json](usage.md#fields-of-configjson).",
+)
+OTHER_CLASS = Refusal(
+    "SGLang loaded {other_class} for architecture {name}, and sequence parallelism is tested with {native_class}; "
+    "remove what replaces it (SGLANG_EXTERNAL_MODEL_PACKAGE, SGLANG_DISABLED_MODEL_ARCHS), or serve without sequence "
+    "parallelism",
+    "A rank checks this after loading. SGLang takes transformers' code for a class that it cannot import, and a "
+    "package of the user's may replace a class.",
+)
+
+
 def check_fields(hf_config: Any, context_len: int) -> None:
     """Check that SGLang's class computes what the model's configuration says, up to the context.
 
@@ -101,7 +115,7 @@ def check_fields(hf_config: Any, context_len: int) -> None:
         rope_problems(hf_config, model.takes, context_len),
         _window_problems(hf_config, model, context_len),
     ):
-        raise Refused(f"config.json has {problem}")
+        raise FIELD(problem=problem)
 
 
 def check_class(model: Any, name: str) -> None:
@@ -120,11 +134,7 @@ def check_class(model: Any, name: str) -> None:
     found = type(model)
     loaded, native = f"{found.__module__}:{found.__qualname__}", PACKAGE + MODELS[name].native
     if loaded != native:
-        raise Refused(
-            f"SGLang loaded {loaded} for architecture {name}, and sequence parallelism is tested with {native}; remove "
-            "what replaces it (SGLANG_EXTERNAL_MODEL_PACKAGE, SGLANG_DISABLED_MODEL_ARCHS), or serve without sequence "
-            "parallelism"
-        )
+        raise OTHER_CLASS(other_class=loaded, name=name, native_class=native)
 
 
 def _field_problems(hf_config: Any, model: Architecture) -> Iterator[str]:

@@ -27,7 +27,7 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from sglang_shift.errors import Refused
+from sglang_shift.errors import Refusal
 from sglang_shift.parallel.region import region
 from sglang_shift.parallel.topology import SequenceParallel
 from sglang_shift.weights.projections import (
@@ -37,6 +37,15 @@ from sglang_shift.weights.projections import (
     OutputProjection,
     Projection,
     QkvProjection,
+)
+
+UNKNOWN_LAYER = Refusal(
+    "{model} has a layer that SP mode cannot run: {layer} {problem}; serve this model without --sp-size and "
+    "--enable-shift-parallel",
+    "A rank checks this after loading. A linear layer must be of a pair of QKV and output beside an attention, or of a "
+    "pair of gate_up and down. It must not be quantized, gather its output, split its input, or return its bias "
+    "instead of adding it. Any other layer with weights must be a norm or an embedding; experts, for example, are "
+    "neither.",
 )
 
 
@@ -118,10 +127,7 @@ def find_projections(model: torch.nn.Module) -> Iterator[tuple[Any, type[Project
         linear = isinstance(module, ColumnParallelLinear | RowParallelLinear)
         problem = _problem_with(module, known=module in roles) if linear else _stranger(module)
         if problem:
-            raise Refused(
-                f"{type(model).__name__} has a layer that SP mode cannot run: {name} {problem}; "
-                "serve this model without --sp-size and --enable-shift-parallel"
-            )
+            raise UNKNOWN_LAYER(model=type(model).__name__, layer=name, problem=problem)
         if linear:
             yield module, roles[module]
 

@@ -14,7 +14,8 @@ from families import FAMILIES
 from sglang.srt.arg_groups.overrides import resolution_result
 from sglang.srt.layers.quantization import unquant
 from sglang_shift.args.gemm_backend import SPLIT_K, adjust_gemm_backend
-from sglang_shift.args.refusals import ARCHITECTURES, FEATURES, check_flags, check_model
+from sglang_shift.args.model_check import ARCHITECTURES, check_model
+from sglang_shift.args.refusals import FEATURES, check_flags
 from sglang_shift.args.server_args import ShiftServerArgs, prepare_server_args
 from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refused, ShiftError

@@ -18,7 +18,7 @@ from sglang_shift.args import chunk_size as chunk_size_module
 from sglang_shift.args import graph_memory, sp_size
 from sglang_shift.args.chunk_size import adjust_chunk_size, chunk_size, fraction_for_chunk
 from sglang_shift.args.graph_memory import adjust_graph_memory
-from sglang_shift.args.refusals import ARCHITECTURES
+from sglang_shift.args.model_check import ARCHITECTURES
 from sglang_shift.args.server_args import ShiftServerArgs, prepare_server_args, resolve_shift
 from sglang_shift.args.sp_size import GIB, Pool, choose_sp_size, kv_bytes_per_token, pool_of, weight_bytes
 from sglang_shift.config import ShiftConfig

@@ -8,7 +8,7 @@ from typing import Any
 from sglang.srt.utils.hf_transformers import get_context_length
 from transformers import CONFIG_MAPPING
 
-from sglang_shift.args.refusals import ARCHITECTURES
+from sglang_shift.args.model_check import ARCHITECTURES
 from sglang_shift.errors import ShiftError
 from sglang_shift.models.decoder_layer import MOST, size_in
 
