@@ -73,10 +73,9 @@ def arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
     Raises:
         ShiftError: what is wrong with the file.
     """
-    by_option = {
-        option[2:].replace("-", "_"): a for a in parser._actions for option in a.option_strings if len(option) > 2
-    }
-    by_name = {**{a.dest: a for a in reversed(parser._actions)}, **by_option}
+    by_name = {action.dest: action for action in reversed(parser._actions)}
+    for action in parser._actions:
+        by_name |= {option[2:].replace("-", "_"): action for option in action.option_strings if len(option) > 2}
     words: list[str] = []
     seen: list[argparse.Action] = []
     for entry in read(path):
