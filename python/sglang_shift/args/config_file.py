@@ -79,9 +79,10 @@ def arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
     words: list[str] = []
     seen: list[argparse.Action] = []
     for entry in read(path):
-        where, action = f"--config {path}: {entry.name}", by_name.get(entry.key)
-        if action is None:
+        where = f"--config {path}: {entry.name}"
+        if entry.key not in by_name:
             raise ShiftError(f"{where} is not the name of a flag; correct it there, without dashes before it")
+        action = by_name[entry.key]
         if action in seen:
             raise ShiftError(f"{where} is given twice, by one name or by two; keep one of them")
         seen.append(action)

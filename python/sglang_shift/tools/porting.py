@@ -19,6 +19,8 @@ from pathlib import Path
 from sglang_shift.errors import ShiftError, print_error
 from sglang_shift.seams.registry import SEAMS, SGLANG_VERSION
 
+PACKAGE = Path(__file__).parents[1]
+"""All of ``sglang_shift``."""
 FLAGS = "sglang.srt.arg_groups.fields"
 """The package whose classes have the server's flags as fields."""
 CLASS = "(class)"
@@ -207,7 +209,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, help="the folder that a wheel of that release was unpacked in")
     try:
         new = Release.unpacked(parser.parse_args(argv).folder)
-        print(report(Release.installed(), new, Path(__file__).parent))
+        print(report(Release.installed(), new, PACKAGE))
     except ShiftError as error:
         return print_error(error)
     return 0

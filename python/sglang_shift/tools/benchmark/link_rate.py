@@ -113,7 +113,7 @@ TARGETS = {
 
 
 @dataclass(frozen=True)
-class Choice:
+class LinkRate:
     """A link's rate and why.
 
     Attributes:
@@ -183,7 +183,7 @@ def _layer_seconds(shards: list[tuple[int, int]], dtype: str, start: Barrier) ->
     return median(times[1:])
 
 
-def chosen_rate(model_path: str | Path, ranks: int, target: str) -> Choice:
+def chosen_rate(model_path: str | Path, ranks: int, target: str) -> LinkRate:
     """The rate for a model on this machine; takes some seconds of all its cores.
 
     Raises:
@@ -210,7 +210,7 @@ def chosen_rate(model_path: str | Path, ranks: int, target: str) -> Choice:
         f"{layer.exchange_bytes(ranks, size):.0f} in SP",
         f"so          SP gains at most {most_gain(layer, ranks, rho.value):.2f} x on TP",
     ]
-    return Choice(rate, rho.value, flops, "\n".join(lines))
+    return LinkRate(rate, rho.value, flops, "\n".join(lines))
 
 
 def main(argv: list[str]) -> None:
