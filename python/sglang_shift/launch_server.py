@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from sglang_shift.errors import ShiftError
+from sglang_shift.errors import ShiftError, print_error
 
 if TYPE_CHECKING:
     from sglang_shift.args.server_args import ShiftServerArgs
@@ -28,7 +28,7 @@ def run_server(server_args: ShiftServerArgs) -> None:
     from sglang.srt.entrypoints.http_server import launch_server
 
     from sglang_shift import seams
-    from sglang_shift.config import shift_config_of
+    from sglang_shift.resolution import shift_config_of
     from sglang_shift.runtime.scheduler import run_scheduler_process
 
     resolve(server_args)
@@ -132,8 +132,7 @@ def main(argv: list[str], prog: str = "python -m sglang_shift.launch_server") ->
             kill_process_tree(os.getpid(), include_parent=False)
             remove_endpoint()
     except ShiftError as error:
-        print(f"sglang_shift: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(print_error(error))
 
 
 if __name__ == "__main__":

@@ -7,28 +7,13 @@ from typing import TYPE_CHECKING
 
 from sglang_shift.args import config_file
 from sglang_shift.errors import ShiftError
+from sglang_shift.flags import FLAGS
 from sglang_shift.seams import extends
 
 if TYPE_CHECKING:
     from sglang.cli.serve_backends import ServeBackend, ServeBackendDetection, ServeRequest
 
-FLAGS = (
-    "--sp-size",
-    "--sequence-parallel-size",
-    "--enable-shift-parallel",
-    "--shift-policy",
-    "--shift-threshold",
-    "--shift-enter-requests",
-    "--shift-leave-requests",
-    "--shift-enter-tokens",
-    "--shift-leave-tokens",
-    "--shift-calibration",
-    "--shift-exchange",
-    "--shift-exchange-dtype",
-    "--shift-graph-buckets",
-)
-
-
+OURS = frozenset(option for flag in FLAGS for option in flag.options)
 CONFIG = "--config"
 
 
@@ -36,36 +21,36 @@ def asks_for_us(argv: tuple[str, ...]) -> bool:
     """Whether a command line, or the YAML file its ``--config`` names, has one of our flags, abbreviated or not."""
     for i, word in enumerate(argv):
         name, equals, value = word.partition("=")
-        flags = meant(name)
-        if flags and flags <= {*FLAGS}:
+        flags = flags_of(name)
+        if flags and flags <= OURS:
             return True
-        if flags == {CONFIG} and names_us(value if equals else "".join(argv[i + 1 : i + 2])):
+        if flags == {CONFIG} and file_asks_for_us(value if equals else "".join(argv[i + 1 : i + 2])):
             return True
     return False
 
 
-def meant(name: str) -> set[str]:
+def flags_of(word: str) -> set[str]:
     """The flags that a word may stand for, by argparse's rules; none if none of ours is among them."""
-    known = {*FLAGS, CONFIG}
-    if name in known:
-        return {name}
-    if not name.startswith("--") or not any(flag.startswith(name) for flag in known):
+    known = {*OURS, CONFIG}
+    if word in known:
+        return {word}
+    if not word.startswith("--") or not any(flag.startswith(word) for flag in known):
         return set()
     parser = argparse.ArgumentParser()  # only here: an abbreviation of ours may be a flag of SGLang's
     from sglang.srt.server_args import ServerArgs
 
     ServerArgs.add_cli_args(parser)
     known.update(option for action in parser._actions for option in action.option_strings)
-    return {name} if name in known else {flag for flag in known if flag.startswith(name)}
+    return {word} if word in known else {flag for flag in known if flag.startswith(word)}
 
 
-def names_us(path: str) -> bool:
+def file_asks_for_us(path: str) -> bool:
     """Whether a file has one of our flags. What is wrong with a file, SGLang's own parser will say."""
     try:
         entries = config_file.read(path)
     except ShiftError:
         return False
-    return any("--" + entry.name.replace("_", "-") in FLAGS for entry in entries)
+    return any("--" + entry.name.replace("_", "-") in OURS for entry in entries)
 
 
 def detect(request: ServeRequest) -> ServeBackendDetection:

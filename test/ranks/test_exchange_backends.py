@@ -15,10 +15,9 @@ from harness import GlooGroup, run_ranks
 from sglang.srt.managers.scheduler import Scheduler
 from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refused
+from sglang_shift.flags import EXCHANGE_DTYPES, EXCHANGES
 from sglang_shift.parallel.exchange.base import SequenceExchange
 from sglang_shift.parallel.exchange.choose import (
-    BACKENDS,
-    DTYPES,
     Operands,
     check_exchange,
     make_exchange,
@@ -230,7 +229,7 @@ class TestChoice:
         check_exchange(config(), "cpu", 2, 1)
         with pytest.raises(Refused, match="the device is cpu; give auto or collective"):
             check_exchange(config("flashinfer"), "cpu", 2, 1)
-        assert BACKENDS == ("auto", "flashinfer", "collective") and DTYPES == ("auto", "fp8")
+        assert EXCHANGES == ("auto", "flashinfer", "collective") and EXCHANGE_DTYPES == ("auto", "fp8")
 
     def test_a_gpu_without_fp8(self, monkeypatch):
         check_exchange(config(dtype="fp8"), "cuda", 2, 1)

@@ -88,6 +88,13 @@ def test_relative_and_star_imports(tmp_path):
     assert release.has("sglang.srt", "layers") and not release.has("sglang.srt.layers", "third")
 
 
+def test_the_command_looks_at_the_whole_package(other, capsys):
+    fields = other / "sglang/srt/arg_groups/fields/parallel.py"
+    fields.write_text(fields.read_text().replace("    dcp_size:", "    dcp_width:", 1))
+    assert porting.main([str(other)]) == 0
+    assert "dcp_size (in our refusals.py)" in capsys.readouterr().out
+
+
 def test_a_folder_without_sglang(tmp_path, capsys):
     with pytest.raises(ShiftError, match="has no folder sglang/srt; give the folder"):
         Release.unpacked(tmp_path)

@@ -26,19 +26,19 @@ CHUNK_MAX = 16384
 
 
 @dataclass(frozen=True)
-class Suited:
-    """Settings that suit SP, and in words why.
+class Adjustment:
+    """What is changed of SGLang's settings for SP, and in words why.
 
     Attributes:
         reason: One sentence for the log.
-        fields: What to declare in SGLang's resolution; empty where all stays as it is.
+        fields: What to declare in SGLang's resolution; empty if all stays as it is.
     """
 
     reason: str
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-def suit_chunk_size(server_args: Any, sp_size: int) -> Suited:
+def adjust_chunk_size(server_args: Any, sp_size: int) -> Adjustment:
     """A prefill chunk of which each rank's 1/S is enough work, where the user gave none.
 
     SGLang's default for the GPU is only ever raised: to :data:`CHUNK_ROWS_PER_RANK` tokens times S,
@@ -55,21 +55,23 @@ def suit_chunk_size(server_args: Any, sp_size: int) -> Suited:
     settings = resolving_view(server_args)
     default = settings.chunked_prefill_size
     if reason := _reason_to_keep(server_args, settings):
-        return Suited(f"--chunked-prefill-size stays {default}, {reason}")
+        return Adjustment(f"--chunked-prefill-size stays {default}, {reason}")
     chunk = chunk_size(default, sp_size, settings.max_prefill_tokens, settings.max_total_tokens)
     if chunk == default:
-        return Suited(f"--chunked-prefill-size stays {default}, SGLang's default: {default // sp_size} tokens a rank")
-    fraction = lowered_fraction(settings, chunk, get_device_memory_capacity(settings.device))
+        return Adjustment(
+            f"--chunked-prefill-size stays {default}, SGLang's default: {default // sp_size} tokens a rank"
+        )
+    fraction = fraction_for_chunk(settings, chunk, get_device_memory_capacity(settings.device))
     model_config = model_config_of(server_args)
     memory = int(rank_memory_bytes(settings) * fraction / settings.mem_fraction_static)
     sizes = ModelSizes.of(model_config.hf_config)
     weights = sizes.weight_bytes(settings.tp_size, sp_size, model_config.dtype.itemsize)
-    if weights + pool_of(settings, model_config, memory).wanted > memory:
-        return Suited(
+    if weights + pool_of(settings, model_config, memory).target > memory:
+        return Adjustment(
             f"--chunked-prefill-size stays {default}, SGLang's default: the activations of {chunk} tokens would take "
             "memory that the KV pool needs"
         )
-    return Suited(
+    return Adjustment(
         f"--chunked-prefill-size is {chunk} instead of SGLang's {default}, for {chunk // sp_size} tokens a rank, and "
         f"--mem-fraction-static {fraction} instead of {settings.mem_fraction_static}, for their activations",
         {"chunked_prefill_size": chunk, "mem_fraction_static": fraction},
@@ -98,7 +100,7 @@ def chunk_size(default: int, sp_size: int, max_prefill_tokens: int, max_total_to
     return max(default, min(bound for bound in bounds if bound is not None))
 
 
-def lowered_fraction(settings: Any, chunk: int, capacity: float) -> float:
+def fraction_for_chunk(settings: Any, chunk: int, capacity: float) -> float:
     """``mem_fraction_static`` with SGLang's activation reserve for a chunk of ``chunk`` tokens.
 
     Args:

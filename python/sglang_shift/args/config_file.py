@@ -73,14 +73,16 @@ def arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
     Raises:
         ShiftError: what is wrong with the file.
     """
-    named = {option[2:].replace("-", "_"): a for a in parser._actions for option in a.option_strings if len(option) > 2}
-    named = {**{a.dest: a for a in reversed(parser._actions)}, **named}
+    by_name = {action.dest: action for action in reversed(parser._actions)}
+    for action in parser._actions:
+        by_name |= {option[2:].replace("-", "_"): action for option in action.option_strings if len(option) > 2}
     words: list[str] = []
     seen: list[argparse.Action] = []
     for entry in read(path):
-        where, action = f"--config {path}: {entry.name}", named.get(entry.key)
-        if action is None:
+        where = f"--config {path}: {entry.name}"
+        if entry.key not in by_name:
             raise ShiftError(f"{where} is not the name of a flag; correct it there, without dashes before it")
+        action = by_name[entry.key]
         if action in seen:
             raise ShiftError(f"{where} is given twice, by one name or by two; keep one of them")
         seen.append(action)

@@ -7,16 +7,22 @@ import os
 
 import torch
 
-from sglang_shift.errors import Refused
+from sglang_shift.errors import Refusal
 
 logger = logging.getLogger(__name__)
 
 SPLIT_K = "SGLANG_ENABLE_BF16_SPLITK_GEMM"
 BLACKWELL = 10
 """Major compute capability of the GPUs that SGLang uses split-K products on."""
+SPLIT_K_PRODUCTS = Refusal(
+    SPLIT_K + "={value} cannot be combined with sequence parallelism: those products want weights that are not slices "
+    "of larger ones; leave it out",
+    "SGLang uses those products on Blackwell GPUs. In TP, the weights of O and down are slices of columns of the base "
+    "weights.",
+)
 
 
-def suit_gemm_backend(device: str, backend: str = "auto") -> None:
+def adjust_gemm_backend(device: str, backend: str = "auto") -> None:
     """Switch off what cannot: the split-K products for few rows, whose FlashInfer kernels want packed weights.
 
     Set in the environment, which every rank's process inherits. All other products take a row stride or
@@ -38,9 +44,6 @@ def suit_gemm_backend(device: str, backend: str = "auto") -> None:
     if device != "cuda" or torch.cuda.get_device_capability()[0] != BLACKWELL:
         return
     if os.environ.get(SPLIT_K, "0").lower() not in ("0", "false"):
-        raise Refused(
-            f"{SPLIT_K}={os.environ[SPLIT_K]} cannot be combined with sequence parallelism: those products want "
-            "weights that are not slices of larger ones; leave it out"
-        )
+        raise SPLIT_K_PRODUCTS(value=os.environ[SPLIT_K])
     os.environ[SPLIT_K] = "0"
     logger.info("sglang_shift: %s=0, as TP shards are slices of the base weights", SPLIT_K)

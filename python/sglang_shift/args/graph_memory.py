@@ -8,15 +8,21 @@ from sglang.srt.arg_groups.memory_hook import reserve_for_graph_mb
 from sglang.srt.arg_groups.overrides import post_capture_kv_sizing_planned, resolving_view
 from sglang.srt.utils import get_device_memory_capacity
 
-from sglang_shift.args.chunk_size import Suited
+from sglang_shift.args.chunk_size import Adjustment
 from sglang_shift.config import ShiftConfig
-from sglang_shift.errors import Refused
+from sglang_shift.errors import Refusal
 from sglang_shift.graphs.plan import modes_of
 from sglang_shift.seams import relies_on
 
+STEPS_WITHOUT_MEMORY = Refusal(
+    "--shift-graph-buckets {N} leaves steps without a graph, for which SGLANG_ENABLE_POST_CAPTURE_KV_SIZING reserves "
+    "no memory; leave one of them out",
+    "With that variable, the KV cache takes all memory that is left after the graphs are captured.",
+)
+
 
 @relies_on("sglang.srt.arg_groups.memory_hook:reserve_for_graph_mb", "it is what SGLang reserves for one set of graphs")
-def suit_graph_memory(server_args: Any, config: ShiftConfig) -> Suited:
+def adjust_graph_memory(server_args: Any, config: ShiftConfig) -> Adjustment:
     """``mem_fraction_static`` lowered by what SGLang reserves for its graphs, where all are captured in both modes.
 
     A fraction that the user gave is kept. With post-capture sizing the KV pool takes what is left.
@@ -31,18 +37,15 @@ def suit_graph_memory(server_args: Any, config: ShiftConfig) -> Suited:
     settings = resolving_view(server_args)
     post_capture = post_capture_kv_sizing_planned(server_args)
     if post_capture and config.graph_buckets is not None:
-        raise Refused(
-            f"--shift-graph-buckets {config.graph_buckets} leaves steps without a graph, for which "
-            "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING reserves no memory; leave one of them out"
-        )
+        raise STEPS_WITHOUT_MEMORY(N=config.graph_buckets)
     both = len(modes_of(1, config)) > 1 and config.graph_buckets != 0
     if not both or post_capture or settings.device != "cuda" or server_args.mem_fraction_static is not None:
-        return Suited("--mem-fraction-static stays")
+        return Adjustment("--mem-fraction-static stays")
     reserve, capacity = reserve_for_graph_mb(server_args), get_device_memory_capacity(settings.device)
     if not reserve or not capacity:
-        return Suited("--mem-fraction-static stays: no graphs, or the memory of this device is not known")
+        return Adjustment("--mem-fraction-static stays: no graphs, or the memory of this device is not known")
     fraction = round(settings.mem_fraction_static - reserve / capacity, 3)
-    return Suited(
+    return Adjustment(
         f"--mem-fraction-static {fraction} instead of {settings.mem_fraction_static}: {reserve:.0f} MiB for CUDA "
         "graphs of a second mode",
         {"mem_fraction_static": fraction},

@@ -1,86 +1,141 @@
-"""What is not served, and why. An explicit allowlist of models, a list of features that do not combine."""
+"""Which flags are refused, and why: features of SGLang that do not combine, and flags that contradict each other.
+
+``python -m sglang_shift.args refusals`` prints ``docs/refusals.md`` from these declarations and those of other modules.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-from sglang_shift_kernels.layout import SCALE_BYTES
+from sglang_shift.config import ShiftConfig
+from sglang_shift.errors import Refusal
+from sglang_shift.flags import BY_NAME, FLAGS, LIVE_NUMBERS, POLICIES, Need
+from sglang_shift.policy.builtin import load_policy
 
-from sglang_shift.config import QUEUE_FIELDS, ShiftConfig, policies_using
-from sglang_shift.errors import Refused
-from sglang_shift.models.families import FAMILIES
-from sglang_shift.models.fields import check_fields
-from sglang_shift.models.heads import Heads
-from sglang_shift.policy.builtin import POLICIES, QueueDepth, load_policy
 
-POLICY_FIELDS = ("shift_policy", "shift_threshold", *("shift_" + name for name in QUEUE_FIELDS), "shift_calibration")
+class Feature(NamedTuple):
+    """A feature of SGLang's that does not combine with sequence parallelism.
 
-SP_FIELDS = {
-    "shift_exchange": "nothing is exchanged",
-    "shift_exchange_dtype": "nothing is exchanged",
-    "shift_graph_buckets": "no step is in SP",
-}
-"""Settings of SP mode, which need no switching; why they are pointless without it."""
+    Attributes:
+        name: What the user asks for.
+        asked: Whether these settings ask for it.
+        why: Why it cannot be served.
+    """
 
-# (what the user asked for, whether these settings ask for it, why it cannot be served)
-FEATURES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("--pp-size > 1", lambda a: a.pp_size > 1, "the token-sharded residual stream does not cross pipeline stages"),
-    ("attention DP", lambda a: a.attn_dp_size > 1 or a.enable_dp_attention,
+    name: str
+    asked: Callable[[Any], bool]
+    why: str
+
+
+FEATURES = (
+    Feature("--pp-size > 1", lambda a: a.pp_size > 1,
+     "the token-sharded residual stream does not cross pipeline stages"),
+    Feature("attention DP", lambda a: a.attn_dp_size > 1 or a.enable_dp_attention,
      "its ranks hold the KV cache of different requests"),
-    ("--dcp-size > 1", lambda a: a.dcp_size > 1, "it shards the KV cache over tokens"),
-    ("context parallelism", lambda a: a.attn_cp_size > 1 or a.enable_prefill_cp,
+    Feature("--dcp-size > 1", lambda a: a.dcp_size > 1, "it shards the KV cache over tokens"),
+    Feature("context parallelism", lambda a: a.attn_cp_size > 1 or a.enable_prefill_cp,
      "it shards the sequence in its own layout"),
-    ("--enable-layernorm-sp", lambda a: a.enable_layernorm_sp, "sglang_shift uses the same seam"),
-    ("--enable-attn-tp-input-scattered, --enable-dense-mlp-attn-tp or --moe-dense-tp-size",
+    Feature("--enable-layernorm-sp", lambda a: a.enable_layernorm_sp, "sglang_shift uses the same seam"),
+    Feature("--enable-attn-tp-input-scattered, --enable-dense-mlp-attn-tp or --moe-dense-tp-size",
      lambda a: a.enable_attn_tp_input_scattered or a.enable_dense_mlp_attn_tp or a.moe_dense_tp_size is not None,
      "they lay out the rows of a layer in their own way"),
-    ("expert parallelism", lambda a: a.ep_size > 1 or a.moe_a2a_backend not in (None, "none"),
+    Feature("expert parallelism", lambda a: a.ep_size > 1 or a.moe_a2a_backend not in (None, "none"),
      "mixture-of-experts models are not served yet"),
-    ("--enable-two-batch-overlap or --enable-single-batch-overlap",
+    Feature("--enable-two-batch-overlap or --enable-single-batch-overlap",
      lambda a: a.enable_two_batch_overlap or a.enable_single_batch_overlap, "a step has one token-sharded region"),
-    ("--enable-pdmux", lambda a: a.enable_pdmux, "it runs two batches at once"),
-    ("--disaggregation-mode", lambda a: a.disaggregation_mode not in (None, "null"), "it has not been verified yet"),
-    ("speculative decoding", lambda a: a.speculative_algorithm is not None, "it has not been verified yet"),
-    ("LoRA", lambda a: bool(a.enable_lora or a.lora_paths), "SGLang's LoRA layers read TP shards of the weights"),
-    ("--quantization or --torchao-config",
+    Feature("--enable-pdmux", lambda a: a.enable_pdmux, "it runs two batches at once"),
+    Feature("--disaggregation-mode", lambda a: a.disaggregation_mode not in (None, "null"),
+     "it has not been verified yet"),
+    Feature("speculative decoding", lambda a: a.speculative_algorithm is not None, "it has not been verified yet"),
+    Feature("LoRA", lambda a: bool(a.enable_lora or a.lora_paths),
+     "SGLang's LoRA layers read TP shards of the weights"),
+    Feature("--quantization or --torchao-config",
      lambda a: a.quantization is not None or bool(getattr(a, "torchao_config", "")),
      "quantized weights are not assembled yet"),
-    ("--enable-torch-compile", lambda a: a.enable_torch_compile, "compiled code is keyed by shape, not by mode"),
-    ("--cuda-graph-backend-prefill full",
+    Feature("--enable-torch-compile", lambda a: a.enable_torch_compile, "compiled code is keyed by shape, not by mode"),
+    Feature("--cuda-graph-backend-prefill full",
      lambda a: getattr(getattr(a.cuda_graph_config, "prefill", None), "backend", None) == "full",
      "attention backends size its workspace for the graphs of one mode"),
-    ("--debug-cuda-graph", lambda a: a.debug_cuda_graph, "it runs a step's Python again inside the step"),
-    ("--dllm-algorithm", lambda a: a.dllm_algorithm is not None, "diffusion models are not served"),
-    ("--elastic-ep-backend", lambda a: a.elastic_ep_backend is not None, "ranks must not come and go"),
-    ("--use-ray", lambda a: a.use_ray, "its actors build SGLang's own scheduler"),
-    ("--encoder-only", lambda a: a.encoder_only, "an encoder has no steps to shift"),
-    ("gRPC serving", lambda a: a.smg_grpc_mode or a.grpc_mode, "it starts SGLang's own scheduler"),
-    ("--weight-cache-mode", lambda a: a.weight_cache_mode != "off", "it shares the stock shards between processes"),
-    ("--startup-weight-load-mode", lambda a: a.startup_weight_load_mode not in (None, "serial"),
+    Feature("--debug-cuda-graph", lambda a: a.debug_cuda_graph, "it runs a step's Python again inside the step"),
+    Feature("--dllm-algorithm", lambda a: a.dllm_algorithm is not None, "diffusion models are not served"),
+    Feature("--elastic-ep-backend", lambda a: a.elastic_ep_backend is not None, "ranks must not come and go"),
+    Feature("--use-ray", lambda a: a.use_ray, "its actors build SGLang's own scheduler"),
+    Feature("--encoder-only", lambda a: a.encoder_only, "an encoder has no steps to shift"),
+    Feature("gRPC serving", lambda a: a.smg_grpc_mode or a.grpc_mode, "it starts SGLang's own scheduler"),
+    Feature("--weight-cache-mode", lambda a: a.weight_cache_mode != "off",
+     "it shares the stock shards between processes"),
+    Feature("--startup-weight-load-mode", lambda a: a.startup_weight_load_mode not in (None, "serial"),
      "base weights are assembled right after loading"),
-    ("--load-format sharded_state or remote_instance",
+    Feature("--load-format sharded_state or remote_instance",
      lambda a: a.load_format in ("sharded_state", "remote_instance"), "it copies whole parameter buffers"),
-    ("--remote-instance-weight-loader-start-seed-via-transfer-engine",
+    Feature("--remote-instance-weight-loader-start-seed-via-transfer-engine",
      lambda a: a.remote_instance_weight_loader_start_seed_via_transfer_engine,
      "it publishes whole parameter buffers"),
-    ("--enable-memory-saver without CUDA", lambda a: a.enable_memory_saver and a.device != "cuda",
+    Feature("--enable-memory-saver without CUDA", lambda a: a.enable_memory_saver and a.device != "cuda",
      "SGLang's memory saver releases GPU memory"),
-    ("weight offloading", lambda a: a.cpu_offload_gb > 0 or a.offload_group_size > 0,
+    Feature("weight offloading", lambda a: a.cpu_offload_gb > 0 or a.offload_group_size > 0,
      "SP mode reads the base weights in place"),
-    ("--is-embedding", lambda a: a.is_embedding, "models with a pooler have no exit from the token-sharded region"),
-    ("--model-impl transformers or mindspore", lambda a: a.model_impl in ("transformers", "mindspore"),
+    Feature("--is-embedding", lambda a: a.is_embedding,
+     "models with a pooler have no exit from the token-sharded region"),
+    Feature("--model-impl transformers or mindspore", lambda a: a.model_impl in ("transformers", "mindspore"),
      "its layers have no boundaries"),
-    ("--enable-deterministic-inference with switching",
+    Feature("--enable-deterministic-inference with switching",
      lambda a: a.enable_deterministic_inference and a.enable_shift_parallel and a.shift_policy not in ("tp", "sp"),
      "sums are ordered differently in the two modes; add --shift-policy tp or sp"),
-    ("--rl-on-policy-target", lambda a: a.rl_on_policy_target is not None, "sums must be those of the trainer"),
-    ("auxiliary hidden states", lambda a: a.enable_return_aux_hidden_states, "they are not gathered yet"),
-    ("--enable-mscclpp with --enable-symm-mem", lambda a: a.enable_mscclpp and a.enable_symm_mem,
+    Feature("--rl-on-policy-target", lambda a: a.rl_on_policy_target is not None, "sums must be those of the trainer"),
+    Feature("auxiliary hidden states", lambda a: a.enable_return_aux_hidden_states, "they are not gathered yet"),
+    Feature("--enable-mscclpp with --enable-symm-mem", lambda a: a.enable_mscclpp and a.enable_symm_mem,
      "MSCCL++ then takes every buffer for symmetric memory, and those of SP steps are not"),
-    ("megakernels", lambda a: a.enable_nvidia_megakernel or a.enable_amd_monokernel,
+    Feature("megakernels", lambda a: a.enable_nvidia_megakernel or a.enable_amd_monokernel,
      "they replace the linears that SP mode runs through"),
 )  # fmt: skip
+FEATURE = Refusal(
+    "{feature} cannot be combined with sequence parallelism: {reason}; leave one of them out",
+    "Each of these features has its own reason.",
+)
+
+NEEDS_SWITCHING = Refusal(
+    "{flag} {value} needs --enable-shift-parallel; without it no step is switched",
+    "These are settings of the policy: " + ", ".join(f.option for f in FLAGS if f.need is Need.SWITCHING) + ".",
+)
+NEEDS_SP = Refusal(
+    "{flag} {value} needs --sp-size or --enable-shift-parallel; without them {reason}",
+    "These are settings of SP mode: " + ", ".join(f.option for f in FLAGS if f.need is Need.SP) + ".",
+)
+NEGATIVE = Refusal("{flag} {value} must be 0 or more", "The number counts tokens, requests or graphs.")
+NOT_OF_THE_POLICY = Refusal(
+    "{flag} {value} has no meaning with --shift-policy {policy}; leave it out, or give --shift-policy {policies}",
+    "Other policies do not use this number.",
+)
+LEAVES_ABOVE_ENTER = Refusal(
+    "{leave_flag} {N} must not be above {enter_flag} {M}",
+    "The queue cannot be short again while it is still deep.",
+)
+UNKNOWN_POLICY = Refusal(
+    "--shift-policy {policy} is unknown; choose from {policies}, or give module:Class",
+    "Nothing would choose the modes.",
+)
+NO_CALIBRATION = Refusal(
+    "--shift-policy calibrated needs a calibration; leave out --shift-calibration off",
+    "The policy compares step times, and the calibration is where they come from.",
+)
+CALIBRATION_UNUSED = Refusal(
+    "--shift-calibration {value} has no meaning with --shift-policy {policy}; leave one out",
+    "Only the policy calibrated uses step times.",
+)
+ONE_RANK = Refusal(
+    "--tp-size {P} leaves nothing to shift; give --tp-size 2 or more",
+    "A step cannot be divided among fewer than 2 ranks.",
+)
+NO_SP = Refusal(
+    "--sp-size {S} is not sequence parallelism; give 2 or more, or leave it out",
+    "S ranks share the tokens of a step.",
+)
+NOT_A_DIVISOR = Refusal(
+    "--sp-size {S} does not divide --tp-size {P}; choose a divisor of it",
+    "The base configuration is SP = S, TP = P/S.",
+)
 
 
 def check_flags(settings: Any) -> None:
@@ -90,28 +145,27 @@ def check_flags(settings: Any) -> None:
         Refused: with the reason.
     """
     switching, sp_size, world_size = settings.enable_shift_parallel, settings.sp_size, settings.tp_size
-    for name in POLICY_FIELDS:
-        if (value := getattr(settings, name)) is not None and not switching:
-            raise Refused(f"{_flag(name)} {value} needs --enable-shift-parallel; without it no step is switched")
+    given = [(flag, getattr(settings, flag.name)) for flag in FLAGS if getattr(settings, flag.name) is not None]
+    for flag, value in given:
+        if flag.need is Need.SWITCHING and not switching:
+            raise NEEDS_SWITCHING(flag=flag.option, value=value)
     if not switching and sp_size is None:
-        for name, nothing in SP_FIELDS.items():
-            if (value := getattr(settings, name)) is not None:
-                raise Refused(
-                    f"{_flag(name)} {value} needs --sp-size or --enable-shift-parallel; without them {nothing}"
-                )
+        for flag, value in given:
+            if flag.need is Need.SP:
+                raise NEEDS_SP(flag=flag.option, value=value, reason=flag.without)
         return
     if settings.shift_graph_buckets is not None and settings.shift_graph_buckets < 0:
-        raise Refused(f"--shift-graph-buckets {settings.shift_graph_buckets} must be 0 or more")
+        raise NEGATIVE(flag="--shift-graph-buckets", value=settings.shift_graph_buckets)
     check_policy(settings)
     if world_size < 2:
-        raise Refused(f"--tp-size {world_size} leaves nothing to shift; give --tp-size 2 or more")
+        raise ONE_RANK(P=world_size)
     if sp_size is not None and sp_size < 2:
-        raise Refused(f"--sp-size {sp_size} is not sequence parallelism; give 2 or more, or leave it out")
+        raise NO_SP(S=sp_size)
     if sp_size is not None and world_size % sp_size:
-        raise Refused(f"--sp-size {sp_size} does not divide --tp-size {world_size}; choose a divisor of it")
-    for what, asked, why in FEATURES:
-        if asked(settings):
-            raise Refused(f"{what} cannot be combined with sequence parallelism: {why}; leave one of them out")
+        raise NOT_A_DIVISOR(S=sp_size, P=world_size)
+    for feature in FEATURES:
+        if feature.asked(settings):
+            raise FEATURE(feature=feature.name, reason=feature.why)
 
 
 def check_policy(settings: Any) -> None:
@@ -121,91 +175,26 @@ def check_policy(settings: Any) -> None:
         Refused: with the reason.
     """
     policy, calibration = settings.shift_policy, settings.shift_calibration
-    numbers = {
-        name: getattr(settings, name) for name in POLICY_FIELDS if name not in ("shift_policy", "shift_calibration")
-    }
+    numbers = {flag.name: getattr(settings, flag.name) for flag in LIVE_NUMBERS}
     numbers = {name: value for name, value in numbers.items() if value is not None}
     for name, value in numbers.items():
+        flag = BY_NAME[name]
         if value < 0:
-            raise Refused(f"{_flag(name)} {value} must be 0 or more")
-        takers = policies_using(name)
-        if policy not in takers and not (policy is None and name == "shift_threshold"):
-            raise Refused(f"{_flag(name)} has no meaning with --shift-policy {policy or 'calibrated'}; leave it out, "
-                          f"or give --shift-policy {' or '.join(takers)}")  # fmt: skip
+            raise NEGATIVE(flag=flag.option, value=value)
+        if policy not in flag.policies and not (policy is None and name == "shift_threshold"):
+            raise NOT_OF_THE_POLICY(
+                flag=flag.option, value=value, policy=policy or "calibrated", policies=" or ".join(flag.policies)
+            )
     for what in ("requests", "tokens"):
-        enter, leave = (
-            numbers.get(f"shift_{side}_{what}", getattr(QueueDepth, f"{side}_{what}")) for side in ("enter", "leave")
-        )
-        if leave > enter:
-            raise Refused(f"--shift-leave-{what} {leave} must not be above --shift-enter-{what} {enter}")
+        enter, leave = BY_NAME[f"shift_enter_{what}"], BY_NAME[f"shift_leave_{what}"]
+        low, high = (numbers.get(flag.name, getattr(ShiftConfig, flag.setting)) for flag in (leave, enter))
+        if low > high:
+            raise LEAVES_ABOVE_ENTER(leave_flag=leave.option, N=low, enter_flag=enter.option, M=high)
     if policy is not None and policy not in POLICIES:
         if ":" not in policy:
-            raise Refused(
-                f"--shift-policy {policy} is unknown; choose from {', '.join(POLICIES)}, or give module:Class"
-            )
+            raise UNKNOWN_POLICY(policy=policy, policies=", ".join(POLICIES))
         load_policy(policy)
     if policy == "calibrated" and calibration == "off":
-        raise Refused("--shift-policy calibrated needs a calibration; leave out --shift-calibration off")
+        raise NO_CALIBRATION()
     if calibration not in (None, "auto", "off") and policy not in (None, "calibrated"):
-        raise Refused(f"--shift-calibration {calibration} has no meaning with --shift-policy {policy}; leave one out")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def check_registry(name: str) -> None:
-    """Check that SGLang may import its own class; the rank checks which one it loaded.
-
-    Raises:
-        Refused: it may not, and would serve the model by transformers' code without a word.
-    """
-    from sglang.srt.environ import envs
-
-    module = FAMILIES[name].module
-    if module in envs.SGLANG_DISABLED_MODEL_ARCHS.get():
-        raise Refused(f"SGLANG_DISABLED_MODEL_ARCHS={module} keeps SGLang from its own {name}; unset it")
-
-
-def check_model(model_config: Any, config: ShiftConfig) -> None:
-    """Check that the model is one that every mode serves, at this size.
-
-    Raises:
-        Refused: with the reason.
-    """
-    hf_config = model_config.hf_config
-    name = (getattr(hf_config, "architectures", None) or ["unknown"])[0]
-    if name not in FAMILIES:
-        raise Refused(f"architecture {name} is not served with sequence parallelism; these are: {', '.join(FAMILIES)}")
-    check_registry(name)
-    if model_config.quantization is not None or getattr(hf_config, "quantization_config", None):
-        raise Refused(
-            f"quantized weights ({model_config.quantization or 'quantization_config'}) are not served with "
-            "sequence parallelism yet; use an unquantized checkpoint"
-        )
-    if not model_config.is_generation or model_config.is_multimodal:
-        raise Refused(f"{name} is served for text generation only")
-    check_fields(hf_config, model_config.context_len)
-    world_size = config.world_size
-    heads = Heads(model_config.num_attention_heads, model_config.get_total_num_kv_heads())
-    if not heads.divides_queries(world_size):
-        raise Refused(
-            f"--tp-size {world_size} does not divide the model's {heads.query} attention heads; choose a divisor of "
-            f"{heads.query}"
-        )
-    if not heads.divides_kv(world_size):
-        raise Refused(
-            f"--tp-size {world_size} and the model's {heads.kv} KV heads do not divide each other; choose another size"
-        )
-    intermediate = hf_config.intermediate_size
-    if intermediate % world_size:
-        raise Refused(f"--tp-size {world_size} does not divide the model's intermediate size {intermediate}")
-    if config.exchange_dtype == "fp8":
-        shard = heads.of_rank(world_size)
-        for name, count in (("QKV", shard.qkv), ("O", shard.query)):
-            width = count * model_config.head_dim
-            if width % SCALE_BYTES:
-                raise Refused(
-                    f"--shift-exchange-dtype fp8 takes a multiple of {SCALE_BYTES} columns, and with --tp-size "
-                    f"{world_size} a rank has {width} of {name}; give auto"
-                )
+        raise CALIBRATION_UNUSED(value=calibration, policy=policy)

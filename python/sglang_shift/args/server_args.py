@@ -4,156 +4,52 @@ from __future__ import annotations
 
 import argparse
 import logging
-from typing import Any, NoReturn, Optional, Union
+from typing import Any, NoReturn
 
+import msgspec
 from sglang.srt.arg_groups.arg_utils import NS, A, Arg, add_cli_args_from_dataclass
 from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
 from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 from sglang.srt.server_args import ServerArgs
 
 from sglang_shift.args import config_file
-from sglang_shift.args.chunk_size import suit_chunk_size
-from sglang_shift.args.gemm_backend import suit_gemm_backend
-from sglang_shift.args.graph_memory import suit_graph_memory
-from sglang_shift.args.refusals import check_flags, check_model
-from sglang_shift.args.sp_size import AUTO, auto_sp_size, check_sp_size, parse_sp_size
-from sglang_shift.config import DEFAULT_THRESHOLD, QUEUE_FIELDS, policies_using, shift_config_of
+from sglang_shift.args.chunk_size import adjust_chunk_size
+from sglang_shift.args.gemm_backend import adjust_gemm_backend
+from sglang_shift.args.graph_memory import adjust_graph_memory
+from sglang_shift.args.model_check import check_model
+from sglang_shift.args.refusals import check_flags
+from sglang_shift.args.sp_size import auto_sp_size, check_sp_size
 from sglang_shift.errors import ShiftError
+from sglang_shift.flags import AUTO, BY_NAME, FLAGS, Flag
 from sglang_shift.graphs.plan import price_of_no_graphs
 from sglang_shift.models.demo import demo_model_path
-from sglang_shift.parallel.exchange.choose import BACKENDS, DTYPES, check_exchange
-from sglang_shift.policy.builtin import POLICIES, QueueDepth
+from sglang_shift.parallel.exchange.choose import check_exchange
+from sglang_shift.resolution import shift_config_of
 from sglang_shift.seams import extends, overrides
 
 logger = logging.getLogger(__name__)
 
-FIELDS = [
-    "sp_size",
-    "enable_shift_parallel",
-    "shift_policy",
-    "shift_threshold",
-    *("shift_" + name for name in QUEUE_FIELDS),
-    "shift_calibration",
-    "shift_exchange",
-    "shift_exchange_dtype",
-    "shift_graph_buckets",
-]
+
+def _field(flag: Flag) -> tuple[str, Any, Any]:
+    """A flag as a field of SGLang's server arguments: name, annotation, default."""
+    arg = Arg(
+        help=flag.help,
+        choices=list(flag.choices) or None,
+        aliases=list(flag.aliases) or None,
+        type_parser=flag.parse,
+        resolvable=flag.resolvable,
+    )
+    if flag.type is bool:
+        return flag.name, A[bool, arg, NS("shift")], False
+    return flag.name, A[flag.type | None, arg, NS("shift")], None
 
 
-class ShiftServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
+Fields: Any = msgspec.defstruct("Fields", map(_field, FLAGS), bases=(ServerArgs,), dict=True)
+"""SGLang's ``ServerArgs`` and a field for each flag of ours."""
+
+
+class ShiftServerArgs(Fields, dict=True):  # type: ignore[call-arg]
     """SGLang's ``ServerArgs`` and the fields of Shift Parallelism. Same constructor keywords."""
-
-    # Optional[...] rather than `| None`: SGLang's parser builder reads the annotations.
-    sp_size: A[
-        Optional[Union[int, str]],  # noqa: UP007, UP045
-        Arg(
-            help="Ulysses sequence parallelism over S ranks; S divides --tp-size P and the base configuration "
-            "is SP=S, TP=P/S. auto: the largest S whose weights fit beside the KV pool. Alone: every step runs in "
-            "it. Default with --enable-shift-parallel: auto, and on a CPU P.",
-            aliases=["--sequence-parallel-size"],
-            type_parser=parse_sp_size,
-            resolvable=True,
-        ),
-        NS("shift"),
-    ] = None
-    enable_shift_parallel: A[
-        bool,
-        Arg(
-            help="Shift Parallelism: each step runs in full tensor parallelism (TP) or in the base configuration "
-            "(SP), as --shift-policy decides."
-        ),
-        NS("shift"),
-    ] = False
-    shift_policy: A[
-        Optional[str],  # noqa: UP045
-        Arg(
-            help=f"With --enable-shift-parallel, how a step's mode is chosen: {', '.join(POLICIES)}, or a class of "
-            "your own as module:Class. calibrated (default): the faster mode by step times measured at start-up. "
-            "queue-depth: SP for many tokens, and for prefills while the queue is deep. tokens: SP when the step has "
-            "more than --shift-threshold tokens. tp, sp: that mode for every step.",
-            resolvable=True,
-        ),
-        NS("shift"),
-    ] = None
-    shift_threshold: A[
-        Optional[int],  # noqa: UP045
-        Arg(
-            help="Tokens in a step above which the policies tokens and queue-depth run it in SP. "
-            f"Default: {DEFAULT_THRESHOLD}. Given alone, it selects the tokens policy.",
-            resolvable=True,
-        ),
-        NS("shift"),
-    ] = None
-    shift_enter_requests: A[
-        Optional[int],  # noqa: UP045
-        Arg(
-            help=f"queue-depth: waiting requests from which on the queue is deep. Default: {QueueDepth.enter_requests}."
-        ),
-        NS("shift"),
-    ] = None
-    shift_leave_requests: A[
-        Optional[int],  # noqa: UP045
-        Arg(
-            help="queue-depth: waiting requests below which the queue is short again. "
-            f"Default: {QueueDepth.leave_requests}."
-        ),
-        NS("shift"),
-    ] = None
-    shift_enter_tokens: A[
-        Optional[int],  # noqa: UP045
-        Arg(
-            help="queue-depth: pending prompt tokens from which on the queue is deep. "
-            f"Default: {QueueDepth.enter_tokens}."
-        ),
-        NS("shift"),
-    ] = None
-    shift_leave_tokens: A[
-        Optional[int],  # noqa: UP045
-        Arg(
-            help="queue-depth: pending prompt tokens below which the queue is short again. "
-            f"Default: {QueueDepth.leave_tokens}."
-        ),
-        NS("shift"),
-    ] = None
-    shift_calibration: A[
-        Optional[str],  # noqa: UP045
-        Arg(
-            help="Where the calibrated policy has its step times from. auto (default): saved ones for this model, "
-            "hardware and versions, else measured now and saved. off: none, so the default policy is tokens. FILE: "
-            "that file; it is measured and written if it does not exist.",
-            resolvable=True,
-        ),
-        NS("shift"),
-    ] = None
-    shift_graph_buckets: A[
-        Optional[int],  # noqa: UP045
-        Arg(
-            help="CUDA graphs are captured in SP for at most so many batch sizes, and for as many sizes of prefills. "
-            "Where SGLang has more, they are thinned out from the largest down. 0: SP steps run eagerly, which is slow "
-            "for small ones on a GPU. Default: all sizes that the policy may run in SP."
-        ),
-        NS("shift"),
-    ] = None
-
-    shift_exchange: A[
-        Optional[str],  # noqa: UP045
-        Arg(
-            help="What exchanges the sequence around attention in SP. flashinfer: its Ulysses communicator, an NVLink "
-            "kernel or NCCL, on the GPUs of one node. collective: all-to-all with a copy before or after it, "
-            "anywhere. auto (default): flashinfer where it has NVLink.",
-            choices=list(BACKENDS),
-        ),
-        NS("shift"),
-    ] = None
-    shift_exchange_dtype: A[
-        Optional[str],  # noqa: UP045
-        Arg(
-            help="What that exchange sends. auto (default): activations as they are. fp8: e4m3 with a scale for each "
-            "row, about half of the bytes of bfloat16, 3 bits of mantissa; by the collective exchange.",
-            choices=list(DTYPES),
-        ),
-        NS("shift"),
-    ] = None
 
     @overrides("the workers of --tokenizer-worker-num check requests, too")
     def get_tokenizer_worker_class(self) -> Any:
@@ -170,7 +66,7 @@ class ShiftServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
         """Add SGLang's flags, then ours in a group of their own."""
         ServerArgs.add_cli_args(parser)
         group = parser.add_argument_group("sglang_shift", "Shift Parallelism; without these, stock SGLang")
-        add_cli_args_from_dataclass(group, ShiftServerArgs, fields=FIELDS)
+        add_cli_args_from_dataclass(group, ShiftServerArgs, fields=list(BY_NAME))
 
 
 @extends(
@@ -201,20 +97,20 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
     check_model(model_config_of(server_args), config)
     sp_size = config.sp_size
     if auto:
-        choice = auto_sp_size(server_args)
-        sp_size = choice.sp_size
-        logger.info("sglang_shift: --sp-size auto: %s", choice.reason)
-    suit_gemm_backend(settings.device, settings.bf16_gemm_backend)
+        decision = auto_sp_size(server_args)
+        sp_size = decision.sp_size
+        logger.info("sglang_shift: --sp-size auto: %s", decision.reason)
+    adjust_gemm_backend(settings.device, settings.bf16_gemm_backend)
     check_exchange(config, settings.device, sp_size, settings.nnodes)
     if config.policy != "tp":
-        suited = suit_chunk_size(server_args, sp_size)
-        declare_resolution(server_args, "sglang_shift", **suited.fields)
-        if auto or suited.fields:
-            logger.info("sglang_shift: %s", suited.reason)
-    suited = suit_graph_memory(server_args, config)
-    if suited.fields:
-        declare_resolution(server_args, "sglang_shift", **suited.fields)
-        logger.info("sglang_shift: %s", suited.reason)
+        adjustment = adjust_chunk_size(server_args, sp_size)
+        declare_resolution(server_args, "sglang_shift", **adjustment.fields)
+        if auto or adjustment.fields:
+            logger.info("sglang_shift: %s", adjustment.reason)
+    adjustment = adjust_graph_memory(server_args, config)
+    if adjustment.fields:
+        declare_resolution(server_args, "sglang_shift", **adjustment.fields)
+        logger.info("sglang_shift: %s", adjustment.reason)
     if price := price_of_no_graphs(config, settings):
         logger.warning("sglang_shift: %s", price)
     declare_resolution(
@@ -222,7 +118,7 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
         "sglang_shift",
         sp_size=sp_size,
         shift_policy=config.policy,
-        shift_threshold=config.threshold if config.policy in policies_using("shift_threshold") else None,
+        shift_threshold=config.threshold if config.policy in BY_NAME["shift_threshold"].policies else None,
         shift_calibration=config.calibration,
     )
 
@@ -254,11 +150,11 @@ def prepare_server_args(argv: list[str], prog: str = "python -m sglang_shift.lau
     actions["model_path"].required = False
     files: list[str] = []
 
-    def noted(path: str) -> str:
+    def note(path: str) -> str:
         files.append(path)
         return path
 
-    actions["config"].type = noted  # argparse keeps the last of two files
+    actions["config"].type = note  # argparse keeps the last of two files
 
     raw, words = parser.parse_args(argv), list(argv)
     if len(files) > 1:

@@ -5,7 +5,6 @@ Computed by the launcher, before any process is started and without touching an 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,19 +13,41 @@ import psutil
 from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
 from sglang.srt.utils import get_device_memory_capacity
 
-from sglang_shift.errors import Refused
+from sglang_shift.errors import Refusal
+from sglang_shift.flags import AUTO
 from sglang_shift.models.sizes import MIB, ModelSizes, size_text
 from sglang_shift.platforms.cpu import ShiftCpuPlatform, local_ranks
 
-AUTO = "auto"
 # Of the memory that is free on a machine without a GPU, what weights and KV pools of all its ranks
 # may take together; the rest is for the processes themselves and for activations.
 CPU_FRACTION = 0.8
 
 
+NOT_A_SIZE = Refusal(
+    "sp_size {value} is neither a whole number of ranks nor 'auto'",
+    "From Python, the value must be None, an int or 'auto'.",
+)
+MEMORY_UNKNOWN = Refusal(
+    "--sp-size auto cannot read the memory of this device; give --sp-size a number",
+    "SGLang does not know how much memory this kind of device has.",
+)
+NO_ROOM_FOR_THE_POOL = Refusal(
+    "--sp-size auto finds no S whose weights fit beside {pool} ({numbers}); give a larger --tp-size, a smaller "
+    "--context-length or --max-total-tokens, --sp-size {S} with a pool of what is left, or serve without sequence "
+    "parallelism",
+    "The message has the bytes of each candidate. [Choose P and S](usage.md#choose-p-and-s) says how much the KV "
+    "pool must have.",
+)
+NO_ROOM_FOR_THE_WEIGHTS = Refusal(
+    "--sp-size auto finds no S whose weights fit beside {pool} ({numbers}); give a larger --tp-size, or serve without "
+    "sequence parallelism",
+    "Not even the weights of the smallest S fit.",
+)
+
+
 @dataclass(frozen=True)
-class Choice:
-    """S, and in words why.
+class SpSizeDecision:
+    """The S of ``--sp-size auto``, and in words why.
 
     Attributes:
         sp_size: S.
@@ -42,28 +63,14 @@ class Pool:
     """The KV pool that base weights must leave room for.
 
     Attributes:
-        needed: Bytes without which no S is served.
-        wanted: Bytes beside which the largest S is looked for; ``needed`` or more.
-        words: What ``needed`` and ``wanted`` stand for.
+        minimum: Bytes without which no S is served.
+        target: Bytes beside which the largest S is looked for; ``minimum`` or more.
+        words: What ``minimum`` and ``target`` stand for.
     """
 
-    needed: int
-    wanted: int
+    minimum: int
+    target: int
     words: str
-
-
-def parse_sp_size(text: str) -> int | str:
-    """The value of ``--sp-size`` on a command line or in a ``--config`` file.
-
-    Raises:
-        argparse.ArgumentTypeError: it is neither a whole number nor ``auto``.
-    """
-    if text.strip() == AUTO:
-        return AUTO
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is neither a whole number of ranks nor '{AUTO}'") from None
 
 
 def check_sp_size(value: Any) -> None:
@@ -74,7 +81,7 @@ def check_sp_size(value: Any) -> None:
     """
     if value is None or value == AUTO or (isinstance(value, int) and not isinstance(value, bool)):
         return
-    raise Refused(f"sp_size {value!r} is neither a whole number of ranks nor '{AUTO}'")
+    raise NOT_A_SIZE(value=repr(value))
 
 
 def on_our_cpu_platform() -> bool:
@@ -101,7 +108,7 @@ def rank_memory_bytes(settings: Any) -> int:
         return int(psutil.virtual_memory().available * CPU_FRACTION / local_ranks(settings))
     capacity = get_device_memory_capacity(settings.device)  # MiB
     if not capacity:
-        raise Refused("--sp-size auto cannot read the memory of this device; give --sp-size a number")
+        raise MEMORY_UNKNOWN()
     return int(capacity * MIB * settings.mem_fraction_static)
 
 
@@ -128,16 +135,16 @@ def pool_of(settings: Any, model_config: Any, memory: int) -> Pool:
         return Pool(size, size, f"a KV pool of {settings.max_total_tokens} tokens ({size_text(size)})")
     context = model_config.context_len
     longest = context * per_token
-    wanted = max(longest, memory // 2)
-    what = f"half of the memory, {size_text(wanted)}" if wanted > longest else f"{size_text(wanted)}"
+    target = max(longest, memory // 2)
+    what = f"half of the memory, {size_text(target)}" if target > longest else f"{size_text(target)}"
     words = f"a KV pool of {what} (one request of {context} tokens needs {size_text(longest)})"
-    return Pool(min(longest, memory // LEAST_SHARE), wanted, words)
+    return Pool(min(longest, memory // LEAST_SHARE), target, words)
 
 
-def choose_sp_size(weights: Mapping[int, int], memory: int, pool: Pool) -> Choice:
-    """The largest S whose weights fit into ``memory`` beside the wanted pool.
+def choose_sp_size(weights: Mapping[int, int], memory: int, pool: Pool) -> SpSizeDecision:
+    """The largest S whose weights fit into ``memory`` beside the target of the pool.
 
-    If none does, the smallest S, which leaves the largest pool, as long as that is the needed one.
+    If none does, the smallest S, which leaves the largest pool, as long as that is the minimum.
 
     Args:
         weights: Bytes of base weights for each candidate S.
@@ -145,26 +152,24 @@ def choose_sp_size(weights: Mapping[int, int], memory: int, pool: Pool) -> Choic
         pool: The KV pool to leave room for.
 
     Raises:
-        Refused: no candidate leaves the needed pool.
+        Refused: no candidate leaves the minimum of the pool.
     """
     table = ", ".join(f"S={s} {size_text(weights[s])}" for s in sorted(weights))
     numbers = f"weights a rank: {table}; {size_text(memory)} for weights and pool together"
-    if fitting := [s for s in weights if weights[s] + pool.wanted <= memory]:
+    if fitting := [s for s in weights if weights[s] + pool.target <= memory]:
         s = max(fitting)
         which = "the largest candidate, and its weights fit" if s == max(weights) else "the largest that fits"
-        return Choice(s, f"S={s} is {which} beside {pool.words}; {numbers}")
+        return SpSizeDecision(s, f"S={s} is {which} beside {pool.words}; {numbers}")
     s = min(weights)
-    if weights[s] + pool.needed <= memory:
+    if weights[s] + pool.minimum <= memory:
         left = size_text(memory - weights[s])
-        return Choice(s, f"no S fits beside {pool.words}; S={s} leaves the most, {left}; {numbers}")
-    smaller = f", a smaller --context-length or --max-total-tokens, --sp-size {s} with a pool of what is left"
-    raise Refused(
-        f"--sp-size auto finds no S whose weights fit beside {pool.words} ({numbers}); give a larger --tp-size"
-        f"{smaller if weights[s] < memory else ''}, or serve without sequence parallelism"
-    )
+        return SpSizeDecision(s, f"no S fits beside {pool.words}; S={s} leaves the most, {left}; {numbers}")
+    if weights[s] < memory:
+        raise NO_ROOM_FOR_THE_POOL(pool=pool.words, numbers=numbers, S=s)
+    raise NO_ROOM_FOR_THE_WEIGHTS(pool=pool.words, numbers=numbers)
 
 
-def auto_sp_size(server_args: Any) -> Choice:
+def auto_sp_size(server_args: Any) -> SpSizeDecision:
     """S for ``--sp-size auto``: SGLang's own resolution must be done, and the model be one that is served.
 
     Raises:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import Any
 
-from sglang_shift.errors import Refused
+from sglang_shift.errors import Refusal
 
 PACKAGE = "sglang.srt.models."
 ORIGINAL_LENGTH = "original_max_position_embeddings"
@@ -136,6 +136,15 @@ def family_of(model: Any) -> Family | None:
     return next((family for family in FAMILIES.values() if PACKAGE + family.native == _class_of(model)), None)
 
 
+OTHER_CLASS = Refusal(
+    "SGLang loaded {other_class} for architecture {name}, and sequence parallelism is tested with {native_class}; "
+    "remove what replaces it (SGLANG_EXTERNAL_MODEL_PACKAGE, SGLANG_DISABLED_MODEL_ARCHS), or serve without sequence "
+    "parallelism",
+    "A rank checks this after loading. SGLang takes transformers' code for a class that it cannot import, and a "
+    "package of the user's may replace a class.",
+)
+
+
 def check_class(model: Any, name: str) -> None:
     """Check that SGLang loaded its own class for the architecture.
 
@@ -151,11 +160,7 @@ def check_class(model: Any, name: str) -> None:
     """
     loaded, native = _class_of(model), PACKAGE + FAMILIES[name].native
     if loaded != native:
-        raise Refused(
-            f"SGLang loaded {loaded} for architecture {name}, and sequence parallelism is tested with {native}; remove "
-            "what replaces it (SGLANG_EXTERNAL_MODEL_PACKAGE, SGLANG_DISABLED_MODEL_ARCHS), or serve without sequence "
-            "parallelism"
-        )
+        raise OTHER_CLASS(other_class=loaded, name=name, native_class=native)
 
 
 def _class_of(model: Any) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import MISSING, fields
 from typing import Any
 
-from sglang_shift.errors import Refused
+from sglang_shift.errors import Refusal
 from sglang_shift.models.decoder_layer import EXPERTS
 from sglang_shift.models.families import ORIGINAL_LENGTH, PARTIAL_ROTARY, Family, Role, Window
 from sglang_shift.models.rope_fields import ROPE_RULES
@@ -58,6 +58,13 @@ FOREIGN: dict[str, Any] = {
 }  # fmt: skip
 
 
+FIELD = Refusal(
+    "config.json has {problem}",
+    "SGLang's class does not compute what the field says, so its answers would be wrong. The message has the field, "
+    "and the way out if there is one: [what is refused](models.md#what-is-refused).",
+)
+
+
 @relies_on("sglang.srt.models.llama:LlamaDecoderLayer.__init__", "it says which fields of config.json SGLang reads")
 @relies_on("sglang.srt.models.llama:LlamaAttention.__init__", "it says which fields of config.json SGLang reads")
 @relies_on("sglang.srt.models.llama:LlamaMLP.__init__", "it says which fields of config.json SGLang reads")
@@ -79,7 +86,7 @@ def check_fields(hf_config: Any, context_len: int) -> None:
     checkpoint = Checkpoint(hf_config, context_len)
     for each in RULES:
         if problem := each.problem(checkpoint):
-            raise Refused(f"config.json has {problem}")
+            raise FIELD(problem=problem)
 
 
 def taken_fields(family: Family) -> frozenset[str]:

@@ -17,9 +17,9 @@ from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import HTTPException
 from starlette.routing import BaseRoute, Match, Route
 
+from sglang_shift.flags import POLICIES
 from sglang_shift.observe.events import prepare_endpoint
 from sglang_shift.observe.hub import Hub
-from sglang_shift.policy.builtin import POLICIES
 from sglang_shift.seams import extends
 
 if TYPE_CHECKING:

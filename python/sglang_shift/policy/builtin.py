@@ -9,13 +9,23 @@ from dataclasses import dataclass, field
 
 from sglang_shift.config import ShiftConfig
 from sglang_shift.cost.model import PHASES, CostModel, phase_of
-from sglang_shift.errors import PolicyFailed, Refused
+from sglang_shift.errors import PolicyFailed, Refusal
 from sglang_shift.modes import MODES, Mode, ShiftPolicy, StepState
 
 logger = logging.getLogger(__name__)
 
 Doubt = tuple[str, Mode, Mode]
 """A phase, a mode that has become slower there than predicted, and another one beside which it has."""
+
+NOT_LOADED = Refusal(
+    "--shift-policy {policy} cannot be loaded ({error}); give module:Class, importable from PYTHONPATH, with a "
+    "constructor that needs no arguments",
+    "Nothing would choose the modes.",
+)
+NOT_A_POLICY = Refusal(
+    "--shift-policy {policy} is not a sglang_shift.modes.ShiftPolicy; derive it from that class",
+    "The server asks for the modes by the methods of that class.",
+)
 
 
 @dataclass(frozen=True)
@@ -247,7 +257,6 @@ class LedPolicy(ShiftPolicy):
 
 QUEUE = QueueDepth()
 """Decides where step times are not known well enough."""
-POLICIES = ("calibrated", "queue-depth", "tokens", *(mode.value for mode in MODES))
 
 
 def load_policy(name: str) -> ShiftPolicy:
@@ -260,10 +269,7 @@ def load_policy(name: str) -> ShiftPolicy:
     try:
         policy = getattr(importlib.import_module(module), attribute)()
     except Exception as error:  # whatever the user's module raises
-        raise Refused(
-            f"--shift-policy {name} cannot be loaded ({type(error).__name__}: {error}); give module:Class, "
-            "importable from PYTHONPATH, with a constructor that needs no arguments"
-        ) from error
+        raise NOT_LOADED(policy=name, error=f"{type(error).__name__}: {error}") from error
     if not isinstance(policy, ShiftPolicy):
-        raise Refused(f"--shift-policy {name} is not a sglang_shift.modes.ShiftPolicy; derive it from that class")
+        raise NOT_A_POLICY(policy=name)
     return policy

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from sglang.srt.runtime_context import get_model, get_parallel
 
 from sglang_shift import __version__
-from sglang_shift.config import QUEUE_FIELDS, ShiftConfig
+from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import ShiftError
+from sglang_shift.flags import FLAGS
 from sglang_shift.modes import MODES, Mode
 
 logger = logging.getLogger(__name__)
@@ -37,15 +38,7 @@ def statement(config: ShiftConfig) -> dict[str, Any]:
         "sglang_shift": __version__,
         "torch": torch.__version__,
         "--tp-size": config.world_size,
-        "--sp-size": config.sp_size,
-        "--enable-shift-parallel": config.switching,
-        "policy": config.policy,
-        "--shift-threshold": config.threshold,
-        **{"--shift-" + name.replace("_", "-"): getattr(config, name) for name in QUEUE_FIELDS},
-        "--shift-calibration": config.calibration,
-        "--shift-exchange": config.exchange,
-        "--shift-exchange-dtype": config.exchange_dtype,
-        "--shift-graph-buckets": config.graph_buckets,
+        **{flag.option: getattr(config, flag.setting) for flag in FLAGS},
         "--dtype": str(get_model().dtype),
     }
 

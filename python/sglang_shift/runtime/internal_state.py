@@ -10,11 +10,9 @@ from sglang.srt.managers.io_struct import GetInternalStateReq, GetInternalStateR
 from sglang.srt.managers.scheduler_components import internal_state
 from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
 
-from sglang_shift.config import QUEUE_FIELDS, ShiftConfig, policies_using
-from sglang_shift.policy.builtin import POLICIES
+from sglang_shift.config import ShiftConfig
+from sglang_shift.flags import BY_NAME, LIVE_NUMBERS, POLICIES
 from sglang_shift.seams import overrides
-
-NUMBERS = ("threshold", *QUEUE_FIELDS)
 
 
 class ShiftInternalState(SchedulerInternalStateController):
@@ -46,9 +44,9 @@ class ShiftInternalState(SchedulerInternalStateController):
     def _update_handlers(self) -> dict[str, Any]:
         handlers = super()._update_handlers()
         handlers["shift_policy"] = internal_state._UpdateHandler(self._validate_policy, self._apply_policy)
-        for name in NUMBERS:
-            apply = partial(self._apply_number, name)
-            handlers["shift_" + name] = internal_state._UpdateHandler(self._validate_number, apply)
+        for flag in LIVE_NUMBERS:
+            apply = partial(self._apply_number, flag.setting)
+            handlers[flag.name] = internal_state._UpdateHandler(self._validate_number, apply)
         return handlers
 
     def _wanted(self) -> ShiftConfig:
@@ -57,7 +55,7 @@ class ShiftInternalState(SchedulerInternalStateController):
         index = self.requested.get("shift_policy", -1)
         if index in range(len(POLICIES)):
             config = replace(config, policy=POLICIES[int(index)])
-        numbers = {name: self.requested["shift_" + name] for name in NUMBERS if "shift_" + name in self.requested}
+        numbers = {flag.setting: self.requested[flag.name] for flag in LIVE_NUMBERS if flag.name in self.requested}
         return replace(config, **numbers)
 
     def _validate_policy(self, key: str, value: Any) -> None:
@@ -74,10 +72,10 @@ class ShiftInternalState(SchedulerInternalStateController):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise internal_state.UpdateRejected(f"{key} must be 0 or more, got {value!r}.")
         wanted = self._wanted()
-        takers = policies_using(key)
-        if wanted.policy not in takers:
+        policies = BY_NAME[key].policies
+        if wanted.policy not in policies:
             raise internal_state.UpdateRejected(
-                f"Updating {key} needs the policy {' or '.join(takers)}; it is {wanted.policy}."
+                f"Updating {key} needs the policy {' or '.join(policies)}; it is {wanted.policy}."
             )
         if wanted.leave_requests > wanted.enter_requests or wanted.leave_tokens > wanted.enter_tokens:
             raise internal_state.UpdateRejected("A queue cannot be short again above where it becomes deep.")
@@ -87,6 +85,6 @@ class ShiftInternalState(SchedulerInternalStateController):
         self.scheduler.set_policy(replace(self.scheduler.shift_config, policy=policy))
         return {key: policy}
 
-    def _apply_number(self, name: str, key: str, value: int) -> dict[str, Any]:
-        self.scheduler.set_policy(replace(self.scheduler.shift_config, **{name: value}))
+    def _apply_number(self, setting: str, key: str, value: int) -> dict[str, Any]:
+        self.scheduler.set_policy(replace(self.scheduler.shift_config, **{setting: value}))
         return {key: value}

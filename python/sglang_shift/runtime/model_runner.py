@@ -20,7 +20,7 @@ from sglang.srt.runtime_context import get_exec, get_flags, get_parallel, get_sc
 from sglang.srt.utils import get_available_gpu_memory
 from sglang_shift_kernels.operations import ExchangeShape, warm_up
 
-from sglang_shift.config import ShiftConfig, shift_config_of
+from sglang_shift.config import ShiftConfig
 from sglang_shift.graphs.mode_graphs import ModeGraphs
 from sglang_shift.graphs.runners import SpDecodeGraphRunner
 from sglang_shift.models.families import check_class
@@ -30,6 +30,7 @@ from sglang_shift.parallel.exchange.choose import Operands, make_exchange
 from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.parallel.step import Step, running
 from sglang_shift.parallel.topology import Topology, build_topology
+from sglang_shift.resolution import shift_config_of
 from sglang_shift.runtime.weight_updater import ShiftWeightUpdater
 from sglang_shift.seams import overrides, relies_on
 from sglang_shift.weights.base_weights import BaseWeights, WeightReport, loading_for

@@ -18,15 +18,17 @@ from sglang.srt.runtime_context import get_device, get_model, get_parallel, get_
 from sglang.srt.utils import rank_consensus_checker
 
 from sglang_shift import seams
-from sglang_shift.config import ShiftConfig, shift_config_of
+from sglang_shift.config import ShiftConfig
 from sglang_shift.cost.measure import kv_reads
 from sglang_shift.errors import Refused
+from sglang_shift.flags import POLICIES
 from sglang_shift.modes import MODES, PENDING_REQUESTS, Mode, StepState
 from sglang_shift.observe.events import Publisher, StateEvent
 from sglang_shift.parallel.exchange.base import ExchangeCounter
 from sglang_shift.platforms import cpu
-from sglang_shift.policy.builtin import POLICIES, FixedMode, LedPolicy
+from sglang_shift.policy.builtin import FixedMode, LedPolicy
 from sglang_shift.policy.selector import DOUBTS, Decision, ModeSelector, make_policy
+from sglang_shift.resolution import shift_config_of
 from sglang_shift.runtime import agreement
 from sglang_shift.runtime.admission import NO_TOKENS, as_overrides
 from sglang_shift.runtime.calibrator import Calibrator

@@ -11,15 +11,16 @@ import ast
 import difflib
 import hashlib
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.metadata import distribution
 from pathlib import Path
 
-from sglang_shift.errors import ShiftError
+from sglang_shift.errors import ShiftError, print_error
 from sglang_shift.seams.digests import DIGESTS, SGLANG_VERSION
 
+PACKAGE = Path(__file__).parents[1]
+"""All of ``sglang_shift``."""
 FLAGS = "sglang.srt.arg_groups.fields"
 """The package whose classes have the server's flags as fields."""
 
@@ -204,8 +205,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, help="the folder that a wheel of that release was unpacked in")
     try:
         new = Release.unpacked(parser.parse_args(argv).folder)
-        print(report(Release.installed(), new, Path(__file__).parents[1]))
+        print(report(Release.installed(), new, PACKAGE))
     except ShiftError as error:
-        print(f"sglang_shift: error: {error}", file=sys.stderr)
-        return 2
+        return print_error(error)
     return 0

@@ -16,6 +16,7 @@ import requests
 from rich.console import Console, RenderableType
 from rich.live import Live
 
+from sglang_shift.errors import print_error
 from sglang_shift.observe.events import SCHEMA
 from sglang_shift.tools.status_view import plain, view
 
@@ -183,8 +184,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             watch(url, args.api_key, args.interval, args.json, console)
     except StatusError as error:
-        print(f"sglang_shift.status: error: {error}", file=sys.stderr)
-        return 2
+        return print_error(error, "sglang_shift.status")
     except KeyboardInterrupt:
         pass
     except BrokenPipeError:  # the reader of the pipe has seen enough

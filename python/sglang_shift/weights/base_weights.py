@@ -28,7 +28,7 @@ from sglang.srt.layers.linear import (
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from sglang_shift.errors import Refused
+from sglang_shift.errors import Refusal
 from sglang_shift.models.families import Linear, Role, family_of
 from sglang_shift.models.heads import Heads
 from sglang_shift.parallel.exchange.base import ExchangeVolume, SequenceExchange
@@ -50,6 +50,15 @@ KINDS: dict[Role, tuple[type, type[Projection]]] = {
     Role.DOWN: (RowParallelLinear, DownProjection),
 }
 """SGLang's linear of each role, and what it is in SP mode."""
+
+UNKNOWN_LAYER = Refusal(
+    "{model} has a layer that SP mode cannot run: {layer} {problem}; serve this model without --sp-size and "
+    "--enable-shift-parallel",
+    "A rank checks this after loading. A linear layer must be one of its family: "
+    "[Families](models.md#families). It must not be quantized, gather its output, split its input, or return its bias "
+    "instead of adding it. Any other layer with weights must be a norm or an embedding; experts, for example, are "
+    "neither.",
+)
 
 
 @dataclass(frozen=True)
@@ -140,10 +149,7 @@ def find_projections(model: torch.nn.Module, linears: Iterable[Linear]) -> Itera
         kind = _kind_of(name, module, linears) if linear else None
         problem = _problem_with(module, known=kind is not None) if linear else _stranger(module)
         if problem:
-            raise Refused(
-                f"{type(model).__name__} has a layer that SP mode cannot run: {name} {problem}; "
-                "serve this model without --sp-size and --enable-shift-parallel"
-            )
+            raise UNKNOWN_LAYER(model=type(model).__name__, layer=name, problem=problem)
         if kind:
             yield module, kind
 

@@ -13,14 +13,16 @@ import pytest
 import torch
 from sglang.srt.arg_groups.overrides import resolution_result
 from sglang.srt.layers.quantization import unquant
-from sglang_shift.args.gemm_backend import SPLIT_K, suit_gemm_backend
-from sglang_shift.args.refusals import FEATURES, check_flags, check_model
+from sglang_shift.args.gemm_backend import SPLIT_K, adjust_gemm_backend
+from sglang_shift.args.model_check import check_model
+from sglang_shift.args.refusals import FEATURES, check_flags
 from sglang_shift.args.server_args import ShiftServerArgs, prepare_server_args
-from sglang_shift.config import ShiftConfig, shift_config_of
+from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refused, ShiftError
 from sglang_shift.launch_server import resolve
 from sglang_shift.models.demo import demo_model_path
 from sglang_shift.models.families import FAMILIES
+from sglang_shift.resolution import shift_config_of
 
 SHIFT = {"tp_size": 2, "enable_shift_parallel": True}
 
@@ -236,15 +238,15 @@ def test_the_allowlist_is_the_tested_families():
 def test_split_k_products_are_switched_off_where_sglang_has_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
     monkeypatch.delenv(SPLIT_K, raising=False)
-    suit_gemm_backend("cpu")
+    adjust_gemm_backend("cpu")
     assert SPLIT_K not in os.environ
-    suit_gemm_backend("cuda")
+    adjust_gemm_backend("cuda")
     assert os.environ[SPLIT_K] == "0"
     monkeypatch.setenv(SPLIT_K, "1")
     with pytest.raises(Refused, match=f"{SPLIT_K}=1 cannot be combined"):
-        suit_gemm_backend("cuda")
+        adjust_gemm_backend("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    suit_gemm_backend("cuda")
+    adjust_gemm_backend("cuda")
 
 
 @pytest.mark.parametrize(
@@ -252,7 +254,7 @@ def test_split_k_products_are_switched_off_where_sglang_has_them(monkeypatch):
 )
 def test_it_is_said_where_gemv_does_not_reach(monkeypatch, caplog, device, backend, said):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    suit_gemm_backend(device, backend)
+    adjust_gemm_backend(device, backend)
     assert ("in TP steps O and down" in caplog.text) is said
 
 

@@ -16,17 +16,18 @@ from sglang.srt.arg_groups.overrides import declare_resolution, resolution_resul
 from sglang.srt.layers.vocab_parallel_embedding import DEFAULT_VOCAB_PADDING_SIZE
 from sglang_shift.args import chunk_size as chunk_size_module
 from sglang_shift.args import graph_memory, sp_size
-from sglang_shift.args.chunk_size import chunk_size, lowered_fraction, suit_chunk_size
-from sglang_shift.args.graph_memory import suit_graph_memory
+from sglang_shift.args.chunk_size import adjust_chunk_size, chunk_size, fraction_for_chunk
+from sglang_shift.args.graph_memory import adjust_graph_memory
 from sglang_shift.args.server_args import ShiftServerArgs, prepare_server_args, resolve_shift
 from sglang_shift.args.sp_size import Pool, choose_sp_size, pool_of
-from sglang_shift.config import ShiftConfig, shift_config_of
+from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refused, ShiftError
 from sglang_shift.graphs.plan import graph_batch_sizes_suit
 from sglang_shift.launch_server import resolve
 from sglang_shift.models.demo import demo_model_path
 from sglang_shift.models.families import FAMILIES
 from sglang_shift.models.sizes import GIB, VOCAB_PADDING, ModelSizes
+from sglang_shift.resolution import shift_config_of
 
 DEMO = json.loads(Path(demo_model_path(), "config.json").read_text())
 LAYOUTS = [(p, s) for p in (2, 4, 8) for s in (2, 4, 8) if s <= p]
@@ -117,7 +118,7 @@ WEIGHTS = {2: 10 * GIB, 4: 20 * GIB, 8: 40 * GIB}
 
 
 @pytest.mark.parametrize(
-    ("memory", "needed", "wanted", "expected", "words"),
+    ("memory", "minimum", "target", "expected", "words"),
     [
         (80, 10, 40, 8, "S=8 is the largest candidate"),
         (79, 10, 40, 4, "S=4 is the largest that fits"),
@@ -126,12 +127,12 @@ WEIGHTS = {2: 10 * GIB, 4: 20 * GIB, 8: 40 * GIB}
         (20, 10, 40, 2, "S=2 leaves the most, 10.0 GiB"),
     ],
 )
-def test_choice(memory, needed, wanted, expected, words):
-    choice = choose_sp_size(WEIGHTS, memory * GIB, Pool(needed * GIB, wanted * GIB, "the pool"))
-    assert choice.sp_size == expected
-    assert words in choice.reason
-    assert "S=2 10.0 GiB, S=4 20.0 GiB, S=8 40.0 GiB" in choice.reason
-    assert "\n" not in choice.reason
+def test_decision(memory, minimum, target, expected, words):
+    decision = choose_sp_size(WEIGHTS, memory * GIB, Pool(minimum * GIB, target * GIB, "the pool"))
+    assert decision.sp_size == expected
+    assert words in decision.reason
+    assert "S=2 10.0 GiB, S=4 20.0 GiB, S=8 40.0 GiB" in decision.reason
+    assert "\n" not in decision.reason
 
 
 def test_no_s_fits():
@@ -162,15 +163,15 @@ def model(context=131072):
 
 def test_pool_that_was_asked_for():
     pool = pool_of(settings(max_total_tokens=1000), model(), 64 * GIB)
-    assert pool.needed == pool.wanted == 1000 * 40960
+    assert pool.minimum == pool.target == 1000 * 40960
     assert "1000 tokens" in pool.words
 
 
 def test_pool_by_default_is_half_of_the_memory_or_one_request():
     per_request = 131072 * 40960
-    assert pool_of(settings(), model(), 64 * GIB).wanted == 32 * GIB
-    assert pool_of(settings(), model(), 64 * GIB).needed == per_request
-    assert pool_of(settings(), model(), 8 * GIB).wanted == per_request
+    assert pool_of(settings(), model(), 64 * GIB).target == 32 * GIB
+    assert pool_of(settings(), model(), 64 * GIB).minimum == per_request
+    assert pool_of(settings(), model(), 8 * GIB).target == per_request
 
 
 def test_a_context_that_has_no_room_is_no_reason_to_refuse():
@@ -191,7 +192,7 @@ def test_a_context_that_has_no_room_is_no_reason_to_refuse():
 @pytest.mark.parametrize(("dtype", "itemsize"), [("auto", 2), ("bf16", 2), ("fp8_e4m3", 1)])
 def test_pool_in_the_dtype_of_the_kv_cache(dtype, itemsize):
     pool = pool_of(settings(kv_cache_dtype=dtype, max_total_tokens=10), model(), 64 * GIB)
-    assert pool.needed == 10 * 20480 * itemsize
+    assert pool.minimum == 10 * 20480 * itemsize
 
 
 def test_llama_70b_on_eight_gpus_of_80_gib(monkeypatch):
@@ -336,7 +337,7 @@ def test_shift_alone_is_refused_where_the_model_fits_no_gpu(monkeypatch, tmp_pat
 
 def test_the_chunk_stays_on_a_cpu():
     args = resolved(tp_size=4, sp_size="auto")
-    assert "SGLang's default for a CPU" in suit_chunk_size(args, 4).reason
+    assert "SGLang's default for a CPU" in adjust_chunk_size(args, 4).reason
     assert resolution_result(args, "chunked_prefill_size") == resolution_result(
         resolved(tp_size=4), "chunked_prefill_size"
     )
@@ -376,9 +377,12 @@ def record(monkeypatch, gib, context=8192, given=None, **fields):
 
 
 def test_a_larger_chunk_takes_its_activations_from_the_fraction(monkeypatch):
-    suited = suit_chunk_size(record(monkeypatch, 16), 8)
-    assert suited.fields == {"chunked_prefill_size": 4096, "mem_fraction_static": round(0.8 - 2048 * 1.5 / 16384, 3)}
-    assert "4096 instead of SGLang's 2048, for 512 tokens a rank" in suited.reason
+    adjustment = adjust_chunk_size(record(monkeypatch, 16), 8)
+    assert adjustment.fields == {
+        "chunked_prefill_size": 4096,
+        "mem_fraction_static": round(0.8 - 2048 * 1.5 / 16384, 3),
+    }
+    assert "4096 instead of SGLang's 2048, for 512 tokens a rank" in adjustment.reason
 
 
 @pytest.mark.parametrize(
@@ -393,18 +397,18 @@ def test_a_larger_chunk_takes_its_activations_from_the_fraction(monkeypatch):
     ids=str,
 )
 def test_when_the_chunk_stays(monkeypatch, change, reason):
-    suited = suit_chunk_size(record(monkeypatch, 16, **change), 8)
-    assert suited.fields == {}
-    assert reason in suited.reason
+    adjustment = adjust_chunk_size(record(monkeypatch, 16, **change), 8)
+    assert adjustment.fields == {}
+    assert reason in adjustment.reason
 
 
 @pytest.mark.parametrize("gib", [16, 24, 80])
-def test_the_lowered_fraction_is_what_sglang_gives_a_larger_chunk(monkeypatch, gib):
+def test_the_fraction_is_what_sglang_gives_a_larger_chunk(monkeypatch, gib):
     """To the digits that SGLang rounds to."""
     monkeypatch.setattr(memory_hook, "get_device_memory_capacity", lambda device: gib * 1024)
     default, larger = resolved(tp_size=8), resolved(tp_size=8, chunked_prefill_size=9216)
     expected = resolution_result(larger, "mem_fraction_static")
-    assert lowered_fraction(resolving_view(default), 9216, gib * 1024) == pytest.approx(expected, abs=0.002)
+    assert fraction_for_chunk(resolving_view(default), 9216, gib * 1024) == pytest.approx(expected, abs=0.002)
     assert expected < resolution_result(default, "mem_fraction_static")
 
 
@@ -426,9 +430,9 @@ def shift(**fields):
 
 def test_memory_for_graphs_of_both_modes(monkeypatch):
     on_a_gpu_with_graphs(monkeypatch)
-    suited = suit_graph_memory(SimpleNamespace(mem_fraction_static=None), shift())
-    assert suited.fields == {"mem_fraction_static": round(0.85 - 1488 / 98304, 3)}
-    assert "0.835 instead of 0.85: 1488 MiB" in suited.reason
+    adjustment = adjust_graph_memory(SimpleNamespace(mem_fraction_static=None), shift())
+    assert adjustment.fields == {"mem_fraction_static": round(0.85 - 1488 / 98304, 3)}
+    assert "0.835 instead of 0.85: 1488 MiB" in adjustment.reason
 
 
 @pytest.mark.parametrize(
@@ -446,13 +450,13 @@ def test_memory_for_graphs_of_both_modes(monkeypatch):
 )
 def test_when_no_memory_is_reserved_for_a_second_set(monkeypatch, given, config, machine):
     on_a_gpu_with_graphs(monkeypatch, **machine)
-    assert suit_graph_memory(SimpleNamespace(mem_fraction_static=given), shift(**config)).fields == {}
+    assert adjust_graph_memory(SimpleNamespace(mem_fraction_static=given), shift(**config)).fields == {}
 
 
 def test_fewer_graphs_are_refused_where_no_memory_is_kept_for_steps_without(monkeypatch):
     on_a_gpu_with_graphs(monkeypatch, post_capture=True)
     with pytest.raises(Refused, match="--shift-graph-buckets 4 leaves steps without a graph"):
-        suit_graph_memory(SimpleNamespace(mem_fraction_static=None), shift(graph_buckets=4))
+        adjust_graph_memory(SimpleNamespace(mem_fraction_static=None), shift(graph_buckets=4))
 
 
 @pytest.mark.parametrize(("sp", "changed"), [(2, []), (4, []), (8, [12]), (16, [24])])
@@ -460,10 +464,10 @@ def test_sglangs_graph_batch_sizes_above_s(sp, changed):
     """Which of SGLang's default sizes between S and 32 are no multiples of S."""
     default = generate_decode_cuda_graph_batch_sizes(resolved(tp_size=2), 512)
     assert [size for size in default if sp < size <= 32 and size % sp] == changed
-    suited = graph_batch_sizes_suit(default, sp)
-    assert all(size % sp == 0 for size in suited)
-    assert suited == sorted(set(suited))
-    assert suited[-1] == 512
+    adjustment = graph_batch_sizes_suit(default, sp)
+    assert all(size % sp == 0 for size in adjustment)
+    assert adjustment == sorted(set(adjustment))
+    assert adjustment[-1] == 512
 
 
 def test_graph_batch_sizes_that_suit_are_kept():

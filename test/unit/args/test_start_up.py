@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import pickle
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -9,12 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sglang_shift.args.server_args import FIELDS
+from sglang.srt.server_args import ServerArgs
+from sglang_shift.args.server_args import ShiftServerArgs
 from sglang_shift.config import ShiftConfig
+from sglang_shift.flags import FLAGS
 from sglang_shift.platforms import cpu
 from sglang_shift.runtime import agreement
 from sglang_shift.runtime.agreement import difference
-from sglang_shift.serve_backend import FLAGS, asks_for_us, backend
+from sglang_shift.serve_backend import asks_for_us, backend
 
 
 def test_ranks_that_agree():
@@ -34,8 +38,43 @@ def test_every_setting_must_be_the_same_on_all_ranks(monkeypatch, name):
     assert "another on rank 1" in str(difference(0, mine, 1, theirs))
 
 
-def test_every_flag_of_ours_is_routed_to_us():
-    assert {"--" + name.replace("_", "-") for name in FIELDS} | {"--sequence-parallel-size"} == set(FLAGS)
+def test_every_flag_of_ours_is_a_field_and_is_routed_to_us():
+    """What the table says of each flag is what the command line and the constructor have."""
+    parser = argparse.ArgumentParser()
+    ShiftServerArgs.add_cli_args(parser)
+    stock = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(stock)
+    stock_options = {option for action in stock._actions for option in action.option_strings}
+    ours = {tuple(a.option_strings): a for a in parser._actions if not stock_options & {*a.option_strings}}
+    assert set(ours) == {flag.options for flag in FLAGS}
+    for flag in FLAGS:
+        action = ours[flag.options]
+        assert (action.dest, action.help, action.choices) == (flag.name, flag.help, list(flag.choices) or None)
+        assert action.default is (False if flag.type is bool else None)
+        assert all(asks_for_us((option,)) for option in flag.options)
+    assert set(ShiftServerArgs.__struct_fields__) - set(ServerArgs.__struct_fields__) == {flag.name for flag in FLAGS}
+
+
+def test_every_setting_but_the_number_of_ranks_is_a_flag():
+    assert {field.name for field in fields(ShiftConfig)} == {"world_size", *(flag.setting for flag in FLAGS)}
+
+
+def test_the_arguments_reach_a_spawned_rank():
+    given = {"tp_size": 2, "sp_size": "auto", "enable_shift_parallel": True, "shift_threshold": 7}
+    args = ShiftServerArgs(model_path="there", **given)
+    copy = pickle.loads(pickle.dumps(args))
+    assert type(copy) is ShiftServerArgs and {name: getattr(copy, name) for name in given} == given
+    assert copy.shift_exchange is None
+
+
+def test_the_flags_are_known_without_sglang():
+    """`sglang serve` looks at them at every start, also for stock SGLang."""
+    program = (
+        "import sys, sglang_shift.serve_backend as b; b.asks_for_us(('m', '--tp-size', '2')); "
+        "print([m for m in sys.modules if m.split('.')[0] in ('sglang', 'torch')])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 from model_classes import Case, difference, in_runtime
-from sglang_shift.args.refusals import check_model
+from sglang_shift.args.model_check import check_model
 from sglang_shift.args.server_args import ShiftServerArgs
 from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refused

@@ -15,10 +15,10 @@ from fastapi import Body, FastAPI, Request
 from fastapi.testclient import TestClient
 from sglang.srt.managers.io_struct import SetInternalStateReq
 from sglang.srt.utils.auth import AuthLevel, add_api_key_middleware, auth_level
+from sglang_shift.flags import POLICIES
 from sglang_shift.observe import routes
 from sglang_shift.observe.events import StateEvent
 from sglang_shift.observe.hub import Hub
-from sglang_shift.policy.builtin import POLICIES
 
 STATE = StateEvent(
     time=time.time(), world_size=2, sp_size=2, model="<b>demo</b>", policy="tokens", policy_text="SP above 256",

@@ -15,7 +15,12 @@ from sglang_shift.args.server_args import ShiftServerArgs
 from sglang_shift.seams import SGLANG_VERSION
 
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/concepts.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *(f"docs/{name}.md" for name in ("concepts", "flags", "refusals", "usage")),
+]
 IMAGE = f"sglang-shift:{sglang_shift.__version__}"
 
 

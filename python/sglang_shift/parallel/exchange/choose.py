@@ -10,7 +10,7 @@ import sglang_shift_kernels as kernels
 import torch
 
 from sglang_shift.config import ShiftConfig
-from sglang_shift.errors import Refused
+from sglang_shift.errors import Refusal
 from sglang_shift.parallel.exchange.base import SequenceExchange
 from sglang_shift.parallel.exchange.collective import CollectiveExchange
 from sglang_shift.parallel.exchange.flashinfer import WORLD_SIZES, FlashInferExchange
@@ -18,9 +18,20 @@ from sglang_shift.parallel.exchange.gloo import GlooExchange
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "flashinfer", "collective")
-DTYPES = ("auto", "fp8")
-"""What travels: activations as they are, or quantized."""
+FLASHINFER = Refusal(
+    "--shift-exchange flashinfer is not possible: {reason}; give auto or collective",
+    f"FlashInfer's communicator serves SP groups of {', '.join(map(str, WORLD_SIZES))} ranks, with CUDA, on one node, "
+    "and sends activations as they are.",
+)
+FLASHINFER_FAILED = Refusal(
+    "--shift-exchange flashinfer failed ({error}); give auto or collective, or mend its cause",
+    "A rank finds this out after loading. With auto, the collective exchange takes its place.",
+)
+FP8 = Refusal(
+    "--shift-exchange-dtype fp8 is not possible: this {device} device cannot make e4m3, which takes an NVIDIA GPU of "
+    "compute capability 8.9 or more; give auto",
+    "Older GPUs have no instruction that makes e4m3. CPUs are served.",
+)
 
 
 @dataclass(frozen=True)
@@ -64,12 +75,9 @@ def check_exchange(config: ShiftConfig, device: str, sp_size: int, nodes: int) -
     """
     why_not = why_not_flashinfer(config, device, sp_size, nodes)
     if config.exchange == "flashinfer" and why_not:
-        raise Refused(f"--shift-exchange flashinfer is not possible: {why_not}; give auto or collective")
+        raise FLASHINFER(reason=why_not)
     if config.exchange_dtype == "fp8" and not kernels.fp8_supported(torch.device(device)):
-        raise Refused(
-            f"--shift-exchange-dtype fp8 is not possible: this {device} device cannot make e4m3, which takes an NVIDIA "
-            "GPU of compute capability 8.9 or more; give auto"
-        )
+        raise FP8(device=device)
 
 
 def make_exchange(config: ShiftConfig, group: Any, device: str, nodes: int, operands: Operands) -> SequenceExchange:
@@ -102,7 +110,7 @@ def make_exchange(config: ShiftConfig, group: Any, device: str, nodes: int, oper
             problem = f"{type(error).__name__}: {error}"
     if problem is not None:
         if config.exchange == "flashinfer":
-            raise Refused(f"--shift-exchange flashinfer failed ({problem}); give auto or collective, or mend its cause")
+            raise FLASHINFER_FAILED(error=problem)
         logger.warning("sglang_shift: FlashInfer's exchange failed (%s); the collective one takes its place", problem)
         return collective
     if config.exchange == "auto" and not flashinfer.on_nvlink:

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from sglang_shift.errors import ShiftError
+from sglang_shift.errors import ShiftError, print_error
 from sglang_shift.tools.benchmark import environment, options, report
 from sglang_shift.tools.benchmark.campaign import Campaign, Settings, say
 from sglang_shift.tools.benchmark.contenders import contenders
@@ -89,8 +89,7 @@ def main(argv: Sequence[str]) -> int:
             raise ShiftError(f"--out {args.out} holds no visits; run without --report first")
         print(report.write(args.out, visits, json.loads((args.out / HEADING).read_text()), limits))
     except (ShiftError, ValueError, OSError) as error:
-        print(f"benchmark: error: {error}", file=sys.stderr)
-        return 2
+        return print_error(error, "benchmark")
     except KeyboardInterrupt:
         return 130
     return 0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sglang_shift.errors import ShiftError
-from sglang_shift.policy.builtin import POLICIES
+from sglang_shift.flags import POLICIES
 
 BASELINE = "stock-tp"
 DEFAULT = (BASELINE, "stock-dp", "sp", "shift")

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from threading import Barrier
 
-from sglang_shift.errors import ShiftError
+from sglang_shift.errors import ShiftError, print_error
 from sglang_shift.models.decoder_layer import ELEMENT_BYTES, Layer, layer_of
 from sglang_shift.tools.published import TARGETS
 
@@ -142,7 +142,7 @@ def main(argv: list[str]) -> None:
     try:
         print(choose_rate(args.model_path, args.ranks, args.target).text)
     except ShiftError as error:
-        parser.exit(2, f"sglang_shift: error: {error}\n")
+        sys.exit(print_error(error))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sglang_shift.errors import ShiftError
+from sglang_shift.errors import ShiftError, print_error
 from sglang_shift.simulate.traces import MOST_TOKENS, read_trace
 from sglang_shift.simulate.traffic import Lengths, Request, scaled, steady, window
 from sglang_shift.tools.plan import paper, report
@@ -173,6 +173,5 @@ def main(argv: Sequence[str]) -> int:
         else:
             plan(args)
     except ShiftError as error:
-        print(f"sglang_shift: error: {error}", file=sys.stderr)
-        return 2
+        return print_error(error)
     return 0

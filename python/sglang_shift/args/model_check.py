@@ -1,0 +1,93 @@
+"""Which models are served, and at which sizes; all others are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_shift_kernels.layout import SCALE_BYTES
+
+from sglang_shift.config import ShiftConfig
+from sglang_shift.errors import Refusal
+from sglang_shift.models.families import FAMILIES
+from sglang_shift.models.fields import check_fields
+from sglang_shift.models.heads import Heads
+
+CLASS_DISABLED = Refusal(
+    "SGLANG_DISABLED_MODEL_ARCHS={module} keeps SGLang from its own {name}; unset it",
+    "SGLang would serve the model by transformers' code, without a word.",
+)
+ARCHITECTURE = Refusal(
+    "architecture {name} is not served with sequence parallelism; these are: {names}",
+    f"Every mode is tested for {', '.join(FAMILIES)}. For others it is not.",
+)
+QUANTIZED = Refusal(
+    "quantized weights ({method}) are not served with sequence parallelism yet; use an unquantized checkpoint",
+    "Quantized weights are not assembled yet.",
+)
+NOT_TEXT = Refusal(
+    "{name} is served for text generation only",
+    "Embedding and multimodal models are not tested.",
+)
+HEADS = Refusal(
+    "--tp-size {P} does not divide the model's {N} attention heads; choose a divisor of {N}",
+    "Every rank has the same number of heads.",
+)
+KV_HEADS = Refusal(
+    "--tp-size {P} and the model's {N} KV heads do not divide each other; choose another size",
+    "KV heads are divided among the ranks, or replicated, evenly.",
+)
+INTERMEDIATE_SIZE = Refusal(
+    "--tp-size {P} does not divide the model's intermediate size {N}",
+    "Every rank has an equal part of the MLP.",
+)
+FP8_WIDTH = Refusal(
+    f"--shift-exchange-dtype fp8 takes a multiple of {SCALE_BYTES} columns, and with --tp-size {{P}} a rank has {{N}} "
+    "of {projection}; give auto",
+    "The scales behind the columns must stay aligned.",
+)
+
+
+def check_registry(name: str) -> None:
+    """Check that SGLang may import its own class; the rank checks which one it loaded.
+
+    Raises:
+        Refused: it may not, and would serve the model by transformers' code without a word.
+    """
+    from sglang.srt.environ import envs
+
+    module = FAMILIES[name].module
+    if module in envs.SGLANG_DISABLED_MODEL_ARCHS.get():
+        raise CLASS_DISABLED(module=module, name=name)
+
+
+def check_model(model_config: Any, config: ShiftConfig) -> None:
+    """Check that the model is one that every mode serves, at this size.
+
+    Raises:
+        Refused: with the reason.
+    """
+    hf_config = model_config.hf_config
+    name = (getattr(hf_config, "architectures", None) or ["unknown"])[0]
+    if name not in FAMILIES:
+        raise ARCHITECTURE(name=name, names=", ".join(FAMILIES))
+    check_registry(name)
+    if model_config.quantization is not None or getattr(hf_config, "quantization_config", None):
+        raise QUANTIZED(method=model_config.quantization or "quantization_config")
+    if not model_config.is_generation or model_config.is_multimodal:
+        raise NOT_TEXT(name=name)
+    check_fields(hf_config, model_config.context_len)
+    world_size = config.world_size
+    heads = Heads(model_config.num_attention_heads, model_config.get_total_num_kv_heads())
+    if not heads.divides_queries(world_size):
+        raise HEADS(P=world_size, N=heads.query)
+    if not heads.divides_kv(world_size):
+        raise KV_HEADS(P=world_size, N=heads.kv)
+    intermediate = hf_config.intermediate_size
+    if intermediate % world_size:
+        raise INTERMEDIATE_SIZE(P=world_size, N=intermediate)
+    if config.exchange_dtype == "fp8":
+        shard = heads.of_rank(world_size)
+        for projection, count in (("QKV", shard.qkv), ("O", shard.query)):
+            width = count * model_config.head_dim
+            if width % SCALE_BYTES:
+                raise FP8_WIDTH(P=world_size, N=width, projection=projection)

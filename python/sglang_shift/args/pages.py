@@ -1,0 +1,126 @@
+"""The pages that are written from the code: ``docs/flags.md`` and ``docs/refusals.md``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from types import ModuleType
+
+from sglang_shift.args import gemm_backend, graph_memory, model_check, refusals, sp_size
+from sglang_shift.errors import Refusal
+from sglang_shift.flags import AUTO, EXCHANGE_DTYPES, EXCHANGES, FLAGS, POLICIES, Flag, Need
+from sglang_shift.models import families, fields
+from sglang_shift.parallel.exchange import choose
+from sglang_shift.policy import builtin
+from sglang_shift.weights import base_weights
+
+FLAGS_PAGE = """# Flags
+
+<!-- Written by `python -m sglang_shift.args flags`; do not edit. -->
+
+P is SGLang's `--tp-size`. In Python and in a `--config` file, names have underscores (`sp_size`, `shift_policy`).
+All nodes must be started with the same values. [usage.md](usage.md) helps to choose them, and
+[refusals.md](refusals.md) lists what is refused.
+
+{sections}
+"""
+
+FLAG_SECTIONS = {
+    Need.NOTHING: (
+        "Parallelism",
+        "Either of these flags turns `sglang_shift` on. Without both, all is stock SGLang.",
+    ),
+    Need.SP: ("SP mode", f"These flags need {Need.SP}."),
+    Need.SWITCHING: ("The policy", f"These flags need {Need.SWITCHING}."),
+}
+"""Heading and first sentence of each table of flags."""
+
+REFUSALS_PAGE = """# What is refused
+
+<!-- Written by `python -m sglang_shift.args refusals`; do not edit. -->
+
+With `--sp-size` or `--enable-shift-parallel`, the server refuses what it cannot serve correctly. It refuses almost all
+of it before any process starts. The launcher then prints one sentence, which says what was given, what is wrong and
+what to do, and ends with exit code 2. In the messages below, words in italics and the letters M, N, P and S stand for
+values.
+
+## Features of SGLang
+
+The message is: {message}
+
+{features}
+
+{sections}
+"""
+
+REFUSAL_SECTIONS: dict[str, tuple[ModuleType, ...]] = {
+    "Flags": (refusals, builtin),
+    "`--sp-size auto`": (sp_size,),
+    "The model": (model_check, fields, families, base_weights),
+    "The exchange": (choose,),
+    "CUDA graphs and matrix products": (graph_memory, gemm_backend),
+}
+"""Headings, and the modules whose refusals they list."""
+
+VALUES = "|".join((AUTO, "off", *POLICIES, *EXCHANGES, *EXCHANGE_DTYPES, "[A-Z]", r"\d+"))
+CODE = re.compile(
+    r"(?P<kept>\[[^]]*\]\([^)]*\)|`[^`]*`)"
+    rf"|--[a-z][\w-]*(?: (?:{VALUES})\b(?!:))?|\bSGLANG_\w+|\b\w+ForCausalLM\b|module:Class"
+)
+"""Flags, variables and classes. Links and what is code already are kept."""
+
+
+def flags_page() -> str:
+    """All flags, in a table for each need."""
+    sections = []
+    for need, (title, sentence) in FLAG_SECTIONS.items():
+        flags = [flag for flag in FLAGS if flag.need is need]
+        text = code(sentence)
+        if live := [code(flag.option) for flag in flags if flag.live]:
+            link = "[at run time](usage.md#change-the-policy-at-run-time)"
+            text += f" The values of these can be changed {link}: {', '.join(live)}."
+        sections.append(f"## {title}\n\n{text}\n\n{table(('Flag', 'Default', 'Meaning'), map(_flag_row, flags))}")
+    return FLAGS_PAGE.format(sections="\n\n".join(sections))
+
+
+def _flag_row(flag: Flag) -> tuple[str, str, str]:
+    value = "" if flag.type is bool else " " + (f"{{{','.join(flag.choices)}}}" if flag.choices else flag.placeholder)
+    more = f"[More]({flag.more})." if flag.more else ""
+    meaning = " ".join(filter(None, (code(flag.meaning), flag.limits, more)))
+    return ", ".join(f"`{option}{value}`" for option in flag.options), code(flag.default) or "off", meaning
+
+
+def refusals_page() -> str:
+    """All refusals, in a table for each section."""
+    features = [(code(feature.name), code(feature.why)) for feature in refusals.FEATURES]
+    sections = []
+    for title, modules in REFUSAL_SECTIONS.items():
+        rows = [(message_of(r), code(r.why)) for m in modules for r in refusals_of(m) if r is not refusals.FEATURE]
+        sections.append(f"## {title}\n\n{table(('Message', 'Why'), rows)}")
+    return REFUSALS_PAGE.format(
+        message=message_of(refusals.FEATURE),
+        features=table(("Feature", "Reason"), features),
+        sections="\n\n".join(sections),
+    )
+
+
+def refusals_of(module: ModuleType) -> list[Refusal]:
+    """The refusals that a module declares, in their order."""
+    return [value for value in vars(module).values() if isinstance(value, Refusal)]
+
+
+def message_of(refusal: Refusal) -> str:
+    """A message with the names of its values in place of the values."""
+    with_letters = re.sub(r"{([A-Z])}", r"\1", refusal.message)
+    return re.sub(r"{(\w+)}", lambda name: f"*{name[1].replace('_', ' ')}*", code(with_letters))
+
+
+def code(text: str) -> str:
+    """Plain text with flags and the like as code."""
+    return CODE.sub(lambda match: match[0] if match["kept"] else f"`{match[0]}`", text)
+
+
+def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])

@@ -1,0 +1,236 @@
+"""Our flags, each defined once: whatever lists them, or needs to know one of them, reads this table.
+
+``python -m sglang_shift.args flags`` prints ``docs/flags.md`` from it. Nothing here imports SGLang, because every
+``sglang serve`` reads the table to find out whether one of our flags was given.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from types import UnionType
+from typing import Any
+
+from sglang_shift.config import ShiftConfig
+
+AUTO = "auto"
+POLICIES = ("calibrated", "queue-depth", "tokens", "tp", "sp")
+"""The policies that come with the package. SGLang's numeric interface knows each by its place here."""
+EXCHANGES = (AUTO, "flashinfer", "collective")
+EXCHANGE_DTYPES = (AUTO, "fp8")
+"""What an exchange sends: activations as they are, or quantized."""
+
+
+class Need(StrEnum):
+    """The flags without which a flag would have no effect."""
+
+    NOTHING = ""
+    SP = "--sp-size or --enable-shift-parallel"
+    SWITCHING = "--enable-shift-parallel"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag. It is a field of the server arguments, and all ranks must have the same value.
+
+    Attributes:
+        name: The field of the server arguments.
+        setting: The field of :class:`sglang_shift.config.ShiftConfig`.
+        type: Of its value, as Python has it; ``bool`` is a flag without a value.
+        meaning: Plain text for ``--help`` and the page of flags.
+        default: What holds if it is not given, in words; empty for off.
+        placeholder: What stands for its value in the page of flags.
+        need: Without which other flags it is refused.
+        without: What does not happen without those, if it is a setting of SP mode.
+        policies: The policies that use it; empty if it is not a setting of a policy.
+        live: Whether ``/set_internal_state`` can change it.
+        aliases: Its other names on the command line.
+        choices: Its values, if there are no others.
+        parse: Reads its value from a command line, if ``type`` does not.
+        resolvable: Whether our resolution may replace its value.
+        more: Where the documents say more, relative to ``docs/``.
+    """
+
+    name: str
+    setting: str
+    type: type | UnionType
+    meaning: str
+    default: str = ""
+    placeholder: str = "N"
+    need: Need = Need.NOTHING
+    without: str = ""
+    policies: tuple[str, ...] = ()
+    live: bool = False
+    aliases: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    parse: Callable[[str], Any] | None = None
+    resolvable: bool = False
+    more: str = ""
+
+    @property
+    def option(self) -> str:
+        """Its name on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """All its names on the command line."""
+        return (self.option, *self.aliases)
+
+    @property
+    def help(self) -> str:
+        """The text for ``--help``."""
+        parts = [self.meaning, self.limits]
+        if self.need:
+            parts.append(f"It needs {self.need}.")
+        if self.default:
+            parts.append(f"Default: {self.default}.")
+        return " ".join(filter(None, parts))
+
+    @property
+    def limits(self) -> str:
+        """The policies that it is for, in a sentence; empty if it is for all."""
+        if not self.policies:
+            return ""
+        return f"It is only for the {'policies' if len(self.policies) > 1 else 'policy'} {' and '.join(self.policies)}."
+
+
+def parse_sp_size(text: str) -> int | str:
+    """The value of ``--sp-size`` on a command line or in a ``--config`` file.
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither a whole number nor ``auto``.
+    """
+    if text.strip() == AUTO:
+        return AUTO
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a whole number of ranks nor '{AUTO}'") from None
+
+
+def _queue_flag(setting: str, meaning: str) -> Flag:
+    return Flag(
+        "shift_" + setting,
+        setting,
+        int,
+        meaning,
+        default=str(getattr(ShiftConfig, setting)),
+        need=Need.SWITCHING,
+        policies=("queue-depth",),
+        live=True,
+    )
+
+
+FLAGS = (
+    Flag(
+        "sp_size",
+        "sp_size",
+        int | str,
+        "Ulysses sequence parallelism (SP) over S ranks. S divides --tp-size P. With auto, S is the largest one whose "
+        "weights fit beside the KV pool. The base configuration is SP = S, TP = P/S. Without --enable-shift-parallel, "
+        "every step runs in the base configuration.",
+        default="auto with --enable-shift-parallel (on a CPU: P), else none",
+        placeholder="S",
+        aliases=("--sequence-parallel-size",),
+        parse=parse_sp_size,
+        resolvable=True,
+        more="usage.md#choose-p-and-s",
+    ),
+    Flag(
+        "enable_shift_parallel",
+        "switching",
+        bool,
+        "Shift Parallelism: each step runs in full tensor parallelism (TP) over P ranks or in the base configuration, "
+        "as --shift-policy decides.",
+    ),
+    Flag(
+        "shift_policy",
+        "policy",
+        str,
+        f"How the mode of a step is chosen: {', '.join(POLICIES)}, or a class of your own as module:Class. calibrated "
+        "takes the faster mode by step times that are measured at start-up. queue-depth takes SP for many tokens, and "
+        "for prefills while the queue is deep. tokens takes SP if the step has more tokens than --shift-threshold. tp "
+        "and sp take that mode for every step.",
+        default="calibrated",
+        placeholder="NAME",
+        need=Need.SWITCHING,
+        live=True,
+        resolvable=True,
+        more="usage.md#the-mode-selector",
+    ),
+    Flag(
+        "shift_threshold",
+        "threshold",
+        int,
+        "A step with more tokens than this runs in SP. Given without --shift-policy, this flag selects the policy "
+        "tokens.",
+        default=str(ShiftConfig.threshold),
+        need=Need.SWITCHING,
+        policies=("tokens", "queue-depth"),
+        live=True,
+        resolvable=True,
+    ),
+    _queue_flag("enter_requests", "The queue is deep if at least this many requests wait."),
+    _queue_flag("leave_requests", "The queue can be short again only if fewer requests than this wait."),
+    _queue_flag("enter_tokens", "The queue is deep if at least this many prompt tokens are pending."),
+    _queue_flag("leave_tokens", "The queue can be short again only if fewer prompt tokens than this are pending."),
+    Flag(
+        "shift_calibration",
+        "calibration",
+        str,
+        "Where the step times come from. auto: saved ones for this model, hardware and versions; if there are none, "
+        "they are measured and saved. off: there are none, and the default policy is tokens. FILE: that file; if it "
+        "does not exist, the times are measured and written to it.",
+        default="auto",
+        placeholder="{auto,off,FILE}",
+        need=Need.SWITCHING,
+        policies=("calibrated",),
+        resolvable=True,
+        more="usage.md#calibration",
+    ),
+    Flag(
+        "shift_exchange",
+        "exchange",
+        str,
+        "What exchanges the sequence around attention in SP. flashinfer: FlashInfer's Ulysses communicator (an NVLink "
+        "kernel, or NCCL), on the GPUs of one node, for S = 2, 4, 6 or 8. collective: an all-to-all with a copy before "
+        "or after it, anywhere. auto: flashinfer if it has NVLink between all ranks of an SP group, else collective.",
+        default="auto",
+        need=Need.SP,
+        without="nothing is exchanged",
+        choices=EXCHANGES,
+        more="usage.md#the-exchange",
+    ),
+    Flag(
+        "shift_exchange_dtype",
+        "exchange_dtype",
+        str,
+        "What that exchange sends. auto: activations as they are. fp8: activations rounded to e4m3 (3 bits of "
+        "mantissa), with a scale for each row, which is about half of the bytes of bfloat16. The exchange is then "
+        "collective.",
+        default="auto",
+        need=Need.SP,
+        without="nothing is exchanged",
+        choices=EXCHANGE_DTYPES,
+        more="usage.md#the-exchange",
+    ),
+    Flag(
+        "shift_graph_buckets",
+        "graph_buckets",
+        int,
+        "CUDA graphs are captured in SP for at most this many batch sizes, and for at most as many sizes of prefills. "
+        "If SGLang has more sizes, they are thinned out from the largest down. With 0, SP steps run eagerly, which is "
+        "slow for small ones on a GPU.",
+        default="all sizes that the policy may run in SP",
+        need=Need.SP,
+        without="no step is in SP",
+        more="usage.md#cuda-graphs",
+    ),
+)
+
+BY_NAME = {flag.name: flag for flag in FLAGS}
+LIVE_NUMBERS = tuple(flag for flag in FLAGS if flag.live and flag.type is int)
+"""The numbers of the policies: tokens or requests, 0 or more."""
