@@ -91,8 +91,8 @@ def yarn_of_sglang(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-@relies_on("sglang.srt.layers.rotary_embedding.factory:get_rope", "it says which parameters of a rope SGLang reads")
 @rule("a parameter of the rope that is not in the table above", "SGLang and transformers read it differently.")
+@relies_on("sglang.srt.layers.rotary_embedding.factory:get_rope", "it says which parameters of a rope SGLang reads")
 def unknown_parameter(checkpoint: Checkpoint) -> str | None:
     """Parameters of the type that both read are in :data:`ROPE_PARAMETERS`."""
     kind, rope = checkpoint.rope_type, checkpoint.rope
