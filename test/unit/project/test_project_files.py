@@ -139,6 +139,12 @@ def test_the_tiers_are_declared_and_explained():
         assert re.search(r"\./scripts/test\.sh(?! +-)", text) and "./scripts/test.sh --all" in text, name
 
 
+def test_the_folders_of_unit_tests_are_rooms():
+    package = REPO / "python" / "sglang_shift"
+    folders = {file.name for file in (REPO / "test" / "unit").iterdir() if file.is_dir() and any(file.glob("*.py"))}
+    assert folders - {"kernels", "project"} <= {file.name for file in package.iterdir() if file.is_dir()}
+
+
 def test_the_workflow_runs_the_fast_tier():
     job = yaml.safe_load((REPO / ".github" / "workflows" / "test.yml").read_text())["jobs"]["fast"]
     assert [step["run"] for step in job["steps"] if "run" in step] == ["./scripts/setup.sh test", "./scripts/test.sh"]
