@@ -134,6 +134,7 @@ def test_frontend_language(server):
     assert state["choice"] == "None"
 
 
+@pytest.mark.full
 def test_bench_serving(server, tmp_path):
     server.flush_cache()
     out = tmp_path / "bench.jsonl"

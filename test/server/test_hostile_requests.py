@@ -25,6 +25,7 @@ def server(servers):
 
 @pytest.fixture(scope="module")
 def expected(server):
+    server.flush_cache()
     before = server.state["steps"]
     answers = [server.generate(ids, 4).tokens for ids in NORMAL]
     after = server.state["steps"]

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import setproctitle
+
 CONTEXT = multiprocessing.get_context("forkserver")
 IMPORTS = [
     "sglang.srt.entrypoints.http_server", "sglang.srt.managers.scheduler", "sglang.srt.managers.detokenizer_manager",
@@ -64,6 +66,7 @@ class ForkedProcess:
 def run_as_command(arguments: list[str], env: dict[str, str], log: str) -> None:
     """In the forked process: what starting a command gives it, then the program."""
     os.setsid()
+    setproctitle.setproctitle(" ".join(arguments))  # before the environment moves: ranks could not name themselves
     with open(log, "wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
