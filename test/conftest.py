@@ -12,14 +12,46 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["SGLANG_SHIFT_CACHE_DIR"] = tempfile.mkdtemp(prefix="sglang_shift_test_")
 
 import pytest
-from harness import Answer, ServerPool
+from harness import Answer, Server, ServerPool
 from prompts import prompts
 
 FLOAT32 = ("--dtype", "float32")
+POOL = ServerPool()
 
 
 def pytest_unconfigure():
     shutil.rmtree(os.environ["SGLANG_SHIFT_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.hookimpl(trylast=True)  # pytest itself groups the parameters of a module's fixtures before
+def pytest_collection_modifyitems(items):
+    """Tests whose marker names the same server run together, at the place of the first: it is started once."""
+    places = {}
+
+    def place(entry):
+        index, item = entry
+        marker = item.get_closest_marker("server")
+        return places.setdefault(marker.args, index) if marker and marker.args else index
+
+    items[:] = [item for _, item in sorted(enumerate(items), key=place)]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failure shows the end of the server's log; a server that hung is not asked again."""
+    report = yield
+    if report.failed and "servers" in item.fixturenames and POOL.server is not None:
+        report.sections.append((f"log of the server {' '.join(POOL.server.flags)}", POOL.server.tail()))
+        if "from pytest-timeout" in str(call.excinfo.value):
+            POOL.stop()
+    return report
+
+
+def pytest_terminal_summary(terminalreporter):
+    if Server.started:
+        terminalreporter.write_line(
+            f"{len(Server.started)} servers started, {sum(Server.started):.0f} s until they were ready"
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +66,8 @@ def environment():
 
 @pytest.fixture(scope="session")
 def servers():
-    pool = ServerPool()
-    yield pool
-    pool.stop()
+    yield POOL
+    POOL.stop()
 
 
 class Reference:

@@ -10,7 +10,7 @@ from families import FAMILIES, make_model
 from harness import Answer
 from prompts import assert_same_answers
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.full]
 
 NEW_TOKENS = 16
 LENGTHS = [1, 2, 3, 5, 17, 64, 101, 200]

@@ -10,7 +10,7 @@ import sys
 import psutil
 import pytest
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.full]
 
 
 def test_smoke(servers, tmp_path):

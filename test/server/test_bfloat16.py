@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.full]
 
 
 def errors(server, reference) -> float:

@@ -48,6 +48,7 @@ def default_policy(server):
     server.set(shift_policy="calibrated")
 
 
+@pytest.mark.full
 def test_a_calibration_that_is_interrupted_leaves_nothing_behind(servers, folder):
     servers.stop()
     server = Server(list(FLAGS), env={"SGLANG_SHIFT_CACHE_DIR": str(folder / "cache")})
@@ -248,6 +249,7 @@ def test_profiler_spans_carry_the_mode(server, folder, default_policy):
     assert spans == {"sglang_shift sp step", "sglang_shift tp step"}
 
 
+@pytest.mark.full
 def test_a_drifted_calibration_is_renewed_while_the_server_idles(servers, folder, reference, tmp_path):
     """Lap by lap, with slots of the real pool. Requests that arrive meanwhile are answered as ever."""
     [file] = folder.glob("cache/*.json")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.full]
 
 # In a process of its own: an engine holds the process's signal handlers and environment.
 PROGRAM = """

@@ -7,22 +7,21 @@ cores in CI, and a step takes a tenth of a second.)
 from __future__ import annotations
 
 import pytest
+from harness import TWO_RANKS, shift_flags
 from prompts import assert_same_answers
 
-pytestmark = pytest.mark.server
-
-# (P, S): SP only; SP with TP inside; more ranks than the model's 2 KV heads.
-LAYOUTS = [(2, 2), (4, 4), (4, 2), (8, 8)]
+# (P, S): SP only; SP with TP inside, and more ranks than the model's 2 KV heads; the other layouts.
+LAYOUTS = [
+    pytest.param((2, 2), marks=pytest.mark.server(*TWO_RANKS)),
+    pytest.param((4, 2), marks=pytest.mark.server),
+    pytest.param((4, 4), marks=[pytest.mark.server, pytest.mark.full]),
+    pytest.param((8, 8), marks=[pytest.mark.server, pytest.mark.full]),
+]
 
 
 @pytest.fixture(scope="module", params=LAYOUTS, ids=lambda p: f"P{p[0]}-S{p[1]}")
 def server(request, reference, servers):
-    world, sp = request.param
-    return servers.get(
-        "--dtype", "float32", "--tp-size", str(world), "--sp-size", str(sp), "--enable-shift-parallel",
-        "--shift-policy", "tokens",
-        "--shift-threshold", "64",
-    )  # fmt: skip
+    return servers.get(*shift_flags(*request.param))
 
 
 @pytest.fixture

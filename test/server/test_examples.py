@@ -12,7 +12,7 @@ import threading
 import pytest
 from harness import REPO, SUPPORT
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.full]
 
 EXAMPLES = REPO / "examples"
 FLAGS = (

@@ -9,7 +9,7 @@ import statistics
 
 import pytest
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.full]
 
 TOKENS = 65
 SENT = 4 * 33 * (192 + 16 + 128 + 16)

@@ -11,23 +11,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
-from harness import Answer
+from harness import MIXED_CHUNKS, SMALL_CHUNKS, Answer
 from prompts import assert_same_answers
 
-pytestmark = pytest.mark.server
-
-# Small chunks and a threshold above the decoding batches: prompts are prefilled in SP, decoded in TP.
-FLAGS = [
-    "--dtype", "float32", "--tp-size", "2", "--enable-shift-parallel", "--shift-threshold", "20",
-    "--chunked-prefill-size", "128",
-]  # fmt: skip
 VARIANTS = {
-    "mixed chunks, overlap": [*FLAGS, "--enable-mixed-chunk"],
-    "no overlap": [*FLAGS, "--disable-overlap-schedule"],
+    "mixed chunks, overlap": MIXED_CHUNKS,
+    "no overlap": (*SMALL_CHUNKS, "--disable-overlap-schedule"),
+}
+MARKS = {
+    "mixed chunks, overlap": [pytest.mark.server(*MIXED_CHUNKS)],
+    "no overlap": [pytest.mark.server, pytest.mark.full],
 }
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=MARKS[name]) for name in VARIANTS])
 def server(request, reference, servers):
     return servers.get(*VARIANTS[request.param])
 
@@ -137,6 +134,7 @@ def test_frontend_language(server):
     assert state["choice"] == "None"
 
 
+@pytest.mark.full
 def test_bench_serving(server, tmp_path):
     server.flush_cache()
     out = tmp_path / "bench.jsonl"

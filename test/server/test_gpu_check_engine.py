@@ -45,6 +45,7 @@ def kept(monkeypatch):
 
 
 @pytest.mark.server
+@pytest.mark.full
 def test_two_ranks_answer_as_one(servers, kept, tmp_path):
     servers.stop()
     record = Record(folder=tmp_path)
@@ -68,6 +69,7 @@ def test_two_ranks_answer_as_one(servers, kept, tmp_path):
 
 
 @pytest.mark.server
+@pytest.mark.full
 def test_a_server_that_does_not_start(servers, tmp_path):
     servers.stop()
     record = Record(folder=tmp_path)

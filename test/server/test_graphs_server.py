@@ -9,7 +9,7 @@ from sglang_shift.tools.gpu_check.comparison import Comparison, Contender
 from sglang_shift.tools.gpu_check.record import Record
 from sglang_shift.tools.servers import Server
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.full]
 
 DECODE, PREFILL = [1, 2, 4, 8, 12], [4, 16, 64, 250, 1000, 2048]
 

@@ -9,13 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
+from harness import MIXED_CHUNKS
 
-pytestmark = pytest.mark.server
+pytestmark = pytest.mark.server(*MIXED_CHUNKS)
 
-FLAGS = [
-    "--dtype", "float32", "--tp-size", "2", "--enable-shift-parallel", "--shift-threshold", "20",
-    "--chunked-prefill-size", "128", "--reasoning-parser", "qwen3", "--enable-metrics",
-]  # fmt: skip
 IDS = list(range(200, 230))
 VOCAB = 4096
 NORMAL = [list(range(100, 140)), list(range(100, 105))]  # prefilled in SP, in TP; decoded in TP
@@ -23,11 +20,12 @@ NORMAL = [list(range(100, 140)), list(range(100, 105))]  # prefilled in SP, in T
 
 @pytest.fixture(scope="module")
 def server(servers):
-    return servers.get(*FLAGS)
+    return servers.get(*MIXED_CHUNKS)
 
 
 @pytest.fixture(scope="module")
 def expected(server):
+    server.flush_cache()
     before = server.state["steps"]
     answers = [server.generate(ids, 4).tokens for ids in NORMAL]
     after = server.state["steps"]

@@ -6,15 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from harness import SMALL_CHUNKS
 from safetensors.torch import load_file
 from sglang_shift.models.demo import demo_model_path
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.full]
 
-FLAGS = [
-    "--dtype", "float32", "--tp-size", "2", "--enable-shift-parallel", "--shift-threshold", "20",
-    "--chunked-prefill-size", "128", "--disable-radix-cache",
-]  # fmt: skip
+FLAGS = (*SMALL_CHUNKS, "--disable-radix-cache")
 PROMPTS = [[n + 7 * i for i in range(n)] for n in (5, 40, 90, 150)]  # in TP, in SP, in SP, in two chunks
 
 

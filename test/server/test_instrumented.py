@@ -13,7 +13,7 @@ import pytest
 from harness import SUPPORT
 from sglang_shift.models.demo import demo_model_path
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.full]
 
 FLOAT = 4  # bytes
 CONFIG = json.loads(Path(demo_model_path(), "config.json").read_text())

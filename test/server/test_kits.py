@@ -6,14 +6,13 @@ import unittest
 from types import SimpleNamespace
 
 import pytest
+from harness import TWO_RANKS
 from sglang.test.kits.abort_timeout_kit import AbortAllMixin, RunningTimeoutTwoWaveMixin, WaitingTimeoutMixin
 from sglang.test.kits.basic_api_contract_kit import BasicAPIContractMixin
 from sglang.test.kits.matched_stop_kit import MatchedStopMixin
 from sglang.test.kits.pause_generation_kit import PauseResumeInPlaceMixin
 from sglang_shift.models.demo import demo_model_path
 from transformers import AutoTokenizer
-
-pytestmark = pytest.mark.server
 
 SHIFT = ("--tp-size", "2", "--enable-shift-parallel", "--shift-threshold", "8", "--max-running-requests")
 
@@ -22,17 +21,20 @@ SHIFT = ("--tp-size", "2", "--enable-shift-parallel", "--shift-threshold", "8", 
 def attach(request, servers):
     """Give the kits their `base_url` and `process`."""
     server = servers.get(*request.cls.flags, env=getattr(request.cls, "env", {}))
+    server.set_policy("tokens", 8)
     request.cls.base_url = server.url
     request.cls.process = SimpleNamespace(poll=server.process.poll)
+    before = server.state["steps"]
     yield
-    assert min(server.state["steps"].values()) > 0
+    assert all(steps > before[mode] for mode, steps in server.state["steps"].items())
 
 
+@pytest.mark.server(*TWO_RANKS)
 @pytest.mark.usefixtures("attach")
 class TestContractAbortPauseStop(
     BasicAPIContractMixin, AbortAllMixin, PauseResumeInPlaceMixin, MatchedStopMixin, unittest.TestCase
 ):
-    flags = (*SHIFT, "32")
+    flags = TWO_RANKS
     model = "default"
     pause_num_requests = 16
     pause_max_new_tokens = 256
@@ -56,6 +58,8 @@ class TestContractAbortPauseStop(
         self._run_chat_completions_generation(prompt=question, max_tokens=1000, finish_reason="stop", matched_stop=ends)
 
 
+@pytest.mark.server
+@pytest.mark.full
 @pytest.mark.usefixtures("attach")
 class TestWaitingTimeout(WaitingTimeoutMixin, unittest.TestCase):
     flags = (*SHIFT, "1")
@@ -68,6 +72,8 @@ class TestWaitingTimeout(WaitingTimeoutMixin, unittest.TestCase):
         assert requests.post(self.base_url + "/generate", json=body, timeout=60).status_code == 200
 
 
+@pytest.mark.server
+@pytest.mark.full
 @pytest.mark.usefixtures("attach")
 class TestRunningTimeout(RunningTimeoutTwoWaveMixin, unittest.TestCase):
     flags = (*SHIFT, "16")

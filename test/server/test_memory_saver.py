@@ -12,7 +12,7 @@ from sglang_shift.tools.gpu_check.memory import check_release
 from sglang_shift.tools.gpu_check.record import Record
 from sglang_shift.tools.servers import Server
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.full]
 
 FLAGS = ("--dtype", "float32", "--tp-size", "2", "--enable-shift-parallel", "--shift-policy", "tokens")
 MODES = ("tp", "sp")

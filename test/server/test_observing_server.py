@@ -8,7 +8,7 @@ import time
 import pytest
 import requests
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.full]
 
 SHIFT = ("--tp-size", "2", "--enable-shift-parallel", "--shift-threshold", "8")
 BODY = {"input_ids": list(range(50, 70)), "sampling_params": {"max_new_tokens": 4, "temperature": 0}}

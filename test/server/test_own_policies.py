@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import requests
 from diverging_server import TRIGGER
-from harness import SUPPORT
+from harness import SUPPORT, left_after_a_while
 from prompts import assert_same_answers
-from test_failures import left_after_a_while
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.full]
 
 FLAGS = ("--dtype", "float32", "--tp-size", "2", "--enable-shift-parallel")
 POLICY = """

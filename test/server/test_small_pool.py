@@ -11,7 +11,7 @@ import pytest
 from prompts import assert_same_answers
 from sglang_shift.models.demo import demo_model_path
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.full]
 
 NEW_TOKENS = 200  # six requests of about 60 + 200 tokens do not fit a pool of 1,200
 

@@ -14,14 +14,33 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import psutil
 import requests
+from forked_server import ForkedProcess
 
 SUPPORT = Path(__file__).resolve().parent
 REPO = SUPPORT.parent.parent
 COMMAND = ("-m", "sglang_shift.launch_server")
 START_TIMEOUT = 420  # seconds; 8 ranks on 2 cores take minutes to import SGLang
+
+
+def shift_flags(world: int, sp: int) -> tuple[str, ...]:
+    """Flags of a server that switches between TP of ``world`` ranks and SP; its tests set the policy."""
+    return (
+        "--dtype", "float32", "--tp-size", str(world), "--sp-size", str(sp), "--enable-shift-parallel",
+        "--shift-policy", "tokens", "--shift-threshold", "64",
+    )  # fmt: skip
+
+
+TWO_RANKS = shift_flags(2, 2)
+# Prompts are prefilled in SP, in chunks, and decoded in TP: the threshold is above the decoding batches.
+SMALL_CHUNKS = (
+    "--dtype", "float32", "--tp-size", "2", "--enable-shift-parallel", "--shift-threshold", "20",
+    "--chunked-prefill-size", "128",
+)  # fmt: skip
+MIXED_CHUNKS = (*SMALL_CHUNKS, "--enable-mixed-chunk", "--reasoning-parser", "qwen3", "--enable-metrics")
 
 
 def free_port() -> int:
@@ -59,30 +78,34 @@ class Server:
     env: dict[str, str] = field(default_factory=dict)
     forked: bool = False  # start it in a third of the time: see forked_server.py
 
+    started: ClassVar[list[float]] = []  # seconds until each server of this session was ready
+
     def __post_init__(self) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = Path(tempfile.mkstemp(prefix="sglang_shift_", suffix=".log")[1])
         self.process = self._spawn()
 
-    def _spawn(self) -> subprocess.Popen[bytes]:
+    def _spawn(self) -> subprocess.Popen[bytes] | ForkedProcess:
         env = {**os.environ, "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1", "HF_HUB_OFFLINE": "1", **self.env}
-        program = [str(SUPPORT / "forked_server.py"), *self.module] if self.forked else self.module
+        arguments = [*self.module, "--port", str(self.port), "--host", "127.0.0.1", *self.flags]
+        if self.forked:
+            return ForkedProcess(arguments, env, self.log)
         with self.log.open("wb") as log:
             return subprocess.Popen(
-                [sys.executable, *program, "--port", str(self.port), "--host", "127.0.0.1", *self.flags],
-                stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True,
-            )  # fmt: skip
+                [sys.executable, *arguments], stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            )
 
     def wait_ready(self) -> Server:
-        deadline = time.monotonic() + START_TIMEOUT
-        while time.monotonic() < deadline:
+        begin = time.monotonic()
+        while time.monotonic() < begin + START_TIMEOUT:
             if self.process.poll() is not None:
                 raise RuntimeError(f"server {self.flags} exited with {self.process.returncode}:\n{self.tail()}")
             with contextlib.suppress(requests.RequestException):
                 if requests.get(self.url + "/health", timeout=5).status_code == 200:
+                    self.started.append(time.monotonic() - begin)
                     return self
-            time.sleep(0.5)
+            time.sleep(0.2)
         raise RuntimeError(f"server {self.flags} not ready after {START_TIMEOUT} s:\n{self.tail()}")
 
     def tail(self, size: int = 6000) -> str:
@@ -170,6 +193,26 @@ class ServerPool:
         if self.server is not None:
             self.server.stop()
         self.server = self.key = None
+
+
+def session_members(session: int) -> list[int]:
+    """Live processes of a session, zombies not counted."""
+    members = []
+    for p in psutil.process_iter(["pid", "status"]):
+        try:
+            if os.getsid(p.pid) == session and p.info["status"] != psutil.STATUS_ZOMBIE:
+                members.append(p.pid)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return members
+
+
+def left_after_a_while(session: int) -> list[int]:
+    """Processes of a session that do not end within a minute after its leader, as killed ranks should."""
+    deadline = time.monotonic() + 60
+    while (members := session_members(session)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return members
 
 
 def run_ranks(size: int, function: Callable[..., None], *args: Any) -> None:

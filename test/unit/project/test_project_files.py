@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import tomllib
 from xml.etree import ElementTree
 
@@ -90,22 +93,66 @@ def test_versions_are_the_pinned_ones():
     assert re.search(row, (REPO / "CHANGELOG.md").read_text(), re.M), "a row of the table sglang_shift x sglang"
 
 
-def test_hooks_run_the_checks_of_the_tests():
+LINT = ["ruff check", "ruff format", "mypy", "lint-imports"]
+
+
+def test_hooks_run_the_checks_of_the_lint_script():
     hooks = yaml.safe_load((REPO / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     checks = [hook["entry"].removeprefix(".venv/bin/").removeprefix("python -m ") for hook in hooks]
-    assert checks == ["ruff check", "ruff format", "mypy", "lint-imports"]
+    assert checks == LINT
     assert all(hook["language"] == "system" for hook in hooks)
+    lines = re.findall(r"^\.venv/bin/(.*)$", (REPO / "scripts" / "lint.sh").read_text(), re.M)
+    assert [line.removesuffix(" .").removesuffix(" --check") for line in lines] == LINT
 
 
-def test_the_workflow_runs_what_exists():
+@pytest.fixture
+def repository(tmp_path):
+    """The scripts of the tests, in a folder whose interpreter and other scripts only write down how they are called."""
+    for name in (".ci/run", "scripts/test.sh"):
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(REPO / name, tmp_path / name)
+    for name in (".venv/bin/python", "scripts/setup.sh", "scripts/lint.sh", "bin/chromium"):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f'#!/bin/sh\necho "{file.name} $*"\n')
+        file.chmod(0o755)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("command", "calls"),
+    [
+        (["scripts/test.sh"], ["lint.sh ", "python -m pytest --durations=25 -m not full"]),
+        (["scripts/test.sh", "--all"], ["lint.sh ", "python -m pytest --durations=25"]),
+        (["scripts/test.sh", "--all", "-x"], ["lint.sh ", "python -m pytest --durations=25 -x"]),
+        (["scripts/test.sh", "test/unit", "-k", "x"], ["python -m pytest test/unit -k x"]),
+        ([".ci/run"], ["lint.sh ", "python -m pytest --durations=25"]),
+    ],
+    ids=" ".join,
+)
+def test_what_the_tiers_run(repository, command, calls):
+    path = os.pathsep.join([str(repository / "bin"), os.environ["PATH"]])
+    program = [str(repository / command[0]), *command[1:]]
+    done = subprocess.run(program, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["setup.sh test", *calls]
+
+
+def test_the_tiers_are_declared_and_explained():
+    assert any(m.startswith("full:") for m in PROJECT["tool"]["pytest"]["ini_options"]["markers"])
+    for name in ("README.md", "CONTRIBUTING.md"):
+        text = (REPO / name).read_text()
+        assert re.search(r"\./scripts/test\.sh(?! +-)", text) and "./scripts/test.sh --all" in text, name
+
+
+def test_the_folders_of_unit_tests_are_rooms():
+    package = REPO / "python" / "sglang_shift"
+    folders = {file.name for file in (REPO / "test" / "unit").iterdir() if file.is_dir() and any(file.glob("*.py"))}
+    assert folders - {"kernels", "project"} <= {file.name for file in package.iterdir() if file.is_dir()}
+
+
+def test_the_workflow_runs_the_fast_tier():
     job = yaml.safe_load((REPO / ".github" / "workflows" / "test.yml").read_text())["jobs"]["fast"]
-    commands = [step["run"] for step in job["steps"] if "run" in step]
-    assert commands[0] == "./scripts/setup.sh test" and (REPO / "scripts" / "setup.sh").exists()
-    assert [c.replace("python -m ", "").split()[0] for c in commands[1:]] == [
-        ".venv/bin/" + name for name in ("ruff", "mypy", "lint-imports", "pytest")
-    ]
-    assert shlex.split(commands[-1])[3:5] == ["-m", "not server"]
-    assert any(m.startswith("server:") for m in PROJECT["tool"]["pytest"]["ini_options"]["markers"])
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["./scripts/setup.sh test", "./scripts/test.sh"]
     version = next(step["with"]["python-version"] for step in job["steps"] if "setup-python" in step.get("uses", ""))
     assert PROJECT["project"]["requires-python"] == ">=3.11,<3.14" and version in ("3.11", "3.12", "3.13")
 
