@@ -14,9 +14,10 @@ from types import UnionType
 from typing import Any
 
 from sglang_shift.config import ShiftConfig
+from sglang_shift.modes import MODES
 
 AUTO = "auto"
-POLICIES = ("calibrated", "queue-depth", "tokens", "tp", "sp")
+POLICIES = ("calibrated", "queue-depth", "tokens", *(mode.value for mode in MODES))
 """The policies that come with the package. SGLang's numeric interface knows each by its place here."""
 EXCHANGES = (AUTO, "flashinfer", "collective")
 EXCHANGE_DTYPES = (AUTO, "fp8")

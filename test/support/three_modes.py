@@ -22,6 +22,7 @@ from sglang_shift.config import ShiftConfig
 from sglang_shift.cost.calibration import Calibration, CalibrationError, load, save
 from sglang_shift.cost.measure import Measured, StepShape, measure
 from sglang_shift.cost.model import PHASES, CostModel, Curve, Measurement, fit
+from sglang_shift.flags import POLICIES
 from sglang_shift.graphs.mode_graphs import PhaseGraphs
 from sglang_shift.graphs.plan import plan_graphs
 from sglang_shift.modes import MODES, Mode, StepState
@@ -29,7 +30,7 @@ from sglang_shift.observe import routes
 from sglang_shift.observe.events import Finished, StateEvent, StepEvent
 from sglang_shift.observe.hub import Hub
 from sglang_shift.observe.metrics import Metrics
-from sglang_shift.policy.builtin import POLICIES, Calibrated, FixedMode
+from sglang_shift.policy.builtin import Calibrated, FixedMode
 from sglang_shift.policy.probes import EVERY
 from sglang_shift.policy.selector import DOUBTS, DRIFT_STEPS, Drift, ModeSelector, make_policy
 from sglang_shift.runtime.agreement import StepWatch
