@@ -16,7 +16,7 @@ from sglang_shift.policy.builtin import TokenThreshold
 from sglang_shift.tools import servers as processes
 from sglang_shift.tools.gpu_check import comparison, engine, one_gpu
 from sglang_shift.tools.gpu_check.answers import prompts
-from sglang_shift.tools.gpu_check.comparison import EXPECTED, REQUESTS, THRESHOLDS, Comparison, Contender, explained
+from sglang_shift.tools.gpu_check.comparison import EXPECTED, REQUESTS, THRESHOLDS, Comparison, Contender, explain
 from sglang_shift.tools.gpu_check.record import Record
 from sglang_shift.tools.servers import Server
 
@@ -167,16 +167,16 @@ class TestReplays:
 
     def test_all(self):
         now = counters(decode_tp=9, decode_sp=5, prefill_sp=1)
-        assert comparison.unreplayed(self.before, now, "shift") == []
+        assert comparison.replay_problems(self.before, now, "shift") == []
 
     def test_none_in_the_mode(self):
         now = counters(decode_tp=9, decode_sp=5, prefill_sp=1)
-        assert comparison.unreplayed(self.before, now, "sp") == ["no decode replayed a graph in sp"]
+        assert comparison.replay_problems(self.before, now, "sp") == ["no decode replayed a graph in sp"]
 
     def test_none_captured(self):
         now = counters(decode_tp=9, prefill_tp=2)
         now["decode"]["tp"]["sizes"] = []
-        assert comparison.unreplayed(self.before, now, "tp") == ["there are no graphs of a decode in tp"]
+        assert comparison.replay_problems(self.before, now, "tp") == ["there are no graphs of a decode in tp"]
 
     @pytest.mark.parametrize("mode", THRESHOLDS)
     def test_graphs_are_captured_for_the_steps_that_are_expected(self, mode):
@@ -199,8 +199,8 @@ def test_each_threshold_gives_the_modes_that_are_expected(mode):
 
 def test_a_log_is_quoted_by_its_last_line():
     error = ValueError("it failed; the end of a.log:\nfirst\n  last \n")
-    assert explained(error) == "it failed; the end of a.log: last"
-    assert explained(ValueError("one line")) == "one line" and explained(ValueError()) == "ValueError"
+    assert explain(error) == "it failed; the end of a.log: last"
+    assert explain(ValueError("one line")) == "one line" and explain(ValueError()) == "ValueError"
 
 
 class TestOneGpu:

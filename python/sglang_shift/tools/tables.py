@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def aligned(rows: Sequence[Sequence[Any]]) -> str:
+def text_table(rows: Sequence[Sequence[Any]]) -> str:
     """Columns of a small table, the first one to the left; its first row is the heading."""
     texts = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]

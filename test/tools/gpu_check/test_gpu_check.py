@@ -18,7 +18,7 @@ from sglang_shift.tools.gpu_check import checks, command, environment, isolation
 from sglang_shift.tools.gpu_check.catalogue import checks_of
 from sglang_shift.tools.gpu_check.isolation import CheckResult, Isolation
 from sglang_shift.tools.gpu_check.record import Record
-from sglang_shift.tools.tables import aligned
+from sglang_shift.tools.tables import text_table
 
 NO_GPU = "there is none"
 CHECKS = checks_of(checks)
@@ -55,9 +55,9 @@ def test_no_failure_stops_the_rest(tmp_path):
         "the first thing is wrong (and 1 more)",
     ]
     # What was found until then is kept.
-    assert [r.found.rows for r in results[:2]] == [[{"size": 8, "us": 1.5}], [{"size": 16}]]
-    assert results[2].found.rows[0]["size"] == 32 and results[3].found.notes == ["so far, so good"]
-    assert results[0].found.notes == ["all is well"] and len(results[5].found.problems) == 2
+    assert [r.record.rows for r in results[:2]] == [[{"size": 8, "us": 1.5}], [{"size": 16}]]
+    assert results[2].record.rows[0]["size"] == 32 and results[3].record.notes == ["so far, so good"]
+    assert results[0].record.notes == ["all is well"] and len(results[5].record.problems) == 2
     assert "Traceback" in (tmp_path / "raises.log").read_text()
     assert "in test_crashes" in (tmp_path / "crashes.log").read_text(), "where it crashed"
     # The same in junit's XML.
@@ -75,8 +75,8 @@ def test_no_failure_stops_the_rest(tmp_path):
 def test_a_check_that_hangs_ends_with_all_that_it_started(tmp_path):
     hung, after = run(tmp_path, "hangs", "passes-too")
     assert hung.status == "failed" and hung.reason == "it took longer than 6 s"
-    assert hung.found.notes == ["it could clean up"]
-    assert not psutil.pid_exists(hung.found.rows[0]["pid"])
+    assert hung.record.notes == ["it could clean up"]
+    assert not psutil.pid_exists(hung.record.rows[0]["pid"])
     assert after.status == "passed"
     assert "time.sleep(1000)" in (tmp_path / "hangs.log").read_text(), "where it hung"
 
@@ -85,7 +85,7 @@ def test_a_hang_that_no_signal_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "GRACE_SECONDS", 1.0)
     hung, after = run(tmp_path, "hangs-in-a-kernel", "passes-too")
     assert hung.status == "failed" and hung.reason == "it took longer than 6 s"
-    assert not psutil.pid_exists(hung.found.rows[0]["pid"])
+    assert not psutil.pid_exists(hung.record.rows[0]["pid"])
     assert after.status == "passed"
 
 
@@ -93,7 +93,7 @@ def test_a_hang_without_pytest_timeout(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:timeout")
     hung, after = run(tmp_path, "hangs", "passes-too")
     assert hung.status == "failed" and hung.reason == "it took longer than 6 s"
-    assert hung.found.notes == ["it could clean up"]
+    assert hung.record.notes == ["it could clean up"]
     assert after.status == "passed"
 
 
@@ -101,7 +101,7 @@ def test_what_a_crash_leaves_behind_is_ended(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         (crashed,) = run(tmp_path, "crashes")
-        assert crashed.status == "failed" and not psutil.pid_exists(crashed.found.rows[0]["pid"])
+        assert crashed.status == "failed" and not psutil.pid_exists(crashed.record.rows[0]["pid"])
         assert other.poll() is None, "no process of the check's"
     finally:
         other.kill()
@@ -114,7 +114,7 @@ def test_a_check_that_the_time_for_all_ends(tmp_path, monkeypatch):
     cut, late = run(tmp_path, "hangs-long", "passes-too", seconds=8)
     assert cut.status == "failed"
     assert cut.reason == "the 8 s for all checks ended it; give more --minutes, or --only hangs-long"
-    assert cut.found.rows and late.status == "skipped"
+    assert cut.record.rows and late.status == "skipped"
 
 
 def test_what_cannot_run_is_skipped_and_says_why(tmp_path):
@@ -130,13 +130,13 @@ def test_what_cannot_run_is_skipped_and_says_why(tmp_path):
 
 def test_a_check_of_several_ranks(tmp_path):
     (result,) = run(tmp_path, "has-ranks")
-    assert (result.status, result.found.rows) == ("passed", [{"ranks": 2}]), result.reason
+    assert (result.status, result.record.rows) == ("passed", [{"ranks": 2}]), result.reason
 
 
 def test_figures_of_an_earlier_run_are_not_taken_for_this_ones(tmp_path):
     (tmp_path / "skips.jsonl").write_text('{"row": {"old": 1}}\n{"end": {"status": "passed", "reason": ""}}\n')
     (result,) = run(tmp_path, "skips")
-    assert result.status == "skipped" and result.found.rows == []
+    assert result.status == "skipped" and result.record.rows == []
 
 
 @pytest.mark.parametrize(
@@ -253,10 +253,10 @@ def test_every_check_is_there(monkeypatch):
 
 
 def test_the_table():
-    assert aligned([("a", "bytes"), ("long", 7)]) == "a     bytes\nlong      7"
+    assert text_table([("a", "bytes"), ("long", 7)]) == "a     bytes\nlong      7"
     result = CheckResult("gemms", "failed", "x is wrong", 3.21)
-    result.found.problems += ["x is wrong", "y too"]
-    result.found.notes += ["a note", "a table\nof two lines"]
+    result.record.problems += ["x is wrong", "y too"]
+    result.record.notes += ["a note", "a table\nof two lines"]
     assert report.line(result).splitlines() == [
         "gemms              failed      3.2 s",
         "    x is wrong",
@@ -269,8 +269,8 @@ def test_the_table():
 
 def test_a_table_of_many_problems():
     result = CheckResult("engine", "failed", "0 is wrong (and 8 more)")
-    result.found.problems += [f"{i} is wrong" for i in range(9)]
-    result.found.notes.append("a note")
+    result.record.problems += [f"{i} is wrong" for i in range(9)]
+    result.record.notes.append("a note")
     shown = [line.strip() for line in report.line(result).splitlines()[1:]]
     assert shown == [
         "0 is wrong (and 8 more)",
@@ -282,7 +282,7 @@ def test_a_table_of_many_problems():
 
 def test_a_problem_from_before_an_exception():
     result = CheckResult("engine", "failed", "RuntimeError: out of memory")
-    result.found.problems.append("0 is wrong")
+    result.record.problems.append("0 is wrong")
     assert "    0 is wrong" in report.line(result).splitlines()
 
 

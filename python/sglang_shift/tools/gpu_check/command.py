@@ -14,7 +14,7 @@ import pytest
 from sglang_shift.tools.gpu_check import checks, environment, report
 from sglang_shift.tools.gpu_check.catalogue import Check, checks_of
 from sglang_shift.tools.gpu_check.isolation import SESSION, Isolation
-from sglang_shift.tools.tables import aligned
+from sglang_shift.tools.tables import text_table
 
 MODULE = checks
 """Whose test functions are the checks."""
@@ -60,7 +60,7 @@ def listing(chosen: Sequence[Check]) -> str:
     """A line for each check: what it needs, and what it shows."""
     rows = [("name", "GPUs", "at most"), *((c.name, c.gpus, f"{c.limit:.0f} s") for c in chosen)]
     texts = ("", *(f"  {check.text}" for check in chosen))
-    return "\n".join(row + text for row, text in zip(aligned(rows).splitlines(), texts, strict=True))
+    return "\n".join(row + text for row, text in zip(text_table(rows).splitlines(), texts, strict=True))
 
 
 def run(chosen: Sequence[Check], isolation: Isolation, reporter: report.Reporter, junit: Path) -> int:

@@ -81,9 +81,9 @@ class Comparison:
         """
         contenders = [one_rank, *(replace(c, flags=[*c.flags, *SHIFT]) for c in others)]
         with ExitStack() as stack:
-            servers = [stack.enter_context(self._started(c)) for c in contenders if at_once]
+            servers = [stack.enter_context(self._serve(c)) for c in contenders if at_once]
             for i, contender in enumerate(contenders):
-                with nullcontext(servers[i]) if at_once else self._started(contender) as server:
+                with nullcontext(servers[i]) if at_once else self._serve(contender) as server:
                     (self.compare if i else self.take_reference)(contender, server)
 
     def take_reference(self, contender: Contender, server: Server) -> None:
@@ -102,7 +102,7 @@ class Comparison:
             for mode in EXPECTED:
                 self._compare(contender, server, mode)
         except (ShiftError, OSError, ValueError) as error:
-            self.record.problem(f"{contender.label}: {explained(error)}")
+            self.record.problem(f"{contender.label}: {explain(error)}")
 
     def _compare(self, contender: Contender, server: Server, mode: str) -> None:
         set_threshold(server, THRESHOLDS[mode])
@@ -120,18 +120,18 @@ class Comparison:
             exchange=now["exchange"],
             graphs=now["graphs"],
         )
-        said = f"{contender.label}, {mode}"
+        label = f"{contender.label}, {mode}"
         self.record.note(
-            f"{said}: {found.compared} tokens, {found.ties} ties, logprobs within {found.worst:.2g}; "
+            f"{label}: {found.compared} tokens, {found.ties} ties, logprobs within {found.worst:.2g}; "
             f"steps {steps}; exchange {now['exchange']}"
         )
         for problem in found.problems:
-            self.record.problem(f"{said}: {problem}")
+            self.record.problem(f"{label}: {problem}")
         if {name for name, count in steps.items() if count} != set(EXPECTED[mode].values()):
-            self.record.problem(f"{said}: the steps ran as {steps}")
+            self.record.problem(f"{label}: the steps ran as {steps}")
         if contender.graphs:
-            for problem in unreplayed(before["graphs"], now["graphs"], mode):
-                self.record.problem(f"{said}: {problem}")
+            for problem in replay_problems(before["graphs"], now["graphs"], mode):
+                self.record.problem(f"{label}: {problem}")
 
     def _wait(self, contender: Contender, server: Server) -> None:
         start = monotonic()
@@ -139,7 +139,7 @@ class Comparison:
         self.record.row(server=contender.label, waited_seconds=round(monotonic() - start, 1))
 
     @contextmanager
-    def _started(self, contender: Contender) -> Iterator[Server]:
+    def _serve(self, contender: Contender) -> Iterator[Server]:
         words = "".join(c if c.isalnum() else "-" for c in contender.label)
         log = self.record.folder / f"engine-{self.name}-{words}.log"
         server = start([*self.flags, *contender.flags], 0, log, environment=contender.variables)
@@ -165,7 +165,7 @@ def set_threshold(server: Server, threshold: int) -> None:
     call(server.url + "/set_internal_state", body={"server_args": wanted})
 
 
-def unreplayed(before: dict[str, Any], now: dict[str, Any], mode: str) -> list[str]:
+def replay_problems(before: dict[str, Any], now: dict[str, Any], mode: str) -> list[str]:
     """What the counters of graphs say against it that steps replayed some: in each phase, in its mode.
 
     Args:
@@ -188,7 +188,7 @@ def state(server: Server) -> dict[str, Any]:
     return found
 
 
-def explained(error: Exception) -> str:
+def explain(error: Exception) -> str:
     """The sentence of an error, and the last line of the log that it quotes."""
     first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"{first} {rest[-1][:300]}" if rest else first

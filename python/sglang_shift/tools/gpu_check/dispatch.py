@@ -74,12 +74,12 @@ def check_views(record: Record, multiply: Callable[..., torch.Tensor], name: str
         weight = random_weight(Matrix(view.outputs, view.stride, view.stride), torch.bfloat16, device)[:, : view.inputs]
         for rows in ROWS:
             x = random_rows(rows, view.inputs, torch.bfloat16, device)
-            said = f"{name}: {rows} rows times {view}"
+            label = f"{name}: {rows} rows times {view}"
             try:
                 error = error_of(multiply(x, weight, None), x.float() @ weight.float().T)
             except Exception as refusal:  # each kernel refuses in its own way, and each ends a step
-                record.problem(f"{said}: {one_line(refusal)}")
+                record.problem(f"{label}: {one_line(refusal)}")
                 continue
             record.row(backend=name, n=view.outputs, k=view.inputs, stride=view.stride, m=rows, error=error)
             if not error <= TOLERANCE:
-                record.problem(f"{said}: differs by {error:.2g} of its norm")
+                record.problem(f"{label}: differs by {error:.2g} of its norm")

@@ -21,7 +21,7 @@ from sglang_shift.tools.gpu_check import environment, one_gpu
 from sglang_shift.tools.gpu_check.attempts import attempt
 from sglang_shift.tools.gpu_check.ranks import RankGroup
 from sglang_shift.tools.gpu_check.record import Record, Row, one_line
-from sglang_shift.tools.gpu_check.timing import captured, collective_seconds
+from sglang_shift.tools.gpu_check.timing import capture_graph, collective_seconds
 
 ROWS = (1, 5, 128, 1024)
 """Tokens of a rank."""
@@ -90,7 +90,7 @@ def compare(device: torch.device, name: str, dtype: torch.dtype = torch.bfloat16
         row: Row = {"ranks": size, "exchange": exchange.text, "rows": local, "eager_right": trip.right()}
         row["eager_us"] = round(1e6 * collective_seconds(trip.run, device), 1)
         if device.type == "cuda":
-            graph, _ = captured(trip.run)
+            graph, _ = capture_graph(trip.run)
             trip.fill(seed=1)
             graph.replay()
             row["graph_right"] = trip.arrived()

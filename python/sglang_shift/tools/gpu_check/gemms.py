@@ -17,7 +17,7 @@ from sglang_shift.parallel.layout import padded_local_tokens
 from sglang_shift.tools.gpu_check.record import Record
 from sglang_shift.tools.gpu_check.shapes import DEPLOYMENTS, Deployment, Matrix
 from sglang_shift.tools.gpu_check.timing import error_of, seconds_of
-from sglang_shift.tools.tables import aligned
+from sglang_shift.tools.tables import text_table
 
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
 """Of a step. A rank has as many rows in TP, and 1/S of them in SP."""
@@ -74,29 +74,34 @@ def measure(
         view = base[: shard.outputs, : shard.inputs]  # as good as those of the rank's own SP index
         copy = view.contiguous()
         for tokens in steps:
-            said = {"deployment": deployment.name, "projection": projection, "dtype": name_of(dtype), "tokens": tokens}
+            labels = {
+                "deployment": deployment.name,
+                "projection": projection,
+                "dtype": name_of(dtype),
+                "tokens": tokens,
+            }
             rows = random_rows(tokens, shard.inputs, dtype, device)
-            contiguous = _time(record, {**said, "held": "shard"}, rows, copy)
+            contiguous = _time(record, {**labels, "held": "shard"}, rows, copy)
             if shard.is_view:
-                seconds = _time(record, {**said, "held": "view"}, rows, view)
+                seconds = _time(record, {**labels, "held": "view"}, rows, view)
                 if contiguous is not None and seconds is not None:
-                    _check_view(record, said, rows, view, copy)
+                    _check_view(record, labels, rows, view, copy)
                     yield Cost(deployment.name, projection, tokens, seconds, contiguous)
             local = padded_local_tokens(tokens, deployment.sp)
             rows = random_rows(local, base.shape[1], dtype, device)
-            _time(record, {**said, "held": "base"}, rows, base)
+            _time(record, {**labels, "held": "base"}, rows, base)
 
 
-def _time(record: Record, said: dict[str, object], x: torch.Tensor, weight: torch.Tensor) -> float | None:
+def _time(record: Record, labels: dict[str, object], x: torch.Tensor, weight: torch.Tensor) -> float | None:
     """Seconds of one product; None where it is refused."""
     try:
         seconds = seconds_of(lambda: product(x, weight), x.device)
     except (RuntimeError, ValueError) as error:
-        record.row(**said, refused=" ".join(str(error).split())[:200])
+        record.row(**labels, refused=" ".join(str(error).split())[:200])
         return None
     matrix, rows = Matrix(weight.shape[0], weight.shape[1], weight.stride(0)), x.shape[0]
     record.row(
-        **said,
+        **labels,
         n=matrix.outputs,
         k=matrix.inputs,
         stride=matrix.stride,
@@ -109,10 +114,10 @@ def _time(record: Record, said: dict[str, object], x: torch.Tensor, weight: torc
 
 
 def _check_view(
-    record: Record, said: dict[str, object], x: torch.Tensor, view: torch.Tensor, copy: torch.Tensor
+    record: Record, labels: dict[str, object], x: torch.Tensor, view: torch.Tensor, copy: torch.Tensor
 ) -> None:
     if not (off := error_of(product(x, view), product(x, copy))) <= TOLERANCE:
-        record.problem(f"{said}: the view's product differs by {off:.2g} of its norm from the copy's")
+        record.problem(f"{labels}: the view's product differs by {off:.2g} of its norm from the copy's")
 
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -148,11 +153,11 @@ def verdict(costs: list[Cost], dtype: str) -> list[str]:
     """Where the view is free and where a copy would pay, in words and as a table of time over a copy's time."""
     if not costs:
         return [f"{dtype}: no view was taken: every such shard would need a contiguous copy"]
-    dear = [cost for cost in costs if not cost.is_free]
+    slower = [cost for cost in costs if not cost.is_free]
     allowed = f"up to {FREE:g} x a copy's time, or {1e6 * RESOLUTION:g} us more"
-    text = f"{dtype}: a view is free ({allowed}) in {len(costs) - len(dear)} of {len(costs)} cases"
-    if dear:
-        worst = max(dear, key=lambda cost: cost.ratio)
+    text = f"{dtype}: a view is free ({allowed}) in {len(costs) - len(slower)} of {len(costs)} cases"
+    if slower:
+        worst = max(slower, key=lambda cost: cost.ratio)
         where = f"{worst.model}, {worst.projection}, {worst.tokens} tokens"
         text += f"; dearest: {where}: {worst.ratio:.2f} x, which argues for a copy there"
     steps = sorted({cost.tokens for cost in costs})
@@ -161,4 +166,4 @@ def verdict(costs: list[Cost], dtype: str) -> list[str]:
     for model, projection in dict.fromkeys((cost.model, cost.projection) for cost in costs):
         cells = [found.get((model, projection, tokens)) for tokens in steps]
         rows.append([f"{model}: {projection}", *("refused" if ratio is None else f"{ratio:.2f}" for ratio in cells)])
-    return [text, aligned(rows)]
+    return [text, text_table(rows)]

@@ -16,7 +16,7 @@ from sglang_shift.modes import Mode
 from sglang_shift.tools.gpu_check.record import Record
 from sglang_shift.tools.gpu_check.shapes import DEPLOYMENTS, Deployment
 from sglang_shift.tools.gpu_check.stack import Batch, Stack
-from sglang_shift.tools.gpu_check.timing import captured, error_of
+from sglang_shift.tools.gpu_check.timing import capture_graph, error_of
 
 LAYERS = 4
 BATCHES = (Batch(64, 1, 512), Batch(16, 1, 512), Batch(8, 1, 512), Batch(8, 64))
@@ -27,7 +27,7 @@ TOLERANCE = 0.02
 
 
 @dataclass
-class Captured:
+class StepGraph:
     """A graph with the tensors that it reads and writes."""
 
     batch: Batch
@@ -64,7 +64,7 @@ def check_modes_agree(
             record.problem(f"{deployment.name}, {batch}: the modes differ by {error:.2g} of the norm")
 
 
-def capture(record: Record, deployment: Deployment, device: torch.device) -> list[Captured]:
+def capture(record: Record, deployment: Deployment, device: torch.device) -> list[StepGraph]:
     """All batches in TP, then all in SP, in one pool of memory; its growth and the time are recorded."""
     stacks = [Stack(deployment, LAYERS, batch, torch.bfloat16, device) for batch in BATCHES]
     pool, found = torch.cuda.graph_pool_handle(), []
@@ -72,17 +72,17 @@ def capture(record: Record, deployment: Deployment, device: torch.device) -> lis
         free, start = _free(device), time.perf_counter()
         for stack in stacks:
             x = stack.input(mode)
-            graph, output = captured(partial(stack.run, x, mode), pool)
-            found.append(Captured(stack.batch, mode, stack, graph, x, output))
+            graph, output = capture_graph(partial(stack.run, x, mode), pool)
+            found.append(StepGraph(stack.batch, mode, stack, graph, x, output))
         seconds, taken = time.perf_counter() - start, free - _free(device)
-        said = {"deployment": deployment.name, "mode": mode.value}
-        record.row(**said, graphs=len(stacks), seconds=round(seconds, 3), bytes=taken)
+        labels = {"deployment": deployment.name, "mode": mode.value}
+        record.row(**labels, graphs=len(stacks), seconds=round(seconds, 3), bytes=taken)
         text = f"{len(stacks)} graphs in {mode.value}: {seconds:.2f} s, {taken / 2**20:.0f} MiB"
         record.note(f"{deployment.name}: {text}")
     return found
 
 
-def check_replays(record: Record, graphs: list[Captured]) -> None:
+def check_replays(record: Record, graphs: list[StepGraph]) -> None:
     """Each graph, in an order that mixes modes and sizes, with new input, against the same step run eagerly."""
     order = [graph for pair in zip(graphs[: len(graphs) // 2], reversed(graphs), strict=False) for graph in pair]
     for one in order + order[::-1]:
@@ -90,10 +90,10 @@ def check_replays(record: Record, graphs: list[Captured]) -> None:
         one.graph.replay()
         replayed = one.output.clone()
         error = error_of(replayed, one.stack.run(one.input, one.mode))
-        said = {"deployment": one.stack.deployment.name, "mode": one.mode.value, "tokens": one.batch.tokens}
-        record.row(**said, replay_error=error)
+        labels = {"deployment": one.stack.deployment.name, "mode": one.mode.value, "tokens": one.batch.tokens}
+        record.row(**labels, replay_error=error)
         if not error <= TOLERANCE:
-            record.problem(f"{said}: a replay differs by {error:.2g} of the norm from the eager step")
+            record.problem(f"{labels}: a replay differs by {error:.2g} of the norm from the eager step")
 
 
 def _free(device: torch.device) -> int:

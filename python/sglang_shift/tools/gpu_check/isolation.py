@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
@@ -40,14 +41,14 @@ class CheckResult:
         status: ``passed``, ``failed`` or ``skipped``.
         reason: Why, unless it passed.
         seconds: How long it took.
-        found: What it found, also where it failed half-way.
+        record: What it found, also where it failed half-way.
     """
 
     name: str
     status: Status
     reason: str = ""
     seconds: float = 0.0
-    found: Record = field(default_factory=Record)
+    record: Record = field(default_factory=Record)
 
 
 class Isolation:
@@ -100,13 +101,13 @@ class Isolation:
         lines.unlink(missing_ok=True)
         command = child_command(item, lines, start + seconds)
         code = processes.run(command, seconds + MARGIN_SECONDS, log)
-        found, end = read(lines)
+        record, end = read(lines)
         taken = time.time() - start
         if code is None or (end is not None and end.late):
-            return CheckResult(name, "failed", late, taken, found)
+            return CheckResult(name, "failed", late, taken, record)
         if end is None:
-            return CheckResult(name, "failed", f"it ended with exit code {code}: {last_line(log)}", taken, found)
-        return CheckResult(name, end.status, end.reason, taken, found)
+            return CheckResult(name, "failed", f"it ended with exit code {code}: {last_line(log)}", taken, record)
+        return CheckResult(name, end.status, end.reason, taken, record)
 
 
 def child_command(item: pytest.Function, lines: Path, until: float) -> Sequence[str]:
@@ -119,13 +120,15 @@ def child_command(item: pytest.Function, lines: Path, until: float) -> Sequence[
 def reports(item: pytest.Function, result: CheckResult) -> list[pytest.TestReport]:
     """What pytest makes of a check's result: a call, and the teardown after which junit's XML has all of a test."""
     reason = (str(item.path), item.location[1] or 0, result.reason) if result.status == "skipped" else result.reason
-    found = result.found
-    properties = [("note", note) for note in found.notes] + [("problem", problem) for problem in found.problems]
+    notes = [("note", note) for note in result.record.notes]
+    problems = [("problem", problem) for problem in result.record.problems]
+
+    def report(outcome: Status, longrepr: Any, when: Literal["call", "teardown"], **more: Any) -> pytest.TestReport:
+        return pytest.TestReport(item.nodeid, item.location, {}, outcome, longrepr, when, **more)
+
     return [
-        pytest.TestReport(
-            item.nodeid, item.location, {}, result.status, reason or None, "call", duration=result.seconds, found=found
-        ),
-        pytest.TestReport(item.nodeid, item.location, {}, "passed", None, "teardown", user_properties=properties),
+        report(result.status, reason or None, "call", duration=result.seconds, record=result.record),
+        report("passed", None, "teardown", user_properties=[*notes, *problems]),
     ]
 
 

@@ -35,8 +35,8 @@ def check(record: Record) -> None:
             shape = operations.ExchangeShape(size, rows, qkv, o)
             for operation in operations.operations(shape, torch.bfloat16, device):
                 if fp8 or "fp8" not in operation.name:
-                    said = {"operation": operation.name, "model": model, "ranks": size, "rows": rows}
-                    row = measure(record, said, operation, (gpu, reference, operations.traffic), device)
+                    labels = {"operation": operation.name, "model": model, "ranks": size, "rows": rows}
+                    row = measure(record, labels, operation, (gpu, reference, operations.traffic), device)
                     if row and rows == ROWS[-1]:
                         shares[operation.name].append(row["share of a copy"])
     for name, found in shares.items():
@@ -52,13 +52,13 @@ def exchanges() -> dict[tuple[int, int, int], str]:
 
 
 def measure(
-    record: Record, said: dict[str, Any], operation: Any, modules: tuple[Any, Any, Any], device: torch.device
+    record: Record, labels: dict[str, Any], operation: Any, modules: tuple[Any, Any, Any], device: torch.device
 ) -> dict[str, Any] | None:
     """Check one operation, and time it unless its result is a view."""
     gpu, reference, traffic = modules
     result = operation.run(gpu)
     if not torch.equal(result, operation.run(reference)):
-        record.problem(f"{said}: not what the reference gives")
+        record.problem(f"{labels}: not what the reference gives")
         return None
     moved = traffic(operation.arguments[0], result)
     if not moved.moved:
@@ -66,7 +66,7 @@ def measure(
     seconds, copy = seconds_of(lambda: operation.run(gpu), device), copy_seconds(moved.moved, device)
     figures = {"us": 1e6 * seconds, "GB/s": moved.moved / seconds / 1e9, "copy GB/s": moved.moved / copy / 1e9}
     return record.row(
-        **said,
+        **labels,
         bytes=moved.moved,
         **{name: round(value, 2) for name, value in figures.items()},
         **{"share of a copy": round(copy / seconds, 3), "of the minimum": round(moved.moved / moved.minimum, 3)},

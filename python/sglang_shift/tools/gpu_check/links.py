@@ -17,8 +17,8 @@ import torch.distributed as dist
 from sglang_shift.tools.gpu_check import environment
 from sglang_shift.tools.gpu_check.attempts import attempt
 from sglang_shift.tools.gpu_check.record import Record, Row, one_line
-from sglang_shift.tools.gpu_check.timing import captured, collective_seconds
-from sglang_shift.tools.tables import aligned
+from sglang_shift.tools.gpu_check.timing import capture_graph, collective_seconds
+from sglang_shift.tools.tables import text_table
 
 SIZES = tuple(8**power for power in range(1, 11))
 """Bytes of a rank's buffer: 8 B to 1 GiB."""
@@ -69,7 +69,7 @@ def _measure(name: str, call: Callable[[torch.Tensor], Any], device: torch.devic
             continue
         calls = MANY if size < SMALL else FEW
         with nullcontext() if custom is None else custom.capture():
-            graph, _ = captured(partial(_repeat, call, x, calls))
+            graph, _ = capture_graph(partial(_repeat, call, x, calls))
         seconds = collective_seconds(graph.replay, device) / calls
         row: Row = {"operation": name, "ranks": world, "bytes": size, "us": round(1e6 * seconds, 2)}
         yield row | {"bus_gb_per_s": round(bus_share(name, world) * size / seconds / 1e9, 2)}
@@ -103,4 +103,4 @@ def table(world: int, rows: list[Row]) -> str:
     found = {(row["operation"], row["bytes"]): row["us"] for row in rows}
     sizes = sorted({row["bytes"] for row in rows})
     body = [[size, *(found.get((name, size), "") for name in names)] for size in sizes]
-    return aligned([[f"{world} GPUs: bytes", *(f"{name}, us" for name in names)], *body])
+    return text_table([[f"{world} GPUs: bytes", *(f"{name}, us" for name in names)], *body])

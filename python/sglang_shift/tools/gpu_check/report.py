@@ -50,7 +50,7 @@ def result_of(report: pytest.TestReport) -> CheckResult:
     """The check's result in a report of pytest's."""
     reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else report.longreprtext
     name = name_of(report.nodeid.rpartition("::")[2])
-    return CheckResult(name, report.outcome, reason, report.duration, getattr(report, "found", None) or Record())
+    return CheckResult(name, report.outcome, reason, report.duration, getattr(report, "record", None) or Record())
 
 
 def exit_code(results: Sequence[CheckResult]) -> int:
@@ -64,11 +64,11 @@ def line(result: CheckResult) -> str:
     """A result in the table, with what was found below it."""
     head = f"{result.name:<18} {result.status:<8} {result.seconds:6.1f} s"
     parts = [result.reason] if result.reason else []
-    problems = [problem for problem in result.found.problems if not result.reason.startswith(problem)]
+    problems = [problem for problem in result.record.problems if not result.reason.startswith(problem)]
     parts += problems[:SHOWN]
     if len(problems) > SHOWN:
         parts.append(f"and {len(problems) - SHOWN} more in {FILE}")
-    parts += result.found.notes
+    parts += result.record.notes
     return "\n".join([head.rstrip(), *(_indented(part) for part in parts)])
 
 
@@ -93,9 +93,9 @@ def write(out: Path, environment: dict[str, Any], results: Sequence[CheckResult]
             "status": r.status,
             "reason": r.reason,
             "seconds": round(r.seconds, 2),
-            "notes": r.found.notes,
-            "problems": r.found.problems,
-            "figures": r.found.rows,
+            "notes": r.record.notes,
+            "problems": r.record.problems,
+            "figures": r.record.rows,
         }
         for r in results
     ]

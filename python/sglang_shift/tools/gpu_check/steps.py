@@ -15,8 +15,8 @@ from sglang_shift.modes import Mode
 from sglang_shift.tools.gpu_check.record import Record
 from sglang_shift.tools.gpu_check.shapes import DEPLOYMENTS, Deployment
 from sglang_shift.tools.gpu_check.stack import Batch, Stack
-from sglang_shift.tools.gpu_check.timing import captured, seconds_of
-from sglang_shift.tools.tables import aligned
+from sglang_shift.tools.gpu_check.timing import capture_graph, seconds_of
+from sglang_shift.tools.tables import text_table
 
 LAYERS = 4
 """So many that the weights of none are in the L2 cache when its turn comes."""
@@ -53,7 +53,7 @@ def measure(
         step = partial(stack.run, stack.input(mode), mode)
         seconds = {"eager": seconds_of(step, device)}
         if device.type == "cuda":
-            graph, _ = captured(step)
+            graph, _ = capture_graph(step)
             seconds["graph"] = seconds_of(graph.replay, device)
         times = {}
         for how, taken in seconds.items():
@@ -78,4 +78,4 @@ def table(name: str, rows: list[dict[str, object]]) -> str:
     """Microseconds of a layer by step, mode and execution."""
     columns = ("phase", "tokens", "mode", "eager_us_per_layer", "graph_us_per_layer", "bytes_sent_per_layer")
     heading = (f"{name}:", "tokens", "mode", "eager us/layer", "graph us/layer", "bytes sent/layer")
-    return aligned([heading, *([row.get(column, "") for column in columns] for row in rows)])
+    return text_table([heading, *([row.get(column, "") for column in columns] for row in rows)])

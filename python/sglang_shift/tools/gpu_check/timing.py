@@ -72,7 +72,7 @@ def copy_seconds(size: int, device: torch.device) -> float:
     return seconds_of(lambda: target.copy_(source), device)
 
 
-def captured(call: Call, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
+def capture_graph(call: Call, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
     """A CUDA graph of the call, and what it returned; replays write there.
 
     Args:
