@@ -6,7 +6,7 @@ more documents: the function alone, so that a completion can end by itself, and 
 (question: the docstring, answer: the function), so that the chat template means something.
 Everything is made here: corpus, BPE tokenizer, weights; nothing is downloaded.
 
-    python scripts/train_demo_model.py                 # 70 minutes on 2 cores
+    python scripts/train_demo_model.py                 # 75 minutes on 2 cores
     python scripts/train_demo_model.py --minutes 2 --out /tmp/demo   # a quick try
 
 The learning rate follows the clock, so a slower machine trains less but still ends annealed.
@@ -204,7 +204,7 @@ def train(model: LlamaForCausalLM, stream: torch.Tensor, starts: list[int], minu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=70.0, help="training time")
+    parser.add_argument("--minutes", type=float, default=75.0, help="training time")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of the model")
     args = parser.parse_args()
 
