@@ -11,6 +11,7 @@ from sglang_shift.models.demo import demo_model_path
 from sglang_shift.runtime.scheduler import run_scheduler_process
 from sglang_shift.runtime.tokenizer_manager import init_tokenizer_manager
 from sglang_shift.seams import check_sources, extends
+from sglang_shift.start_up_log import LAUNCHER_MESSAGES, leave_out
 
 
 @extends("sglang.srt.entrypoints.engine:Engine", "offline inference with our flags, ranks and tokenizer manager")
@@ -29,6 +30,7 @@ class Engine(SglangEngine):
 
     def __init__(self, **kwargs: Any) -> None:
         check_sources()
+        leave_out(LAUNCHER_MESSAGES)
         if "server_args" not in kwargs:
             kwargs.setdefault("model_path", demo_model_path())
         super().__init__(**kwargs)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sglang_shift.errors import ShiftError, print_error
+from sglang_shift.start_up_log import LAUNCHER_MESSAGES, leave_out
 
 if TYPE_CHECKING:
     from sglang_shift.args.server_args import ShiftServerArgs
@@ -39,6 +40,7 @@ def run_server(server_args: ShiftServerArgs) -> None:
         from sglang_shift.runtime.tokenizer_manager import init_tokenizer_manager
 
         seams.check_sources()
+        leave_out(LAUNCHER_MESSAGES)
         if server_args.node_rank == 0:
             observe(server_args)
         launch_server(

@@ -172,7 +172,7 @@ def prepare_server_args(argv: list[str], prog: str = "python -m sglang_shift.lau
     logging.basicConfig(level=level, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S", force=True)
     if raw.model_path is None:
         raw.model_path = demo_model_path()
-        logger.warning("sglang_shift: no model is named: serving the demo model; for yours, give --model-path")
+        logger.warning("sglang_shift: No model is named, so the demo model is served. For yours, give --model-path.")
     raw._radix_eviction_policy_explicitly_set = raw.radix_eviction_policy is not None
     if raw.radix_eviction_policy is None:
         raw.radix_eviction_policy = eviction_policy

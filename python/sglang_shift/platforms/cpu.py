@@ -18,6 +18,7 @@ from sglang.srt.platforms.interface import SRTPlatform
 from sglang_shift.errors import SeamError
 from sglang_shift.models.heads import kv_heads_of_rank
 from sglang_shift.seams import extends, put_in_place, replaces
+from sglang_shift.start_up_log import leave_out_cpu
 
 # Collectives whose custom ops SGLang registers, on an out-of-tree platform, for PrivateUse1 only.
 COLLECTIVES = (
@@ -37,6 +38,7 @@ def activate() -> str | None:
     """SGLang's platform entry point: our platform's name, or None where there is an accelerator."""
     if torch.accelerator.is_available() or os.getenv("SGLANG_USE_CPU_ENGINE") == "1":
         return None
+    leave_out_cpu()
     return "sglang_shift.platforms.cpu:ShiftCpuPlatform"
 
 

@@ -91,11 +91,11 @@ class ShiftModelRunner(ModelRunner):
         if self.device != "cpu":  # gloo keeps nothing that counts
             self._warm_up_collectives()
         logger.info(
-            "sglang_shift: SP=%d x TP=%d base configuration assembled from %d projections; "
-            "weights %d bytes on this rank, %d bytes beyond the base configuration's%s; exchange: %s",
+            "sglang_shift: SP=%d x TP=%d and TP=%d share %d bytes of weights on this rank, "
+            "%d bytes beyond the base configuration's%s. The exchange is: %s.",
             config.sp_size,
             self.topology.layout.base_tp_size,
-            len(self.base_weights.projections),
+            config.world_size,
             self.weight_report.total,
             self.weight_report.beyond_base,
             " (replicated KV heads)" if self.weight_report.beyond_base else "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from http import HTTPStatus
 from itertools import islice
@@ -37,6 +38,7 @@ from sglang_shift.runtime.rank_consensus import same_everywhere
 from sglang_shift.runtime.reporter import ShiftOutputStreamer, StepReporter
 from sglang_shift.runtime.tp_worker import EXPORT_REFUSED, ShiftTpModelWorker
 from sglang_shift.seams import extends, overrides, relies_on, substitutes_for
+from sglang_shift.start_up_log import NOT_ON_CPU, one_rank_speaks
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,9 @@ class ShiftScheduler(Scheduler):
 
     @overrides("calibrates once everything is built")
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        parallel = get_parallel()
+        with one_rank_speaks(parallel.tp_rank % max(1, parallel.tp_size // parallel.nnodes) == 0):  # on each node
+            super().__init__(*args, **kwargs)
         self.shift_chunk = min(
             self.chunked_prefill_size or self.max_prefill_tokens, self.max_prefill_tokens, self.max_total_num_tokens
         )
@@ -60,11 +64,12 @@ class ShiftScheduler(Scheduler):
         self.set_policy(self.shift_config)
         self.shift_exchanged = ExchangeCounter(self.tp_worker.model_runner.exchange_volume)
         self.shift_reporter: StepReporter | None = None
-        if get_parallel().tp_rank == 0:
-            publisher = Publisher(get_parallel().dp_rank or 0)
+        if parallel.tp_rank == 0:
+            publisher = Publisher(parallel.dp_rank or 0)
             self.shift_reporter = StepReporter(self.shift_selector, publisher, self.shift_event, self.shift_exchanged)
+            logger.info("sglang_shift: The policy is: %s.", self.shift_selector.policy_text)
+            logger.debug("sglang_shift: %s", self.shift_config)
         self.shift_watch = agreement.StepWatch.of_replica()
-        logger.info("sglang_shift: %s; policy: %s", self.shift_config, self.shift_selector.policy_text)
 
     @overrides("builds our worker")
     def init_tp_model_worker(self) -> None:
@@ -303,5 +308,6 @@ def run_scheduler_process(server_args: Any, *args: Any, **kwargs: Any) -> None:
     Without our flags it is SGLang's, untouched.
     """
     if shift_config_of(server_args) is not None:
+        os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", ",".join(NOT_ON_CPU))
         seams.install()
     sglang_scheduler.run_scheduler_process(server_args, *args, **kwargs)

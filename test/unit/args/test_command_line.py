@@ -47,7 +47,7 @@ def test_no_named_model_is_the_demo_model_and_the_log_says_so(config, capfd):
     for argv in (["--tp-size", "2"], ["--config", config("tp_size: 2\n")], ["--config", config("")]):
         assert prepare_server_args(argv).model_path == demo_model_path()
         logging.getLogger().handlers[0].flush()
-        assert "no model is named: serving the demo model" in capfd.readouterr().err
+        assert "No model is named, so the demo model is served." in capfd.readouterr().err
     prepare_server_args(["--model", "there"])
     assert "demo model" not in capfd.readouterr().err
 

@@ -99,7 +99,7 @@ def make_exchange(config: ShiftConfig, group: Any, device: str, nodes: int, oper
     if config.exchange == "collective":
         return collective
     if why_not := why_not_flashinfer(config, device, group.world_size, nodes):
-        logger.info("sglang_shift: the exchange is the collective one, not FlashInfer's: %s", why_not)
+        logger.info("sglang_shift: The exchange uses collectives instead of FlashInfer: %s.", why_not)
         return collective
     problem = import_problem(group)
     if problem is None:
@@ -116,7 +116,7 @@ def make_exchange(config: ShiftConfig, group: Any, device: str, nodes: int, oper
     if config.exchange == "auto" and not flashinfer.on_nvlink:
         # Its NCCL path copies before and after each all-to-all, and calls torch.distributed inside of CUDA graphs.
         flashinfer.close()
-        logger.info("sglang_shift: the exchange is the collective one, in place of %s", flashinfer.text)
+        logger.info("sglang_shift: The exchange uses collectives in place of %s.", flashinfer.text)
         return collective
     return flashinfer
 
