@@ -47,7 +47,7 @@ def test_groups_of_the_base_configuration(monkeypatch):
     monkeypatch.setattr(topology, "get_device", lambda: SimpleNamespace(gpu_id=1))
     monkeypatch.setattr(topology.torch.distributed, "get_backend", lambda group: "gloo")
     monkeypatch.setattr(topology, "init_model_parallel_group", init)
-    groups = topology.build(RankLayout(4, 2))
+    groups = topology.build_topology(RankLayout(4, 2))
     assert (groups.rank, groups.sp_index, groups.adds_row_bias) == (1, 0, False)
     communicators = ("use_custom_allreduce", "use_mscclpp", "use_torch_symm_mem_allreduce")
     assert {name: [given[c] for c in communicators] for name, given in built.items()} == {
