@@ -1,1 +1,1 @@
-"""When a step runs in which mode: the policies, and the selector that asks them."""
+"""Chooses the mode of each step: the policies, the selector that asks them, and the probes."""

@@ -1,4 +1,4 @@
-"""The policies that come with the package, and the user's own by ``module:Class``."""
+"""The policies of the package, and the loader of a user's policy (``module:Class``)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sglang_shift.modes import MODES, Mode, ShiftPolicy, StepState
 logger = logging.getLogger(__name__)
 
 Doubt = tuple[str, Mode, Mode]
-"""A phase, a mode that has become slower there than predicted, and another one beside which it has."""
+"""A phase and two modes. Relative to the second mode, the first mode is slower in this phase than predicted."""
 
 NOT_LOADED = Refusal(
     "--shift-policy {policy} cannot be loaded ({error}); give module:Class, importable from PYTHONPATH, with a "
@@ -30,16 +30,14 @@ NOT_A_POLICY = Refusal(
 
 @dataclass(frozen=True)
 class FixedMode(ShiftPolicy):
-    """Every step in one mode (``--shift-policy tp`` or ``sp``)."""
+    """Runs every step in one mode (``--shift-policy tp`` or ``sp``)."""
 
     mode: Mode
 
     def choose(self, step: StepState) -> Mode:
-        """The fixed mode."""
         return self.mode
 
     def describe(self) -> str:
-        """One line."""
         return f"every step in {self.mode.name}"
 
 
@@ -47,38 +45,36 @@ class FixedMode(ShiftPolicy):
 class TokenThreshold(ShiftPolicy):
     """The paper's rule (arXiv 2509.16495, section 3.3): SP when the step has more than N tokens.
 
-    Those that pad it to a CUDA graph count, so that each graph is of one mode.
+    Padding tokens count, so each CUDA graph belongs to one mode.
     """
 
     threshold: int
 
     def choose(self, step: StepState) -> Mode:
-        """SP above the threshold, else TP."""
         return Mode.SP if step.padded_tokens > self.threshold else Mode.TP
 
     def describe(self) -> str:
-        """One line."""
         return f"SP for steps of more than {self.threshold} tokens, else TP"
 
 
 @dataclass(frozen=True)
 class QueueDepth(ShiftPolicy):
-    """What can be said without step times: many tokens are SP, few of a decode TP, and else the queue decides.
+    """Chooses without step times, by the number of tokens and the depth of the queue.
 
-    A step of more than ``threshold`` tokens is SP. Any other decode is TP: how deep the queue is says nothing of
-    how many tokens a decode has, and with few of them SP can take several times as long. Any other prefill is SP
-    while the queue is deep and TP while it is short.
+    A step of more than ``threshold`` tokens runs in SP. Any other decode runs in TP, for two reasons. The depth of the
+    queue does not say how many tokens a decode has. And a decode of few tokens can take several times as long in SP.
+    Any other prefill runs in SP while the queue is deep, and in TP while it is short.
 
-    The queue is what waits, not what runs. It is deep from ``enter_requests`` waiting requests or
-    ``enter_tokens`` pending prompt tokens on, and short again below both ``leave_requests`` and
-    ``leave_tokens``. In between the mode stays what it was, so that noise at the border does not flap.
+    The queue is the waiting requests, not the running requests. It becomes deep at ``enter_requests`` waiting
+    requests or ``enter_tokens`` pending prompt tokens. It becomes short again below both ``leave_requests`` and
+    ``leave_tokens``. In between, the mode does not change, so that noise near a limit does not change it all the time.
 
     Attributes:
-        threshold: Tokens in a step above which it is SP.
-        enter_requests: Waiting requests that make the queue deep.
-        leave_requests: Waiting requests below which it is short again.
-        enter_tokens: Pending prompt tokens that make the queue deep.
-        leave_tokens: Pending prompt tokens below which it is short again.
+        threshold: A step of more tokens than this runs in SP.
+        enter_requests: The queue becomes deep at this number of waiting requests.
+        leave_requests: The queue becomes short below this number of waiting requests.
+        enter_tokens: The queue becomes deep at this number of pending prompt tokens.
+        leave_tokens: The queue becomes short below this number of pending prompt tokens.
     """
 
     threshold: int = ShiftConfig.threshold
@@ -88,13 +84,15 @@ class QueueDepth(ShiftPolicy):
     leave_tokens: int = ShiftConfig.leave_tokens
 
     def choose(self, step: StepState) -> Mode:
-        """The mode of ``step``."""
         if step.padded_tokens > self.threshold:
             return Mode.SP
         return self.by_depth(step) if step.num_prefill_tokens else Mode.TP
 
     def by_depth(self, step: StepState) -> Mode:
-        """SP while the queue is deep, TP while it is short, in between the mode of the step before, at first TP."""
+        """Return SP if the queue is deep and TP if it is short.
+
+        In between, return the mode of the step before, or TP for the first step.
+        """
         requests, tokens = step.num_waiting, step.pending_prefill_tokens
         if requests >= self.enter_requests or tokens >= self.enter_tokens:
             return Mode.SP
@@ -103,19 +101,18 @@ class QueueDepth(ShiftPolicy):
         return step.previous_mode or Mode.TP
 
     def explain(self, step: StepState, mode: Mode) -> str:
-        """Which threshold decided."""
+        """Say whether the size of the step or the queue decided."""
         if step.padded_tokens > self.threshold or not step.num_prefill_tokens:
             return f"a {step.phase} step of {step.padded_tokens} tokens"
         return self.depth(step, mode)
 
     @staticmethod
     def depth(step: StepState, mode: Mode) -> str:
-        """The queue that decided for ``mode``, in words."""
+        """Describe the queue that led to ``mode``."""
         depth = f"{step.num_waiting} waiting, {step.pending_prefill_tokens} pending tokens"
         return f"{'deep' if mode is Mode.SP else 'short'} queue: {depth}"
 
     def describe(self) -> str:
-        """One line."""
         return (
             f"SP for steps of more than {self.threshold} tokens, and for other prefills from {self.enter_requests} "
             f"waiting requests or {self.enter_tokens} pending tokens on until they are below {self.leave_requests} "
@@ -125,26 +122,28 @@ class QueueDepth(ShiftPolicy):
 
 @dataclass(frozen=True)
 class Calibrated(ShiftPolicy):
-    """The mode with the lower predicted time, where leaving the previous one is worth its cost.
+    """Chooses the mode with the lower predicted time, unless a change of mode costs more than it gains.
 
-    Where the predicted times of several modes cannot be told apart from the lowest, the queue decides: SP while it is
-    deep, TP while it is short. That is where they are within twice the standard error of their ratio, or within what
-    the ratio has drifted by against the fastest one.
+    If the predicted times of several modes cannot be told apart, the queue decides: SP while it is deep, TP while it
+    is short. A time cannot be told apart from the lowest time in two cases. Either the difference is within twice the
+    standard error of their ratio. Or it is within the drift that made the fastest mode slower than predicted.
 
-    What a change of mode costs was measured; mostly it is nothing, and then the mode so found is taken. Else
-    a change must gain
+    The calibration measures the cost of a change of mode. Usually it is zero, and then the mode chosen above runs.
+    Otherwise a change must gain more than its cost:
 
-    - in a prefill, that cost; with more prompts pending, the next step is a prefill of up to a chunk, and
-      if that will run in the previous mode again, the cost of two changes;
-    - in a decode, two changes (another will follow, for the next prefill) over the steps in the previous
-      mode: the longer it has lasted, the longer the next one will (the ski-rental rule). A decode while
-      prompts are pending means that they find no room, so that decodes follow there too.
+    - In a prefill, this is the cost of one change. If more prompts are pending, the next step is a prefill of up to a
+      chunk. If that step will run in the previous mode again, this is the cost of two changes.
+    - In a decode, this is the cost of two changes, because another change follows for the next prefill. The cost is
+      divided by the number of steps in the previous mode. The longer that mode has lasted, the longer the next mode
+      will last (the ski-rental rule). If prompts are pending during a decode, they find no room. So decodes follow in
+      this case too.
 
     Attributes:
-        costs: Predicted times.
-        chunk: Prompt tokens that one step takes (``--chunked-prefill-size``).
-        doubts: By phase, mode and other mode, by which share the ratio of the mode's time to the other's is above the
-            predicted one; the same on every rank. Without an entry the prediction holds.
+        costs: The cost model, which predicts step times.
+        chunk: Prompt tokens that one step computes at most (``--chunked-prefill-size``).
+        doubts: By phase, mode and other mode, the share by which a ratio exceeds its prediction. The ratio is the
+            mode's time over the other mode's time. The shares are the same on every rank. Without an entry, the
+            prediction holds.
     """
 
     costs: CostModel
@@ -152,7 +151,6 @@ class Calibrated(ShiftPolicy):
     doubts: dict[Doubt, float] = field(default_factory=dict)
 
     def choose(self, step: StepState) -> Mode:
-        """The mode of ``step``."""
         times = self._times(step)
         wanted = self._wanted(step, times)
         previous = step.previous_mode
@@ -167,7 +165,7 @@ class Calibrated(ShiftPolicy):
         return wanted if abs(times[previous] - times[wanted]) > changes * self.costs.switch_seconds else previous
 
     def _times(self, step: StepState) -> dict[Mode, float]:
-        # Without the attention that takes as long in every mode: it decides nothing.
+        # Attention beyond the usual takes equally long in every mode. It decides nothing, so it is left out.
         return {mode: self.costs.own(mode, step) for mode in MODES}
 
     def _wanted(self, step: StepState, times: dict[Mode, float]) -> Mode:
@@ -175,13 +173,14 @@ class Calibrated(ShiftPolicy):
         return deep if tied and (deep := QUEUE.by_depth(step)) in (fastest, *tied) else fastest
 
     def _candidates(self, step: StepState, times: dict[Mode, float]) -> list[Mode]:
-        """The fastest mode, and those that cannot be told apart from it."""
+        """Return the fastest mode, and all modes whose times cannot be told apart from its time."""
         phase, fastest = phase_of(step), min(times, key=times.__getitem__)
         least, found = times[fastest], [fastest]
         for mode, seconds in times.items():
             if mode is not fastest:
                 unsure = 2 * self.costs.unsure(phase, fastest, mode)
-                if self.doubts:  # of the one that has become slower than thought; the other is only better than thought
+                # Only a doubt about the fastest mode counts. A doubt about the other mode favours the fastest mode.
+                if self.doubts:
                     unsure = max(unsure, self.doubts.get((phase, fastest, mode), 0.0))
                 if seconds - least <= unsure * least:
                     found.append(mode)
@@ -191,7 +190,7 @@ class Calibrated(ShiftPolicy):
         return self.costs.faster("prefill", min(step.pending_prefill_tokens, self.chunk))
 
     def explain(self, step: StepState, mode: Mode) -> str:
-        """The predictions, and the queue where it decides."""
+        """State the predicted times, and the queue if it decides."""
         modes = sorted(MODES, key=lambda m: m is not mode)
         times = ", ".join(f"{m.name} {1e3 * self.costs.predict(m, step):.2f} ms" for m in modes)
         _, *tied = self._candidates(step, self._times(step))
@@ -199,7 +198,7 @@ class Calibrated(ShiftPolicy):
         return f"{times} predicted for {step.num_tokens} tokens ({step.phase}), {queue}"
 
     def describe(self) -> str:
-        """One line: where each phase changes mode."""
+        """Name the numbers of tokens at which each phase changes mode."""
         return (
             "the faster mode by measured step times: "
             + "; ".join(
@@ -211,14 +210,14 @@ class Calibrated(ShiftPolicy):
 
 
 class LedPolicy(ShiftPolicy):
-    """A policy of the user's: rank 0 asks it, and every rank does what it answers there.
+    """A user's policy: rank 0 asks it, and every rank follows the answer.
 
-    So the ranks choose alike whatever it looks at, and all of them learn that it failed.
+    So all ranks choose the same mode, whatever the policy looks at. If the policy fails, every rank learns that.
 
     Args:
-        policy: The user's.
-        leads: Whether this is rank 0.
-        share: Returns what rank 0 called it with, on every rank; all call it for every step.
+        policy: The user's policy.
+        leads: Whether this rank is rank 0.
+        share: Returns on every rank the value with which rank 0 called it. Every rank calls it for every step.
     """
 
     FAILED = -1
@@ -227,10 +226,10 @@ class LedPolicy(ShiftPolicy):
         self.policy, self.leads, self.share = policy, leads, share
 
     def choose(self, step: StepState) -> Mode:
-        """Rank 0's mode of ``step``.
+        """Return the mode that rank 0 chose for ``step``.
 
         Raises:
-            PolicyFailed: the user's policy raised an error on rank 0, or did not answer with a mode there.
+            PolicyFailed: on rank 0, the user's policy raised an error or did not return a mode.
         """
         answer = self.FAILED
         if self.leads:
@@ -244,11 +243,10 @@ class LedPolicy(ShiftPolicy):
         return MODES[answer]
 
     def explain(self, step: StepState, mode: Mode) -> str:
-        """The user's."""
         return self.policy.explain(step, mode)
 
     def describe(self) -> str:
-        """The user's line, or the name of the class where there is none to be had."""
+        """Return the user's line, or the name of the class if the policy cannot describe itself."""
         try:
             return str(self.policy.describe())
         except Exception as error:  # whatever the user's code raises
@@ -256,14 +254,14 @@ class LedPolicy(ShiftPolicy):
 
 
 QUEUE = QueueDepth()
-"""Decides where step times are not known well enough."""
+"""The policy that decides if two predicted times cannot be told apart."""
 
 
 def load_policy(name: str) -> ShiftPolicy:
-    """The user's policy, ``module:Class``, constructed without arguments.
+    """Import the user's policy ``module:Class``, and construct it without arguments.
 
     Raises:
-        Refused: there is no such module or class, or it is not a :class:`ShiftPolicy`.
+        Refused: the policy cannot be imported or constructed, or it is not a :class:`ShiftPolicy`.
     """
     module, _, attribute = name.partition(":")
     try:

@@ -1,4 +1,4 @@
-"""Probes: a step now and then in a mode that was not chosen, so that its predicted times are checked as well."""
+"""Probes: sometimes a step runs in a mode that the policy did not choose, to check the predicted times of this mode."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from sglang_shift.cost.model import PHASES, CostModel, phase_of
 from sglang_shift.modes import MODES, Mode, StepState
 
 EVERY = 64
-"""Steps for which a mode has not run in a phase before one is a probe of it."""
+"""A probe of a mode is due if the mode has not run in a phase for this number of steps."""
 AGAIN = 17
-"""Steps to wait after one that was too dear; a prime, so that steps that take turns all get theirs."""
+"""Steps to wait after a probe that was too expensive. A prime, so that steps of alternating kinds all get a turn."""
 SHARE = 0.01
-"""Of the time that is spent in steps, what probes may take on top: at most this."""
+"""Probes may add this share of the time that is spent in steps, and no more."""
 NEAR = 2.0
-"""A mode that is predicted to take this many times as long is not probed: drift would have to be as large."""
+"""A mode is not probed if its predicted time is larger by this factor. Only drift of this size could make it faster."""
 
 
 class Probes:
-    """Says which steps are probes, from steps and predicted times alone: the same on every rank.
+    """Decides which steps are probes, from steps and predicted times alone, so all ranks decide the same.
 
-    What probes take on top is predicted, and what has been spent is taken for the number of steps times the
-    shortest predicted one. So where the modes are close is probed first, and dear steps have to wait.
+    The time that a probe adds is predicted. The time spent in steps is estimated as the number of steps times the
+    shortest predicted step. So probes run first when the modes are close, and probes of expensive steps have to wait.
 
     Attributes:
-        extra: Predicted seconds that probes have taken on top so far.
+        extra: Predicted seconds that probes have added so far.
     """
 
     def __init__(self, costs: CostModel) -> None:
@@ -33,10 +33,11 @@ class Probes:
         self._shortest = min(curve.values[0] for by_mode in costs.curves.values() for curve in by_mode.values())
 
     def due(self, step: StepState, chosen: Mode, switched: bool) -> Mode | None:
-        """The mode in which ``step`` runs instead of ``chosen``; None if it is no probe. Asked for every step.
+        """Return the mode in which ``step`` runs instead of ``chosen``, or None if it is no probe.
 
-        Of several modes that are due, the one that has been due for longest runs, if it is not too dear. A step that
-        switches is no probe: it would stay in the mode of the step before.
+        Call it at every step. If several modes are due, they are tried in order, the longest due mode first. The first
+        mode that is not too expensive runs. A step that switches is no probe, because it would stay in the mode of the
+        step before.
         """
         self._steps += 1
         phase = phase_of(step)
@@ -52,7 +53,7 @@ class Probes:
         return None
 
     def _affordable(self, step: StepState, chosen: Mode, mode: Mode) -> bool:
-        """Whether a probe of ``mode`` is within the share; its time is then counted as spent."""
+        """Return whether a probe of ``mode`` fits into the share. If it does, count its time as spent."""
         mine, theirs = self.costs.predict(chosen, step), self.costs.predict(mode, step)
         extra = max(0.0, theirs - mine) + 2 * self.costs.switch_seconds
         if theirs > NEAR * mine or self.extra + extra > SHARE * self._steps * self._shortest:

@@ -1,4 +1,4 @@
-"""The mode selector: asks the policy, keeps what the next step may look at, and counts."""
+"""The mode selector: asks the policy, keeps the state that the next step needs, and counts."""
 
 from __future__ import annotations
 
@@ -20,25 +20,28 @@ from sglang_shift.policy.probes import Probes
 logger = logging.getLogger(__name__)
 
 DRIFT = 1.5
-"""Step times have drifted where actual over predicted ones, or this of one mode over another's, are so far from 1."""
+"""Step times have drifted if they, or the ratio of two modes' times, differ from the prediction by this factor."""
 DRIFT_STEPS = 256
 """Steps of a mode over which drift is measured."""
 ENOUGH_STEPS = 32
-"""Steps of a phase in each mode after which these are compared. Of a mode that is not chosen, most are probes."""
+"""Steps of a phase in each of two modes after which these modes are compared.
+
+If the policy does not choose a mode, most steps in this mode are probes.
+"""
 DOUBTS: tuple[Doubt, ...] = tuple((phase, *pair) for phase in PHASES for pair in permutations(MODES, 2))
-"""All that there can be, in the order in which ranks tell each other."""
+"""All possible doubts, in the order in which the ranks exchange them."""
 
 
 def make_policy(config: ShiftConfig, costs: CostModel | None, chunk: int) -> ShiftPolicy:
-    """The policy that ``config`` names.
+    """Make the policy that ``config`` names.
 
     Args:
         config: The settings.
-        costs: Predicted step times; without them ``calibrated`` becomes ``queue-depth``.
-        chunk: Prompt tokens that one step takes.
+        costs: The cost model. Without it, ``calibrated`` becomes ``queue-depth``.
+        chunk: Prompt tokens that one step computes at most.
 
     Raises:
-        Refused: a policy of the user's that cannot be loaded.
+        Refused: the user's policy cannot be loaded.
     """
     if config.policy in MODES:
         return FixedMode(Mode(config.policy))
@@ -55,13 +58,13 @@ def make_policy(config: ShiftConfig, costs: CostModel | None, chunk: int) -> Shi
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided for one step.
+    """The decision for one step.
 
     Attributes:
-        step: The state it was decided on.
-        mode: The mode.
-        switched: Whether it is not that of the step before, probes left out.
-        probe: Whether it is a mode that the policy did not choose.
+        step: The state that the policy saw.
+        mode: The mode of the step.
+        switched: Whether the policy chose another mode than for the step before. Probes do not count.
+        probe: Whether the step runs in a mode that the policy did not choose.
     """
 
     step: StepState
@@ -71,17 +74,17 @@ class Decision:
 
 
 class ModeSelector:
-    """Chooses a mode per step. Its state follows from the steps alone, so it is the same on every rank.
+    """Chooses the mode of each step. Its state depends on the steps alone, so it is the same on every rank.
 
     Attributes:
         policy: The policy.
-        policy_text: The policy in words.
-        probes: Which steps are probes; None where there are none.
-        calibration: Where predictions come from, or None.
-        count: Steps so far.
-        steps: Steps so far, by mode.
-        tokens: Tokens so far, by mode.
-        switches: Changes of mode so far, probes left out.
+        policy_text: The policy's description of itself.
+        probes: Decides which steps are probes; None if the policy is not ``calibrated``.
+        calibration: The calibration that predictions come from, or None.
+        count: Number of steps so far.
+        steps: Number of steps so far, by mode.
+        tokens: Number of tokens so far, by mode.
+        switches: Changes of mode so far, without probes.
     """
 
     def __init__(self, policy: ShiftPolicy) -> None:
@@ -96,28 +99,27 @@ class ModeSelector:
 
     @property
     def policy(self) -> ShiftPolicy:
-        """The policy."""
         return self._policy
 
     @policy.setter
     def policy(self, policy: ShiftPolicy) -> None:
         self._policy = policy
-        # Kept: it can take milliseconds, and is asked for every second between steps.
+        # Stored, because ``describe`` can take milliseconds, and the text is read every second between steps.
         self.policy_text = policy.describe()
         self.probes = Probes(policy.costs) if isinstance(policy, Calibrated) else None
 
     @property
     def asks_for_drift(self) -> bool:
-        """Whether all ranks are to agree now, between two steps, on what :meth:`doubt` takes."""
+        """Whether all ranks must agree now, between two steps, on the argument of :meth:`doubt`."""
         return self.count % (2 * DRIFT_STEPS) == 0 and isinstance(self._policy, Calibrated)
 
     def doubt(self, doubts: dict[Doubt, float]) -> None:
-        """How far the ratios of the modes' times are off from the next step on; the same on every rank."""
+        """Set how far the ratios of the modes' times are off. ``doubts`` must be the same on every rank."""
         if isinstance(self._policy, Calibrated) and self._policy.doubts != doubts:
             self._policy = replace(self._policy, doubts=doubts)
 
     def counters(self) -> dict[str, Any]:
-        """Steps and tokens by mode, and switches, as JSON."""
+        """Return steps and tokens by mode, and switches, as a JSON value."""
         return {
             "steps": {mode.value: n for mode, n in self.steps.items()},
             "tokens": {mode.value: n for mode, n in self.tokens.items()},
@@ -125,9 +127,9 @@ class ModeSelector:
         }
 
     def choose(self, step: StepState) -> Decision:
-        """The mode of ``step``, whose ``previous_mode`` and ``steps_since_switch`` are filled in here.
+        """Choose the mode of ``step``. This fills in its ``previous_mode`` and ``steps_since_switch``.
 
-        A policy of the user's that fails is replaced for good, on every rank in this step, by ``tokens``.
+        If a user's policy fails, ``tokens`` replaces it for good. This happens on every rank in the same step.
         """
         step = replace(step, previous_mode=self.previous_mode, steps_since_switch=self.steps_since_switch)
         try:
@@ -145,53 +147,54 @@ class ModeSelector:
         self.tokens[mode] += step.num_tokens
         self.switches += switched
         self.steps_since_switch = 0 if switched else self.steps_since_switch + 1
-        self.previous_mode = chosen  # a policy that stays where it is must not follow a probe
+        self.previous_mode = chosen  # without the probe: a policy that keeps its mode must not follow a probe
         return Decision(step, mode, switched, probe is not None)
 
     def predict(self, step: StepState) -> dict[Mode, float]:
-        """Predicted seconds in each mode; empty without a calibration."""
+        """Return the predicted seconds in each mode; empty without a calibration."""
         if self.calibration is None:
             return {}
         return {mode: self.calibration.costs.predict(mode, step) for mode in MODES}
 
 
 class Drift:
-    """How far actual step times have moved from the predicted ones: one rank's view, from its clock."""
+    """How far actual step times have moved from the predicted times. This is one rank's view, from its clock."""
 
     def __init__(self) -> None:
         self._ratios = {(phase, mode): deque[float](maxlen=DRIFT_STEPS) for phase in PHASES for mode in MODES}
         self._all = {mode: deque[float](maxlen=DRIFT_STEPS) for mode in MODES}
 
     def add(self, mode: Mode, predicted: float, seconds: float, phase: str = "decode") -> None:
-        """Record a step. Times that a clock cannot have measured are left out; a mixed step is a prefill."""
+        """Record a step. Times that a clock cannot have measured are ignored. A mixed step counts as a prefill."""
         if predicted > 0 and 0 < seconds < 3600:
             self._ratios["decode" if phase == "decode" else "prefill", mode].append(seconds / predicted)
             self._all[mode].append(seconds / predicted)
 
     def ratio(self, mode: Mode) -> float | None:
-        """Median of actual over predicted time of the last steps; None before there are enough."""
+        """Return the median of actual over predicted time of the last steps, or None if there are too few steps."""
         ratios = self._all[mode]
         return median(ratios) if len(ratios) == DRIFT_STEPS else None
 
     def skew(self, phase: str, mode: Mode, other: Mode) -> float | None:
-        """How far the ratio of ``mode``'s time to ``other``'s is off in ``phase``, as a factor.
+        """Return the factor by which the ratio of ``mode``'s time to ``other``'s time is off in ``phase``.
 
-        None before enough of each ran. This is what decides between the modes. What slows both alike leaves it at 1.
+        The result is None until enough steps of both modes have run. This factor decides between the modes. It stays 1
+        if something slows both modes by the same factor.
         """
         mine, theirs = self._ratios[phase, mode], self._ratios[phase, other]
         return median(mine) / median(theirs) if min(len(mine), len(theirs)) >= ENOUGH_STEPS else None
 
     def skews(self) -> dict[Doubt, float | None]:
-        """:meth:`skew` of every phase and every two modes, the first of the family first."""
+        """Return :meth:`skew` of every phase and every pair of modes. A pair has the order of the family."""
         return {(phase, *pair): self.skew(phase, *pair) for phase in PHASES for pair in combinations(MODES, 2)}
 
     @property
     def doubts(self) -> dict[Doubt, float]:
-        """By which share predicted ratios of two modes are off; only where they have drifted.
+        """The share by which the predicted ratio of two modes is off, for each ratio that has drifted.
 
-        Of two modes, the one that is slower beside the other than predicted comes first. Where one has not run
-        often enough to compare, it is taken to be as predicted, and the ratio to be off by :data:`DRIFT` at most: what
-        slowed the mode that ran may well slow both.
+        The first mode of a pair is slower than predicted, relative to the second mode. A mode that has not run often
+        enough to compare counts as predicted. The ratio then counts as off by :data:`DRIFT` at most, because the cause
+        that slowed the mode that ran may slow both modes.
         """
         found = {}
         for (phase, mode, other), skew in self.skews().items():
@@ -204,7 +207,7 @@ class Drift:
 
     @property
     def drifted(self) -> bool:
-        """Whether any mode's step times, or a ratio of two in a phase, are off by more than :data:`DRIFT`."""
+        """Whether a mode's step times, or the ratio of two modes in a phase, are off by more than :data:`DRIFT`."""
         off = [self.ratio(mode) for mode in MODES] + list(self.skews().values())
         return any(r is not None and max(r, 1 / r) > DRIFT for r in off)
 
