@@ -1,1 +1,1 @@
-"""What a step takes: the cost model, its measurement and its file."""
+"""How long a step takes: the cost model, its measurement and its file."""

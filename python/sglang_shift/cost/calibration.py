@@ -1,4 +1,4 @@
-"""A calibration: measured step times, what they were measured on, and the file they are kept in."""
+"""A calibration: measured step times, the settings that they depend on, and the file that stores them."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from sglang_shift.cost.model import CostModel, Measurement, NotNegative, fit
 from sglang_shift.modes import Mode
 
 FORMAT = 2
-"""Of a file. One of another format is measured anew."""
+"""Format of a file. If a file has another format, the step times are measured again."""
 CACHE_VARIABLE = "SGLANG_SHIFT_CACHE_DIR"
-"""Environment variable with the folder of saved calibrations."""
+"""Environment variable that names the folder of saved calibrations."""
 
 MOST_BYTES, MOST_MEASUREMENTS = 4 << 20, 10_000
-"""Of a file. A usual one has some tens of KiB, and hundreds of measurements."""
+"""Limits of a file: its bytes and its measurements. A usual file has some tens of KiB and hundreds of measurements."""
 
 
 class CalibrationError(Exception):
-    """A calibration cannot be had or used; the server goes on without. One sentence.
+    """A calibration cannot be made or used, so the server continues without it. The message is one sentence.
 
     Attributes:
-        broken: The mode that cannot run, if that is why.
+        broken: The mode that cannot run, if that is the cause.
     """
 
     def __init__(self, message: str, broken: Mode | None = None) -> None:
@@ -44,15 +44,15 @@ class CalibrationError(Exception):
 
 @dataclass(frozen=True)
 class Calibration:
-    """Step times of one model on one machine, as a file holds them.
+    """Step times of one model on one machine, as a file stores them.
 
     Attributes:
-        key: What they depend on: model, hardware, sizes, versions.
-        made: When, ISO 8601.
-        took: Seconds the measuring took.
-        measurements: The times.
-        costs: The model fitted to them.
-        format: Of the file.
+        key: The settings that the times depend on: model, hardware, sizes, versions.
+        made: The date and time at which it was made, ISO 8601.
+        took: Seconds that the measurement took.
+        measurements: The measured step times.
+        costs: The cost model, which is fitted to the measurements.
+        format: Format of the file.
     """
 
     key: dict[str, Any]
@@ -63,20 +63,21 @@ class Calibration:
     format: int = FORMAT
 
     def renewed(self, took: float, measurements: Sequence[Measurement], switch_seconds: float | None) -> Calibration:
-        """This calibration with new measurements. Over a range that they do not cover, the old ones stay, and the
-        old ratio of the modes.
+        """Return this calibration with new measurements.
+
+        Beyond the range of the new measurements, the old measurements and the old ratios of the modes' times stay.
 
         Args:
-            took: Seconds the measuring took.
-            measurements: The new times.
-            switch_seconds: What a change of mode costs; None if it was not measured.
+            took: Seconds that the new measurement took.
+            measurements: The new measurements.
+            switch_seconds: Seconds that a change of mode costs; None if they were not measured.
 
         Raises:
-            CalibrationError: nothing was measured.
+            CalibrationError: there are no new measurements.
         """
         if not measurements:
             raise CalibrationError("there was no room in the KV pool for any step to measure")
-        # By number of tokens, up to how many KV reads the new ones go.
+        # The most KV reads among the new measurements, by phase and number of tokens.
         covered: dict[tuple[str, int], int] = {}
         for m in measurements:
             covered[m.phase, m.tokens] = max(m.kv_reads, covered.get((m.phase, m.tokens), 0))
@@ -90,10 +91,10 @@ class Calibration:
 
     @staticmethod
     def of(key: dict[str, Any], took: float, measurements: Sequence[Measurement], switch_seconds: float) -> Calibration:
-        """Fit and date a calibration.
+        """Fit a cost model to measurements, and date the calibration.
 
         Raises:
-            CalibrationError: too little was measured.
+            CalibrationError: there are too few measurements.
         """
         try:
             costs = fit(measurements, switch_seconds)
@@ -103,18 +104,18 @@ class Calibration:
 
 
 class _Versioned(msgspec.Struct):
-    """What any file of a calibration has, whatever its format."""
+    """The part that a calibration file of any format has."""
 
     format: int
 
 
 def key_of(config: ShiftConfig, model_config: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """What step times depend on.
+    """Return the settings that step times depend on.
 
     Args:
-        config: P and S.
-        model_config: SGLang's; its Hugging Face configuration identifies the model's shapes.
-        settings: Whatever else matters: chunk size, attention backend, dtype of the KV cache, nodes.
+        config: The settings of the server, which contain P and S.
+        model_config: SGLang's model configuration. Its Hugging Face configuration identifies the model's shapes.
+        settings: All other settings that matter: chunk size, attention backend, dtype of the KV cache, nodes.
     """
     shapes = json.dumps(model_config.hf_config.to_dict(), sort_keys=True, default=str)
     return {
@@ -130,7 +131,7 @@ def key_of(config: ShiftConfig, model_config: Any, settings: dict[str, Any]) -> 
 
 
 def hardware() -> str:
-    """This machine's accelerator, or its processor, cores and threads of a rank."""
+    """Name this machine's accelerator, or its processor, cores and threads per rank."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
     try:
@@ -142,18 +143,18 @@ def hardware() -> str:
 
 
 def cache_folder() -> Path:
-    """The folder of saved calibrations; in a container whose user has no home, one among the temporary files."""
+    """Return the folder of saved calibrations. A user without a home (in a container) gets a temporary folder."""
     if folder := os.environ.get(CACHE_VARIABLE):
         return Path(folder)
     cache = os.environ.get("XDG_CACHE_HOME")
     try:
         return Path(cache or Path.home() / ".cache", "sglang_shift", "calibrations")
-    except RuntimeError:  # neither HOME nor an entry in the user database
+    except RuntimeError:  # there is neither HOME nor an entry in the user database
         return Path(tempfile.gettempdir(), f"sglang_shift-{os.getuid()}", "calibrations")
 
 
 def cache_file(key: dict[str, Any]) -> Path:
-    """Where the calibration with this key is kept."""
+    """Return the path of the calibration with this key."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return Path(cache_folder(), f"{digest}.json")
 
@@ -162,8 +163,8 @@ def load(path: Path, key: dict[str, Any]) -> Calibration:
     """Read a calibration that was made for ``key``.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        CalibrationError: it cannot be read, or was made for something else; names what differs.
+        FileNotFoundError: the file does not exist.
+        CalibrationError: the file cannot be read, or has another key. Then the message names what differs.
     """
     try:
         with path.open("rb") as file:
@@ -195,10 +196,10 @@ def _decoded(path: Path, content: bytes) -> Calibration:
 
 
 def save(path: Path, calibration: Calibration) -> None:
-    """Write a calibration; readers see the old file or the new one, never half of it.
+    """Write a calibration. Readers see the old file or the new file, and never a part of a file.
 
     Raises:
-        CalibrationError: it cannot be written.
+        CalibrationError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

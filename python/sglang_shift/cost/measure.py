@@ -1,4 +1,4 @@
-"""Measuring step times: every mode over a grid of step shapes, on all ranks together."""
+"""Measures step times: all ranks together run every mode over a grid of step shapes."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ logger = logging.getLogger(__name__)
 BUDGET_CPU, BUDGET_GPU = 60.0, 20.0
 """Seconds that a calibration may take."""
 CONTEXT, LONG_CONTEXT = 128, 2048
-"""Tokens of KV cache that a request of a decode shape has."""
+"""Tokens of KV cache that a request has in the shapes with a short and with a long context."""
 MAX_DECODE = 512
 """Requests of the largest decode shape."""
 SECONDS_A_MODE, MIN_LAPS, MAX_LAPS = 0.4, 2, 9
-"""How long and how often a shape is timed in one mode."""
+"""A shape runs in each mode for about this number of seconds, and for these numbers of laps at least and at most."""
 SWITCH_TOKENS, SWITCH_LAPS = (1, 8), 5
-"""Tokens of the shapes at which a change of mode is timed, and how often in each mode."""
+"""Numbers of tokens of the shapes at which a change of mode is timed, and laps for each pair of modes."""
 
 
 @dataclass(frozen=True, order=True)
 class StepShape:
-    """A step to time.
+    """The shape of a step to time.
 
     Attributes:
         phase: ``prefill`` or ``decode``.
-        tokens: Tokens it computes.
-        context: Prefill: cached tokens before the new ones. Decode: tokens in the cache of each request.
-        longest: Longest sequence of the model.
+        tokens: Tokens that the step computes.
+        context: Prefill: cached tokens before the new tokens. Decode: tokens in the cache of each request.
+        longest: Tokens of the longest sequence of the model.
     """
 
     phase: str
@@ -47,7 +47,7 @@ class StepShape:
 
     @property
     def requests(self) -> list[tuple[int, int]]:
-        """``[(cached, new), ...]`` tokens of each of its requests."""
+        """``[(cached, new), ...]``: the tokens of each request of the step."""
         if self.phase == "decode":
             return [(self.context, 1)] * self.tokens
         room = self.longest - self.context
@@ -56,31 +56,31 @@ class StepShape:
 
     @property
     def slots(self) -> int:
-        """KV-cache tokens it takes."""
+        """KV-cache tokens that the step occupies."""
         return sum(cached + new for cached, new in self.requests)
 
     @property
     def kv_reads(self) -> int:
-        """As in :class:`sglang_shift.modes.StepState`."""
+        """Query-key pairs, as in :class:`sglang_shift.modes.StepState`."""
         return sum(kv_reads(cached, new) for cached, new in self.requests)
 
 
 def kv_reads(cached: int, new: int) -> int:
-    """Query-key pairs of ``new`` tokens after ``cached`` ones, under the causal mask."""
+    """Return the query-key pairs of ``new`` tokens after ``cached`` tokens, under the causal mask."""
     return new * cached + new * (new + 1) // 2
 
 
 def grid(chunk: int, max_requests: int, longest: int, slots: int) -> list[StepShape]:
-    """The shapes of a calibration, from small to large.
+    """Return the shapes of a calibration, from small to large.
 
-    Prefills of 1 token to a chunk and decode batches of 1 to the most requests, by powers of two;
-    some of each at a long context, from which the cost of attention follows.
+    They are prefills of 1 token to a chunk, and decodes of 1 request to the most requests, by powers of two. Some
+    shapes of each phase have a long context. The cost of attention follows from these shapes.
 
     Args:
         chunk: Prompt tokens of the largest step.
         max_requests: Requests of the largest decode step.
-        longest: Longest sequence of the model.
-        slots: KV-cache tokens that may be used.
+        longest: Tokens of the longest sequence of the model.
+        slots: KV-cache tokens that the shapes may occupy.
     """
     longest = min(longest, slots)
     short, long = min(CONTEXT, longest // 2), min(LONG_CONTEXT, longest // 2)
@@ -93,42 +93,42 @@ def grid(chunk: int, max_requests: int, longest: int, slots: int) -> list[StepSh
 
 
 def powers(last: int) -> list[int]:
-    """1, 2, 4, ... and ``last``."""
+    """Return 1, 2, 4, ... and ``last``."""
     return [2**i for i in range(last.bit_length()) if 2**i < last] + [last]
 
 
 class Bench(Protocol):
-    """Something that runs steps of a shape; ``runtime.calibration_steps`` has the one of a server."""
+    """Runs steps of a shape. ``runtime.calibration_steps`` has the bench of a server."""
 
     prepared: StepShape | None
     """The shape whose steps can run now."""
 
     def make_room(self, shape: StepShape) -> bool:
-        """Whether ``shape`` fits into the KV pool, for which others may have to leave it. Collective.
+        """Return whether ``shape`` fits into the KV pool. Prefixes in the cache may be evicted to make room.
 
-        The answer is the same on every rank.
+        This call is collective, and its answer is the same on every rank.
         """
 
     def prepare(self, shape: StepShape) -> None:
-        """Take what steps of ``shape`` need. Not collective: it may fail on one rank alone."""
+        """Allocate the memory for steps of ``shape``. This call is not collective: it may fail on one rank alone."""
 
     def run(self, mode: Mode, after: Mode | None = None) -> float:
-        """Run one step of what was prepared, as serving would, and return its seconds. Collective.
+        """Run one step of the prepared shape, as serving would, and return its seconds. This call is collective.
 
         Args:
-            mode: Its mode.
-            after: The mode of a step that is run just before it and not timed; None where it does not matter.
+            mode: The mode of the step.
+            after: The mode of another step, which runs just before and is not timed. None if its mode does not matter.
         """
 
     def release(self) -> None:
-        """Give back what :meth:`prepare` took, if anything."""
+        """Free the memory of :meth:`prepare`, if it allocated any."""
 
     def agree(self, numbers: Sequence[float], failure: str = "") -> list[float]:
-        """The largest of each number over all ranks. Collective.
+        """Return the largest value of each number over all ranks. This call is collective.
 
         Args:
-            numbers: This rank's.
-            failure: What failed on this rank, if anything did. Then the other ranks may never get here.
+            numbers: The numbers of this rank.
+            failure: What failed on this rank, or an empty string. After a failure, other ranks may never call this.
 
         Raises:
             ShiftError: after a failure, the other ranks did not answer in time.
@@ -137,13 +137,13 @@ class Bench(Protocol):
 
 @dataclass
 class Measured:
-    """What :func:`measure` found so far; the same on every rank.
+    """The results of :func:`measure` so far; the same on every rank.
 
     Attributes:
         steps: Step times.
-        switches: What a step after one of another mode took beyond one after its own mode, in seconds.
-        seconds: What it all took, on the slowest rank.
-        part: The part of the shapes that is done, up to 1.
+        switches: How many seconds longer a step took after a step in another mode than after a step in its own mode.
+        seconds: Seconds that the measurement took on the slowest rank.
+        part: Share of the shapes that is done, up to 1.
     """
 
     steps: list[Measurement] = field(default_factory=list)
@@ -153,7 +153,7 @@ class Measured:
 
 
 class _NoRoomError(Exception):
-    """A shape does not fit, on any rank: what it needed was taken while the bench was released."""
+    """A shape does not fit on any rank, because its memory was taken while the bench was released."""
 
 
 def measure(
@@ -163,21 +163,21 @@ def measure(
     found: Measured,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Generator[None, None, None]:
-    """Time all shapes in every mode; a generator that yields after each lap.
+    """Time all shapes in every mode. This is a generator, which yields after each lap.
 
-    A serving scheduler does a few laps at a time, and releases the bench in between. All ranks do the
-    same: every decision follows from numbers that they have agreed on. The modes take turns, so that a
-    machine that is slower for a while is so for all.
+    A serving scheduler runs a few laps at a time, and releases the bench in between. All ranks do the same, because
+    every decision follows from numbers that the ranks have agreed on. The modes take turns. So if a machine is slower
+    for a while, it is slower for all modes.
 
     Args:
-        bench: What runs the steps.
-        shapes: From small to large; the same on every rank.
-        budget: Seconds; shapes that would exceed it are left out, but for the first of each phase.
-        found: Is added to.
-        clock: Monotonic seconds.
+        bench: Runs the steps.
+        shapes: The shapes from small to large; the same on every rank.
+        budget: Seconds. Shapes that would exceed the budget are left out, except the first shape of each phase.
+        found: The results are added to it.
+        clock: Returns monotonic seconds.
 
     Raises:
-        CalibrationError: a step failed on every rank, or could not be prepared on some.
+        CalibrationError: a step failed on every rank, or some rank could not prepare a step.
         ShiftError: a step failed on this rank alone.
     """
     before: dict[str, tuple[int, float]] = {}
@@ -210,14 +210,14 @@ class _Laps:
     clock: Callable[[], float]
 
     def run(self, mode: Mode, after: Mode | None = None) -> Generator[None, None, float]:
-        """One lap; its agreed seconds. Prepares the shape first, if the bench was released since the last one."""
+        """Run one lap, and return its seconds as agreed. Prepare the shape first if the bench was released."""
         started = self.clock()
         if self.bench.prepared is not self.shape:
             self._prepare()
         seconds, failure = math.inf, ""
         try:
             seconds = self.bench.run(mode, after)
-        except Exception as error:  # out of memory, a kernel that does not take the shape: anything
+        except Exception as error:  # for example out of memory, or a kernel that does not support the shape
             failure = _words(error)
         seconds, took = self.bench.agree([seconds, self.clock() - started], failure)
         if math.isinf(seconds):
@@ -240,9 +240,10 @@ class _Laps:
 
 
 def _take_turns(laps: _Laps) -> Generator[None, None, dict[Mode, float]]:
-    """Agreed times: the median, over the rounds, of the modes' mean and of their ratios to the first one.
+    """Run rounds of laps, and return the seconds of each mode as agreed.
 
-    The first lap of each mode is a warm-up, and says how many there is time for.
+    The rounds give medians of two quantities: the modes' mean, and the ratio of each mode to the first mode. The result
+    is made of these medians. The first lap of each mode is a warm-up, and decides how many rounds there is time for.
     """
     warm_up = yield from _round(laps)
     count = max(MIN_LAPS, min(MAX_LAPS, int(SECONDS_A_MODE / max(*warm_up.values(), 1e-6))))
@@ -256,7 +257,7 @@ def _take_turns(laps: _Laps) -> Generator[None, None, dict[Mode, float]]:
 
 
 def _round(laps: _Laps) -> Generator[None, None, dict[Mode, float]]:
-    """A lap of each mode."""
+    """Run one lap in each mode."""
     times = {}
     for mode in MODES:
         times[mode] = yield from laps.run(mode)
@@ -264,7 +265,10 @@ def _round(laps: _Laps) -> Generator[None, None, dict[Mode, float]]:
 
 
 def _switch(laps: _Laps) -> Generator[None, None, float]:
-    """How much longer a step takes after one of another mode; the mean of the medians of all pairs of modes."""
+    """Return how many seconds longer a step takes after a step in another mode.
+
+    The result is the mean over all pairs of modes; each pair contributes its median.
+    """
     more: dict[tuple[Mode, Mode], list[float]] = {pair: [] for pair in permutations(MODES, 2)}
     for _ in range(SWITCH_LAPS):
         for (mode, before), differences in more.items():

@@ -1,6 +1,6 @@
-"""What a step costs in each mode: monotone curves through measured step times.
+"""The cost model: predicts the time of a step in each mode, by monotone curves through measured step times.
 
-The classes are what a file of a calibration holds: msgspec reads them, within the bounds that their fields name.
+A calibration file stores these classes. msgspec reads them, and checks the limits that the fields state.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sglang_shift.modes import MODES, Mode, StepState
 PHASES = ("prefill", "decode")
 
 MOST_POINTS, MOST_TOKENS, MOST = 1000, 2**31 - 1, 10**15
-"""Of a saved curve: its points, their tokens and their values. More is no step's."""
+"""Limits of a saved curve: the number of its points, its tokens and its values. No real step exceeds them."""
 
 Tokens = Annotated[int, Meta(ge=1, le=MOST_TOKENS)]
 Positive = Annotated[float, Meta(gt=0, le=MOST)]
@@ -28,23 +28,23 @@ NotNegative = Annotated[float, Meta(ge=0, le=MOST)]
 
 
 def phase_of(step: StepState) -> str:
-    """The phase whose times ``step`` has: one with any prompt tokens is a prefill."""
+    """Return the phase whose times ``step`` has. A step with any prompt tokens is a prefill."""
     return "prefill" if step.num_prefill_tokens else "decode"
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One step shape, timed in one mode.
+    """The time of one step shape in one mode.
 
     Attributes:
         phase: ``prefill`` or ``decode``.
         mode: The mode.
         tokens: Tokens of the step.
-        kv_reads: As in :class:`StepState`.
-        seconds: Median time of the step, of the slowest rank.
+        kv_reads: Query-key pairs, as in :class:`StepState`.
+        seconds: Median time of the step on the slowest rank.
 
     Raises:
-        ValueError: there is no such phase.
+        ValueError: the phase does not exist.
     """
 
     phase: str
@@ -62,15 +62,15 @@ class Measurement:
 class Curve:
     """A monotone piecewise-linear function of tokens.
 
-    Between its points it interpolates, before the first it is constant, and beyond the last it goes
-    on with the slope of the line from the first point to the last.
+    The curve interpolates between its points, and is constant before the first point. Beyond the last point, it has
+    the slope of the line from the first point to the last point.
 
     Args:
-        tokens: Ascending.
-        values: Not descending, one for each of ``tokens``.
+        tokens: Numbers of tokens, ascending.
+        values: One value for each of ``tokens``, not descending.
 
     Raises:
-        ValueError: they are something else.
+        ValueError: the tokens or the values are something else.
     """
 
     tokens: Annotated[tuple[Tokens, ...], Meta(min_length=1, max_length=MOST_POINTS)]
@@ -83,7 +83,7 @@ class Curve:
             raise ValueError("the tokens of a curve do not ascend, or its values descend")
 
     def __call__(self, tokens: int) -> float:
-        """The value for ``tokens``."""
+        """Return the value for ``tokens``."""
         xs, ys = self.tokens, self.values
         i = bisect_right(xs, tokens)
         if i == 0 or len(xs) == 1:
@@ -93,7 +93,7 @@ class Curve:
         return ys[i - 1] + (tokens - xs[i - 1]) * (ys[i] - ys[i - 1]) / (xs[i] - xs[i - 1])
 
     def continued(self, old: Curve, factor: float = 1.0) -> Curve:
-        """This curve and, beyond its last point, ``factor`` times ``old``, where that is not below it."""
+        """Return this curve, with ``factor`` times ``old`` beyond its last point, but no value below its last value."""
         least = self.values[-1]
         more = [(t, max(least, factor * v)) for t, v in zip(old.tokens, old.values, strict=True) if t > self.tokens[-1]]
         return Curve((*self.tokens, *(t for t, _ in more)), (*self.values, *(v for _, v in more)))
@@ -101,21 +101,22 @@ class Curve:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Predicted step times.
+    """Predicts step times.
 
     ``seconds = curves[phase][mode](tokens) + attention[phase] * max(0, kv_reads - usual[phase](tokens))``.
-    The curves hold the attention of the steps they were measured on: prompts without a cached prefix,
-    decodes at a short context. The second term is the attention beyond that. It works on the same heads,
-    tokens and KV cache in every mode, so its coefficient is shared: it decides nothing between them, but
-    a prediction without it would not be a step's time.
+    The curves contain the attention of the measured steps: prompts without a cached prefix, and decodes at a short
+    context. The second term is the attention beyond that. Attention works on the same heads, tokens and KV cache in
+    every mode, so all modes share its coefficient. It does not decide between the modes, but it is part of a step's
+    time.
 
     Attributes:
         curves: Seconds by phase (``prefill``, ``decode``) and mode.
         usual: KV reads that the curves contain, by phase.
-        attention: Seconds per KV read beyond those, by phase.
-        switch_seconds: What the first step after a change of mode costs on top.
-        noise: By phase, and by mode but for the first one, the standard error of the logarithm of the ratio of the
-            first mode's time to the mode's, at one number of tokens; none if it is not known.
+        attention: Seconds per KV read beyond the usual KV reads, by phase.
+        switch_seconds: Seconds that the first step after a change of mode takes longer.
+        noise: By phase and mode, the standard error of the logarithm of a ratio at one number of tokens. The ratio is
+            the first mode's time over the mode's time. The first mode has no entry. The mapping is empty if the errors
+            are not known.
 
     Raises:
         ValueError: a phase or a mode is missing.
@@ -135,31 +136,32 @@ class CostModel:
             raise ValueError(f"a cost model has no curve for one of the modes {', '.join(MODES)}")
 
     def predict(self, mode: Mode, step: StepState) -> float:
-        """Seconds that ``step`` takes in ``mode``."""
+        """Return the seconds that ``step`` takes in ``mode``."""
         phase = phase_of(step)
         beyond = max(0.0, step.kv_reads - self.usual[phase](step.num_tokens))
         return self.own(mode, step) + self.attention[phase] * beyond
 
     def own(self, mode: Mode, step: StepState) -> float:
-        """The same without the attention beyond the usual, which takes as long in every mode."""
+        """Return the seconds without the attention beyond the usual, which takes equally long in every mode."""
         return self.curves[phase_of(step)][mode](step.padded[mode])
 
     def unsure(self, phase: str, mode: Mode, other: Mode) -> float:
-        """The standard error of the logarithm of the ratio of two modes' times; 0 if it is not known."""
+        """Return the standard error of the logarithm of the ratio of two modes' times; 0 if it is not known."""
         noise = self.noise.get(phase, {})
         return math.hypot(noise.get(mode, 0.0), noise.get(other, 0.0))
 
     def faster(self, phase: str, tokens: int) -> Mode:
-        """The mode with the lowest curve at ``tokens``; of equal ones, the first of the family."""
+        """Return the mode with the lowest curve at ``tokens``. Of equal modes, return the first of the family."""
         curves = self.curves[phase]
         return min(MODES, key=lambda mode: curves[mode](tokens))
 
     def continued(self, old: CostModel, measured: Sequence[Measurement]) -> CostModel:
-        """This model where it was ``measured``, and ``old`` beyond: in a whole phase, or from some tokens on.
+        """Return a model that is this model in the ``measured`` range, and follows ``old`` beyond this range.
 
-        The two are not fitted together: by what has drifted they disagree, and that is no noise of either. Beyond,
-        the modes' ratios are the old ones, and all modes are as much slower than they were as the one that is slower
-        by most where the measuring ended.
+        A phase without measurements is beyond the range, and so are more tokens than were measured. The two models are
+        not fitted together: drift makes them disagree, and this disagreement is not noise. Beyond the range, the modes'
+        ratios are the ratios of ``old``. In a measured phase, one factor multiplies all times of ``old`` beyond the
+        range. This is the largest factor by which any mode has become slower at the end of the range.
         """
         curves, usual, attention, noise = dict(old.curves), dict(old.usual), dict(old.attention), dict(old.noise)
         for phase in {m.phase for m in measured}:
@@ -178,10 +180,10 @@ class CostModel:
         return CostModel(curves, usual, attention, self.switch_seconds, noise)
 
     def crossovers(self, phase: str) -> list[tuple[int, Mode]]:
-        """Where the fastest mode changes: ``[(tokens from which on, fastest mode), ...]``, the first from 1 on."""
+        """Return the fastest modes: ``[(first number of tokens, fastest mode), ...]``. The first entry starts at 1."""
         found = [(1, self.faster(phase, 1))]
         knots = sorted({1, *(t for curve in self.curves[phase].values() for t in curve.tokens)})
-        # From one knot to the next all curves are lines, so each mode is the fastest in one stretch at most.
+        # Between two knots all curves are lines, so each mode is the fastest in at most one interval.
         for start, end in pairwise(knots):
             while self.faster(phase, end) is not (now := found[-1][1]):
                 found.append(self._next_crossover(phase, now, max(start, found[-1][0]), end))
@@ -194,26 +196,29 @@ class CostModel:
 
 
 Shapes = dict[int, dict[int, dict[Mode, float]]]
-"""Measured seconds by tokens, KV reads and mode; both numbers ascend."""
+"""Measured seconds by tokens, KV reads and mode. Tokens and KV reads ascend."""
 
 
 def fit(measurements: Sequence[Measurement], switch_seconds: float = 0.0) -> CostModel:
     """Fit a cost model.
 
-    What decides between the modes is the ratio of their times, and it is measured better than the times,
-    as the modes take turns. So for each phase the geometric mean over the modes, and for each mode but the first
-    (TP) the logarithm of the ratio of TP's time to its own, are taken over the tokens. They are made monotone by
-    isotonic least squares, the mean rising and the ratios, too: with more tokens, SP's larger weights matter less,
-    and the communication that it saves more. Before that, a running median of three takes out a single shape
-    that was disturbed. So noise cannot make more than one crossover with TP, and what is measured at one shape
-    counts for its neighbours. The curves are made of the means and the ratios again. The mean goes through the
-    measurements with the fewest KV reads of each number of tokens. The attention coefficient of a phase is the median
-    slope from those to measurements that differ in KV reads only. The ratio is that of the times without
-    the attention beyond the fewest KV reads, and each measurement counts: two shapes of one token that agree
-    are no disturbance, though all shapes of more tokens differ from them.
+    The ratio of the modes' times decides between the modes. It is measured more precisely than the times, because the
+    modes take turns. So two quantities are fitted over the tokens in each phase. One is the geometric mean of the
+    modes' times. The other is the logarithm of the ratio of TP's time to the time of each other mode. TP is the first
+    mode.
+
+    Isotonic least squares make both rise with the tokens. The ratios rise because, with more tokens, SP's larger
+    weights matter less, and the communication that SP saves matters more. Before that, a running median of three
+    removes a single disturbed shape from the ratios. So noise cannot make more than one crossover with TP, and a
+    measurement at one shape counts for its neighbours. The curves are computed from the means and the ratios.
+
+    The mean goes through the measurements with the fewest KV reads of each number of tokens. Other measurements differ
+    from these in KV reads only. The attention coefficient of a phase is the median slope between the two. The ratios
+    are fitted to the times without the attention beyond the fewest KV reads. All measurements count for the ratios. If
+    two shapes with one number of tokens agree, they are no disturbance, even if all shapes of more tokens differ.
 
     Raises:
-        ValueError: a phase without a shape that was measured in every mode.
+        ValueError: a phase has no shape that was measured in every mode.
     """
     first, *others = MODES
     curves: dict[str, dict[Mode, Curve]] = {}
@@ -238,7 +243,7 @@ def fit(measurements: Sequence[Measurement], switch_seconds: float = 0.0) -> Cos
 
 
 def _whole_shapes(measurements: Sequence[Measurement], phase: str) -> Shapes:
-    """The shapes of ``phase`` that were measured in every mode."""
+    """Return the shapes of ``phase`` that were measured in every mode."""
     rows: Shapes = {}
     for m in sorted((m for m in measurements if m.phase == phase), key=lambda m: (m.tokens, m.kv_reads)):
         rows.setdefault(m.tokens, {}).setdefault(m.kv_reads, {})[m.mode] = m.seconds
@@ -249,7 +254,10 @@ def _whole_shapes(measurements: Sequence[Measurement], phase: str) -> Shapes:
 
 
 def _attention(shapes: Shapes) -> float:
-    """Seconds per KV read: the median slope from the fewest reads of a number of tokens to more, in any mode."""
+    """Return seconds per KV read.
+
+    This is the median slope over all modes, from the fewest KV reads of a number of tokens to more KV reads.
+    """
     slopes = []
     for by_reads in shapes.values():
         (least, start), *more = by_reads.items()
@@ -258,16 +266,16 @@ def _attention(shapes: Shapes) -> float:
 
 
 def _gains(shapes: Shapes, attention: float, first: Mode, mode: Mode) -> tuple[list[float], float]:
-    """The logarithm of ``first``'s time over ``mode``'s by tokens, rising.
+    """Return the logarithm of ``first``'s time over ``mode``'s time by tokens, rising, and its standard error.
 
-    And the standard error of one of them, that is of what was measured at one number of tokens.
+    The standard error is that of the value at one number of tokens.
     """
     measured: list[tuple[int, float]] = []
     for tokens, by_reads in shapes.items():
         least = next(iter(by_reads))
         for reads, seconds in by_reads.items():
             without = {m: seconds[m] - attention * (reads - least) for m in (first, mode)}
-            # Where nearly all is attention, what is left is its noise.
+            # If attention is nearly all of the time, the rest is mostly its noise.
             if all(own > 0.5 * by_reads[least][m] for m, own in without.items()):
                 measured.append((tokens, math.log(without[first] / without[mode])))
     smooth = running_median([gain for _, gain in measured])
@@ -278,21 +286,21 @@ def _gains(shapes: Shapes, attention: float, first: Mode, mode: Mode) -> tuple[l
 
 
 def beyond_noise(gains: Sequence[float], noise: float) -> list[float]:
-    """Rising gains, without those above 0 that are less than twice their standard error.
+    """Return rising gains, with 0 instead of positive gains that are less than twice their standard error.
 
     Args:
-        gains: Not descending; as many equal ones share the noise of their mean.
-        noise: Standard deviation of one. The caller's is 1.4826 times the median absolute residual, which a
-            few disturbed measurements do not move (Rousseeuw and Croux, 1993).
+        gains: Not descending. Equal gains share the noise of their mean.
+        noise: Standard deviation of one gain. The caller gives 1.4826 times the median absolute residual, which a few
+            disturbed measurements do not move (Rousseeuw and Croux, 1993).
     """
     clear = (0.0 if 0 < gain < 2 * noise / math.sqrt(gains.count(gain)) else gain for gain in gains)
     return list(accumulate(clear, max))
 
 
 def running_median(values: Sequence[float]) -> list[float]:
-    """Medians of three neighbours, with Tukey's rule for the ends (Exploratory Data Analysis, 1977).
+    """Return medians of three neighbours, with Tukey's rule for the ends (Exploratory Data Analysis, 1977).
 
-    A monotone sequence comes out as it went in, but for its ends where they are not in line.
+    A monotone sequence does not change, except at an end that is out of line.
     """
     if len(values) < 3:
         return list(values)
@@ -308,7 +316,7 @@ def running_median(values: Sequence[float]) -> list[float]:
 
 
 def isotonic(values: Iterable[float]) -> list[float]:
-    """The non-descending sequence closest to ``values`` in least squares (pool adjacent violators)."""
+    """Return the non-descending sequence that is closest to ``values`` in least squares (pool adjacent violators)."""
     blocks: list[tuple[float, int]] = []
     for value in values:
         mean, count = value, 1
