@@ -1,1 +1,1 @@
-"""Traffic, and what a policy would make of it: a simulator on the cost model."""
+"""Simulates how a policy would handle some traffic. The cost model gives the step times."""

@@ -1,10 +1,13 @@
-"""A simulator of the scheduler's steps: the same policy objects, no model, a clock driven by a cost model.
+"""Simulates the scheduler's steps, with the real policies and without a model. The cost model drives the clock.
 
-What it answers: how a policy would do on some traffic, if steps took what the cost model says. The
-batches are made as SGLang makes them, in arrival order and prompts first. What it leaves out: the
-radix cache, requests that are retracted (KV cache is reserved for a request's whole output when it is
-admitted, as for ``ignore_eos``), the time between steps (SGLang overlaps it), and everything outside
-the scheduler.
+The simulator shows how a policy would perform on some traffic, if steps took the times that the cost model predicts.
+It makes batches as SGLang makes them: in the order of arrival, and prompts first. It leaves out
+
+- the radix cache,
+- requests that are retracted: a request reserves KV cache for its whole output when it is admitted, as with
+  ``ignore_eos``,
+- the time between steps, because SGLang overlaps it,
+- everything outside the scheduler.
 """
 
 from __future__ import annotations
@@ -22,20 +25,21 @@ from sglang_shift.modes import MODES, PENDING_REQUESTS, Mode, ShiftPolicy, StepS
 from sglang_shift.simulate.traffic import Request
 
 Observer = Callable[[StepState, Mode, float], None]
-"""Called with each step, its mode and its seconds, before the next one is chosen."""
+"""Called with each step, its mode and its seconds, before the next step is chosen."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """What limits the batches.
+    """The limits of the batches.
 
     Attributes:
-        chunk: Prompt tokens that one step takes (``--chunked-prefill-size``).
+        chunk: Prompt tokens that one step computes at most (``--chunked-prefill-size``).
         pool: Tokens that the KV pool holds (``--max-total-tokens``).
         max_running: Requests that hold KV cache at most (``--max-running-requests``).
-        mixed: Prefill steps also decode the running requests, a token each, which count towards the
-            chunk (``--enable-mixed-chunk``).
-        buckets: By mode, ascending batch sizes of the CUDA graphs of decode steps; none where they run eagerly.
+        mixed: Whether prefill steps also decode the running requests. Each of these requests adds a token, which counts
+            towards the chunk (``--enable-mixed-chunk``).
+        buckets: By mode, ascending batch sizes of the CUDA graphs of decode steps. Without an entry, a mode runs
+            eagerly.
     """
 
     chunk: int = 8192
@@ -51,7 +55,10 @@ class Server:
             raise ValueError("mixed steps need a chunk of more tokens than requests run at most")
 
     def padded(self, tokens: int) -> dict[Mode, int]:
-        """``tokens`` of a decode step, by mode padded to the graph that it replays; no entry beyond the largest."""
+        """Return, by mode, the size of the graph that a decode step of ``tokens`` replays.
+
+        A mode has no entry if its largest graph is too small.
+        """
         return {
             mode: sizes[i] for mode, sizes in self.buckets.items() if (i := bisect_left(sizes, tokens)) < len(sizes)
         }
@@ -59,13 +66,13 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A request that was served. Times are in seconds.
+    """A served request. Times are in seconds.
 
     Attributes:
         request: The request.
-        ttft: From its arrival to its first token.
-        tpot: Per token after the first; None for a single token.
-        e2e: From its arrival to its last token.
+        ttft: Time from its arrival to its first token.
+        tpot: Time per token after the first token; None if there is only one token.
+        e2e: Time from its arrival to its last token.
     """
 
     request: Request
@@ -76,16 +83,16 @@ class Served:
 
 @dataclass(frozen=True)
 class Result:
-    """How a simulation went.
+    """The result of a simulation.
 
     Attributes:
         served: All requests, in the order of their arrival.
-        steps: Steps by mode.
-        tokens: Tokens computed by mode: every prompt token, and every output token but each request's first,
-            which comes with its prompt.
+        steps: Number of steps, by mode.
+        tokens: Computed tokens, by mode: every prompt token, and every output token except the first of each request.
+            The first output token comes with the prompt.
         switches: Changes of mode.
         makespan: Seconds from the first arrival to the last token.
-        busy: Seconds in steps among them.
+        busy: Seconds of the makespan in which a step ran.
     """
 
     served: list[Served]
@@ -101,9 +108,9 @@ class Result:
         return sum(s.request.prompt + s.request.output for s in self.served) / self.makespan
 
     def metrics(self) -> dict[str, float]:
-        """Means over the requests, and more: seconds, tokens per second, numbers.
+        """Return means over the requests and other figures: seconds, tokens per second, counts.
 
-        The mean TPOT is over the requests of more than one token; 0 where there are none.
+        The mean TPOT is over the requests with more than one output token. It is 0 if there are none.
         """
         e2e = [s.e2e for s in self.served]
         return {
@@ -125,24 +132,24 @@ def simulate(
     server: Server | None = None,
     observe: Observer | None = None,
 ) -> Result:
-    """Serve ``requests``.
+    """Simulate a server that gets ``requests``.
 
     Args:
-        requests: At least one; in any order.
-        policy: Asked for the mode of every step, as by the real scheduler.
-        truth: What a step takes. The policy's own model, if it has one, may be another.
+        requests: At least one request, in any order.
+        policy: The policy. It is asked for the mode of every step, as by the real scheduler.
+        truth: Gives the real time of a step. The policy's own cost model may differ from it.
         server: Limits of the batches; None for :class:`Server`'s defaults.
         observe: Called after each step.
 
     Raises:
-        ValueError: no requests, or one that the KV pool cannot hold.
+        ValueError: there are no requests, or the KV pool cannot hold one of them.
     """
     return _Simulation(requests, policy, truth, server or Server()).run(observe)
 
 
 @dataclass(slots=True)
 class _Step:
-    """A step that is about to run: the parts of prompts that it computes, and whether it decodes."""
+    """A step that is about to run: its state, the prompts that it finishes, and whether it decodes."""
 
     state: StepState
     finished_prompts: list[int] = field(default_factory=list)
@@ -150,10 +157,10 @@ class _Step:
 
 
 class _Simulation:
-    """The state of the server. Requests are known by their index in the order of arrival.
+    """The state of the server. A request is known by its index in the order of arrival.
 
-    Since they are admitted in this order, those waiting are always ``head`` to ``arrived``. What decodes is
-    kept in sums, so that a decode step costs the same for any number of requests.
+    Requests are admitted in this order, so the waiting requests are always ``head`` to ``arrived``. Sums describe the
+    decoding requests, so a decode step is simulated equally fast for any number of requests.
     """
 
     def __init__(self, requests: Sequence[Request], policy: ShiftPolicy, truth: CostModel, server: Server) -> None:
@@ -168,11 +175,11 @@ class _Simulation:
         self.arrived = self.head = 0
         self.free = server.pool
         self.chunked: int | None = None  # the admitted request whose prompt is not finished
-        self.chunked_done = 0  # tokens of it that are
+        self.chunked_done = 0  # tokens of this prompt that are finished
         self.running = 0
         self.reads = 0  # sum of the sequence lengths in the next decode step
         self.decoded = 0  # decode steps so far
-        self.ends: dict[int, list[int]] = {}  # requests by the decode step that is their last
+        self.ends: dict[int, list[int]] = {}  # requests by their last decode step
         self.first = [0.0] * len(self.requests)
         self.end = [0.0] * len(self.requests)
         self.unserved = len(self.requests)
@@ -180,7 +187,7 @@ class _Simulation:
         self.since_switch = 0
 
     def run(self, observe: Observer | None) -> Result:
-        """Step until all requests are served."""
+        """Run steps until all requests are served."""
         steps, tokens, switches, busy = dict.fromkeys(MODES, 0), dict.fromkeys(MODES, 0), 0, 0.0
         choose, predict = self.policy.choose, self.truth.predict
         while self.unserved:
@@ -192,7 +199,7 @@ class _Simulation:
             if self.mode not in (None, mode):
                 switches += 1
                 seconds += self.truth.switch_seconds
-                self.since_switch = 0  # as the real selector counts
+                self.since_switch = 0  # the real selector counts in the same way
             self.mode = mode
             self.clock += seconds
             busy += seconds
@@ -212,7 +219,7 @@ class _Simulation:
         return Served(r, self.first[i] - r.time, tpot, self.end[i] - r.time)
 
     def _arrive(self) -> None:
-        """Queue what has arrived. With nothing to do, the clock goes on to the next arrival."""
+        """Queue the requests that have arrived. If there is nothing to do, move the clock to the next arrival."""
         requests = self.requests
         if not self.running and self.chunked is None and self.head == self.arrived:
             self.clock = max(self.clock, requests[self.arrived].time)
@@ -220,7 +227,7 @@ class _Simulation:
             self.arrived += 1
 
     def _next_step(self) -> _Step:
-        """Prompts first; a decode step where there are none, or none can be admitted."""
+        """Make the next step. It computes prompts if any can run, and only decodes otherwise."""
         if self.chunked is not None or self.head < self.arrived:
             finished, prompt_tokens, reads = self._fill_chunk()
             if prompt_tokens:
@@ -232,7 +239,10 @@ class _Simulation:
         return _Step(self._state(running, 0, self.server.padded(running), self.reads), decodes=True)
 
     def _fill_chunk(self) -> tuple[list[int], int, int]:
-        """Take up to a chunk of prompt tokens: the prompts that they finish, the tokens, their KV reads."""
+        """Take up to a chunk of prompt tokens.
+
+        Returns the requests whose prompts these tokens finish, the number of tokens, and their KV reads.
+        """
         room = budget = self.server.chunk - (self.running if self.server.mixed else 0)
         finished: list[int] = []
         reads = 0
@@ -261,7 +271,7 @@ class _Simulation:
         return finished, budget - room, reads
 
     def _state(self, tokens: int, prompt_tokens: int, padded: dict[Mode, int], reads: int) -> StepState:
-        """What the policy sees, once the step's prompts have left the queue."""
+        """Return the state that the policy sees, once the step's prompts have left the queue."""
         head, prompts = self.head, self.prompts
         pending = prompts[min(head + PENDING_REQUESTS, self.arrived)] - prompts[head] if head < self.arrived else 0
         if self.chunked is not None:

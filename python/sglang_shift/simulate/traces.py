@@ -1,4 +1,4 @@
-"""Traffic from the files of public traces: what is read, and what is refused with the number of its line."""
+"""Reads traffic from the files of public traces. An error names the line that cannot be read."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 MOONCAKE = ("timestamp", "input_length", "output_length")
 
 MOONCAKE_BLOCK = 512.0
-"""Tokens that a hash id of a Mooncake trace stands for (its README)."""
+"""Tokens that a hash id of a Mooncake trace stands for (source: the README of the traces)."""
 
 MOST_TOKENS = 10**9
 MOST_SECONDS = 1e12
-"""Longer is no request's, and later no clock's: with such numbers the simulator would lose its small ones."""
+"""Limits: no request has more tokens, and no time is later. Beside larger numbers, small numbers would be lost."""
 
 EMPTY = "it is empty"
 
@@ -37,15 +37,16 @@ _short.maxstring = _short.maxlong = _short.maxother = 40
 
 
 def read_azure(path: Path) -> list[Request]:
-    """A trace of Azure's: CSV with the columns TIMESTAMP, ContextTokens and GeneratedTokens, of 2023 or 2024.
+    """Read a trace of Azure, of 2023 or 2024: CSV with the columns TIMESTAMP, ContextTokens and GeneratedTokens.
 
-    The columns may be in any order and beside others, between commas, semicolons or tabs; case, spaces and
-    underscores of their names do not matter. Times are in ISO 8601, with zones or without, and count from the first
-    request. Rows may be in any order; those without a prompt or output are left out.
+    The columns may be in any order, and other columns may be beside them. Commas, semicolons or tabs separate the
+    columns. Case, spaces and underscores in their names do not matter. Times are in ISO 8601, with or without zones.
+    The result counts them from the first request. Rows may be in any order. Rows without a prompt or output are left
+    out.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is something else; says in which line.
+        ValueError: the file is not such a trace. The message names the line that is wrong.
     """
     rows = _csv_rows(path)
     number, header = next(rows, (0, []))
@@ -56,14 +57,14 @@ def read_azure(path: Path) -> list[Request]:
 
 
 def read_mooncake(path: Path) -> list[Request]:
-    """A trace of Mooncake's: lines of JSON with timestamp (milliseconds), input_length, output_length and hash_ids.
+    """Read a trace of Mooncake: lines of JSON with timestamp (milliseconds), input_length, output_length and hash_ids.
 
-    Times count from the first request. The hash ids, where there are any, become the requests' blocks. Lines may be
-    in any order; those without a prompt or output are left out.
+    The result counts times from the first request. If there are hash ids, they become the blocks of the requests. Lines
+    may be in any order. Lines without a prompt or output are left out.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is something else; says in which line.
+        ValueError: the file is not such a trace. The message names the line that is wrong.
     """
     with path.open(encoding="utf-8-sig", errors="backslashreplace") as file:
         rows = [_at(number, _mooncake_row, line) for number, line in enumerate(file, 1) if line.strip()]
@@ -73,12 +74,12 @@ def read_mooncake(path: Path) -> list[Request]:
 
 
 def read_trace(path: Path) -> list[Request]:
-    """A trace, by its suffix: ``.csv`` or ``.tsv`` as :func:`read_azure`, else as :func:`read_mooncake`."""
+    """Read a trace by its suffix: ``.csv`` or ``.tsv`` with :func:`read_azure`, others with :func:`read_mooncake`."""
     return read_azure(path) if path.suffix.lower() in (".csv", ".tsv") else read_mooncake(path)
 
 
 def _at(number: int, parse: Callable[[Given], Made], given: Given) -> Made:
-    """What ``parse`` makes of a line; its errors get the line's number."""
+    """Return what ``parse`` makes of a line. Its errors get the number of the line."""
     try:
         return parse(given)
     except ValueError as error:
@@ -86,8 +87,8 @@ def _at(number: int, parse: Callable[[Given], Made], given: Given) -> Made:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Cells of the rows that are not blank, and the line on which each begins."""
-    # What is no UTF-8 may stand where nothing is read from; elsewhere the message shows its bytes.
+    """Yield the number of the first line, and the cells, of each row that is not blank."""
+    # Bytes that are not UTF-8 do no harm in columns that are not read. In other columns, the message shows them.
     with path.open(newline="", encoding="utf-8-sig", errors="backslashreplace") as file:
         head = []
         for line in file:
@@ -109,7 +110,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 class _AzureRow:
-    """A row's cells to its numbers, once the header has said where they are."""
+    """Reads the numbers in a row's cells. The header says which columns hold them."""
 
     def __init__(self, header: Sequence[str]) -> None:
         names = [_plain(name) for name in header]
@@ -133,7 +134,7 @@ class _AzureRow:
 
     def _time(self, text: str) -> float:
         try:
-            # A number could be seconds or milliseconds, and some are dates to ``fromisoformat``.
+            # A plain number is refused: it could be seconds or milliseconds. ``fromisoformat`` takes some for dates.
             time = datetime.fromisoformat(text) if "-" in text else None
         except ValueError:
             time = None
@@ -187,7 +188,7 @@ def _mooncake_row(line: str) -> Row:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)  # not a bool, which is an int
+    return type(value) in (int, float)  # ``isinstance`` would accept a bool, which is an int
 
 
 def _tokens(name: str, given: Any, number: Any) -> int:

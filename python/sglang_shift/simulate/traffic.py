@@ -1,4 +1,4 @@
-"""Traffic for the simulator and the benchmark: made up with a seed, and changed in time and length."""
+"""Traffic for the simulator and the benchmark: makes it from a seed, and changes its times and lengths."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 Lengths = int | tuple[int, int]
-"""Tokens: one number for all requests, or a range from which each is drawn, uniformly in the logarithm."""
+"""Tokens: one number for all requests, or a range. Each request draws from the range, uniformly in the logarithm."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request to come.
+    """A request of some traffic.
 
     Attributes:
-        time: When it arrives, in seconds.
-        prompt: Its prompt tokens, at least 1.
-        output: Tokens it generates, at least 1.
-        blocks: Names of the blocks that its prompt consists of, from the front; a prompt that is longer ends
-            with tokens of its own. Equal names at the front are a prefix that requests share. The simulator,
-            which caches nothing, takes no notice.
+        time: Seconds at which it arrives.
+        prompt: Number of its prompt tokens, at least 1.
+        output: Number of tokens that it generates, at least 1.
+        blocks: Names of the blocks at the front of its prompt. A longer prompt ends with tokens of its own. Requests
+            whose first names are equal share a prefix. The simulator caches nothing, so it ignores the blocks.
         block_length: Tokens of a block.
     """
 
@@ -37,14 +36,14 @@ class Request:
 
 
 def steady(rate: float, *, prompt: Lengths, output: Lengths, requests: int, seed: int = 0) -> list[Request]:
-    """Poisson arrivals at a constant rate.
+    """Make Poisson arrivals at a constant rate.
 
     Args:
         rate: Requests per second.
         prompt: Prompt tokens.
         output: Output tokens.
-        requests: How many.
-        seed: Of the arrivals and the lengths.
+        requests: Number of requests.
+        seed: Seed of the arrivals and the lengths.
     """
     rng, time, made = random.Random(seed), 0.0, []
     for _ in range(requests):
@@ -56,22 +55,24 @@ def steady(rate: float, *, prompt: Lengths, output: Lengths, requests: int, seed
 def ramp(
     first_rate: float, last_rate: float, *, prompt: Lengths, output: Lengths, requests: int, seed: int = 0
 ) -> list[Request]:
-    """Poisson arrivals at a rate that changes linearly, over the time that so many requests take on average.
+    """Make Poisson arrivals at a rate that changes linearly.
+
+    The rate reaches its last value after the time in which this number of requests arrives on average.
 
     Args:
         first_rate: Requests per second at the beginning, 0 or more.
         last_rate: Requests per second at the end, more than 0.
         prompt: Prompt tokens.
         output: Output tokens.
-        requests: How many.
-        seed: Of the arrivals and the lengths.
+        requests: Number of requests.
+        seed: Seed of the arrivals and the lengths.
     """
     rng, expected, made = random.Random(seed), 0.0, []
-    slope = (last_rate**2 - first_rate**2) / (2 * requests)  # of the rate, per second
+    slope = (last_rate**2 - first_rate**2) / (2 * requests)  # change of the rate per second
     for _ in range(requests):
         expected += rng.expovariate(1.0)
-        # The time until which so many are expected: slope / 2 * t^2 + first_rate * t = expected. In this form
-        # of the root nothing cancels where the slope is small. A falling rate never reaches some numbers.
+        # Until time t, slope / 2 * t^2 + first_rate * t requests are expected. This is solved for t. In this form of
+        # the root nothing cancels if the slope is small. A falling rate never reaches some numbers of requests.
         root = math.sqrt(max(0.0, first_rate**2 + 2 * slope * expected))
         made.append(Request(2 * expected / (first_rate + root), _draw(rng, prompt), _draw(rng, output)))
     return made
@@ -88,17 +89,17 @@ def bursty(
     burst_seconds: float = 0.0,
     seed: int = 0,
 ) -> list[Request]:
-    """A steady Poisson stream, and bursts on top.
+    """Make a steady Poisson stream, with bursts on top.
 
     Args:
         rate: Requests per second of the stream.
         prompt: Prompt tokens.
         output: Output tokens.
-        seconds: How long the stream lasts.
+        seconds: Seconds that the stream lasts.
         burst: Requests in a burst.
-        every: Seconds from one burst to the next; the first comes after half of that.
-        burst_seconds: The time over which the requests of a burst are spread, at random.
-        seed: Of the arrivals and the lengths.
+        every: Seconds from one burst to the next. The first burst comes after half of this time.
+        burst_seconds: Seconds over which the requests of a burst are spread at random.
+        seed: Seed of the arrivals and the lengths.
     """
     rng, time, times = random.Random(seed), 0.0, []
     while (time := time + rng.expovariate(rate)) < seconds:
@@ -111,24 +112,24 @@ def bursty(
 
 
 def window(requests: Iterable[Request], start: float, seconds: float) -> list[Request]:
-    """The requests that arrive in ``[start, start + seconds)``; times count from ``start``."""
+    """Return the requests that arrive in ``[start, start + seconds)``. Their times count from ``start``."""
     return [replace(r, time=r.time - start) for r in requests if start <= r.time < start + seconds]
 
 
 def scaled(
     requests: Iterable[Request], time: float = 1.0, length: float = 1.0, context: int | None = None
 ) -> list[Request]:
-    """The same requests in another time and of other lengths.
+    """Return the same requests with other times and lengths.
 
     Args:
-        requests: They stay as they are.
-        time: Factor on the times: below 1 they come faster.
-        length: Factor on prompt, output and blocks; prompt and output stay at least 1 token.
-        context: Tokens that prompt and output have together at most: the output is cut to half of that,
-            then the prompt to what is left.
+        requests: They do not change.
+        time: Factor on the times. Below 1, the requests come faster.
+        length: Factor on prompt, output and blocks. Prompt and output stay at least 1 token.
+        context: Tokens that prompt and output have together at most. The output is cut to half of the context, then
+            the prompt to the rest of it.
 
     Raises:
-        ValueError: a context of less than 2 tokens.
+        ValueError: the context is less than 2 tokens.
     """
     if context is not None and context < 2:
         raise ValueError("a context of less than 2 tokens has no room for a prompt and an output")
