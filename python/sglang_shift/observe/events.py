@@ -1,8 +1,8 @@
-"""Step events: what the scheduler publishes of every step, for the metrics, the page and whoever subscribes.
+"""Step events: the scheduler publishes one for every step, for the metrics, the page and other subscribers.
 
-Rank 0 of each replica binds a ZMQ PUB socket, sends without waiting, and drops what nobody takes in
-time, so watching never slows a step. Messages are two frames: a topic (``step`` or ``state``) and a
-MessagePack map of the fields below.
+Rank 0 of each replica binds a ZMQ PUB socket and sends without waiting. Events that no subscriber reads in time are
+dropped, so watching never slows a step. A message has two frames: a topic (``step`` or ``state``), and a MessagePack
+map of the fields below.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from sglang_shift.modes import Mode
 logger = logging.getLogger(__name__)
 
 SCHEMA = 2
-"""Version of the events, and of :meth:`sglang_shift.observe.hub.Hub.snapshot`'s value, which is made of them.
+"""Version of the events, and of the value of :meth:`sglang_shift.observe.hub.Hub.snapshot`, which is made of them.
 
-It grows when a field changes its meaning or goes away.
+It grows when a field changes its meaning or is removed.
 """
 
 ENDPOINT_VARIABLE = "SGLANG_SHIFT_EVENTS"
-"""Environment variable with the endpoint of replica 0; set by the launcher, or by the user before it."""
+"""Environment variable with the endpoint of replica 0. The launcher sets it, if the user has not set it before."""
 
 META_INFO_KEY = "shift_steps"
-"""Of a request's steps by mode, on their way into its ``meta_info``."""
+"""Key of a request's steps by mode, on their way into its ``meta_info``."""
 
 FOLDER_PREFIX = "sglang_shift_"
 HIGH_WATER_MARK = 4096
@@ -41,15 +41,15 @@ HIGH_WATER_MARK = 4096
 
 
 class Finished(msgspec.Struct):
-    """A request that finished in a step. Times are the scheduler's: network and tokenizer not included.
+    """A request that finished in a step. Times are the scheduler's: they do not include network and tokenizer.
 
     Attributes:
         prompt_tokens: Length of the prompt.
-        output_tokens: Tokens generated.
+        output_tokens: Number of generated tokens.
         ttft: Seconds from its arrival at the scheduler to its first token.
-        tpot: Seconds per token after the first; None for a single token.
+        tpot: Seconds per token after the first token; None if there is only one token.
         e2e: Seconds from its arrival to its end.
-        steps: Steps it took part in, by mode.
+        steps: Number of steps that computed tokens of it, by mode.
     """
 
     prompt_tokens: int
@@ -64,24 +64,24 @@ class StepEvent(msgspec.Struct):
     """One step.
 
     Attributes:
-        time: When its result was processed, Unix seconds.
-        step: Its number, from 1, without gaps: a gap means dropped events.
-        mode: Its mode.
+        time: Time at which its result was processed, Unix seconds.
+        step: Number of the step, from 1, without gaps. A gap means that events were dropped.
+        mode: The mode of the step.
         phase: ``prefill``, ``decode`` or ``mixed``.
-        tokens: Tokens it computed.
-        prefill_tokens: New prompt tokens among them.
-        running: Requests decoding.
-        waiting: Requests waiting.
-        pending_tokens: Prompt tokens waiting.
-        seconds: How long it took; None where it could not be timed.
-        predicted: How long the cost model says it takes in each mode; empty without one.
-        switched: The mode is not that of the step before, probes left out.
-        reason: Why, for a step that switched or is a probe; else empty.
-        exchanged_bytes: Bytes this rank has sent in exchanges since the start.
-        exchanges: Exchanges since the start.
-        finished: Requests that finished in it.
-        replica: Data-parallel replica.
-        replayed: Whether it replayed a CUDA graph; None where none are captured for its phase.
+        tokens: Tokens that the step computed.
+        prefill_tokens: New prompt tokens among these tokens.
+        running: Number of requests that decode.
+        waiting: Number of requests that wait.
+        pending_tokens: Number of prompt tokens that wait.
+        seconds: Seconds that the step took; None if they could not be measured.
+        predicted: Seconds that the cost model predicts, by mode; empty without a cost model.
+        switched: Whether the policy chose another mode than for the step before. Probes do not count.
+        reason: The reason for the mode, if the step switched or is a probe; else empty.
+        exchanged_bytes: Bytes that this rank has sent in exchanges since the start.
+        exchanges: Number of exchanges since the start.
+        finished: Requests that finished in the step.
+        replica: Number of the data-parallel replica.
+        replayed: Whether the step replayed a CUDA graph; None if no graphs are captured for its phase.
     """
 
     time: float
@@ -105,26 +105,28 @@ class StepEvent(msgspec.Struct):
 
 
 class StateEvent(msgspec.Struct):
-    """What changes rarely: sent at the start, at every change, and about once a second for late subscribers.
+    """State that changes rarely. It is sent at the start, at every change, and about once a second.
+
+    A subscriber that starts late gets it within about a second.
 
     Attributes:
         time: Unix seconds.
         world_size: P.
         sp_size: S.
-        model: What is served.
+        model: Name of the model.
         policy: Name of the policy.
-        policy_text: The policy in words.
-        calibration: A :class:`sglang_shift.cost.calibration.Calibration` as JSON, or None without one.
-        calibration_text: Where the calibration came from, in words.
-        drift: By mode, the median of actual over predicted step time of late; None before it is known.
+        policy_text: The policy's description of itself.
+        calibration: A :class:`sglang_shift.cost.calibration.Calibration` as JSON, or None without a calibration.
+        calibration_text: A sentence about the source of the calibration.
+        drift: By mode, the median of actual over predicted time of recent steps; None before it is known.
         weight_bytes: Bytes of weights on this rank.
-        weight_bytes_beyond_base: Of these, bytes beyond the base configuration's.
-        steps: Steps by mode since the start.
-        tokens: Tokens by mode since the start.
+        weight_bytes_beyond_base: Part of these bytes that the base configuration does not have.
+        steps: Number of steps since the start, by mode.
+        tokens: Number of tokens since the start, by mode.
         switches: Changes of mode since the start.
-        running: Requests decoding.
-        waiting: Requests waiting.
-        replica: Data-parallel replica.
+        running: Number of requests that decode.
+        waiting: Number of requests that wait.
+        replica: Number of the data-parallel replica.
         schema: :data:`SCHEMA` of the sender.
     """
 
@@ -156,10 +158,11 @@ _made: Path | None = None
 
 
 def prepare_endpoint(replicas: int = 1) -> str | None:
-    """Choose the endpoint, once, in the launcher: a socket file that only this user can reach.
+    """Choose the endpoint of the events. The launcher calls this once.
 
-    Kept in the environment, where the ranks and HTTP workers that it starts find it. One that the user named
-    stays if every replica can publish there. Where none is to be had, there are no events, and the log says why.
+    The endpoint is a socket file that only this user can reach. It is stored in the environment, for the ranks and HTTP
+    workers that the launcher starts. An endpoint that the user named is kept, if every replica can publish there. If no
+    endpoint can be used, there are no events, and the log says why.
     """
     global _made
     problems = []
@@ -185,8 +188,8 @@ def prepare_endpoint(replicas: int = 1) -> str | None:
 
 
 def _problem(endpoint: str, replicas: int) -> str:
-    """Why not every replica can publish at ``endpoint``; empty if each can."""
-    with zmq.Context() as context:  # its end waits until the sockets are closed, and the ports free again
+    """Return why some replica cannot publish at ``endpoint``; empty if each replica can."""
+    with zmq.Context() as context:  # its end waits until the sockets are closed, so the ports are free again
         for replica in range(replicas):
             try:
                 with context.socket(zmq.PUB) as socket:
@@ -197,12 +200,12 @@ def _problem(endpoint: str, replicas: int) -> str:
 
 
 def _bind(socket: zmq.Socket[bytes], endpoint: str) -> None:
-    """Bind, but take nothing away: ZMQ replaces whatever is at the path of a socket file.
+    """Bind a socket, but never replace a file. ZMQ would replace any file at the path of a socket.
 
     Raises:
-        zmq.ZMQError: it cannot.
-        OSError: something is there: a file, or a socket that somebody listens to.
-        ValueError: there is no such endpoint.
+        zmq.ZMQError: the socket cannot be bound.
+        OSError: a file is at the path, or a socket that somebody listens to.
+        ValueError: the endpoint does not exist.
     """
     path = endpoint.removeprefix("ipc://")
     if path != endpoint and os.path.lexists(path):
@@ -215,16 +218,16 @@ def _bind(socket: zmq.Socket[bytes], endpoint: str) -> None:
 
 
 def remove_endpoint() -> None:
-    """Remove the folder that :func:`prepare_endpoint` made, if it did."""
+    """Remove the folder that :func:`prepare_endpoint` made, if it made one."""
     if _made is not None:
         shutil.rmtree(_made, ignore_errors=True)
 
 
 def endpoint_of(replica: int) -> str | None:
-    """Where a replica publishes, or None where nobody asked for events (the offline engine).
+    """Return the endpoint of a replica, or None if nobody asked for events (the offline engine).
 
     Raises:
-        ValueError: the environment's endpoint is a TCP one without a port.
+        ValueError: the environment has a TCP endpoint without a port.
     """
     first = os.environ.get(ENDPOINT_VARIABLE)
     return _endpoint(first, replica) if first else None
@@ -260,7 +263,7 @@ class Publisher:
             self._give_up(error)
 
     def send(self, event: StepEvent | StateEvent) -> None:
-        """Publish ``event`` if anybody could listen. For a subscriber that is too slow, ZMQ drops it."""
+        """Publish ``event`` if there is a socket. If a subscriber is too slow, ZMQ drops the event for it."""
         if self._socket is not None:
             topic = b"step" if isinstance(event, StepEvent) else b"state"
             try:
@@ -269,7 +272,7 @@ class Publisher:
                 self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        """Observing must not end a server."""
+        """Close the socket. A failure to observe must not end the server."""
         logger.warning("sglang_shift: no more events of replica %s (%s)", self.replica, error)
         if self._socket is not None:
             self._socket.close()
@@ -280,8 +283,8 @@ class Subscriber:
     """Receives the events of all replicas.
 
     Args:
-        replicas: How many there are.
-        timeout_ms: How long :meth:`receive` waits.
+        replicas: Number of replicas.
+        timeout_ms: Milliseconds that :meth:`receive` waits.
     """
 
     def __init__(self, replicas: int = 1, timeout_ms: int = 500) -> None:
@@ -294,13 +297,13 @@ class Subscriber:
         for replica in range(replicas):
             try:
                 if endpoint := endpoint_of(replica):
-                    # Where a publisher listens on all addresses, this machine's own is one.
+                    # If a publisher listens on all addresses, it also listens on this machine's own address.
                     self._socket.connect(endpoint.replace("tcp://*:", "tcp://127.0.0.1:"))
             except (zmq.ZMQError, ValueError) as error:
                 logger.warning("sglang_shift: no events of replica %s (%s)", replica, error)
 
     def receive(self) -> StepEvent | StateEvent | None:
-        """The next event; None if there was none in time.
+        """Return the next event, or None if none arrives in time.
 
         Raises:
             zmq.ZMQError: the socket was closed.

@@ -1,6 +1,6 @@
 """SGLang's app with our routes, for each worker of ``--tokenizer-worker-num``.
 
-The workers import it by ``SGLANG_HTTP_SERVER_APP_PATH``. Each has a hub of its own for the page; only the
+The workers import it through ``SGLANG_HTTP_SERVER_APP_PATH``. Each worker has its own hub for the page. Only the
 launcher's process feeds the metrics.
 """
 

@@ -1,4 +1,4 @@
-"""What the page and the status view show: the events of the last ten minutes, summed up in bounded memory."""
+"""The data of the page and the status view: sums up the events of the last ten minutes in bounded memory."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ RECENT_SWITCHES = 50
 REASON_CHARACTERS = 500
 
 CLOCK_TOLERANCE = 5.0
-"""Seconds by which an event's clock may differ from ours; beyond it, the time of its arrival counts."""
+"""Largest difference in seconds between an event's clock and ours. Beyond it, the time of arrival is used instead."""
 
 Event = StepEvent | StateEvent
 Listener = Callable[[Event], None]
 
 
 class Gaps:
-    """Counts the step events that were sent and never arrived."""
+    """Counts the step events that were sent but did not arrive."""
 
     def __init__(self) -> None:
         self._last: dict[int, int] = {}
 
     def missed(self, event: StepEvent) -> int:
-        """How many are missing before ``event``; 0 for a replica's first one and after its restart."""
+        """Return how many events are missing before ``event``; 0 for a replica's first event and after its restart."""
         last = self._last.get(event.replica, event.step)
         self._last[event.replica] = event.step
         return max(0, event.step - last - 1)
@@ -56,7 +56,7 @@ class Gaps:
 
 @dataclass(slots=True)
 class _Second:
-    """What happened in one second, all replicas together."""
+    """What happened in one second, summed over all replicas."""
 
     steps: dict[Mode, int] = field(default_factory=lambda: dict.fromkeys(MODES, 0))
     tokens: dict[Mode, int] = field(default_factory=lambda: dict.fromkeys(MODES, 0))
@@ -70,12 +70,12 @@ class _Second:
 
 
 class Hub:
-    """Takes the events of all replicas and answers :meth:`snapshot`. Thread-safe.
+    """Takes the events of all replicas, and answers :meth:`snapshot`. Thread-safe.
 
     Args:
-        replicas: How many there are; events of others are malformed.
-        clock: Unix seconds, never going back. By default the system's clock at the start, and a
-            monotonic one from there.
+        replicas: Number of replicas. Events of other replicas count as malformed.
+        clock: Returns Unix seconds that never go back. The default is the system's clock at the start, and continues
+            with a monotonic clock.
 
     Attributes:
         listeners: Called with every well-formed event, in the hub's thread.
@@ -108,14 +108,14 @@ class Hub:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; returns within about half a second."""
+        """End the thread. This returns within about half a second."""
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
 
     @property
     def ready(self) -> bool:
-        """Whether a state has arrived."""
+        """Whether a state event has arrived."""
         return bool(self._states)
 
     def _run(self, subscriber: Subscriber) -> None:
@@ -125,7 +125,7 @@ class Hub:
             except zmq.ZMQError:
                 logger.exception("sglang_shift: no more events: the page and the metrics stand still")
                 break
-            except Exception:  # whatever decoding raises: the sender is at fault, and the next message may be good
+            except Exception:  # decoding can raise anything: the sender is at fault, and the next message may be good
                 self.malformed()
                 continue
             if event is not None:
@@ -156,12 +156,12 @@ class Hub:
             try:
                 listener(event)
             except Exception:
-                if not self._listener_failed:  # once: it may happen at every step
+                if not self._listener_failed:  # log it once: it may happen at every step
                     logger.exception("sglang_shift: %r cannot take an event; later failures are not logged", listener)
                 self._listener_failed = True
 
     def _well_formed(self, event: Event) -> bool:
-        """Whether the values make sense; numbers that are not finite become None."""
+        """Return whether the values make sense. Numbers that are not finite become None."""
         if not 0 <= event.replica < self.replicas:
             return False
         if isinstance(event, StateEvent):
@@ -213,7 +213,7 @@ class Hub:
         second.max_waiting = max(second.max_waiting or 0, second.waiting)
 
     def snapshot(self) -> dict[str, Any]:
-        """All of it as a JSON value, without NaN or infinities; docs/observing.md has the fields."""
+        """Return all data as a JSON value, without NaN or infinities. docs/observing.md explains the fields."""
         with self._lock:
             now = self._clock()
             steps, requests = list(self._steps), list(self._requests)
@@ -243,7 +243,7 @@ class Hub:
         )
 
     def _history(self, start: int, end: int) -> dict[str, Any]:
-        """One list for each quantity, one entry for each complete second."""
+        """Return one list for each quantity, with one entry for each complete second."""
         empty = _Second()
         seconds = [self._seconds.get(key, empty) for key in range(start, end)]
         value: dict[str, Any] = {"start": start}

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the steps, beside SGLang's, where ``--enable-metrics`` asks for them."""
+"""Prometheus metrics of the steps, beside SGLang's metrics, if ``--enable-metrics`` asks for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEP_TIME_BUCKETS = tuple(
         100, 150, 200, 300, 500, 750, 1000, 1500, 2000, 3000, 5000, 10000,
     )
 )  # fmt: skip
-"""Upper bounds in seconds."""
+"""Upper bounds of the buckets, in seconds."""
 
 
 class Metric(NamedTuple):
@@ -27,8 +27,8 @@ class Metric(NamedTuple):
 
     Attributes:
         kind: ``counter``, ``gauge`` or ``histogram``.
-        help: What Prometheus shows of it.
-        labels: Its labels, besides SGLang's and ``replica``.
+        help: Text that Prometheus shows for it.
+        labels: Names of its labels, without SGLang's labels and ``replica``.
     """
 
     kind: str
@@ -58,13 +58,13 @@ METRICS = {
     "weight_bytes": Metric("gauge", "Bytes of weights on the first rank.", ("kind",)),
     "events_dropped_total": Metric("counter", "Step events that did not arrive: the other metrics lack these steps."),
 }
-"""By name, without :data:`PREFIX`."""
+"""The metrics by name. The names do not include :data:`PREFIX`."""
 
 
 class Metrics:
-    """Feeds the metrics: a listener of the hub.
+    """Updates the metrics, as a listener of the hub.
 
-    One process only may have one: several would multiply the counters.
+    Only one process may have this listener. In several processes the counters would be multiplied.
 
     Args:
         labels: Labels of every metric, such as SGLang's ``model_name``.
@@ -78,7 +78,7 @@ class Metrics:
         self._replicas: set[int] = set()
 
     def __call__(self, event: StepEvent | StateEvent) -> None:
-        """Take one event."""
+        """Update the metrics with one event."""
         if not self._metrics:
             self._create()
         if event.replica not in self._replicas:
@@ -89,8 +89,8 @@ class Metrics:
             self._take_state(event)
 
     def _create(self) -> None:
-        # Not earlier: prometheus_client must be imported after SGLang has set PROMETHEUS_MULTIPROC_DIR,
-        # which it has when it starts the processes that send events.
+        # Not earlier: prometheus_client must be imported after SGLang has set PROMETHEUS_MULTIPROC_DIR. SGLang sets it
+        # before it starts the processes that send events.
         from prometheus_client import Counter, Gauge, Histogram
 
         for name, metric in METRICS.items():
@@ -104,7 +104,7 @@ class Metrics:
             self._metrics[name] = made
 
     def _begin(self, replica: int) -> None:
-        """Let the counters exist from 0 on: a rate needs two values, and a share needs every mode."""
+        """Start the counters at 0. A rate needs two values, and a share needs every mode."""
         self._replicas.add(replica)
         self._metric("events_dropped_total", replica)
         for mode in MODES:
@@ -118,7 +118,10 @@ class Metrics:
         return self._metrics[name].labels(**self.labels, replica=str(replica), **labels)
 
     def _increase(self, name: str, replica: int, cumulative: int) -> None:
-        """Bring a counter to a value counted since the rank's start, whatever was missed; it may restart."""
+        """Raise a counter by the growth of ``cumulative``, which the rank counts from its start.
+
+        So the counter is right even if events were missed. ``cumulative`` may restart.
+        """
         last = self._cumulative.get((name, replica), 0)
         self._cumulative[name, replica] = cumulative
         self._metric(name, replica).inc(cumulative - last if cumulative >= last else cumulative)

@@ -1,4 +1,4 @@
-"""What we add to SGLang's HTTP server: the status page, its data, and policies by name."""
+"""Routes that we add to SGLang's HTTP server: the status page, its data, and policies by name."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 REPLICAS_VARIABLE = "SGLANG_SHIFT_REPLICAS"
-"""Environment variable with the number of replicas; set by the launcher for the HTTP workers it starts."""
+"""Environment variable with the number of replicas. The launcher sets it for the HTTP workers that it starts."""
 
 APP_VARIABLE = "SGLANG_HTTP_SERVER_APP_PATH"
-"""SGLang's: which app the workers of ``--tokenizer-worker-num`` import."""
+"""SGLang's environment variable: it names the app that the workers of ``--tokenizer-worker-num`` import."""
 
 PAGE = Path(__file__).parent / "static" / "shift.html"
 
@@ -40,21 +40,21 @@ NOT_READY = (
 )
 
 REUSE_SECONDS = 0.5
-"""How long one snapshot is answered to all who ask."""
+"""Seconds for which one snapshot is the answer to all requests."""
 
 
 def start(replicas: int = 1, metric_labels: Mapping[str, str] | None = None) -> Hub:
-    """Observe from this process on. The launcher calls it, once, before it starts SGLang's server.
+    """Observe from this process on. The launcher calls this once, before it starts SGLang's server.
 
-    Chooses the events' endpoint, and lets this server and the workers of ``--tokenizer-worker-num`` have
-    the page. This process alone feeds the metrics.
+    This chooses the endpoint of the events. It also adds the page to this server and to the workers of
+    ``--tokenizer-worker-num``. Only this process feeds the metrics.
 
     Args:
-        replicas: Data-parallel replicas (``--dp-size``).
+        replicas: Number of data-parallel replicas (``--dp-size``).
         metric_labels: Labels of every metric, ``model_name`` first; None without ``--enable-metrics``.
 
     Returns:
-        The hub, running.
+        The hub, which runs.
     """
     from sglang.srt.entrypoints.http_server import app
 
@@ -73,14 +73,14 @@ def start(replicas: int = 1, metric_labels: Mapping[str, str] | None = None) -> 
 
 @extends("sglang.srt.entrypoints.http_server:app", "the page, its data, and policies by name")
 def install(hub: Hub, app: FastAPI) -> None:
-    """Put our routes before the app's, which stay as they are. The app's API key applies to all but the page.
+    """Put our routes before the app's routes, which do not change. The app's API key protects all routes but the page.
 
     Args:
-        hub: Where the data comes from.
+        hub: The source of the data.
         app: SGLang's app.
     """
     page, build = page_route(), app.build_middleware_stack
-    # SGLang adds the middleware that asks for its key later than this, so around ours, wherever we would add it.
+    # SGLang adds the middleware that checks its key later than this. So it would wrap our middleware in any case.
     app.build_middleware_stack = lambda: Public(page, build())  # type: ignore[method-assign]
     routes: list[BaseRoute] = [page, *router(hub).routes]
     routes += [PolicyNames(r) for r in app.router.routes if getattr(r, "path", None) == "/set_internal_state"]
@@ -88,7 +88,7 @@ def install(hub: Hub, app: FastAPI) -> None:
 
 
 def page_route() -> Route:
-    """``GET /shift``, the page. It is the same for everyone and holds no data, so it is answered without a key."""
+    """``GET /shift``, the page. It is the same for everyone and holds no data, so it needs no key."""
     page, policy = load_page()
     headers = {
         "Content-Security-Policy": policy,
@@ -104,18 +104,18 @@ def page_route() -> Route:
 
 
 class Public:
-    """Answers one route before the rest of the app sees the request: without the API key that the rest asks for.
+    """Answers one route before the rest of the app sees the request, so this route needs no API key.
 
     Args:
-        route: What needs no key.
-        rest: The app, its middleware included.
+        route: The route that needs no key.
+        rest: The app with its middleware.
     """
 
     def __init__(self, route: BaseRoute, rest: ASGIApp) -> None:
         self.route, self.rest = route, rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle the route's requests; hand over all others."""
+        """Handle the requests of the route, and hand over all others."""
         match, child = self.route.matches(scope) if scope["type"] == "http" else (Match.NONE, {})
         if match is Match.FULL:
             await self.route.handle({**scope, **child}, receive, send)
@@ -128,7 +128,7 @@ def router(hub: Hub) -> APIRouter:
     made = APIRouter()
     cache = _Cache(hub)
 
-    # Not async: FastAPI then runs it in threads, so that it never holds up the event loop.
+    # Not async: FastAPI then runs it in threads, so it never blocks the event loop.
     @made.get("/shift/status")
     def shift_status() -> Response:
         """Modes, queue, step times and requests of the last minutes."""
@@ -142,7 +142,7 @@ def router(hub: Hub) -> APIRouter:
 
 
 class _Cache:
-    """The encoded snapshot, made anew at most every :data:`REUSE_SECONDS`, however many pages are open."""
+    """The encoded snapshot. It is made again at most every :data:`REUSE_SECONDS`, however many pages are open."""
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
@@ -159,7 +159,7 @@ class _Cache:
 
 
 def load_page() -> tuple[bytes, str]:
-    """The page, and the Content-Security-Policy that allows its own style and script and nothing else."""
+    """Return the page, and the Content-Security-Policy that allows only the page's own style and script."""
     text = PAGE.read_text(encoding="utf-8")
     hashes = {}
     for tag in ("style", "script"):
@@ -173,10 +173,10 @@ def load_page() -> tuple[bytes, str]:
 
 
 class PolicyNames(BaseRoute):
-    """SGLang's ``/set_internal_state`` for policies by name.
+    """SGLang's ``/set_internal_state``, which also takes policies by name.
 
-    SGLang's request carries numbers only, so the name becomes its index in ``POLICIES``. All else is
-    SGLang's own: its handler, its validation, its level of authentication.
+    SGLang's request carries only numbers, so the name is replaced by its index in ``POLICIES``. Handler, validation and
+    level of authentication are SGLang's own.
 
     Args:
         stock: SGLang's route.
@@ -186,11 +186,10 @@ class PolicyNames(BaseRoute):
         self.stock = stock
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        """As SGLang's."""
         return self.stock.matches(scope)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Read the body, replace a name, and hand over.
+        """Read the body, replace the name of a policy, and hand over the request.
 
         Raises:
             HTTPException: 400, the name is unknown.
@@ -205,7 +204,7 @@ class PolicyNames(BaseRoute):
 
 
 def policy_index(body: bytes) -> bytes:
-    """``body`` with the index of the policy that its ``shift_policy`` names; as it is, if it names none.
+    """Return ``body`` with an index instead of the policy's name in ``shift_policy``, or as it is if there is no name.
 
     Raises:
         HTTPException: 400, the name is unknown.
@@ -214,7 +213,7 @@ def policy_index(body: bytes) -> bytes:
         value: Any = msgspec.json.decode(body)
         name = value["server_args"]["shift_policy"]
     except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
-        return body  # SGLang will say what is wrong with it, if anything is
+        return body  # if something is wrong with it, SGLang says so
     if not isinstance(name, str):
         return body
     if name not in POLICIES:

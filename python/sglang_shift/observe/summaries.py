@@ -1,4 +1,4 @@
-"""Summaries of the hub's recent steps, requests and states, as JSON values."""
+"""Summarizes the hub's recent steps, requests and states, as JSON values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Number = TypeVar("Number", int, float)
 
 
 class Step(NamedTuple):
-    """What is kept of a step; the fields are those of :class:`StepEvent`."""
+    """The data that is kept of a step. The fields are fields of :class:`StepEvent`."""
 
     time: float
     mode: str
@@ -29,7 +29,7 @@ class Step(NamedTuple):
 
 
 def served(states: Sequence[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
-    """What is served and how, by the first replica's word; totals over all; each replica's own."""
+    """Return what is served and how (from the first replica), the totals over all replicas, and each replica's data."""
     first = states[0][1] if states else {}
     shared = ("model", "world_size", "sp_size", "policy", "policy_text", "calibration", "calibration_text")
     own = ("replica", "policy", "policy_text", "drift", "weight_bytes", "weight_bytes_beyond_base", "steps", "tokens")
@@ -46,7 +46,7 @@ def served(states: Sequence[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
 
 
 def columns(steps: Sequence[Step]) -> dict[str, list[Any]]:
-    """The steps, one list for each field."""
+    """Return the steps as columns: one list for each field."""
     return {
         "time": [round(s.time, 3) for s in steps],
         **{name: [getattr(s, name) for s in steps] for name in ("mode", "phase", "tokens")},
@@ -55,7 +55,7 @@ def columns(steps: Sequence[Step]) -> dict[str, list[Any]]:
 
 
 def step_times(steps: Sequence[Step]) -> list[dict[str, Any]]:
-    """Percentiles of the recent steps' times by mode and phase, and how they compare with what was predicted."""
+    """Return percentiles of the recent steps' times by mode and phase, and the ratio of actual to predicted times."""
     rows = []
     for mode in MODES:
         for phase in PHASES:
@@ -72,7 +72,7 @@ def step_times(steps: Sequence[Step]) -> list[dict[str, Any]]:
 
 
 def requests_finished(requests: Sequence[Finished]) -> dict[str, Any]:
-    """Percentiles over the requests that finished last."""
+    """Return percentiles over the requests that finished last."""
     value: dict[str, Any] = {"count": len(requests)}
     for name in ("ttft", "tpot", "e2e", "prompt_tokens", "output_tokens"):
         value[name] = percentiles(x for x in (finite(getattr(r, name)) for r in requests) if x is not None)
@@ -81,13 +81,13 @@ def requests_finished(requests: Sequence[Finished]) -> dict[str, Any]:
 
 
 def percentiles(values: Iterable[float]) -> dict[str, float] | None:
-    """The 50th, 90th and 99th, interpolated; None of nothing."""
+    """Return the 50th, 90th and 99th percentile, interpolated; None if there are no values."""
     found = list(values)
     return dict(zip(PERCENTILES, np.percentile(found, (50, 90, 99)).tolist(), strict=True)) if found else None
 
 
 def finite(value: Number | None) -> Number | None:
-    """``value`` if it is a finite number of at least 0, else None."""
+    """Return ``value`` if it is a finite number of at least 0, else None."""
     return value if value is not None and math.isfinite(value) and value >= 0 else None
 
 
@@ -96,7 +96,7 @@ def _rounded(seconds: float | None) -> float | None:
 
 
 def jsonable(value: Any) -> Any:
-    """``value`` with None for floats that JSON lacks."""
+    """Return ``value``, with None instead of floats that JSON does not have."""
     if isinstance(value, dict):
         return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
