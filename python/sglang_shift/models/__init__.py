@@ -1,1 +1,1 @@
-"""What is known of model architectures."""
+"""Facts about model architectures: families, sizes, and fields of ``config.json``."""

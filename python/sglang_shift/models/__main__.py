@@ -1,4 +1,4 @@
-"""``python -m sglang_shift.models``: print ``docs/models.md``."""
+"""``python -m sglang_shift.models`` prints ``docs/models.md``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sizes of a dense decoder layer, and what its matrices and messages are in TP and in SP."""
+"""The sizes of a dense decoder layer, and the sizes of its matrices and messages in TP and in SP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST = 2**31 - 1
 
 @dataclass(frozen=True)
 class Layer:
-    """The sizes of a dense decoder layer. Heads are counts, the others elements."""
+    """The sizes of a dense decoder layer. Heads are counts, and the other sizes are elements."""
 
     hidden: int
     intermediate: int
@@ -28,16 +28,16 @@ class Layer:
 
     @property
     def attention(self) -> Heads:
-        """Its heads, which ranks divide."""
+        """The heads of the layer, which the ranks divide."""
         return Heads(self.heads, self.kv_heads)
 
     @property
     def parameters(self) -> int:
-        """Weights of its GEMMs: queries, keys and values; output; gate and up; down."""
+        """Number of weights of its GEMMs: queries, keys and values; output; gate and up; down."""
         return sum(outputs * inputs for outputs, inputs in self._matrices(self.attention, self.intermediate).values())
 
     def shards(self, ranks: int) -> dict[Role, tuple[int, int]]:
-        """Outputs and inputs of a rank's GEMMs in TP, in the order of a forward.
+        """Return outputs and inputs of each of a rank's GEMMs in TP, in the order of a forward.
 
         Raises:
             ShiftError: the layer cannot be divided by ``ranks``.
@@ -61,33 +61,33 @@ class Layer:
         }
 
     def all_reduce_bytes(self, ranks: int, element_bytes: int) -> float:
-        """What a rank sends per token in TP: two ring all-reduces of the hidden states.
+        """Return the bytes per token that a rank sends in TP: two ring all-reduces of the hidden states.
 
-        A ring sends ``2 (P - 1) / P`` of its input:
+        A ring sends ``2 (P - 1) / P`` times its input:
         https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
         """
         return 2 * self.hidden * element_bytes * 2 * (ranks - 1) / ranks
 
     def exchange_bytes(self, ranks: int, element_bytes: int) -> float:
-        """What a rank sends per token in SP = P: of its share of the tokens, the heads that are others'.
+        """Return the bytes per token that a rank sends in SP = P: other ranks' heads, for its share of the tokens.
 
-        Queries, keys and values one way, the attention's output the other, of all ranks' heads.
+        Queries, keys and values go one way, and the attention's output goes the other way.
         """
         heads = self.attention.of_base_rank(ranks, ranks)
         return (heads.qkv + heads.query) * self.head_dim * element_bytes * (ranks - 1) / ranks**2
 
 
 def size_in(config: dict[str, Any], name: str, default: int | None = None, least: int = 1) -> int:
-    """A size in a ``config.json``'s content; null is the same as none.
+    """Return a size from the content of a ``config.json``. Null counts as absent.
 
     Raises:
-        KeyError: it has none, and there is no default.
-        ValueError: it is no whole number, less than ``least``, or more than any model has.
+        KeyError: the size is absent, and there is no default.
+        ValueError: the size is not a whole number, is less than ``least``, or is more than any model has.
     """
     size = config.get(name)
     if size is None and (size := default) is None:
         raise KeyError(name)
-    if type(size) is not int or size < least:  # not a bool either, which is an int
+    if type(size) is not int or size < least:  # ``isinstance`` would accept a bool, which is an int
         raise ValueError(f"{name} {size!r} is not a whole number of at least {least}")
     if size > MOST:
         raise ValueError(f"{name} {size} is more than {MOST}")
@@ -95,20 +95,20 @@ def size_in(config: dict[str, Any], name: str, default: int | None = None, least
 
 
 def check_dense(config: dict[str, Any]) -> None:
-    """Check that all tokens go through all weights.
+    """Check that all tokens use all weights.
 
     Raises:
-        ValueError: they do not.
+        ValueError: there are experts, which only some tokens use.
     """
     if any(config.get(key) for key in EXPERTS):
         raise ValueError("experts, which not every token goes through")
 
 
 def layer_of(config: dict[str, Any]) -> tuple[Layer, str]:
-    """The layer's sizes and the dtype of a ``config.json``'s content.
+    """Return the layer's sizes and the dtype from the content of a ``config.json``.
 
     Raises:
-        AttributeError, KeyError, ValueError: it is not a dense decoder's.
+        AttributeError, KeyError, ValueError: the content is not that of a dense decoder.
     """
     check_dense(config)
     hidden, heads = size_in(config, "hidden_size"), size_in(config, "num_attention_heads")

@@ -1,4 +1,4 @@
-"""The demo model that ships with the package: served when no ``--model-path`` is given."""
+"""The demo model that ships with the package. It is served if no ``--model-path`` is given."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from sglang_shift.errors import ShiftError
 
 
 def demo_model_path() -> str:
-    """Folder of the demo model.
+    """Return the folder of the demo model.
 
     Raises:
-        ShiftError: the package was installed without it.
+        ShiftError: the package was installed without the demo model.
     """
     path = Path(__file__).parent.parent / "demo_model"
     if not (path / "config.json").is_file():

@@ -1,4 +1,4 @@
-"""``docs/models.md``: which models are served, from the records and the rules of this folder."""
+"""Writes ``docs/models.md``, the page of the models that are served, from the records and rules of this folder."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ other models are in this table, and so are all other fields that transformers ha
 
 
 def document() -> str:
-    """The page, in Markdown."""
+    """Return the page, in Markdown."""
     return PAGE.format(
         families=_families(), linears=_linears(), most=MOST_RANKS, ranks=_ranks(), taken=_taken(),
         harmless=_codes(HARMLESS), ruled=_codes(ROPE | WINDOW), of_any_type=_codes(OF_ANY_TYPE), ropes=_ropes(),
@@ -154,7 +154,7 @@ def _those(concerns: Callable[[Family], bool]) -> str:
 
 
 def _neutral() -> str:
-    """Fields with the same value in the same families share a row."""
+    """Return the table of neutral values. Fields with the same value in the same families share a row."""
     having: dict[tuple[str, str], list[Family]] = {}
     for family in FAMILIES.values():
         for field, value in neutral_values(family).items():

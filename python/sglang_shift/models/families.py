@@ -1,7 +1,7 @@
-"""The model families that are served: one record each, from which everything else about a family follows.
+"""The model families that are served. Each family has one record, from which everything else about it follows.
 
 To add a family, add its record to :data:`FAMILIES`, and a tiny model of it to ``test/support/families.py``. The tests
-hold each record against SGLang's class and against transformers.
+compare each record with SGLang's class and with transformers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PARTIAL_ROTARY = "partial_rotary_factor"
 
 
 class Role(StrEnum):
-    """What a linear does in a decoder layer."""
+    """The task of a linear in a decoder layer."""
 
     QKV = "qkv"
     OUTPUT = "o"
@@ -37,8 +37,8 @@ class Linear:
 
     Attributes:
         name: Its name inside the layer.
-        role: What it does.
-        bias: Whether it has a bias, or the field of ``config.json`` that decides.
+        role: Its task.
+        bias: Whether it has a bias, or the name of the field of ``config.json`` that decides this.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Linear:
     bias: bool | str = False
 
     def has_bias(self, hf_config: Any) -> bool:
-        """Whether it has a bias in the model of a Hugging Face configuration."""
+        """Return whether it has a bias in the model of a Hugging Face configuration."""
         return self.bias if isinstance(self.bias, bool) else bool(getattr(hf_config, self.bias, False))
 
 
 class Window(Enum):
-    """The layers to which transformers applies ``sliding_window``. SGLang's classes apply it to none."""
+    """The layers to which transformers applies ``sliding_window``. SGLang's classes apply it to no layer."""
 
     NONE = "no layer"
     ALL = "every layer"
@@ -60,17 +60,17 @@ class Window(Enum):
 
 @dataclass(frozen=True)
 class Family:
-    """A family of dense decoders on SGLang's layer boundaries.
+    """A family of dense decoders that keep to SGLang's layer boundaries.
 
     Attributes:
         title: Its name in a text.
         architecture: Its name in ``architectures`` of a ``config.json``.
         native: SGLang's class, ``module:name``, in :data:`PACKAGE`.
-        model_type: Its name in transformers.
+        model_type: Its ``model_type`` in transformers.
         linears: The linears of each decoder layer.
         window: The layers to which transformers applies a sliding window.
         qk_norm: Whether the queries and keys of each head are normalized.
-        rope_fields: Parameters of the rope that SGLang reads beside ``rope_parameters`` as well.
+        rope_fields: Parameters of the rope that SGLang reads beside ``rope_parameters``, and not only among them.
     """
 
     title: str
@@ -84,7 +84,7 @@ class Family:
 
     @property
     def module(self) -> str:
-        """SGLang's module, in :data:`PACKAGE`."""
+        """SGLang's module of the class, in :data:`PACKAGE`."""
         return self.native.partition(":")[0]
 
     @property
@@ -94,7 +94,7 @@ class Family:
 
 
 def _dense(qkv_bias: bool | str = False, output_bias: bool | str = False) -> tuple[Linear, ...]:
-    """The linears of a dense layer: attention, then a gated MLP, for whose biases SGLang's classes have no room."""
+    """Return the linears of a dense layer: of attention, then of a gated MLP. SGLang's classes have no MLP biases."""
     return (
         Linear("self_attn.qkv_proj", Role.QKV, qkv_bias),
         Linear("self_attn.o_proj", Role.OUTPUT, output_bias),
@@ -128,11 +128,11 @@ FAMILIES: dict[str, Family] = {
         ),
     )
 }  # fmt: skip
-"""By architecture. Every mode of these is tested against transformers."""
+"""The families by architecture. Tests compare every mode of each family with transformers."""
 
 
 def family_of(model: Any) -> Family | None:
-    """The family whose class in SGLang a loaded model has, or None."""
+    """Return the family of a loaded model by its class in SGLang, or None."""
     return next((family for family in FAMILIES.values() if PACKAGE + family.native == _class_of(model)), None)
 
 
@@ -148,15 +148,15 @@ OTHER_CLASS = Refusal(
 def check_class(model: Any, name: str) -> None:
     """Check that SGLang loaded its own class for the architecture.
 
-    SGLang falls back to transformers' code, silently, for a name that it lacks or whose module it cannot import, and a
-    package of the user's may register a class of that name.
+    If SGLang lacks a class or cannot import its module, it silently takes transformers' code. A package of the user's
+    may also register a class of that name.
 
     Args:
         model: The loaded model.
         name: The architecture, which is in :data:`FAMILIES`.
 
     Raises:
-        Refused: it is another class.
+        Refused: the model has another class.
     """
     loaded, native = _class_of(model), PACKAGE + FAMILIES[name].native
     if loaded != native:

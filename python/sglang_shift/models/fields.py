@@ -1,8 +1,8 @@
-"""Fields of a model's ``config.json`` that SGLang's class does not compute as transformers does: refused by name.
+"""Refuses fields of a model's ``config.json`` that SGLang's class does not compute as transformers does.
 
-SGLang's classes read the fields that they know and pass over the others without a word, so a checkpoint with another
-one is served wrongly. What is said here of a field is what the sources of both say. The tests hold it against them:
-they read which fields the sources name, and compare the answers.
+SGLang's classes read the fields that they know, and ignore other fields without a message. So a checkpoint with another
+field would get wrong answers. The facts about fields come from the sources of SGLang and transformers. The tests check
+them: they read which fields the sources name, and compare the answers.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ TAKEN = frozenset(
     ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
      "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "dtype")
 )  # fmt: skip
-"""What every class takes as transformers does."""
+"""Fields that every class reads as transformers does."""
 
 HARMLESS = frozenset(
     ("transformers_version", "architectures", "output_hidden_states", "return_dict", "chunk_size_feed_forward",
      "id2label", "label2id", "problem_type", "initializer_range", "use_cache", "pad_token_id", "bos_token_id",
      "eos_token_id", "pretraining_tp", "attention_dropout", "resid_pdrop", "embd_pdrop")
 )  # fmt: skip
-"""What no answer depends on: names, training, token ids, and how the same sums are divided."""
+"""Fields that do not change any answer: names, training, token ids, and the way in which the same sums are divided."""
 
 ROPE = frozenset(("rope_parameters", ORIGINAL_LENGTH))
 WINDOW = frozenset(("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"))
 
-# Other models' fields that change what is computed, and the values with which they change nothing (as null does). None
+# Fields of other models that change what is computed, and the values with which they change nothing (like null). None
 # of the families has them in transformers. SGLang's classes ignore them, or read them although transformers does not.
 FOREIGN: dict[str, Any] = {
     **dict.fromkeys(
@@ -74,14 +74,14 @@ FIELD = Refusal(
 @relies_on("sglang.srt.models.qwen3:Qwen3DecoderLayer.__init__", "it says which fields of config.json SGLang reads")
 @relies_on("sglang.srt.models.qwen3:Qwen3Attention.__init__", "it says which fields of config.json SGLang reads")
 def check_fields(hf_config: Any, context_len: int) -> None:
-    """Check that SGLang's class computes what the model's configuration says, up to the context.
+    """Check that SGLang's class computes what the model's configuration says, up to the length of the context.
 
     Args:
         hf_config: Its Hugging Face configuration, whose architecture is in :data:`FAMILIES`.
         context_len: The longest sequence that is served.
 
     Raises:
-        Refused: with the field, and the way out if there is one.
+        Refused: the class does not compute some field. The message names the field, and the way out if there is one.
     """
     checkpoint = Checkpoint(hf_config, context_len)
     for each in RULES:
@@ -90,12 +90,12 @@ def check_fields(hf_config: Any, context_len: int) -> None:
 
 
 def taken_fields(family: Family) -> frozenset[str]:
-    """Fields that SGLang's class takes as transformers does, besides those of the rope and the window."""
+    """Return the fields that SGLang's class reads as transformers does, except fields of the rope and the window."""
     return TAKEN | family.bias_fields | set(family.rope_fields)
 
 
 def neutral_values(family: Family) -> dict[str, Any]:
-    """The fields that must change nothing, and the values with which they do not."""
+    """Return the fields that must change nothing, and the values with which they change nothing."""
     known, stated = transformers_defaults(family), _stated(family)
     foreign = {field: field in stated or value for field, value in FOREIGN.items() if field not in known}
     served = taken_fields(family) | HARMLESS | ROPE | WINDOW
@@ -103,7 +103,7 @@ def neutral_values(family: Family) -> dict[str, Any]:
 
 
 def transformers_defaults(family: Family) -> dict[str, Any]:
-    """The fields of transformers' class, and their defaults."""
+    """Return the fields of transformers' class, and their defaults."""
     from transformers import CONFIG_MAPPING
 
     return {
@@ -113,7 +113,7 @@ def transformers_defaults(family: Family) -> dict[str, Any]:
 
 
 def _stated(family: Family) -> set[str]:
-    """Other models' fields that may be true, as they state what this family has whatever they say."""
+    """Return other models' fields that may be true, because the family always has what they state."""
     stated = {"use_qk_norm"} if family.qk_norm else set()
     biased = any(linear.role is Role.QKV and linear.bias is True for linear in family.linears)
     return stated | ({"attention_bias", "qkv_bias"} if biased else set())
@@ -125,7 +125,7 @@ def _stated(family: Family) -> set[str]:
     "If the weights are the architecture's, give the override in the message.",
 )
 def other_type(checkpoint: Checkpoint) -> str | None:
-    """As of a Mistral with layer_types, whose type is ministral."""
+    """For example, a Mistral with ``layer_types`` has the type ministral."""
     family = checkpoint.family
     if checkpoint.config.model_type == family.model_type:
         return None
@@ -138,7 +138,7 @@ def other_type(checkpoint: Checkpoint) -> str | None:
 
 @rule("`per_layer_config`", "SGLang does not read it.")
 def per_layer(checkpoint: Checkpoint) -> str | None:
-    """Transformers' class notes it as a property."""
+    """Transformers' class stores this as a property."""
     if not getattr(checkpoint.config, "is_heterogeneous", False):
         return None
     return f"per_layer_config, which SGLang's {checkpoint.family.architecture} does not read; serve another checkpoint"
@@ -151,7 +151,7 @@ def per_layer(checkpoint: Checkpoint) -> str | None:
     "If the field is `bias`, its name should be `attention_bias`.",
 )
 def foreign_field(checkpoint: Checkpoint) -> str | None:
-    """Null and an empty list change nothing either."""
+    """Null and an empty list also change nothing."""
     for field, without in neutral_values(checkpoint.family).items():
         value = getattr(checkpoint.config, field, None)
         if value not in (None, [], without):
@@ -164,7 +164,7 @@ def foreign_field(checkpoint: Checkpoint) -> str | None:
 
 @rule("`layer_types` with other types than `full_attention` and `sliding_attention`", "SGLang has no such layers.")
 def other_layers(checkpoint: Checkpoint) -> str | None:
-    """Such as those of chunked or of linear attention."""
+    """For example, layers of chunked or of linear attention."""
     others = sorted(set(_layer_types(checkpoint)) - {"full_attention", "sliding_attention"})
     if not others:
         return None
@@ -178,7 +178,7 @@ def other_layers(checkpoint: Checkpoint) -> str | None:
     "Give a `sliding_window`, if transformers reads one for the family.",
 )
 def window_without_length(checkpoint: Checkpoint) -> str | None:
-    """Transformers would fail, or do without a window in a family that has none."""
+    """Transformers would fail, or would ignore the window in a family that has none."""
     if _window(checkpoint) is not None or "sliding_attention" not in _layer_types(checkpoint):
         return None
     return "layers of type sliding_attention, and no sliding_window; give one, or serve another checkpoint"
@@ -191,7 +191,7 @@ def window_without_length(checkpoint: Checkpoint) -> str | None:
     lambda family: family.window is not Window.NONE,
 )
 def short_window(checkpoint: Checkpoint) -> str | None:
-    """None of SGLang's classes has a window: it must be as long as anything that is served."""
+    """None of SGLang's classes has a window, so the window must be as long as the longest sequence that is served."""
     family, window, context = checkpoint.family, _window(checkpoint), checkpoint.context
     if window is None or window >= context:
         return None
@@ -208,7 +208,7 @@ def _layer_types(checkpoint: Checkpoint) -> list[str]:
 
 
 def _window(checkpoint: Checkpoint) -> int | None:
-    """If transformers applies a window to no layer of the family, ``sliding_window`` means nothing there either."""
+    """Return ``sliding_window``, or None if transformers applies a window to no layer of the family."""
     return None if checkpoint.family.window is Window.NONE else checkpoint.config.sliding_window
 
 

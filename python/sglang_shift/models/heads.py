@@ -1,4 +1,4 @@
-"""The heads of an attention layer, and how ranks divide them: the one place of the rule for KV heads."""
+"""The heads of an attention layer, and how ranks divide them. The rule for KV heads is only here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 def kv_heads_of_rank(kv_heads: int, ranks: int) -> int:
-    """KV heads of each rank. If there are fewer KV heads than ranks, each KV head is on several ranks.
+    """Return the KV heads of each rank. If there are fewer KV heads than ranks, each KV head is on several ranks.
 
     This is the rule of SGLang's ``QKVParallelLinear``.
     """
@@ -15,11 +15,11 @@ def kv_heads_of_rank(kv_heads: int, ranks: int) -> int:
 
 @dataclass(frozen=True)
 class Heads:
-    """Heads of one layer: of the model, or of a rank.
+    """Heads of one layer, of the whole model or of a rank.
 
     Attributes:
-        query: Heads of queries.
-        kv: Heads of keys, and as many of values.
+        query: Number of query heads.
+        kv: Number of key heads, which is also the number of value heads.
     """
 
     query: int
@@ -27,15 +27,15 @@ class Heads:
 
     @property
     def qkv(self) -> int:
-        """Heads that a fused QKV projection gives."""
+        """Number of heads that a fused QKV projection gives."""
         return self.query + 2 * self.kv
 
     def of_rank(self, ranks: int) -> Heads:
-        """Heads of each rank, if ``ranks`` ranks divide these heads in TP."""
+        """Return the heads of each rank, if ``ranks`` ranks divide these heads in TP."""
         return Heads(self.query // ranks, kv_heads_of_rank(self.kv, ranks))
 
     def of_base_rank(self, ranks: int, sp_size: int) -> Heads:
-        """Heads in a rank's base weights: the TP shards of ``sp_size`` ranks, side by side.
+        """Return the heads in a rank's base weights: the TP shards of ``sp_size`` ranks, side by side.
 
         Each shard keeps its own copy of a KV head that is on several ranks.
         """
@@ -43,9 +43,9 @@ class Heads:
         return Heads(sp_size * shard.query, sp_size * shard.kv)
 
     def divides_queries(self, ranks: int) -> bool:
-        """Whether every rank gets equally many heads of queries."""
+        """Return whether every rank gets the same number of query heads."""
         return self.query % ranks == 0
 
     def divides_kv(self, ranks: int) -> bool:
-        """Whether every rank gets equally many KV heads, or every KV head is on equally many ranks."""
+        """Return whether every rank gets equally many KV heads, or every KV head is on equally many ranks."""
         return self.kv % ranks == 0 or ranks % self.kv == 0

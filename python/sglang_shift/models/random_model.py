@@ -1,4 +1,4 @@
-"""A Llama with random weights: what it says means nothing, what its steps cost is what steps of its size cost."""
+"""A Llama with random weights. Its answers mean nothing. Its steps cost what steps of a real model of its size cost."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def write_random_model(folder: Path, *, seed: int = 0, **sizes: Any) -> int:
     """Write a Llama in bfloat16 with the demo model's tokenizer.
 
     Args:
-        folder: Where.
-        seed: Of its weights.
-        sizes: Of transformers' ``LlamaConfig``; its vocabulary is the demo model's.
+        folder: Folder to write.
+        seed: Seed of the weights.
+        sizes: Arguments of transformers' ``LlamaConfig``. The vocabulary is that of the demo model.
 
     Returns:
-        Its parameters.
+        The number of parameters.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,4 +1,4 @@
-"""What SGLang and transformers compute differently of the rope, the encoding of positions, by its parameters."""
+"""Rules for the parameters of the rope (the encoding of positions) that SGLang and transformers treat differently."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ ROPE_PARAMETERS: dict[str, frozenset[str]] = {
     ),
     "longrope": frozenset(("factor", ORIGINAL_LENGTH, "attention_factor", "short_factor", "long_factor")),
 }  # fmt: skip
-"""Parameters that SGLang and transformers both read, by type of rope."""
+"""Parameters that both SGLang and transformers read, by type of rope."""
 
-# "default" is also what is left if another type is switched off, with all of its parameters.
+# "default" also remains if another type is switched off but its parameters are still there.
 ROPE_PARAMETERS["default"] = frozenset().union(*ROPE_PARAMETERS.values())
 
 OF_ANY_TYPE = frozenset(("rope_type", "type", "rope_theta", PARTIAL_ROTARY, "finetuned"))
 
 YARN_NEUTRAL = {"attn_factor": 1, "extrapolation_factor": 1}
-"""Parameters of yarn that only SGLang reads, and the values with which it answers as transformers does."""
+"""Parameters of yarn that only SGLang reads, and the values with which SGLang answers as transformers does."""
 
 
 @rule("rope parameters by type of layer", "SGLang does not read them.", "Give one set of parameters for all layers.")
@@ -42,7 +42,7 @@ def by_layer_type(checkpoint: Checkpoint) -> str | None:
     "Give the override in the message, with `--context-length` of at most `max_position_embeddings`.",
 )
 def dynamic_type(checkpoint: Checkpoint) -> str | None:
-    """Transformers scales for the sequence at hand."""
+    """Transformers scales for the current sequence."""
     if checkpoint.rope_type != "dynamic":
         return None
     return (
@@ -54,7 +54,7 @@ def dynamic_type(checkpoint: Checkpoint) -> str | None:
 
 @rule("another rope type that is not in the table above", "It has not been compared with transformers.")
 def unknown_type(checkpoint: Checkpoint) -> str | None:
-    """The rules below know the types of :data:`ROPE_PARAMETERS` only."""
+    """The rules below know only the types in :data:`ROPE_PARAMETERS`."""
     if (kind := checkpoint.rope_type) in ROPE_PARAMETERS:
         return None
     return f"rope type {kind!r}, which is not served; these are: {', '.join(sorted(ROPE_PARAMETERS))}"
@@ -66,7 +66,7 @@ def unknown_type(checkpoint: Checkpoint) -> str | None:
     "Give both the same value.",
 )
 def two_types(checkpoint: Checkpoint) -> str | None:
-    """As when a user asks for another type with the old name."""
+    """This happens if a user asks for another type by the old name."""
     kind, rope = checkpoint.rope_type, checkpoint.rope
     if kind == "default" and rope.get("type", kind) != kind:
         return f"rope_type 'default' and type {rope['type']!r}, and SGLang goes by the former; give both alike"
@@ -79,7 +79,7 @@ def two_types(checkpoint: Checkpoint) -> str | None:
     "Give the override in the message. With it, SGLang answers as transformers does.",
 )
 def yarn_of_sglang(checkpoint: Checkpoint) -> str | None:
-    """As in DeepSeek-R1-0528-Qwen3-8B."""
+    """DeepSeek-R1-0528-Qwen3-8B has such a parameter."""
     if checkpoint.rope_type != "yarn":
         return None
     for key in sorted(checkpoint.rope.keys() & YARN_NEUTRAL.keys()):
@@ -94,7 +94,7 @@ def yarn_of_sglang(checkpoint: Checkpoint) -> str | None:
 @rule("a parameter of the rope that is not in the table above", "SGLang and transformers read it differently.")
 @relies_on("sglang.srt.layers.rotary_embedding.factory:get_rope", "it says which parameters of a rope SGLang reads")
 def unknown_parameter(checkpoint: Checkpoint) -> str | None:
-    """Parameters of the type that both read are in :data:`ROPE_PARAMETERS`."""
+    """:data:`ROPE_PARAMETERS` has the parameters of each type that both read."""
     kind, rope = checkpoint.rope_type, checkpoint.rope
     judged = ROPE_PARAMETERS[kind] | OF_ANY_TYPE | (YARN_NEUTRAL.keys() if kind == "yarn" else set())
     for key in sorted(rope.keys() - judged):
@@ -113,7 +113,7 @@ def unknown_parameter(checkpoint: Checkpoint) -> str | None:
     lambda family: PARTIAL_ROTARY in family.rope_fields,
 )
 def partial_rotary_inside(checkpoint: Checkpoint) -> str | None:
-    """For the families whose class in SGLang turns a part of each head."""
+    """This is for the families whose class in SGLang rotates a part of each head."""
     beside = getattr(checkpoint.config, PARTIAL_ROTARY, None) or 1
     if (among := checkpoint.rope.get(PARTIAL_ROTARY) or beside) == beside:
         return None
@@ -129,7 +129,7 @@ def partial_rotary_inside(checkpoint: Checkpoint) -> str | None:
     concerns=lambda family: PARTIAL_ROTARY not in family.rope_fields,
 )
 def partial_rotary(checkpoint: Checkpoint) -> str | None:
-    """For the families whose class in SGLang turns the whole of each head."""
+    """This is for the families whose class in SGLang rotates the whole of each head."""
     if (among := checkpoint.rope.get(PARTIAL_ROTARY) or 1) == 1:
         return None
     return f"{PARTIAL_ROTARY} {among} among the rope's parameters, which SGLang does not read; serve another checkpoint"
@@ -141,7 +141,7 @@ def partial_rotary(checkpoint: Checkpoint) -> str | None:
     "Give the override in the message.",
 )
 def two_thetas(checkpoint: Checkpoint) -> str | None:
-    """Transformers leaves one of them; the user's override is another."""
+    """Transformers keeps only one value, so the other value is the user's override."""
     theta, among = getattr(checkpoint.config, "rope_theta", None), checkpoint.rope.get("rope_theta")
     if theta is None or among is None or theta == among:
         return None
@@ -158,7 +158,7 @@ def two_thetas(checkpoint: Checkpoint) -> str | None:
     lambda family: ORIGINAL_LENGTH not in family.rope_fields,
 )
 def two_lengths(checkpoint: Checkpoint) -> str | None:
-    """For the families whose class in SGLang reads the length in one place only."""
+    """This is for the families whose class in SGLang reads the length in one place only."""
     kind, among = checkpoint.rope_type, checkpoint.rope.get(ORIGINAL_LENGTH)
     beside = getattr(checkpoint.config, ORIGINAL_LENGTH, None)
     if among is None or kind == "default" or ORIGINAL_LENGTH not in ROPE_PARAMETERS[kind] or beside in (None, among):
@@ -168,7 +168,7 @@ def two_lengths(checkpoint: Checkpoint) -> str | None:
 
 @rule("rope type `linear` with a whole number as its factor", "SGLang fails while it loads.", "Write `4.0` for `4`.")
 def whole_linear_factor(checkpoint: Checkpoint) -> str | None:
-    """SGLang takes what is no float for a list of factors."""
+    """SGLang takes a factor that is not a float for a list of factors."""
     factor = checkpoint.rope.get("factor")
     if checkpoint.rope_type != "linear" or isinstance(factor, float):
         return None
@@ -184,7 +184,7 @@ def whole_linear_factor(checkpoint: Checkpoint) -> str | None:
     "Give `--context-length` of at most that.",
 )
 def beyond_linear(checkpoint: Checkpoint) -> str | None:
-    """As when the context goes by another field, max_sequence_length (Vicuna 16k), or by the user."""
+    """This happens if the user or the field max_sequence_length (Vicuna 16k) decides the context."""
     if checkpoint.rope_type != "linear":
         return None
     factor = checkpoint.rope["factor"]
@@ -218,7 +218,7 @@ def yarn_without_numbers(checkpoint: Checkpoint) -> str | None:
     "Remove both.",
 )
 def yarn_without_mscale(checkpoint: Checkpoint) -> str | None:
-    """Transformers uses the two if neither is 0."""
+    """Transformers uses both if neither is 0."""
     if checkpoint.rope_type != "yarn":
         return None
     mscales = checkpoint.rope.get("mscale"), checkpoint.rope.get("mscale_all_dim")
@@ -245,7 +245,7 @@ def longrope_factor(checkpoint: Checkpoint) -> str | None:
 
 @rule("rope type `yarn` or `longrope` with an unusual `attention_factor`", "SGLang computes the usual one.")
 def attention_factor(checkpoint: Checkpoint) -> str | None:
-    """SGLang does not read it."""
+    """SGLang does not read the attention factor."""
     if checkpoint.rope_type not in ("yarn", "longrope"):
         return None
     given = checkpoint.rope.get("attention_factor")
@@ -278,7 +278,7 @@ def _longrope_attention(checkpoint: Checkpoint) -> float:
     "Give `--context-length` of at most that.",
 )
 def beyond_longrope(checkpoint: Checkpoint) -> str | None:
-    """Transformers takes the factors for the sequence at hand."""
+    """Transformers chooses the factors for each sequence by its length."""
     length = checkpoint.original_length
     if checkpoint.rope_type != "longrope" or checkpoint.context <= length:
         return None
@@ -293,4 +293,4 @@ ROPE_RULES = (
     partial_rotary, two_thetas, two_lengths, whole_linear_factor, beyond_linear, yarn_without_numbers,
     yarn_without_mscale, longrope_factor, attention_factor, beyond_longrope,
 )  # fmt: skip
-"""In this order: a later rule relies on what an earlier one has excluded."""
+"""The order matters: a later rule relies on what an earlier rule has excluded."""

@@ -1,4 +1,4 @@
-"""Rules of what a ``config.json`` may say: each has its check, and its words in ``docs/models.md``."""
+"""Rules for the content of a ``config.json``. Each rule has its check, and its text in ``docs/models.md``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sglang_shift.models.families import FAMILIES, ORIGINAL_LENGTH, Family
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the rules look at.
+    """The data that the rules check.
 
     Attributes:
         config: The model's Hugging Face configuration.
@@ -25,7 +25,7 @@ class Checkpoint:
 
     @property
     def family(self) -> Family:
-        """The record of its architecture."""
+        """The record of its family."""
         return FAMILIES[self.config.architectures[0]]
 
     @cached_property
@@ -40,7 +40,7 @@ class Checkpoint:
 
     @property
     def original_length(self) -> int:
-        """The tokens that the model was trained with before its rope was scaled, as SGLang's class reads them."""
+        """Tokens of the training before the rope was scaled, as SGLang's class reads them."""
         beside, among = getattr(self.config, ORIGINAL_LENGTH, None), self.rope.get(ORIGINAL_LENGTH)
         if ORIGINAL_LENGTH in self.family.rope_fields or among is None:
             return beside or among or self.config.max_position_embeddings
@@ -57,14 +57,14 @@ Check = Callable[[Checkpoint], str | None]
 
 @dataclass(frozen=True)
 class Rule:
-    """Something that a ``config.json`` may not say, and why.
+    """A rule for something that a ``config.json`` must not say.
 
     Attributes:
-        subject: What it may not say, for a table.
-        reason: What SGLang does instead, in a sentence.
-        way_out: What a user can do, in a sentence; empty if there is nothing.
-        concerns: The families that the rule is for.
-        check: What is wrong with a checkpoint, in words that follow "config.json has", or None.
+        subject: What the file must not say, for a table.
+        reason: What SGLang does instead, as a sentence.
+        way_out: What a user can do, as a sentence; empty if nothing can be done.
+        concerns: Returns whether the rule applies to a family.
+        check: Returns what is wrong with a checkpoint, in words that follow "config.json has", or None.
     """
 
     subject: str
@@ -74,23 +74,23 @@ class Rule:
     check: Check
 
     def problem(self, checkpoint: Checkpoint) -> str | None:
-        """What is wrong with a checkpoint, or None."""
+        """Return what is wrong with a checkpoint, or None."""
         return self.check(checkpoint) if self.concerns(checkpoint.family) else None
 
 
 def rule(
     subject: str, reason: str, way_out: str = "", concerns: Callable[[Family], bool] = lambda family: True
 ) -> Callable[[Check], Rule]:
-    """Make a rule of the check that follows; the arguments are those of :class:`Rule`."""
+    """Make a rule from the check that follows. The arguments are the attributes of :class:`Rule`."""
     return lambda check: Rule(subject, reason, way_out, concerns, check)
 
 
 def override(field: str, value: Any) -> str:
-    """The flag that gives a field of ``config.json`` another value."""
+    """Return the flag that gives another value to a field of ``config.json``."""
     return f"--json-model-override-args '{json.dumps({field: value})}'"
 
 
 def short(value: Any) -> str:
-    """A value in a sentence."""
+    """Return a value as text for a sentence, cut to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""What a model takes of a rank's memory: its weights in each mode, and the KV cache of a token."""
+"""The memory that a model takes on a rank: its weights in each mode, and the KV cache of a token."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ VOCAB_PADDING = 64
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """The sizes of a model, from which those of its weights follow.
+    """The sizes of a model. The sizes of its weights follow from them.
 
     Attributes:
         family: Its family.
         layer: One of its layers.
-        layers: How many it has.
-        vocabulary: Tokens that it knows.
+        layers: Number of its layers.
+        vocabulary: Number of tokens in its vocabulary.
         tied: Whether the LM head is the embedding.
-        biased: The linears that have a bias.
+        biased: The roles of the linears that have a bias.
     """
 
     family: Family
@@ -37,7 +37,7 @@ class ModelSizes:
 
     @classmethod
     def of(cls, hf_config: Any) -> ModelSizes:
-        """The sizes in a Hugging Face configuration, whose architecture is in :data:`FAMILIES`."""
+        """Return the sizes from a Hugging Face configuration, whose architecture is in :data:`FAMILIES`."""
         family = FAMILIES[hf_config.architectures[0]]
         hidden, heads = hf_config.hidden_size, hf_config.num_attention_heads
         layer = Layer(
@@ -52,11 +52,11 @@ class ModelSizes:
         return cls(family, layer, hf_config.num_hidden_layers, hf_config.vocab_size, tied, biased)
 
     def weight_bytes(self, ranks: int, sp_size: int, element_bytes: int) -> int:
-        """Bytes of the base weights on one rank, each storage once. The TP weights are views of them.
+        """Return the bytes of the base weights on one rank; each storage counts once. The TP weights are views of them.
 
         Args:
             ranks: P, which must suit the layer.
-            sp_size: S; with 1 these are the weights of stock TP.
+            sp_size: S. With S = 1, these are the weights of stock TP.
             element_bytes: Bytes of one weight.
 
         Raises:
@@ -70,24 +70,27 @@ class ModelSizes:
         return elements * element_bytes
 
     def embedding_elements(self, ranks: int) -> int:
-        """Weights of the embedding and the LM head on one rank, which are the same in both modes."""
+        """Return the number of weights of the embedding and the LM head on one rank. Both modes have the same."""
         rows = padded_vocab(self.vocabulary, ranks) // ranks
         return rows * self.layer.hidden * (1 if self.tied else 2)
 
     def kv_bytes_per_token(self, ranks: int, element_bytes: int) -> int:
-        """Bytes of K and V of one token on one rank, in all layers: the same in both modes, whatever S is."""
+        """Return the bytes of K and V of one token on one rank, in all layers. They depend on neither mode nor S."""
         return 2 * self.layers * self.layer.attention.of_rank(ranks).kv * self.layer.head_dim * element_bytes
 
     def _base_elements(self, role: Role, shard: tuple[int, int], sp_size: int) -> int:
-        """Elements of a base weight and its bias: S shards, and a whole bias if the ranks sum products."""
+        """Return the elements of a base weight and its bias.
+
+        A base weight has S shards. If the ranks sum products, the bias is whole on each rank.
+        """
         outputs, inputs = shard
         bias = outputs if role in self.biased else 0
         return sp_size * outputs * inputs + (bias if role.row_parallel else sp_size * bias)
 
 
 def padded_vocab(vocab_size: int, ranks: int) -> int:
-    """Rows of the embedding on all ranks, padded as SGLang's VocabParallelEmbedding does."""
-    # Not imported from there: the launcher need not load SGLang's layers and their kernels.
+    """Return the rows of the embedding on all ranks, padded as SGLang's VocabParallelEmbedding does."""
+    # This is not imported from SGLang, so the launcher need not load SGLang's layers and their kernels.
     padding = VOCAB_PADDING
     if -(-vocab_size // padding) * padding % ranks:
         padding *= ranks
@@ -95,5 +98,5 @@ def padded_vocab(vocab_size: int, ranks: int) -> int:
 
 
 def size_text(size: int) -> str:
-    """Bytes for a person."""
+    """Return a number of bytes as text for a person."""
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
