@@ -1,1 +1,1 @@
-"""SGLang's hardware platforms, as this package extends them."""
+"""SGLang's hardware platforms, with the extensions of this package."""
