@@ -1,4 +1,4 @@
-"""The Triton kernel that copies between rows and blocks. It moves integers, so a copy is exact whatever the type."""
+"""The Triton kernel that copies between rows and blocks. It moves integers, so a copy is exact for every type."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from sglang_shift_kernels.layout import Layout
 
 TILE_ROWS = 16
 TILE_ROW_BYTES = 512
-"""What the 32 threads of a warp load at once, in 16 bytes each."""
+"""Bytes that the 32 threads of a warp load at once, 16 bytes each."""
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-# `rows` and `tokens` change from step to step: no new kernel for a multiple of 16, nor for 1.
+# `rows` and `tokens` change from step to step, so a multiple of 16 or a 1 must not compile a new kernel.
 @triton.jit(do_not_specialize=["rows", "tokens"])
 def copy_kernel(
     x: tl.tensor,
@@ -28,14 +28,14 @@ def copy_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """One tile of one block, between its place in ``x`` and its place in ``blocks``.
+    """Copy one tile of one block, between its place in ``x`` and its place in ``blocks``.
 
     Args:
-        x: A matrix; element (s, r, c) of the blocks at ``s * block_stride + r * row_stride + c``.
+        x: A matrix. Element (s, r, c) of the blocks is at ``s * block_stride + r * row_stride + c``.
         blocks: ``[S, rows, width]``, contiguous.
         rows, tokens, width, block_stride, row_stride: As in :class:`Layout`.
-        TO_BLOCKS: The direction. Into the blocks padding goes as zeros; into ``x`` it does not go.
-        ROWS, COLUMNS: Of a tile. The grid is (tiles in a row, tiles in a column, S).
+        TO_BLOCKS: The direction. Padding is written to the blocks as zeros, and is not written to ``x``.
+        ROWS, COLUMNS: Rows and columns of a tile. The grid is (tiles in a row, tiles in a column, S).
     """
     block = tl.program_id(2).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -52,10 +52,10 @@ def copy_kernel(
 
 
 def to_blocks(x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The blocks of ``x``, copied.
+    """Copy ``x`` to new blocks.
 
     Returns:
-        ``[S, rows, width]``, contiguous, zeros where ``x`` has no such row.
+        ``[S, rows, width]``, contiguous, with zeros if ``x`` has no such row.
     """
     blocks = torch.empty(layout.shape, dtype=x.dtype, device=x.device)
     _launch(x, blocks, layout, to_blocks=True)
@@ -63,7 +63,7 @@ def to_blocks(x: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def to_rows(blocks: torch.Tensor, x: torch.Tensor, layout: Layout) -> None:
-    """Copy ``[S, rows, width]``, contiguous, to its places in ``x``."""
+    """Copy blocks ``[S, rows, width]``, contiguous, to their places in ``x``."""
     _launch(x, blocks, layout, to_blocks=False)
 
 

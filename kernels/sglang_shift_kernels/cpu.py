@@ -1,7 +1,7 @@
-"""Packing and unpacking without Triton: of the ways that PyTorch has, the fastest on a CPU.
+"""Packs and unpacks without Triton, in the fastest way that PyTorch has on a CPU.
 
-Which one that is was measured by ``python benchmark/kernels.py --device cpu``; the others are there. What is
-imported as it is from the reference was the fastest, or as fast as any other.
+``python benchmark/kernels.py --device cpu`` measured the ways, and also has the slower ways. A function is imported
+from the reference if no other way was faster.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from sglang_shift_kernels.reference import pack_heads, unpack_tokens
 __all__ = ["pack_heads", "pack_tokens", "unpack_heads", "unpack_tokens"]
 
 FEW_ROWS = 8
-"""Up to so many, the call of ``cat`` takes longer than it saves."""
+"""Up to this number of rows, a call of ``cat`` takes longer than it saves."""
 
 
 def pack_tokens(x: torch.Tensor, size: int, quantize: bool = False) -> torch.Tensor:
-    """See :func:`sglang_shift_kernels.pack_tokens`. Joined with zeros: padding would write all rows twice."""
+    """See :func:`sglang_shift_kernels.pack_tokens`. Zeros are joined to ``x``: padding would write all rows twice."""
     layout = Layout.by_tokens(x, size)
     if not layout.is_view:
         x = torch.cat((x, x.new_zeros(size * layout.rows - layout.tokens, layout.width)))

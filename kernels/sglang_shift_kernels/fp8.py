@@ -1,13 +1,15 @@
 """Triton kernels that quantize while packing and dequantize while unpacking.
 
-A row of a block of D columns travels as D + 16 bytes: D elements in e4m3 (a sign, 4 bits of exponent, 3 of
-mantissa; OCP 8-bit Floating Point Specification, revision 1.0) and their scale in float32, four times.
+A row of a block of D columns is sent as D + 16 bytes. These are D elements in e4m3 (a sign, 4 bits of exponent, 3 of
+mantissa; OCP 8-bit Floating Point Specification, revision 1.0), and four times their scale in float32.
 
-The scale is the power of two that brings the row's largest element into [128, 256). So scaling is exact, and the
-one error is e4m3's rounding to the nearest: an element comes back within 1/16 of itself, or within 2^-17 of the
-largest of its row and block where it is smaller than 2^-13 of that. bfloat16 needs no rounding on top, and float16
-only below 2^-14; but in float16 what is 63,488 or more comes back as infinity. NaN
-stays NaN, and an infinity does not become a number; the other elements of such a row mean nothing.
+The scale is the power of two that brings the row's largest element into [128, 256). So scaling is exact, and the only
+error is e4m3's rounding to the nearest value. An element comes back within 1/16 of itself. If it is smaller than 2^-13
+of the largest element of its row and block, it comes back within 2^-17 of that largest element.
+
+In bfloat16 there is no further rounding. In float16 there is further rounding only below 2^-14, but an element of
+63,488 or more comes back as infinity. NaN stays NaN, and an infinity does not become a number. The other elements of a
+row with NaN or an infinity mean nothing.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ from sglang_shift_kernels.layout import SCALE_BYTES, Layout
 SMALLEST = tl.constexpr(reference.SMALLEST)
 EXPONENT_BITS = tl.constexpr(reference.EXPONENT_BITS)
 HEADROOM_BITS = tl.constexpr(7 << 23)
-"""Taken from the bits of a power of two, this divides it by 128."""
+"""If this is subtracted from the bits of a power of two, the power is divided by 128."""
 RECIPROCAL_BITS = tl.constexpr(254 << 23)
-"""From this the bits of a power of two are taken to get those of its reciprocal."""
+"""If the bits of a power of two are subtracted from this, the result is the bits of the reciprocal."""
 SCALE_FLOATS = tl.constexpr(SCALE_BYTES // 4)
 TILE = 2048
-"""Elements of a tile, in whole rows, or one row if that has more."""
+"""Elements of a tile. A tile has whole rows, or one row if a row has more elements."""
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
@@ -43,14 +45,14 @@ def quantize_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """Some whole rows of one block: from ``x``, padded with zeros, to bytes.
+    """Quantize some whole rows of one block: from ``x``, padded with zeros, to bytes.
 
     Args:
         x: A matrix of floating-point numbers, as for :func:`copies.copy_kernel`.
-        elements: ``[S, rows, width + 16]`` as e4m3, contiguous: a row's elements are the first ``width``.
-        scales: The same memory as float32, ``[S, rows, width / 4 + 4]``: a row's scale is the last four.
-        rows, tokens, width, block_stride, row_stride: As in :class:`Layout`; ``width`` is a multiple of 16.
-        ROWS, COLUMNS: Of a tile; ``COLUMNS >= width``. The grid is (tiles in a column, S).
+        elements: ``[S, rows, width + 16]`` as e4m3, contiguous. The first ``width`` are a row's elements.
+        scales: The same memory as float32, ``[S, rows, width / 4 + 4]``. The last four are a row's scale.
+        rows, tokens, width, block_stride, row_stride: As in :class:`Layout`. ``width`` is a multiple of 16.
+        ROWS, COLUMNS: Rows and columns of a tile, with ``COLUMNS >= width``. The grid is (tiles in a column, S).
     """
     block = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -61,7 +63,7 @@ def quantize_kernel(
     value = tl.load(x, in_blocks & (row_of_all < tokens), other=0).to(tl.float32)
     largest = tl.maximum(tl.max(tl.abs(value), 1, keep_dims=True), SMALLEST)
     scale = (largest.to(tl.int32, bitcast=True) & EXPONENT_BITS) - HEADROOM_BITS
-    # Not `RECIPROCAL_BITS - scale`: a constant to the left of a tensor makes Triton 3.8's interpreter fail.
+    # Not `RECIPROCAL_BITS - scale`: Triton 3.8's interpreter fails if a constant is to the left of a tensor.
     value *= (-scale + RECIPROCAL_BITS).to(tl.float32, bitcast=True)
     tl.store(elements + row_of_all * (width + 4 * SCALE_FLOATS) + column, value.to(tl.float8e4nv), in_blocks)
     scales += row_of_all * (width // 4 + SCALE_FLOATS) + width // 4 + tl.arange(0, SCALE_FLOATS)[None, :]
@@ -81,7 +83,7 @@ def dequantize_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """Some whole rows of one block: from bytes to ``x``. The arguments are those of :func:`quantize_kernel`."""
+    """Dequantize some whole rows of one block: from bytes to ``x``. See :func:`quantize_kernel` for the arguments."""
     block = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
@@ -95,7 +97,7 @@ def dequantize_kernel(
 
 
 def quantized(x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The blocks of ``x`` as bytes.
+    """Quantize ``x`` to blocks of bytes.
 
     Returns:
         ``[S, rows, width + 16]``, contiguous.
@@ -106,7 +108,7 @@ def quantized(x: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def dequantize(blocks: torch.Tensor, x: torch.Tensor, layout: Layout) -> None:
-    """Write what :func:`quantized` made, ``[S, rows, width + 16]``, to its places in ``x``."""
+    """Dequantize blocks ``[S, rows, width + 16]`` of :func:`quantized` to their places in ``x``."""
     _launch(dequantize_kernel, x, blocks, layout)
 
 

@@ -1,4 +1,4 @@
-"""Packing and unpacking by Triton kernels: one pass over what is moved, none where a view will do."""
+"""Packs and unpacks with Triton kernels: in one pass over the data, or with a view if a view is enough."""
 
 from __future__ import annotations
 

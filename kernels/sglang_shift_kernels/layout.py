@@ -1,4 +1,4 @@
-"""Where the blocks of an exchange lie in a matrix of tokens."""
+"""The places of an exchange's blocks in a matrix of tokens."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 
 SCALE_BYTES = 16
-"""Bytes of a quantized row after its elements: the scale, four times, so that rows stay aligned to 16 bytes."""
+"""Bytes of a quantized row after its elements. They are four times the scale, so rows stay aligned to 16 bytes."""
 
 
 @dataclass(frozen=True)
 class Layout:
     """S blocks of ``rows`` rows and ``width`` columns in a matrix.
 
-    Element (s, r, c) of the blocks is the matrix's element ``s * block_stride + r * row_stride + c``, as long
-    as ``s * rows + r < tokens``; beyond that it is padding.
+    Element (s, r, c) of the blocks is the matrix's element ``s * block_stride + r * row_stride + c``. This holds if
+    ``s * rows + r < tokens``. All other elements of the blocks are padding.
     """
 
     size: int
@@ -27,7 +27,7 @@ class Layout:
 
     @classmethod
     def by_heads(cls, x: torch.Tensor, size: int) -> Layout:
-        """Blocks side by side in ``[n, S * D]``.
+        """Return the layout of blocks side by side in ``[n, S * D]``.
 
         Raises:
             ValueError: ``x`` has no such blocks.
@@ -41,7 +41,7 @@ class Layout:
 
     @classmethod
     def by_tokens(cls, x: torch.Tensor, size: int) -> Layout:
-        """Blocks one after the other in ``[T, D]``, the last ones padded.
+        """Return the layout of blocks one after the other in ``[T, D]``. The last blocks are padded.
 
         Raises:
             ValueError: ``x`` has no such blocks.
@@ -58,7 +58,7 @@ class Layout:
 
     @property
     def is_view(self) -> bool:
-        """Whether the matrix has the blocks contiguously: then nothing need be copied."""
+        """Whether the blocks are contiguous in the matrix, so nothing must be copied."""
         return (
             self.tokens == self.size * self.rows
             and (self.rows <= 1 or self.row_stride == self.width)
@@ -77,10 +77,10 @@ def _check(x: torch.Tensor, size: int) -> None:
 
 
 def check_quantizable(x: torch.Tensor, layout: Layout) -> None:
-    """Whether rows of these blocks can be quantized.
+    """Check that rows of these blocks can be quantized.
 
     Raises:
-        ValueError: They cannot.
+        ValueError: the rows cannot be quantized.
     """
     if not x.is_floating_point() or layout.width % SCALE_BYTES:
         raise ValueError(
@@ -90,10 +90,10 @@ def check_quantizable(x: torch.Tensor, layout: Layout) -> None:
 
 
 def is_quantized(blocks: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether these are blocks of bytes; otherwise they are blocks of ``dtype``.
+    """Return whether these are blocks of bytes; otherwise they are blocks of ``dtype``.
 
     Raises:
-        ValueError: They are neither.
+        ValueError: the blocks are neither.
     """
     if blocks.dim() != 3 or not blocks.is_contiguous() or blocks.dtype not in (torch.uint8, dtype):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What the kernels do in a step, as examples: to check them against the reference, to time and to compile them."""
+"""The operations of the kernels in a step, as examples: to check them against the reference, time and compile them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Traffic:
     """Bytes between a kernel and memory.
 
     Attributes:
-        moved: What it loads and what it stores.
-        minimum: Each byte it needs loaded once, each byte that the result needs stored once.
+        moved: Bytes that the kernel loads and stores.
+        minimum: Bytes that it must load and store: each byte that it needs once, and each byte of the result once.
     """
 
     moved: int
@@ -28,10 +28,10 @@ class Traffic:
 
 
 def traffic(source: torch.Tensor, result: torch.Tensor) -> Traffic:
-    """What the Triton kernel moved that made ``result`` of ``source``; nothing where that is a view.
+    """Return the bytes that the Triton kernel moved to make ``result`` from ``source``. A view moves nothing.
 
-    One of them is a matrix, the other blocks. A quantized row has its scale four times, where one would do:
-    all are stored, one is loaded.
+    One tensor is a matrix, and the other is blocks. A quantized row has its scale four times, and one would be enough.
+    The kernel stores all four, and loads one.
     """
     if source.data_ptr() == result.data_ptr():
         return Traffic(0, 0)
@@ -47,8 +47,8 @@ class Operation:
 
     Attributes:
         name: What it does, in words.
-        function: Its name in an implementation: the modules ``gpu``, ``cpu`` and ``reference``.
-        arguments: For it; the first is the tensor.
+        function: Name of the function in an implementation: the modules ``gpu``, ``cpu`` and ``reference``.
+        arguments: Arguments of the function. The first one is the tensor.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Operation:
     arguments: tuple[Any, ...]
 
     def run(self, implementation: Any) -> torch.Tensor:
-        """The result, by this implementation's function."""
+        """Return the result of this implementation's function."""
         result: torch.Tensor = getattr(implementation, self.function)(*self.arguments)
         return result
 
@@ -68,7 +68,7 @@ class ExchangeShape:
     Attributes:
         size: S.
         rows: Tokens of this rank.
-        qkv: Columns for one rank that the QKV projection gives.
+        qkv: Columns that the QKV projection gives for one rank.
         o: Columns of one rank that the O projection takes.
     """
 
@@ -79,9 +79,9 @@ class ExchangeShape:
 
 
 def operations(shape: ExchangeShape, dtype: torch.dtype, device: torch.device | str = "cpu") -> Iterator[Operation]:
-    """All that copies something, plain and as fp8. ``pack_tokens`` gets one token less than fills the blocks.
+    """Yield all operations that copy, plain and as fp8. ``pack_tokens`` gets one token too few to fill the blocks.
 
-    fp8 is left out where a width is no multiple of 16.
+    If a width is not a multiple of 16, fp8 is left out.
     """
     size, rows = shape.size, shape.rows
     generator = torch.Generator(device).manual_seed(0)
@@ -98,16 +98,16 @@ def operations(shape: ExchangeShape, dtype: torch.dtype, device: torch.device | 
 
 
 def warm_up(shape: ExchangeShape, hidden: int, dtype: torch.dtype, device: torch.device | str, fp8: bool) -> None:
-    """Run once on a GPU each kernel that an exchange may need: Triton compiles it, and loads it, at its first call.
+    """Run each kernel once that an exchange on a GPU may need. Triton compiles and loads a kernel at its first call.
 
     Args:
-        shape: Of an exchange; at least two rows, as one is a view.
-        hidden: Columns of an embedding, whose rows are packed as they are.
-        dtype: Of activations.
+        shape: Shape of an exchange. It must have at least two rows, because one row is a view.
+        hidden: Columns of an embedding, whose rows are packed without quantizing.
+        dtype: Type of the activations.
         device: The GPU.
-        fp8: Whether the exchange is quantized too.
+        fp8: Whether the exchange also quantizes.
     """
-    from sglang_shift_kernels import gpu  # Triton is there where CUDA is
+    from sglang_shift_kernels import gpu  # if there is CUDA, there is Triton
 
     for operation in operations(shape, dtype, device):
         if fp8 or "fp8" not in operation.name:

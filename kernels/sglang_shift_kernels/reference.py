@@ -1,4 +1,4 @@
-"""What packing and unpacking are, in plain PyTorch, on any device. The kernels give the same, bit by bit."""
+"""Defines packing and unpacking in plain PyTorch, on any device. The kernels give the same results, bit by bit."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from sglang_shift_kernels.layout import SCALE_BYTES, Layout, check_quantizable, is_quantized
 
 SMALLEST = 2.0**-100
-"""A row whose largest element is smaller is scaled as if it were this: it may become zeros."""
+"""If a row's largest element is smaller, the row is scaled as if its largest element were this. It may become zeros."""
 EXPONENT_BITS = 0x7F800000
-"""Of a float32; alone they are the power of two at or below it."""
+"""The bits of a float32's exponent. Alone, they are the largest power of two that is not above the number."""
 HEADROOM = 2.0**-7
-"""A scaled row's largest element lies in [128, 256): below 448, e4m3's largest."""
+"""Factor that brings the largest element of a scaled row into [128, 256), below e4m3's largest value, 448."""
 
 
 def pack_heads(x: torch.Tensor, size: int, quantize: bool = False) -> torch.Tensor:
@@ -51,7 +51,7 @@ def quantized(blocks: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def plain(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Blocks as they were before :func:`quantized`, but for its error; others as they are."""
+    """Undo :func:`quantized`, except for its error. Other blocks do not change."""
     if not is_quantized(blocks, dtype):
         return blocks
     elements = blocks[..., :-SCALE_BYTES].view(torch.float8_e4m3fn)
