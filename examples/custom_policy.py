@@ -8,12 +8,12 @@ from sglang_shift.modes import Mode, ShiftPolicy, StepState
 
 
 class BusyOrLong(ShiftPolicy):
-    """SP for prompts of more than 48 tokens, and for every step while at least four requests are in the server.
+    """Chooses SP for prompts of more than 48 tokens, and for every step while the server has at least four requests.
 
-    ``choose`` runs on rank 0, and all ranks do what it answers there.
+    ``choose`` runs on rank 0, and all ranks follow its answer.
 
-    What ``step`` has of each mode is a mapping: ``step.padded[Mode.SP]`` is how many tokens the step would compute in
-    SP, with those that pad it to its CUDA graph.
+    Some values of ``step`` differ by mode. These are mappings: ``step.padded[Mode.SP]`` is the number of tokens that
+    the step would compute in SP. It includes the tokens that pad the step to its CUDA graph.
     """
 
     def choose(self, step: StepState) -> Mode:

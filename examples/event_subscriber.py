@@ -1,4 +1,4 @@
-"""Print every change of mode. Name an endpoint, start the server with it, then this program:
+"""Print every change of mode. Name an endpoint, start the server with it, and then start this program:
 
     export SGLANG_SHIFT_EVENTS=tcp://127.0.0.1:5800
     python -m sglang_shift.launch_server --tp-size 2 --enable-shift-parallel --shift-threshold 32

@@ -1,9 +1,10 @@
-"""A program in SGLang's frontend language, against a running server:
+"""Run a program in SGLang's frontend language on a running server:
 
     python -m sglang_shift.launch_server --tp-size 2 --enable-shift-parallel
     python examples/frontend_program.py [http://127.0.0.1:30000]
 
-The language does not know that there are two modes. Its calls arrive as requests, and the server chooses per step.
+The language does not know that there are two modes. Its calls arrive as requests, and the server chooses the mode of
+each step.
 """
 
 import sys

@@ -10,8 +10,8 @@ PROMPTS = ["def read_file(path):", "class Stack:", "import os\n" * 20 + "def lis
 
 
 def main() -> None:
-    # shift_threshold=32: a step of more than 32 tokens runs in SP, and these prompts are more. Each further token is a
-    # step of 3 tokens, in TP. Without the threshold, the engine first measures which mode is faster.
+    # shift_threshold=32: a step of more than 32 tokens runs in SP. These prompts have more tokens together. Each later
+    # step has 3 tokens, and runs in TP. Without the threshold, the engine would first measure which mode is faster.
     engine = Engine(tp_size=2, enable_shift_parallel=True, shift_threshold=32)
     try:
         for answer in engine.generate(PROMPTS, {"max_new_tokens": 24, "temperature": 0}):
