@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""What it costs that ranks choose alike: microseconds, over gloo, with ranks that do nothing else.
+"""The cost of choosing the same mode on all ranks: microseconds, over gloo, with ranks that do nothing else.
 
     python benchmark/agreement.py --ranks 2 4
 
-The broadcast of a policy's answer (`agreement.from_rank_0`), SGLang's own broadcast of no requests, and what
-`agreement.StepWatch` takes: for each step, and each time that rank 0 tells and another rank compares.
+It times three things: the broadcast of a policy's answer (`agreement.from_rank_0`), SGLang's own broadcast of no
+requests, and `agreement.StepWatch`. The watch is timed for each step, and each time that rank 0 tells and another rank
+compares.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ LAPS = 2000
 
 
 def microseconds(run: Callable[[], object], laps: int = LAPS) -> float:
-    """The median of ``laps`` calls."""
+    """Return the median time of ``laps`` calls."""
     times = []
     for _ in range(laps):
         start = perf_counter_ns()
@@ -37,7 +38,7 @@ def microseconds(run: Callable[[], object], laps: int = LAPS) -> float:
 
 
 def watched(watch: agreement.StepWatch) -> float:
-    """Tell or compare once, after a step: all ranks together, so that each finds what is new."""
+    """Return the time to tell or compare once after a step. All ranks do it together, so each finds something new."""
     times = []
     for _ in range(200):
         watch.note(64, 0, Mode.TP)
@@ -79,7 +80,7 @@ def main() -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        # Forked: a spawned rank would import SGLang again.
+        # The ranks are forked: a spawned rank would import SGLang again.
         mp.start_processes(measure, (size, port), nprocs=size, start_method="fork")
 
 

@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""How fast an exchange is packed and unpacked.
+"""Measure how fast an exchange is packed and unpacked.
 
     python benchmark/kernels.py [--device cpu] [--json FILE]
 
-On a GPU: each Triton kernel at the shapes of one rank, checked against the reference; the bytes it moves by its
-time, as a share of what a device copy that moves as many reaches in the same run; and PyTorch's time for the same.
-Times are medians of events on the stream, with a cold L2 cache.
+On a GPU, it runs each Triton kernel at the shapes of one rank, and checks it against the reference. It divides the
+bytes that the kernel moves by its time. It reports this rate as a share of the rate of a device copy that moves the
+same number of bytes in the same run. It also reports PyTorch's time for the same operation. Times are medians of events
+on the stream, with a cold L2 cache.
 
-On a CPU: the ways that PyTorch has, against each other, on one thread; "ours" is what
-sglang_shift_kernels.cpu does. The ways take turns; times are medians.
+On a CPU, it compares the ways that PyTorch has, on one thread; "ours" is the way of sglang_shift_kernels.cpu. The ways
+take turns, and times are medians.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from sglang_shift_kernels import cpu, fp8_supported, reference
 from sglang_shift_kernels.operations import ExchangeShape, Operation, operations, traffic
 from torch_ways import WAYS
 
-# Heads and KV heads a rank has, times 128, by model and S.
+# By model: S, then the columns of QKV and of O for one rank (its heads and KV heads times 128).
 SHAPES = {"Llama-3-8B, S=2": (2, 3072, 2048), "Qwen2.5-32B, S=8": (8, 896, 640), "Llama-3-70B, S=8": (8, 1280, 1024)}
 ROWS = {"cuda": (1, 16, 128, 1024, 4096), "cpu": (1, 8, 64, 512)}
 ROUNDS = 7
@@ -84,7 +85,7 @@ def on_cpu() -> Iterator[dict[str, Any]]:
 
 
 def in_turns(ways: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Microseconds of each."""
+    """Return the microseconds of each way."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     start = perf_counter()
     for way in ways.values():

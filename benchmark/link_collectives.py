@@ -1,4 +1,4 @@
-"""How close gloo's collectives come to the rate of an emulated link (docs/emulated-link.md). Needs root.
+"""Compare the times of gloo's collectives with the rate of an emulated link (docs/emulated-link.md). Needs root.
 
 python benchmark/link_collectives.py P RATE      # RATE in bits per second
 """

@@ -3,9 +3,9 @@
 
     python benchmark/make_model.py DIR [--layers 8] [--hidden-size 1024] ...
 
-What it says means nothing. Its steps cost what steps of a model of that size cost: with the defaults
-(100 million parameters) a step is dominated by matrix products and communication, as on GPUs, where
-the demo model's is by the time it takes to call things.
+The model's answers mean nothing. Its steps cost what steps of a model of that size cost. With the defaults (100 million
+parameters), matrix products and communication dominate a step, as on GPUs. In the demo model, the time to call
+operations dominates a step.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The constants of sglang_shift.plan, fitted to AIConfigurator's tables (docs/cost-model.md).
+"""Fit the constants of sglang_shift.plan to AIConfigurator's tables (docs/cost-model.md).
 
-python benchmark/plan_figures.py DATA      # DATA: its folder systems/data
+python benchmark/plan_figures.py DATA      # DATA: AIConfigurator's folder systems/data
 """
 
 import sys
@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 
 
 def fit(model, start, seconds):
-    """The constants of the least mean error in the logarithm, and that error: mean, 90th percentile."""
+    """Return the constants with the least mean error in the logarithm, and this error: mean, 90th percentile."""
 
     def error(p):
         return np.abs(np.log(model(*np.exp(p)) / seconds))

@@ -1,4 +1,4 @@
-"""The cost model beside the paper's table, with other figures of the paper's engine (docs/cost-model.md)."""
+"""Compare the cost model with the paper's table, with other figures for the paper's engine (docs/cost-model.md)."""
 
 from dataclasses import replace
 

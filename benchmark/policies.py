@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Policies side by side in the simulator, on the step times of a calibration.
+"""Compare policies in the simulator, on the step times of a calibration.
 
     python benchmark/policies.py --calibration FILE                     # made-up traffic
     python benchmark/policies.py --calibration FILE --trace FILE.csv    # and a window of a trace
     python benchmark/policies.py --calibration FILE --noise 0.05        # measured with 5 % error
 
-FILE is JSON: {"measurements": [{"phase", "mode", "tokens", "kv_reads", "seconds"}, ...], "costs": {...}}; without
-"costs", they are fitted to the measurements. The costs are what steps take. They are also what the
-``calibrated`` policy believes, unless --noise gives it a model fitted to perturbed measurements.
+FILE is JSON: {"measurements": [{"phase", "mode", "tokens", "kv_reads", "seconds"}, ...], "costs": {...}}. Without
+"costs", a cost model is fitted to the measurements. Steps take the time that the costs say. The ``calibrated`` policy
+believes the same costs. With --noise, it believes a model that is fitted to perturbed measurements.
 
-The rates follow from the costs, so that any calibration sees an idle and a saturated server: the
-capacity of a traffic is what the better fixed mode serves of the same requests when all are there at once.
+The rates follow from the costs, so every calibration sees an idle and a saturated server. The capacity of some traffic
+is the rate at which the better fixed mode serves its requests, if all requests are there at once.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ LOWER_IS_BETTER = {"mean_ttft": True, "mean_tpot": True, "throughput": False, "m
 LOW, HIGH = 0.1, 0.85  # of the capacity, in steady traffic
 RAMP = (0.05, 1.1)
 STREAM, BURSTS = 0.15, 0.35  # of the capacity on average, in bursty traffic
-BURST_RATE = 1.5  # of the capacity: more than can be served, while a burst lasts
-TRACE = 0.5  # of the capacity on average: its own swings go beyond the capacity and down to nothing
+BURST_RATE = 1.5  # of the capacity: a burst brings more than the server can serve
+TRACE = 0.5  # of the capacity on average: the trace itself goes beyond the capacity and down to nothing
 
 Metrics = dict[str, float]
 
@@ -50,10 +50,10 @@ class Shape:
     Attributes:
         prompt: Prompt tokens.
         output: Output tokens.
-        requests: In a steady load and in the ramp; half as many come between bursts.
+        requests: Requests in a steady load and in the ramp. Half of this number come between bursts.
         burst: Requests in a burst.
-        seeds: Each load is made with as many seeds, and its metrics are means over them: a single run is
-            chaotic, since every step's time decides which requests are there for the next one.
+        seeds: Number of seeds. Each load is made once per seed, and its metrics are means over the seeds. A single run
+            is chaotic, because the time of each step decides which requests are there for the next step.
         seed: The first of the seeds.
     """
 
@@ -70,8 +70,8 @@ class Traffic:
     """A load to compare policies under.
 
     Attributes:
-        name: How reports call it.
-        text: What it is, in words.
+        name: Its name in reports.
+        text: Its description.
         samples: The requests, once per seed.
     """
 
@@ -81,13 +81,13 @@ class Traffic:
 
 
 def capacity(requests: Sequence[Request], costs: CostModel, server: Server) -> tuple[float, Mode]:
-    """Requests per second of the better fixed mode when all of ``requests`` are there at once, and that mode."""
+    """Return the requests per second of the better fixed mode if all ``requests`` are there at once, and this mode."""
     at_once = scaled(requests, time=0.0)
     return max((len(at_once) / simulate(at_once, FixedMode(mode), costs, server).makespan, mode) for mode in Mode)
 
 
 def made_up(costs: CostModel, server: Server, shape: Shape) -> list[Traffic]:
-    """Steady low, steady high, ramp and bursty traffic for a server of these costs."""
+    """Make steady low, steady high, ramp and bursty traffic for a server of these costs."""
     lengths: dict[str, Any] = {"prompt": shape.prompt, "output": shape.output}
     seeds = range(shape.seed, shape.seed + shape.seeds)
     most, mode = capacity(steady(1.0, requests=shape.requests, seed=shape.seed, **lengths), costs, server)
@@ -114,7 +114,7 @@ def made_up(costs: CostModel, server: Server, shape: Shape) -> list[Traffic]:
 
 
 def from_trace(path: Path, costs: CostModel, server: Server, part: tuple[float, float], context: int) -> Traffic:
-    """A window of a trace, at a pace at which the better fixed mode is busy half of the time."""
+    """Take a window of a trace, at a pace that keeps the better fixed mode busy half of the time."""
     start, seconds = part
     requests = scaled(window(read_trace(path), start, seconds), context=context)
     most, mode = capacity(requests, costs, server)
@@ -127,7 +127,7 @@ def from_trace(path: Path, costs: CostModel, server: Server, part: tuple[float, 
 
 
 def policies(believed: CostModel, server: Server) -> dict[str, ShiftPolicy]:
-    """All policies by name: fixed modes, fixed thresholds, queue depth, calibrated."""
+    """Return all policies by name: fixed modes, fixed thresholds, queue depth, calibrated."""
     return {
         **{mode.value: FixedMode(mode) for mode in Mode},
         **{f"tokens {n}": TokenThreshold(n) for n in THRESHOLDS},
@@ -137,7 +137,7 @@ def policies(believed: CostModel, server: Server) -> dict[str, ShiftPolicy]:
 
 
 def compare(traffic: Traffic, costs: CostModel, believed: CostModel, server: Server) -> dict[str, Metrics]:
-    """The metrics of each policy on this traffic."""
+    """Return the metrics of each policy on this traffic."""
     results = {}
     for name, policy in policies(believed, server).items():
         runs = [simulate(requests, policy, costs, server).metrics() for requests in traffic.samples]
@@ -146,7 +146,7 @@ def compare(traffic: Traffic, costs: CostModel, believed: CostModel, server: Ser
 
 
 def ratios(results: dict[str, Metrics], names: Sequence[str]) -> Metrics:
-    """``calibrated`` over the best of ``names``, for each metric over the best in that metric."""
+    """Return, for each metric, ``calibrated`` over the policy of ``names`` that is best in this metric."""
     return {
         metric: results["calibrated"][metric] / (min if lower else max)(results[name][metric] for name in names)
         for metric, lower in LOWER_IS_BETTER.items()
@@ -154,7 +154,7 @@ def ratios(results: dict[str, Metrics], names: Sequence[str]) -> Metrics:
 
 
 def best_ratios(results: dict[str, Metrics]) -> dict[str, Metrics]:
-    """``calibrated`` over the best fixed mode, and over the best fixed threshold."""
+    """Return ``calibrated`` over the best fixed mode, and over the best fixed threshold."""
     return {
         "calibrated / best fixed mode": ratios(results, [mode.value for mode in Mode]),
         "calibrated / best threshold": ratios(results, [f"tokens {n}" for n in THRESHOLDS]),
@@ -162,7 +162,7 @@ def best_ratios(results: dict[str, Metrics]) -> dict[str, Metrics]:
 
 
 def table(results: dict[str, Metrics]) -> str:
-    """The results and ratios as a Markdown table."""
+    """Return the results and ratios as a Markdown table."""
     lines = [
         "| Policy | Mean TTFT, ms | Mean TPOT, ms | Tokens/s | Mean E2E, s | p99 E2E, s | Switches |",
         "|---|--:|--:|--:|--:|--:|--:|",
@@ -178,19 +178,19 @@ def table(results: dict[str, Metrics]) -> str:
 
 
 class Recorded(msgspec.Struct):
-    """What is read of a calibration: the step times, and what was fitted to them if anything was."""
+    """The part of a calibration that is read: the step times, and the cost model if there is one."""
 
     measurements: list[Measurement]
     costs: CostModel | None = None
 
 
 def read_calibration(path: Path, noise: float = 0.0, seed: int = 0) -> tuple[CostModel, CostModel]:
-    """What steps take, and what ``calibrated`` believes.
+    """Return the costs of the steps, and the costs that ``calibrated`` believes.
 
     Args:
         path: The calibration.
-        noise: Standard deviation of the logarithm of the error of each measurement that is believed.
-        seed: Of the noise.
+        noise: Standard deviation of the logarithm of the error, for each measurement that the policy believes.
+        seed: Seed of the noise.
     """
     found = msgspec.json.decode(path.read_bytes(), type=Recorded)
     costs = found.costs or fit(found.measurements)
@@ -202,19 +202,19 @@ def read_calibration(path: Path, noise: float = 0.0, seed: int = 0) -> tuple[Cos
 
 
 def crossovers(costs: CostModel) -> str:
-    """Where each phase changes mode, in words."""
+    """Return the numbers of tokens at which each phase changes mode, in words."""
     modes = {p: [f"{m.value.upper()} from {n}" for n, m in costs.crossovers(p)] for p in ("prefill", "decode")}
     return "; ".join(f"{phase} {', '.join(texts)}" for phase, texts in modes.items())
 
 
 def lengths(text: str) -> Lengths:
-    """``N`` or ``LOW-HIGH`` of the command line."""
+    """Parse ``N`` or ``LOW-HIGH`` of the command line."""
     low, _, high = text.partition("-")
     return (int(low), int(high)) if high else int(low)
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that :func:`server_of` reads."""
+    """Add the arguments that :func:`server_of` reads."""
     parser.add_argument("--calibration", type=Path, required=True, metavar="FILE")
     parser.add_argument("--chunk", type=int, default=Server.chunk, help="prompt tokens in a step (%(default)s)")
     parser.add_argument("--pool", type=int, default=Server.pool, help="tokens in the KV pool (%(default)s)")
@@ -222,7 +222,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def server_of(arguments: argparse.Namespace) -> Server:
-    """The server that the arguments describe."""
+    """Return the server that the arguments describe."""
     return Server(arguments.chunk, arguments.pool, arguments.max_running)
 
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Policies side by side on one real server, whose policy changes at run time.
+"""Compare policies on one real server, whose policy changes at run time.
 
     python benchmark/make_model.py /tmp/model
     python benchmark/policies_live.py --model-path /tmp/model [--trace AzureLLMInferenceTrace_code.csv]
 
-One server is started and calibrates itself. Every round replays the same requests under every policy,
-in an order that rotates from round to round, and ratios are taken within a round: a machine that is
-slower for a while favours none. Prompts are random tokens and different each time, so that nothing is
-cached. Rates follow from what the server does at saturation.
+One server starts and calibrates itself. Every round replays the same requests under every policy, in an order that
+rotates from round to round. Ratios are taken within a round, so a machine that is slower for a while favours no policy.
+Prompts are random tokens, and different each time, so nothing is cached. Rates follow from the server's rate at
+saturation.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ STREAM, BURST_SHARE = 0.2, 0.4
 
 
 class Client:
-    """Sends requests at their times and takes down when their tokens come.
+    """Sends requests at their times, and records the times of their tokens.
 
     Args:
-        url: The server's.
-        vocabulary: Token ids to make prompts of, below this.
+        url: URL of the server.
+        vocabulary: Prompts consist of token ids below this number.
     """
 
     def __init__(self, url: str, vocabulary: int = 4000) -> None:
@@ -55,7 +55,7 @@ class Client:
         self.random = random.Random(0)
 
     def replay(self, requests: Sequence[Request], policy: dict[str, Any]) -> dict[str, float]:
-        """All of ``requests`` under a policy; seconds and tokens per second."""
+        """Send all ``requests`` under a policy. Return seconds, and tokens per second."""
         return asyncio.run(self._replay(requests, policy))
 
     async def _replay(self, requests: Sequence[Request], policy: dict[str, Any]) -> dict[str, float]:
@@ -96,7 +96,7 @@ class Client:
 
 
 def traffics(client: Client, args: argparse.Namespace) -> dict[str, list[Request]]:
-    """The loads, by name, at rates that suit this server."""
+    """Return the loads by name, at rates that suit this server."""
     batch = steady(1.0, prompt=PROMPT, output=OUTPUT, requests=48)
     client.replay(scaled(batch, time=0.0), POLICIES["calibrated"])  # warm-up
     capacity = max(_rate(client, batch, policy) for policy in FIXED)
@@ -129,7 +129,7 @@ def _rate(client: Client, requests: Sequence[Request], policy: str) -> float:
 
 
 def table(name: str, rounds: list[dict[str, dict[str, float]]]) -> str:
-    """A traffic's figures: medians over the rounds, and ``calibrated`` over each, the median of the rounds."""
+    """Return a traffic's table: medians over the rounds, and the median ratio of ``calibrated`` to each policy."""
     metrics = list(next(iter(rounds[0].values())))
     lines = [f"### {name}", "", "| policy | " + " | ".join(metrics) + " | calibrated / it |",
              "| --- |" + " --: |" * (len(metrics) + 1)]  # fmt: skip
@@ -148,7 +148,7 @@ def table(name: str, rounds: list[dict[str, dict[str, float]]]) -> str:
 
 
 def compare(url: str, args: argparse.Namespace) -> dict[str, Any]:
-    """All traffics, rounds and policies."""
+    """Run all traffics, rounds and policies."""
     client = Client(url)
     loads = traffics(client, args)
     results: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in loads}

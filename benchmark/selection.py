@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What it costs to choose a step's mode: microseconds per ``policy.choose(step)``, and all in all.
+"""Measure the cost of choosing a step's mode: microseconds of ``policy.choose(step)``, and of the whole choice.
 
     python benchmark/selection.py --calibration FILE
 
-The steps are those that each policy meets itself, in the bursty traffic of benchmark/policies.py. The
-last line is ``ShiftScheduler.choose_mode``, which every step goes through: the state is read off a batch
-of 64 decoding requests with 1,000 requests waiting, the policy asked, and the choice counted.
+Each policy is timed on the steps that it would meet itself, in the bursty traffic of benchmark/policies.py. The last
+line is ``ShiftScheduler.choose_mode``, which runs for every step. It reads the state from a batch of 64 decoding
+requests with 1,000 requests waiting, asks the policy, and counts the choice.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ LIMIT_US = 50.0
 
 
 def microseconds(policy: ShiftPolicy, steps: Sequence[StepState], repeats: int = 21) -> tuple[float, float]:
-    """Of one choice: the median over the steps, and the 99th percentile, each step timed at its median of repeats.
+    """Return the median and the 99th percentile of one choice over the steps. Each step counts with its median time.
 
-    The timer's own cost is included.
+    The times include the timer's own cost.
     """
     choose = policy.choose
     times = []
@@ -45,7 +45,7 @@ def microseconds(policy: ShiftPolicy, steps: Sequence[StepState], repeats: int =
 
 
 def met(policy: ShiftPolicy, costs: CostModel, server: Server, most: int) -> list[StepState]:
-    """Steps that the policy meets in bursty traffic, evenly spread over the run."""
+    """Return steps that the policy meets in bursty traffic, evenly spread over the run."""
     steps: list[StepState] = []
     [bursty] = [t for t in made_up(costs, server, Shape(requests=1000, seeds=1)) if t.name == "bursty"]
     simulate(bursty.samples[0], policy, costs, server, lambda step, _mode, _seconds: steps.append(step))
@@ -53,7 +53,7 @@ def met(policy: ShiftPolicy, costs: CostModel, server: Server, most: int) -> lis
 
 
 def whole_choice(policy: ShiftPolicy) -> float:
-    """Microseconds of ``choose_mode``, on a scheduler that has what it reads and nothing else; median."""
+    """Return the median microseconds of ``choose_mode``, on a scheduler that has only what ``choose_mode`` reads."""
     import torch
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
     from sglang_shift.graphs.mode_graphs import PhaseGraphs

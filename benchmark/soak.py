@@ -4,10 +4,10 @@
     python benchmark/soak.py                 # 30 minutes, demo model, 2 ranks
     python benchmark/soak.py --minutes 3
 
-One cycle after another: idle, one client, many clients, bursts, long prompts; with every cycle the
-policy changes at run time. SGLang's rank-consensus checker is on, which ends the server if ranks
-differ. Every answer is compared with the first one to the same prompt (float32, greedy). Exit code 1
-if a request got no answer or another one, or if memory grew by more than ``--growth`` after warm-up.
+Cycles follow each other. Each cycle has these phases: idle, one client, many clients, bursts, long prompts. The policy
+changes at run time with every cycle. SGLang's rank-consensus checker is on, and it ends the server if ranks differ.
+Every answer is compared with the first answer to the same prompt (float32, greedy). The exit code is 1 if a request got
+no answer or another answer. It is also 1 if memory grew by more than ``--growth`` after the warm-up.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ PHASES = ("idle", "one client", "16 clients", "bursts", "long prompts")
 
 @dataclass
 class Soak:
-    """What happened so far.
+    """The results so far.
 
     Attributes:
-        url: The server's.
-        counts: Requests by outcome: ``answered``, ``different``, or an error.
+        url: URL of the server.
+        counts: Number of requests by outcome: ``answered``, ``different``, or an error.
     """
 
     url: str
@@ -56,7 +56,7 @@ class Soak:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def ask(self, prompt: int, tokens: int) -> None:
-        """Send one request and judge its answer."""
+        """Send one request, and compare its answer with the first answer."""
         body = {
             "text": PROMPTS[prompt],
             "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
@@ -74,7 +74,7 @@ class Soak:
 
 
 def prompts() -> list[str]:
-    """Beginnings of standard-library sources, 100 to 8,000 characters."""
+    """Return beginnings of standard-library sources, of 100 to 8,000 characters."""
     chooser = random.Random(0)
     sources = [inspect.getsource(module) for module in (argparse, inspect, random, threading, json)]
     return [chooser.choice(sources)[: int(100 * 80 ** chooser.random())] for _ in range(48)]
@@ -84,7 +84,7 @@ PROMPTS = prompts()
 
 
 def run_phase(soak: Soak, phase: str, seconds: float, seed: int) -> None:
-    """Put one kind of load on the server for a while; returns when all answers are in."""
+    """Put one kind of load on the server for a while. This returns when all answers have arrived."""
     ends = time.monotonic() + seconds
     chooser = random.Random(seed)
     short = [i for i, p in enumerate(PROMPTS) if len(p) < 2000]
@@ -112,7 +112,7 @@ def run_phase(soak: Soak, phase: str, seconds: float, seed: int) -> None:
 
 
 def memory(server: Server) -> dict[str, int]:
-    """Resident bytes of the server's processes, by name."""
+    """Return the resident bytes of the server's processes, by name."""
     sizes: Counter[str] = Counter()
     root = psutil.Process(server.processes[0].pid)
     for process in [root, *root.children(recursive=True)]:
@@ -125,7 +125,7 @@ def memory(server: Server) -> dict[str, int]:
 
 
 def growth(samples: list[dict[str, int]]) -> dict[str, float]:
-    """By process: how much larger the median of the last third is than that of the first, as a share."""
+    """Return the growth of each process from the median of the first third to that of the last third, as a share."""
     third = max(1, len(samples) // 3)
     names = samples[-1]
     return {
@@ -135,7 +135,7 @@ def growth(samples: list[dict[str, int]]) -> dict[str, float]:
 
 
 def soak_server(server: Server, args: argparse.Namespace) -> dict[str, Any]:
-    """All cycles, then the verdict."""
+    """Run all cycles, and return the report with the verdict."""
     soak, started, samples, cycle = Soak(server.url), time.monotonic(), [], 0
     while time.monotonic() - started < 60 * args.minutes:
         policy = POLICIES[cycle % len(POLICIES)]

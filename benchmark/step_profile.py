@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Where a step's time goes: SGLang's profiler on rank 0, self time by operator.
+"""Show how a step spends its time: SGLang's profiler on rank 0, self time by operator.
 
     python benchmark/step_profile.py stock-tp shift:sp --model-path DIR                    # a prefill
     python benchmark/step_profile.py stock-tp tp --model-path DIR --decode --link-rate 387e6
 
-Each contender (named as for ``python -m sglang_shift.benchmark``) is started, warmed up, timed without the
-profiler and profiled. A prefill is a prompt of ``--tokens``; with ``--decode`` a step is one token of a request
-that decodes alone. On a GPU the figures are those of the host.
+Each contender has a name as in ``python -m sglang_shift.benchmark``. It is started, warmed up, timed without the
+profiler, and then profiled. A prefill is a prompt of ``--tokens``. With ``--decode``, a step is one token of a request
+that decodes alone. On a GPU, the figures are the figures of the host.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from sglang_shift.tools.benchmark.contenders import Contender, contenders
 from sglang_shift.tools.benchmark.link import Link, start_on
 
 PREFILLS, DECODES = 3, 96
-"""Steps that are profiled."""
+"""Number of steps that are profiled."""
 
-EDGE = 1e-3  # microseconds by which an event may end after the one around it
+EDGE = 1e-3  # microseconds by which an event may end after the event around it
 
 
 def generate(server: servers.Server, prompt: int, new: int) -> float:
-    """Seconds for a random prompt of ``prompt`` tokens and ``new`` answered ones."""
+    """Return the seconds of a request with a random prompt of ``prompt`` tokens and an answer of ``new`` tokens."""
     ids = [random.randrange(5, 4000) for _ in range(prompt)]
     sampling = {"max_new_tokens": new, "temperature": 0, "ignore_eos": True}
     start = time.perf_counter()
@@ -45,10 +45,10 @@ def generate(server: servers.Server, prompt: int, new: int) -> float:
 
 
 def read_trace(folder: Path, timeout: float = 120) -> list[dict[str, Any]]:
-    """The events of rank 0, once the profiler has written them all.
+    """Return the events of rank 0, once the profiler has written all of them.
 
     Raises:
-        ShiftError: it did not.
+        ShiftError: the profiler did not write them in time.
     """
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
@@ -56,16 +56,16 @@ def read_trace(folder: Path, timeout: float = 120) -> list[dict[str, Any]]:
             try:
                 events: list[dict[str, Any]] = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
                 mine = [e for e in events if e.get("ph") == "X" and e.get("cat") in ("cpu_op", "user_annotation")]
-                # A message under way is no work of the thread's: what waits for it is the operator around.
+                # A message on its way is no work of the thread: the operator around the message waits for it.
                 return [e for e in mine if not e["name"].startswith("gloo:")]
             except (EOFError, OSError, ValueError):
-                pass  # still being written
+                pass  # the profiler is still writing it
         time.sleep(1)
     raise ShiftError(f"the profiler wrote no trace within {timeout:.0f} s")
 
 
 def self_times(events: list[dict[str, Any]]) -> tuple[Counter[str], Counter[str]]:
-    """Microseconds of each operator without those inside it, and its calls; of the thread with most matrix products."""
+    """Return the self time of each operator in microseconds, and its calls, on the thread with most matrix products."""
     products: Counter[int] = Counter()
     for event in events:
         if event["name"].startswith(("aten::mm", "aten::addmm", "aten::linear", "mkldnn")):
@@ -86,7 +86,10 @@ def self_times(events: list[dict[str, Any]]) -> tuple[Counter[str], Counter[str]
 
 
 def gaps(events: list[dict[str, Any]], least: float) -> list[str]:
-    """Where one of our prefills ran no operator for ``least`` ms or more: Python, and waiting for messages."""
+    """Return the gaps of ``least`` ms or more without an operator in one of our prefills.
+
+    In a gap, Python runs or waits for messages.
+    """
     steps = [e for e in events if e["name"].startswith("sglang_shift ")]
     if not steps:
         return []
@@ -106,7 +109,7 @@ def profile(whom: Contender, args: argparse.Namespace, folder: Path) -> None:
     """Print one contender's times.
 
     Raises:
-        ShiftError: it does not start, or gives no trace.
+        ShiftError: the contender does not start, or gives no trace.
     """
     flags = [*whom.flags, "--model-path", args.model_path, "--sleep-on-idle", *args.flags]
     shape = (16, 1 + DECODES // PREFILLS) if args.decode else (args.tokens, 1)

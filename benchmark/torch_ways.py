@@ -1,4 +1,4 @@
-"""Other ways to pack and unpack in PyTorch, for benchmark/kernels.py: what sglang_shift_kernels.cpu was chosen from."""
+"""Other ways to pack and unpack in PyTorch, for benchmark/kernels.py. sglang_shift_kernels.cpu has the chosen ways."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def by_aminmax(x: torch.Tensor) -> torch.Tensor:
 
 
 def quantize(pack: Callable[..., torch.Tensor], largest: Largest, x: torch.Tensor, size: int, *_: bool) -> torch.Tensor:
-    """The reference's, with another way to find a row's largest, and each part written to its place."""
+    """Quantize as the reference does, but find a row's largest element by ``largest``, and write each part in place."""
     blocks = pack(x, size).float()
     scale = (largest(blocks).clamp_min(SMALLEST).view(torch.int32) & EXPONENT_BITS).view(torch.float32) * HEADROOM
     result = torch.empty(*blocks.shape[:2], blocks.shape[2] + SCALE_BYTES, dtype=torch.uint8)
@@ -90,7 +90,7 @@ def quantize(pack: Callable[..., torch.Tensor], largest: Largest, x: torch.Tenso
 
 
 def dequantize(unpack: Callable[..., torch.Tensor], blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The reference's, in the rows' own type: exact, as the scale is a power of two."""
+    """Dequantize as the reference does, but in the rows' own type. This is exact, as the scale is a power of two."""
     elements = blocks[..., :-SCALE_BYTES].view(torch.float8_e4m3fn).to(dtype)
     return unpack(elements * blocks.view(torch.float32)[..., -1:].to(dtype), dtype)
 
