@@ -24,18 +24,18 @@ FLAGS = (
 
 
 def find_chromium() -> str | None:
-    """The path of a Chromium, or None."""
+    """Return the path of a Chromium, or None."""
     return next(filter(None, map(shutil.which, BINARIES)), None)
 
 
 class Browser:
-    """One tab of a headless Chromium, driven by its DevTools protocol. A context manager.
+    """One tab of a headless Chromium. The DevTools protocol controls it. It is a context manager.
 
     Args:
         binary: Path of Chromium.
 
     Attributes:
-        problems: Errors of the console, uncaught exceptions, and what the page's own policy blocked.
+        problems: Errors of the console, uncaught exceptions, and anything that the page's own policy blocked.
     """
 
     def __init__(self, binary: str) -> None:
@@ -94,7 +94,7 @@ class Browser:
         self._socket = await self._session.ws_connect(tabs[0]["webSocketDebuggerUrl"], max_msg_size=0)
 
     def command(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Send a command of the DevTools protocol and return its result.
+        """Send a command of the DevTools protocol, and return its result.
 
         Raises:
             RuntimeError: Chromium answers with an error.
@@ -136,10 +136,10 @@ class Browser:
         )
 
     def evaluate(self, expression: str) -> Any:
-        """The JSON value of a JavaScript expression.
+        """Return the JSON value of a JavaScript expression.
 
         Raises:
-            RuntimeError: it throws.
+            RuntimeError: the expression throws an error.
         """
         result = self.command("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in result:
@@ -150,7 +150,7 @@ class Browser:
         """Wait until a JavaScript expression is true.
 
         Raises:
-            TimeoutError: it is not, in time.
+            TimeoutError: the expression is not true in time.
         """
         deadline = time.monotonic() + seconds
         while not self.evaluate(expression):

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Train the demo model: a small Llama that completes Python, on text every machine has.
+"""Train the demo model: a small Llama that completes Python, trained on text that every machine has.
 
-The corpus is the Python standard library's own sources. Each short documented function becomes two
-more documents: the function alone, so that a completion can end by itself, and a chat turn
-(question: the docstring, answer: the function), so that the chat template means something.
-Everything is made here: corpus, BPE tokenizer, weights; nothing is downloaded.
+The corpus is the sources of the Python standard library. Each short documented function becomes two more documents.
+One is the function alone, so that a completion can end by itself. The other is a chat turn, so that the chat template
+has a meaning: the question is the docstring, and the answer is the function. The script makes everything itself:
+corpus, BPE tokenizer, weights. It downloads nothing.
 
     python scripts/train_demo_model.py                 # 75 minutes on 2 cores
     python scripts/train_demo_model.py --minutes 2 --out /tmp/demo   # a quick try
 
-The learning rate follows the clock, so a slower machine trains less but still ends annealed.
+The learning rate follows the clock. So a slower machine trains less, but its learning rate is also annealed at the end.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ CHAT_TEMPLATE = (
 )
 VOCAB_SIZE = 4096
 HELD_OUT_ONE_IN = 25
-# Rows and tokens a row of a step. Every step takes one of these shapes, the long ones from the start:
-# positions that training does not visit are positions at which the model is worse.
+# Rows of a step, and tokens of a row. Every step takes one of these shapes, and the long shapes occur from the start:
+# the model is worse at positions that the training does not visit.
 STEP_SHAPES = [(8, 512), (8, 512), (2, 2048), (1, 4095)]
-# Left out: tests (odd on purpose), generated tables, and what is no part of the library proper.
+# These are left out: tests (odd on purpose), generated tables, and parts that do not belong to the library proper.
 SKIPPED_PARTS = {"test", "tests", "site-packages", "idlelib", "lib2to3", "encodings", "__pycache__", "pydoc_data"}
 
 
 def read_corpus() -> tuple[list[str], list[str]]:
-    """The standard library's sources as (training, held-out) texts, split by file name."""
+    """Return the standard library's sources as (training, held-out) texts, split by file name."""
     root = Path(sysconfig.get_paths()["stdlib"])
     train, held_out = [], []
     for path in sorted(root.rglob("*.py")):
@@ -60,7 +60,7 @@ def read_corpus() -> tuple[list[str], list[str]]:
 
 
 def function_examples(sources: list[str]) -> list[str]:
-    """Two documents per short documented function: its source, and a chat turn that asks for it."""
+    """Return two documents for each short documented function: its source, and a chat turn that asks for it."""
     examples = []
     for source in sources:
         try:
@@ -78,7 +78,7 @@ def function_examples(sources: list[str]) -> list[str]:
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of :data:`VOCAB_SIZE` entries, special tokens first."""
+    """Train a byte-level BPE tokenizer of :data:`VOCAB_SIZE` entries, special tokens first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -102,7 +102,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """8 attention heads over 2 KV heads: from 4 ranks on, KV heads are replicated."""
+    """Build a model with 8 attention heads over 2 KV heads, so that KV heads are replicated from 4 ranks on."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
@@ -123,7 +123,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[torch.Tensor, list[int]]:
-    """All texts as one stream of token ids [N], each ended by the end-of-text token, and where each starts."""
+    """Return all texts as one stream of token ids [N], and the position at which each text starts.
+
+    The end-of-text token ends each text.
+    """
     ids: list[int] = []
     starts = []
     for text in texts:
@@ -134,14 +137,14 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[torch.
 
 
 def cross_entropy(model: LlamaForCausalLM, rows: torch.Tensor) -> torch.Tensor:
-    """Mean next-token loss in nats over ``rows`` [B, L + 1]."""
+    """Return the mean next-token loss in nats over ``rows`` [B, L + 1]."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(input_ids=rows[:, :-1].contiguous()).logits
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
 
 
 def held_out_loss(model: LlamaForCausalLM, stream: torch.Tensor, length: int) -> float:
-    """Mean loss in nats a token over the first 40k held-out tokens, in windows of ``length``."""
+    """Return the mean loss in nats per token over the first 40k held-out tokens, in windows of ``length``."""
     windows = stream[: min(len(stream), 40_960) // (length + 1) * (length + 1)].view(-1, length + 1)
     with torch.no_grad():
         return sum(cross_entropy(model, row[None]).item() for row in windows) / len(windows)
@@ -150,9 +153,9 @@ def held_out_loss(model: LlamaForCausalLM, stream: torch.Tensor, length: int) ->
 def draw_rows(
     stream: torch.Tensor, starts: list[int], shape: tuple[int, int], generator: random.Random
 ) -> torch.Tensor:
-    """Rows [B, L + 1] of the stream for a step of ``shape`` (B, L).
+    """Return rows [B, L + 1] of the stream for a step of ``shape`` (B, L).
 
-    Half of them start with a document, as the prompts of users do; the others start anywhere.
+    About half of the rows start with a document, as the prompts of users do. The other rows start anywhere.
     """
     rows, length = shape
     last = len(stream) - length - 1
@@ -164,10 +167,10 @@ def draw_rows(
 
 
 def train(model: LlamaForCausalLM, stream: torch.Tensor, starts: list[int], minutes: float) -> int:
-    """Muon for the matrices, AdamW for the rest, over steps of :data:`STEP_SHAPES` in a random order.
+    """Train with Muon for the matrices and AdamW for the rest, over steps of :data:`STEP_SHAPES` in a random order.
 
     Returns:
-        Tokens seen.
+        The number of tokens that the training saw.
     """
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
@@ -180,7 +183,7 @@ def train(model: LlamaForCausalLM, stream: torch.Tensor, starts: list[int], minu
     generator = random.Random(0)
     started, seen, step = time.monotonic(), 0, 0
     while (done := (time.monotonic() - started) / (60 * minutes)) < 1:
-        # Warm up over 2 % of the time, hold, then anneal linearly over the last 40 %.
+        # The learning rate warms up over 2 % of the time, stays, and anneals linearly over the last 40 %.
         scale = min(done / 0.02 + 0.01, 1.0, (1 - done) / 0.4)
         for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks, strict=True):
             group["lr"] = peak * scale
