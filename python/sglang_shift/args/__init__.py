@@ -1,1 +1,1 @@
-"""The command line: our flags, how they are resolved, and what is refused."""
+"""The command line: our flags, how we resolve them, and what we refuse."""

@@ -1,4 +1,4 @@
-"""``python -m sglang_shift.args flags``, or ``refusals``: print ``docs/flags.md`` or ``docs/refusals.md``."""
+"""``python -m sglang_shift.args flags`` prints ``docs/flags.md``; ``... refusals`` prints ``docs/refusals.md``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many tokens a step should have in SP: the prefill chunk, and the sizes of graphs."""
+"""Choose a prefill chunk that gives each rank of an SP step enough tokens."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from sglang.srt.utils import get_device_memory_capacity
 from sglang_shift.args.sp_size import on_our_cpu_platform, pool_of, rank_memory_bytes
 from sglang_shift.models.sizes import ModelSizes
 
-# Rows from which on a bfloat16 GEMM is bound by arithmetic, not by reading its weights: data-centre
-# GPUs do 200 to 400 operations in the time in which they read a byte; next power of two. A rule of
-# thumb, not a measurement.
+# With at least this many rows, arithmetic limits a bfloat16 GEMM. With fewer rows, reading the weights limits it.
+# A data-centre GPU does 200 to 400 operations in the time in which it reads one byte. This is the next power of two.
+# It is a rule of thumb, not a measurement.
 CHUNK_ROWS_PER_RANK = 512
-# Larger chunks hold up the requests that decode meanwhile. SGLang's own default for its largest GPUs.
+# A larger chunk holds up the requests that decode meanwhile. SGLang has this default for its largest GPUs.
 CHUNK_MAX = 16384
 
 
 @dataclass(frozen=True)
 class Adjustment:
-    """What is changed of SGLang's settings for SP, and in words why.
+    """A change of SGLang's settings for SP, with its reason.
 
     Attributes:
         reason: One sentence for the log.
-        fields: What to declare in SGLang's resolution; empty if all stays as it is.
+        fields: The values to declare in SGLang's resolution; empty if nothing changes.
     """
 
     reason: str
@@ -39,17 +39,18 @@ class Adjustment:
 
 
 def adjust_chunk_size(server_args: Any, sp_size: int) -> Adjustment:
-    """A prefill chunk of which each rank's 1/S is enough work, where the user gave none.
+    """Raise the prefill chunk until 1/S of it is enough work for a rank, unless the user gave a chunk.
 
-    SGLang's default for the GPU is only ever raised: to :data:`CHUNK_ROWS_PER_RANK` tokens times S,
-    but to no more than :data:`CHUNK_MAX`, than ``--max-prefill-tokens``, or than the KV pool of
-    ``--max-total-tokens``. The model's context is no bound: a chunk holds tokens of several requests.
-    ``mem_fraction_static`` was computed for the default chunk, so it is lowered by what SGLang
-    reserves for the activations of the additional tokens. A fraction that the user gave is kept, and
-    the chunk with it. On a CPU, where attention and GEMMs are never that fast, nothing changes.
+    The function never lowers SGLang's default for the GPU. The new chunk is :data:`CHUNK_ROWS_PER_RANK` tokens
+    times S. Three numbers of tokens limit it: :data:`CHUNK_MAX`, ``--max-prefill-tokens``, and the KV pool of
+    ``--max-total-tokens``. The model's context does not, because a chunk holds tokens of several requests.
+
+    SGLang has computed ``mem_fraction_static`` for the default chunk. A larger chunk lowers the fraction, because
+    SGLang reserves memory for the activations of the additional tokens. If the user gave a fraction, fraction and
+    chunk stay. On a CPU nothing changes, because attention and GEMMs are never that fast there.
 
     Args:
-        server_args: Resolved as far as SGLang's defaults.
+        server_args: The server arguments, after SGLang has resolved its defaults.
         sp_size: S.
     """
     settings = resolving_view(server_args)
@@ -79,7 +80,7 @@ def adjust_chunk_size(server_args: Any, sp_size: int) -> Adjustment:
 
 
 def _reason_to_keep(server_args: Any, settings: Any) -> str | None:
-    """Why the chunk may not be changed, or None."""
+    """Why the chunk must stay, or None if it may change."""
     reasons = (
         (server_args.chunked_prefill_size is not None, "as given"),
         ((settings.chunked_prefill_size or -1) < 1, "because SGLang does not chunk prefills here"),
@@ -95,18 +96,18 @@ def _reason_to_keep(server_args: Any, settings: Any) -> str | None:
 
 
 def chunk_size(default: int, sp_size: int, max_prefill_tokens: int, max_total_tokens: int | None) -> int:
-    """Tokens of a chunk that suits S: ``default`` or more, within the bounds; all in tokens."""
+    """The size of a chunk that suits S: ``default`` or more, within the bounds. All sizes are in tokens."""
     bounds = (CHUNK_ROWS_PER_RANK * sp_size, CHUNK_MAX, max_prefill_tokens, max_total_tokens)
     return max(default, min(bound for bound in bounds if bound is not None))
 
 
 def fraction_for_chunk(settings: Any, chunk: int, capacity: float) -> float:
-    """``mem_fraction_static`` with SGLang's activation reserve for a chunk of ``chunk`` tokens.
+    """Compute ``mem_fraction_static`` with the memory that SGLang reserves for the activations of a larger chunk.
 
     Args:
         settings: A view of the resolved server arguments.
-        chunk: Tokens.
-        capacity: The device's memory in MiB.
+        chunk: The tokens of the larger chunk.
+        capacity: The memory of the device in MiB.
     """
     names = ("disaggregation_mode", "max_prefill_tokens", "tp_size", "pp_size")
     larger = SimpleNamespace(chunked_prefill_size=chunk, **{name: getattr(settings, name) for name in names})

@@ -1,4 +1,4 @@
-"""The YAML file of ``--config``: each line as the words of a command line, each mistake as one sentence."""
+"""Read the YAML file of ``--config``: a line becomes words of a command line, a mistake becomes one sentence."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Entry(NamedTuple):
     """One line of the file.
 
     Attributes:
-        name: The flag, as it is written.
-        value: What YAML makes of the value.
-        text: The value as it is written; empty for a list or a map.
+        name: The flag, as the file spells it.
+        value: The value, as YAML parses it.
+        text: The value, as the file spells it; empty for a list or a map.
     """
 
     name: str
@@ -27,15 +27,15 @@ class Entry(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The name with underscores: a file may have either."""
+        """The name with underscores. A file may have dashes or underscores."""
         return self.name.replace("-", "_")
 
 
 def read(path: str) -> list[Entry]:
-    """The lines of a file.
+    """Read the lines of a file.
 
     Raises:
-        ShiftError: it cannot be read, or is not a YAML map.
+        ShiftError: the file cannot be read, or it is not a YAML map.
     """
     if Path(path).suffix.lower() not in (".yaml", ".yml"):
         raise ShiftError(f"--config {path} is not known to be YAML; the file's name must end in .yaml or .yml")
@@ -55,9 +55,10 @@ def read(path: str) -> list[Entry]:
             Entry(_text(key) or "(a list or a map)", loader.construct_object(value, deep=True), _text(value))
             for key, value in document.value
         ]
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a ValueError: a date that does not exist
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist is a ValueError
         reason = str(error)
-        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:  # which shows the line, and maybe a key
+        # The whole message would show the line, which may have a secret key.
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
             reason = f"{error.problem} in line {error.problem_mark.line + 1}"
         reason = " ".join(reason.split())[:400]
         raise ShiftError(f"--config {path} is no YAML: {reason}; correct it there") from error
@@ -68,10 +69,10 @@ def _text(node: yaml.Node) -> str:
 
 
 def arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
-    """A file as the words of a command line of ``parser``, with the meaning that SGLang gives its lines.
+    """Turn a file into the words of a command line of ``parser``. Each line keeps the meaning that SGLang gives it.
 
     Raises:
-        ShiftError: what is wrong with the file.
+        ShiftError: the file has a mistake; the error says which.
     """
     by_name = {action.dest: action for action in reversed(parser._actions)}
     for action in parser._actions:
@@ -98,7 +99,7 @@ def _words(entry: Entry, action: argparse.Action, where: str) -> list[str]:
         return [flag] if value else []
     if not (isinstance(action, argparse._StoreAction) or action.nargs is None) or action.dest == "config":
         raise ShiftError(f"{where} cannot be given in a file; give {flag} on the command line")
-    if value is None and entry.text not in (action.choices or ()):  # --disaggregation-mode has one named null
+    if value is None and entry.text not in (action.choices or ()):  # null is a choice of --disaggregation-mode
         raise ShiftError(f"{where} has no value; give it one, or take the line out")
     if isinstance(value, list):
         if action.nargs is None:
@@ -106,12 +107,12 @@ def _words(entry: Entry, action: argparse.Action, where: str) -> list[str]:
         if any(item is None or isinstance(item, (list, dict)) for item in value):
             raise ShiftError(f"{where} has a list in its list, a map or nothing; give it plain values")
         return [flag, *map(str, value)] if value else []
-    # One word, so that a value that begins with a dash is none of the flags.
+    # Flag and value are one word. Otherwise argparse would take a value that begins with a dash for a flag.
     return [f"{flag}={_written(entry, action, where)}"]
 
 
 def _written(entry: Entry, action: argparse.Action, where: str) -> str:
-    """A value as a command line has it. A text stays as it is written: an ``--api-key`` of 0123 is not 83."""
+    """A value as a command line has it. A text stays as the file has it, so an ``--api-key`` of 0123 is not 83."""
     if isinstance(entry.value, dict):
         try:
             return json.dumps(entry.value)

@@ -1,4 +1,4 @@
-"""Which of SGLang's matrix products can read a TP shard that is a slice of columns of its base weight."""
+"""Switch off the matrix products of SGLang that cannot read a slice of columns of a base weight."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 SPLIT_K = "SGLANG_ENABLE_BF16_SPLITK_GEMM"
 BLACKWELL = 10
-"""Major compute capability of the GPUs that SGLang uses split-K products on."""
+"""Major compute capability of the GPUs on which SGLang uses split-K products."""
 SPLIT_K_PRODUCTS = Refusal(
     SPLIT_K + "={value} cannot be combined with sequence parallelism: those products want weights that are not slices "
     "of larger ones; leave it out",
@@ -23,18 +23,22 @@ SPLIT_K_PRODUCTS = Refusal(
 
 
 def adjust_gemm_backend(device: str, backend: str = "auto") -> None:
-    """Switch off what cannot: the split-K products for few rows, whose FlashInfer kernels want packed weights.
+    """Switch off SGLang's split-K products, and warn about ``gemv``.
 
-    Set in the environment, which every rank's process inherits. All other products take a row stride or
-    fall back to one that does. So does ``gemv``, which is said, as who asks for it expects it everywhere: O and
-    down could only keep it by a second copy of their weights.
+    In TP, the weights of O and down are slices of columns of their base weights. SGLang uses split-K products for few
+    rows. Their FlashInfer kernels need packed weights. An environment variable switches them off, because every
+    rank's process inherits the environment.
+
+    All other products read weights with a row stride, or fall back to a product that does. ``gemv`` falls back for
+    O and down. Packed weights for it would be a second copy. A log line says so, because a user who asks for ``gemv``
+    expects it everywhere.
 
     Args:
         device: ``cuda``, ``cpu``, ...
         backend: ``--bf16-gemm-backend``.
 
     Raises:
-        Refused: split-K products were asked for.
+        Refused: the user asked for split-K products.
     """
     if device == "cuda" and backend == "gemv":
         logger.warning(

@@ -1,4 +1,4 @@
-"""The memory that a second set of CUDA graphs takes, reserved where SGLang reserves that of the first."""
+"""Reserve memory for a second set of CUDA graphs, as SGLang does for the first set."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ STEPS_WITHOUT_MEMORY = Refusal(
 
 @relies_on("sglang.srt.arg_groups.memory_hook:reserve_for_graph_mb", "it is what SGLang reserves for one set of graphs")
 def adjust_graph_memory(server_args: Any, config: ShiftConfig) -> Adjustment:
-    """``mem_fraction_static`` lowered by what SGLang reserves for its graphs, where all are captured in both modes.
+    """Lower ``mem_fraction_static`` by the memory that SGLang reserves for its graphs, if both modes have graphs.
 
-    A fraction that the user gave is kept. With post-capture sizing the KV pool takes what is left.
+    A fraction that the user gave stays. With post-capture sizing nothing changes either, because SGLang sizes the KV
+    pool after the captures.
 
     Args:
-        server_args: Resolved as far as SGLang's defaults.
-        config: The policy, and the bound of the second set.
+        server_args: The server arguments, after SGLang has resolved its defaults.
+        config: The policy, and the largest number of graphs in SP.
 
     Raises:
         Refused: the KV pool would take the memory of steps that run without a graph.

@@ -1,4 +1,4 @@
-"""Which models are served, and at which sizes; all others are refused."""
+"""Refuse a model if its modes are not tested, or if its sizes do not suit P."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ FP8_WIDTH = Refusal(
 
 
 def check_registry(name: str) -> None:
-    """Check that SGLang may import its own class; the rank checks which one it loaded.
+    """Check that SGLang may import its own class of the model. After loading, the rank checks the class again.
 
     Raises:
-        Refused: it may not, and would serve the model by transformers' code without a word.
+        Refused: SGLang may not, and would silently serve the model by transformers' code.
     """
     from sglang.srt.environ import envs
 
@@ -61,10 +61,10 @@ def check_registry(name: str) -> None:
 
 
 def check_model(model_config: Any, config: ShiftConfig) -> None:
-    """Check that the model is one that every mode serves, at this size.
+    """Check that every mode can serve the model, with its sizes.
 
     Raises:
-        Refused: with the reason.
+        Refused: a mode cannot; the error has the reason.
     """
     hf_config = model_config.hf_config
     name = (getattr(hf_config, "architectures", None) or ["unknown"])[0]

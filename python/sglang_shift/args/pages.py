@@ -1,4 +1,4 @@
-"""The pages that are written from the code: ``docs/flags.md`` and ``docs/refusals.md``."""
+"""Write two pages of the documents from the code: ``docs/flags.md`` and ``docs/refusals.md``."""
 
 from __future__ import annotations
 
@@ -60,18 +60,18 @@ REFUSAL_SECTIONS: dict[str, tuple[ModuleType, ...]] = {
     "The exchange": (choose,),
     "CUDA graphs and matrix products": (graph_memory, gemm_backend),
 }
-"""Headings, and the modules whose refusals they list."""
+"""Headings, and the modules that declare the refusals below each heading."""
 
 VALUES = "|".join((AUTO, "off", *POLICIES, *EXCHANGES, *EXCHANGE_DTYPES, "[A-Z]", r"\d+"))
 CODE = re.compile(
     r"(?P<kept>\[[^]]*\]\([^)]*\)|`[^`]*`)"
     rf"|--[a-z][\w-]*(?: (?:{VALUES})\b(?!:))?|\bSGLANG_\w+|\b\w+ForCausalLM\b|module:Class"
 )
-"""Flags, variables and classes. Links and what is code already are kept."""
+"""Flags, variables and classes. Links, and text that is code already, stay."""
 
 
 def flags_page() -> str:
-    """All flags, in a table for each need."""
+    """The page of all flags, with a table for each need."""
     sections = []
     for need, (title, sentence) in FLAG_SECTIONS.items():
         flags = [flag for flag in FLAGS if flag.need is need]
@@ -91,7 +91,7 @@ def _flag_row(flag: Flag) -> tuple[str, str, str]:
 
 
 def refusals_page() -> str:
-    """All refusals, in a table for each section."""
+    """The page of all refusals, with a table for each section."""
     features = [(code(feature.name), code(feature.why)) for feature in refusals.FEATURES]
     sections = []
     for title, modules in REFUSAL_SECTIONS.items():
@@ -105,18 +105,18 @@ def refusals_page() -> str:
 
 
 def refusals_of(module: ModuleType) -> list[Refusal]:
-    """The refusals that a module declares, in their order."""
+    """The refusals that a module declares, in the order of their declarations."""
     return [value for value in vars(module).values() if isinstance(value, Refusal)]
 
 
 def message_of(refusal: Refusal) -> str:
-    """A message with the names of its values in place of the values."""
+    """The message of a refusal, with the name of each value in place of the value."""
     with_letters = re.sub(r"{([A-Z])}", r"\1", refusal.message)
     return re.sub(r"{(\w+)}", lambda name: f"*{name[1].replace('_', ' ')}*", code(with_letters))
 
 
 def code(text: str) -> str:
-    """Plain text with flags and the like as code."""
+    """Plain text with each flag, variable and class marked as code."""
     return CODE.sub(lambda match: match[0] if match["kept"] else f"`{match[0]}`", text)
 
 

@@ -1,6 +1,6 @@
-"""Which flags are refused, and why: features of SGLang that do not combine, and flags that contradict each other.
+"""Refuse flags: features of SGLang that do not combine with SP, and flags that contradict each other.
 
-``python -m sglang_shift.args refusals`` prints ``docs/refusals.md`` from these declarations and those of other modules.
+``python -m sglang_shift.args refusals`` prints ``docs/refusals.md`` from all refusals, of this module and of others.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Feature(NamedTuple):
 
     Attributes:
         name: What the user asks for.
-        asked: Whether these settings ask for it.
-        why: Why it cannot be served.
+        asked: Whether the settings ask for the feature.
+        why: Why we cannot serve it.
     """
 
     name: str
@@ -139,10 +139,13 @@ NOT_A_DIVISOR = Refusal(
 
 
 def check_flags(settings: Any) -> None:
-    """Check the flags against each other; ``settings`` is a view of the resolved server arguments.
+    """Check the flags against each other.
+
+    Args:
+        settings: A view of the resolved server arguments.
 
     Raises:
-        Refused: with the reason.
+        Refused: two flags do not combine, or a value is not possible; the error has the reason.
     """
     switching, sp_size, world_size = settings.enable_shift_parallel, settings.sp_size, settings.tp_size
     given = [(flag, getattr(settings, flag.name)) for flag in FLAGS if getattr(settings, flag.name) is not None]
@@ -171,8 +174,11 @@ def check_flags(settings: Any) -> None:
 def check_policy(settings: Any) -> None:
     """Check the flags of the policy against each other.
 
+    Args:
+        settings: A view of the resolved server arguments.
+
     Raises:
-        Refused: with the reason.
+        Refused: two flags do not combine, or a value is not possible; the error has the reason.
     """
     policy, calibration = settings.shift_policy, settings.shift_calibration
     numbers = {flag.name: getattr(settings, flag.name) for flag in LIVE_NUMBERS}

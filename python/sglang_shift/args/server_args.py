@@ -1,4 +1,4 @@
-"""SGLang's server arguments with ours: flags, defaults and resolution."""
+"""SGLang's server arguments with our flags, their defaults and their resolution."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def _field(flag: Flag) -> tuple[str, Any, Any]:
-    """A flag as a field of SGLang's server arguments: name, annotation, default."""
+    """The name, annotation and default of a flag, as a field of SGLang's server arguments."""
     arg = Arg(
         help=flag.help,
         choices=list(flag.choices) or None,
@@ -45,15 +45,15 @@ def _field(flag: Flag) -> tuple[str, Any, Any]:
 
 
 Fields: Any = msgspec.defstruct("Fields", map(_field, FLAGS), bases=(ServerArgs,), dict=True)
-"""SGLang's ``ServerArgs`` and a field for each flag of ours."""
+"""SGLang's ``ServerArgs`` with an additional field for each of our flags."""
 
 
 class ShiftServerArgs(Fields, dict=True):  # type: ignore[call-arg]
-    """SGLang's ``ServerArgs`` and the fields of Shift Parallelism. Same constructor keywords."""
+    """SGLang's ``ServerArgs`` with the fields of Shift Parallelism. The constructor takes a keyword for each field."""
 
     @overrides("the workers of --tokenizer-worker-num check requests, too")
     def get_tokenizer_worker_class(self) -> Any:
-        """What SGLang runs in each worker process with ``--tokenizer-worker-num`` above 1."""
+        """The class that SGLang runs in each worker process if ``--tokenizer-worker-num`` is above 1."""
         if shift_config_of(self) is None:
             return super().get_tokenizer_worker_class()
         from sglang_shift.runtime.tokenizer_manager import ShiftTokenizerWorker
@@ -63,7 +63,7 @@ class ShiftServerArgs(Fields, dict=True):  # type: ignore[call-arg]
     @staticmethod
     @overrides("adds our flags")
     def add_cli_args(parser: argparse.ArgumentParser) -> None:
-        """Add SGLang's flags, then ours in a group of their own."""
+        """Add SGLang's flags, then our flags as a separate group."""
         ServerArgs.add_cli_args(parser)
         group = parser.add_argument_group("sglang_shift", "Shift Parallelism; without these, stock SGLang")
         add_cli_args_from_dataclass(group, ShiftServerArgs, fields=list(BY_NAME))
@@ -75,10 +75,12 @@ class ShiftServerArgs(Fields, dict=True):  # type: ignore[call-arg]
 )
 @register_resolution_hook("handle_other_validations")
 def resolve_shift(server_args: Any, previous: Any) -> None:
-    """Refuse what is not served, and record the effective values, once SGLang's own are known.
+    """Refuse settings that we do not serve, and record the values of our flags that take effect.
+
+    SGLang calls this hook. ``previous`` resolves SGLang's own settings first.
 
     Raises:
-        Refused: with the reason, in one sentence.
+        Refused: we do not serve these settings; the error has the reason in one sentence.
     """
     previous(server_args)
     if not isinstance(server_args, ShiftServerArgs):
@@ -87,8 +89,8 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
     check_sp_size(settings.sp_size)
     auto = settings.sp_size == AUTO
     if settings.sp_size is None and settings.enable_shift_parallel and settings.device != "cpu":
-        auto = True  # S = P would hold whole layers on every rank, and fail only after they were loaded
-    if auto:  # until the model is known to be one that is served, the largest candidate
+        auto = True  # with S = P every rank would hold whole layers, and might fail only after it loads them
+    if auto:  # S is the largest candidate until the checks of the model have passed
         declare_resolution(server_args, "sglang_shift", sp_size=settings.tp_size)
     check_flags(settings)
     config = shift_config_of(server_args)
@@ -124,7 +126,7 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's, but what is wrong with a file becomes one sentence."""
+    """An argparse parser that reports a mistake in a ``--config`` file as one sentence."""
 
     file = ""
 
@@ -135,16 +137,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def prepare_server_args(argv: list[str], prog: str = "python -m sglang_shift.launch_server") -> ShiftServerArgs:
-    """Parse a command line as SGLang does, and the file it names. If neither names a model, the demo model is served.
+    """Parse a command line as SGLang does, with its ``--config`` file. If neither names a model, use the demo model.
 
     Raises:
-        SystemExit: argparse's, with its message, on a bad flag.
-        ShiftError: a bad ``--config``.
+        SystemExit: argparse rejects a flag, and prints its own message.
+        ShiftError: the ``--config`` file or ``--log-level`` has a mistake.
     """
     parser = _Parser(prog=prog)
     ShiftServerArgs.add_cli_args(parser)
     eviction_policy = parser.get_default("radix_eviction_policy")
-    # What is None after parsing was named neither on the command line nor in the file.
+    # If the value is None after parsing, neither the command line nor the file has the flag.
     parser.set_defaults(radix_eviction_policy=None)
     actions = {action.dest: action for action in parser._actions}
     actions["model_path"].required = False
@@ -154,7 +156,7 @@ def prepare_server_args(argv: list[str], prog: str = "python -m sglang_shift.lau
         files.append(path)
         return path
 
-    actions["config"].type = note  # argparse keeps the last of two files
+    actions["config"].type = note  # of two files, argparse would silently keep the last one
 
     raw, words = parser.parse_args(argv), list(argv)
     if len(files) > 1:

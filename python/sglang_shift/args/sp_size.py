@@ -1,6 +1,6 @@
-"""``--sp-size auto``: what weights and KV cache take on a rank, and the S that suits it.
+"""Choose S for ``--sp-size auto``, from the memory that weights and KV cache take on a rank.
 
-Computed by the launcher, before any process is started and without touching an accelerator.
+The launcher does this before it starts any process. It does not use an accelerator.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from sglang_shift.flags import AUTO
 from sglang_shift.models.sizes import MIB, ModelSizes, size_text
 from sglang_shift.platforms.cpu import ShiftCpuPlatform, local_ranks
 
-# Of the memory that is free on a machine without a GPU, what weights and KV pools of all its ranks
-# may take together; the rest is for the processes themselves and for activations.
+# On a machine without a GPU, the weights and KV pools of all its ranks together may take this share of the free
+# memory. The rest is for activations, and for the processes themselves.
 CPU_FRACTION = 0.8
 
 
@@ -47,11 +47,11 @@ NO_ROOM_FOR_THE_WEIGHTS = Refusal(
 
 @dataclass(frozen=True)
 class SpSizeDecision:
-    """The S of ``--sp-size auto``, and in words why.
+    """The S of ``--sp-size auto``, with its reason.
 
     Attributes:
         sp_size: S.
-        reason: One sentence for the log, with the weights of each candidate.
+        reason: One sentence for the log, with the size of the weights for each candidate.
     """
 
     sp_size: int
@@ -63,9 +63,9 @@ class Pool:
     """The KV pool that base weights must leave room for.
 
     Attributes:
-        minimum: Bytes without which no S is served.
-        target: Bytes beside which the largest S is looked for; ``minimum`` or more.
-        words: What ``minimum`` and ``target`` stand for.
+        minimum: Bytes. If no S leaves this much, the server refuses to start.
+        target: Bytes, ``minimum`` or more. The choice is the largest S that leaves this much.
+        words: A text that says how ``minimum`` and ``target`` follow from the settings.
     """
 
     minimum: int
@@ -74,7 +74,7 @@ class Pool:
 
 
 def check_sp_size(value: Any) -> None:
-    """``sp_size`` as given from Python must be None, an integer or ``"auto"``.
+    """Check a ``sp_size`` that was given from Python: it must be None, an integer or ``"auto"``.
 
     Raises:
         Refused: it is something else.
@@ -85,18 +85,18 @@ def check_sp_size(value: Any) -> None:
 
 
 def on_our_cpu_platform() -> bool:
-    """Whether this machine is served by :class:`sglang_shift.platforms.cpu.ShiftCpuPlatform`."""
+    """Whether SGLang's platform on this machine is :class:`sglang_shift.platforms.cpu.ShiftCpuPlatform`."""
     from sglang.srt.platforms import current_platform
 
     return isinstance(current_platform, ShiftCpuPlatform)
 
 
 def rank_memory_bytes(settings: Any) -> int:
-    """What a rank has for weights and KV pool together.
+    """The memory of a rank for weights and KV pool together, in bytes.
 
-    On an accelerator: its capacity, as SGLang reads it, times ``--mem-fraction-static``; what other
-    processes hold is not known here. On a CPU: this rank's share of :data:`CPU_FRACTION` of the
-    memory that is free now.
+    On an accelerator it is the capacity, as SGLang reads it, times ``--mem-fraction-static``. The launcher does not
+    know how much memory other processes hold. On a CPU it is this rank's share of :data:`CPU_FRACTION` of the memory
+    that is free now.
 
     Args:
         settings: A view of the resolved server arguments.
@@ -113,18 +113,20 @@ def rank_memory_bytes(settings: Any) -> int:
 
 
 LEAST_SHARE = 8
-"""A KV pool that nobody gave the size of must have 1/8 of the memory, or room for the longest request."""
+"""If the user gave no size of the KV pool, the pool needs 1/8 of the memory, or room for the longest request."""
 
 
 def pool_of(settings: Any, model_config: Any, memory: int) -> Pool:
-    """The KV pool to leave room for, in the ``memory`` that it shares with the weights.
+    """The KV pool that weights must leave room for. Pool and weights share ``memory``, in bytes.
 
-    ``--max-total-tokens`` says it exactly; on a CPU it always has a value, because the platform
-    sizes the pool without regard to S. Without it, the pool should hold one request of the model's
-    full context, and have at least half of the memory: the pool bounds how many requests run at a
-    time, and so the throughput, while a larger S only takes communication off steps that have many
-    tokens anyway. Once the pool has half, a smaller S could not even double it. What it must have is
-    less, since SGLang serves shorter requests where the longest has no room: 1/8 of the memory.
+    If ``--max-total-tokens`` has a value, minimum and target are the size of that many tokens. On a CPU it always
+    has a value, because the platform sizes the pool without regard to S.
+
+    Otherwise the target has room for one request of the model's full context, and is at least half of the memory.
+    The pool limits how many requests run at a time, and so it limits the throughput. A larger S only saves
+    communication in steps that have many tokens anyway. Once the pool has half of the memory, a smaller S could not
+    even double the pool. The minimum is smaller, 1/8 of the memory: SGLang serves shorter requests even if the
+    longest request has no room.
     """
     kv_dtype = str(settings.kv_cache_dtype)
     kv_bytes = 1 if kv_dtype.startswith(("fp8", "mxfp8", "nvfp4", "fp4")) else model_config.dtype.itemsize
@@ -142,14 +144,14 @@ def pool_of(settings: Any, model_config: Any, memory: int) -> Pool:
 
 
 def choose_sp_size(weights: Mapping[int, int], memory: int, pool: Pool) -> SpSizeDecision:
-    """The largest S whose weights fit into ``memory`` beside the target of the pool.
+    """Choose the largest S that leaves the target of the pool.
 
-    If none does, the smallest S, which leaves the largest pool, as long as that is the minimum.
+    If no S does, choose the smallest S, which leaves the largest pool. That pool must have the minimum.
 
     Args:
         weights: Bytes of base weights for each candidate S.
         memory: Bytes that weights and pool share.
-        pool: The KV pool to leave room for.
+        pool: The KV pool that weights must leave room for.
 
     Raises:
         Refused: no candidate leaves the minimum of the pool.
@@ -170,7 +172,7 @@ def choose_sp_size(weights: Mapping[int, int], memory: int, pool: Pool) -> SpSiz
 
 
 def auto_sp_size(server_args: Any) -> SpSizeDecision:
-    """S for ``--sp-size auto``: SGLang's own resolution must be done, and the model be one that is served.
+    """Choose S for ``--sp-size auto``. SGLang must have resolved its settings, and the model must be checked.
 
     Raises:
         Refused: no S fits, or the memory cannot be read.
