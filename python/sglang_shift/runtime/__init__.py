@@ -1,1 +1,1 @@
-"""What runs in each rank and in the HTTP server: our subclasses of SGLang's classes, in files named as SGLang's."""
+"""Our subclasses of SGLang's classes, in ranks and in the HTTP server. A file has the name of SGLang's file."""

@@ -1,7 +1,7 @@
-"""What a request must be for the ranks to receive and run it: checked before they see it.
+"""Check requests before a rank receives them.
 
-Any error in a rank ends the server, so a request that would raise one there is answered with an error instead.
-SGLang's own checks come first; these are for what they let through.
+Any error in a rank ends the server. So a request that would raise an error in a rank gets an error as its answer
+instead. SGLang's own checks come first. The checks here find the bad requests that SGLang's checks let through.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from sglang_shift.seams import relies_on
 NO_TOKENS = "the request has no tokens; give a text, input_ids or input_embeds that is not empty"
 
 MAX_SAMPLES = 16_384
-"""The largest n, for all prompts of a request together. SGLang makes the copies before it looks at any other limit."""
+"""The largest n, for all prompts of a request together. SGLang makes the copies before it checks any other limit."""
 
 MAX_TOP_K = 2**31 - 1
-"""The largest top_k that fits the tensor which carries it."""
+"""The largest top_k. It must fit the int32 tensor that holds it."""
 
 
 UNTYPED = ("input_ids", "input_embeds", "mm_inputs", "positional_embed_overrides", "time_stats", "sampling_params")
-"""What :func:`fit_types` leaves alone in a request: it may be large, or SGLang itself makes it."""
+"""Fields of a request that :func:`fit_types` does not check: they may be large, or SGLang itself makes them."""
 
 
 def check_samples(request: Any) -> None:
-    """Check n before SGLang makes n copies of the request, while nothing else is answered.
+    """Check n, because SGLang makes n copies of the request, and answers no other request meanwhile.
 
     Raises:
         ValueError: n is too large.
@@ -52,10 +52,10 @@ def check_samples(request: Any) -> None:
 
 
 def check_labels(labels: Any) -> None:
-    """Check ``custom_labels`` of a request: with ``--enable-metrics`` an unknown one ends the process that counts it.
+    """Check ``custom_labels``. With ``--enable-metrics``, an unknown label ends the process that counts requests.
 
     Raises:
-        ValueError: one is unknown.
+        ValueError: a label is unknown.
     """
     for name in labels or ():
         seen = get_observability()
@@ -66,16 +66,16 @@ def check_labels(labels: Any) -> None:
 
 
 def fit_types(request: Any) -> None:
-    """Give all values of a tokenized request the types that its fields have: 4.0 becomes 4.
+    """Convert each value of a tokenized request to the type of its field: 4.0 becomes 4.
 
-    SGLang's ranks check types only with ``SGLANG_USE_PICKLE_IPC=0``. Before them ``/generate`` does; the Python API,
-    ``/vertex_generate`` and Ollama's routes take ``sampling_params`` with values of any types.
+    SGLang's ranks check types only with ``SGLANG_USE_PICKLE_IPC=0``. The route ``/generate`` checks types earlier. The
+    Python API, ``/vertex_generate`` and Ollama's routes accept ``sampling_params`` with values of any type.
 
     Raises:
         ValueError: a value has another type.
     """
     _fit(request, UNTYPED)
-    _fit(request.sampling_params, ("custom_params",))  # of any depth, for the processors that read it
+    _fit(request.sampling_params, ("custom_params",))  # custom_params may hold any values, for custom processors
 
 
 def _fit(struct: msgspec.Struct, untyped: Collection[str]) -> None:
@@ -93,16 +93,16 @@ def _types(struct: type[msgspec.Struct]) -> dict[str, Any]:
 
 
 def check_values(request: Any, model: Any) -> None:
-    """Check the values of a tokenized request that have to fit a tensor, or to be an index into one.
+    """Check the values of a tokenized request that go into a tensor, or that are an index into a tensor.
 
     Raises:
-        ValueError: one does not fit.
+        ValueError: a value does not fit.
     """
     vocab_size = model.vocab_size
     overrides = request.positional_embed_overrides
     if overrides is not None and not isinstance(overrides, io_struct.PositionalEmbeds):
         raise ValueError("positional_embed_overrides has tensors and cannot be given as JSON; leave it out")
-    if request.input_ids and request.mm_inputs is None:  # the processor of a multimodal model puts in others
+    if request.input_ids and request.mm_inputs is None:  # a multimodal model's processor adds ids of its own
         check_tokens("input_ids", (min(request.input_ids), max(request.input_ids)), vocab_size)
     params = request.sampling_params
     check_tokens("stop_token_ids", params.stop_token_ids or (), vocab_size)
@@ -121,10 +121,10 @@ def check_values(request: Any, model: Any) -> None:
 
 
 def check_rows(rows: Any, model: Any) -> None:
-    """Check embeddings that come with a request.
+    """Check the embeddings of a request.
 
     Raises:
-        ValueError: they are not as wide as the model.
+        ValueError: a row does not have the model's hidden size.
     """
     for row in rows:
         if len(row) != model.hidden_size:
@@ -132,10 +132,11 @@ def check_rows(rows: Any, model: Any) -> None:
 
 
 def check_pooled(request: Any) -> None:
-    """Check positions at which logprobs are read, as ``/v1/score`` asks for them with ``score_extraction_token_id``.
+    """Check positions at which SGLang reads logprobs. ``/v1/score`` uses them for ``score_extraction_token_id``.
 
     Raises:
-        ValueError: they are not all in the one step that computes the prompt, or the step computes something else.
+        ValueError: a position is not in the one step that computes the prompt, or that step computes more than the
+            logprobs of the prompt.
     """
     positions, tokens = request.token_indices_to_pool, request.input_ids or ()
     if get_schedule().chunked_prefill_size != -1 or not get_memory().disable_radix_cache:
@@ -153,13 +154,14 @@ def check_pooled(request: Any) -> None:
     "it puts together which rows the requests of a step replace",
 )
 def as_overrides(request: Any) -> None:
-    """Have ``input_embeds`` replace the embeddings of as many tokens, which comes to the same.
+    """Turn ``input_embeds`` into tokens whose embeddings SGLang replaces by these rows. The answer is the same.
 
-    Of requests in one step SGLang puts together only the rows that they bring along. Where others bring tokens, rows
-    are missing, and the step ends the server. Tokens whose embeddings are replaced may be together with any.
+    In one step, SGLang concatenates only the rows of ``input_embeds``. If another request of the step has token ids,
+    its rows are missing, and the step ends the server. Requests with replaced embeddings can share a step with all
+    others.
     """
     rows = request.input_embeds
-    if rows is None or request.session_params is not None:  # a session takes none
+    if rows is None or request.session_params is not None:  # a session takes no input_embeds
         return
     request.input_ids = array("q", [1]) * len(rows)
     request.positional_embed_overrides = PositionalEmbeds(torch.tensor(rows), list(range(len(rows))))
@@ -167,22 +169,22 @@ def as_overrides(request: Any) -> None:
 
 
 def check_folder(folder: str | None) -> None:
-    """Check that a profile can be written: the ranks find out when they have made it, and end.
+    """Check that a profile can be written to ``folder``. The ranks would fail, and end, after they made the profile.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: it cannot be written there.
     """
-    folder = folder or os.environ.get("SGLANG_TORCH_PROFILER_DIR") or "/tmp"  # as SGLang
+    folder = folder or os.environ.get("SGLANG_TORCH_PROFILER_DIR") or "/tmp"  # SGLang has the same default
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except (OSError, ValueError) as error:  # a ValueError: a name with a null byte
+    except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
         raise ValueError(f"output_dir {folder!r} cannot be written ({error}); give another") from error
 
 
 def check_logging(level: int | None) -> None:
-    """Check ``log_requests_level``: SGLang sets it before it looks at it, and then fails at every request.
+    """Check ``log_requests_level``. SGLang sets it without a check, and then fails at every request.
 
     Raises:
         ValueError: there is no such level.
@@ -192,10 +194,10 @@ def check_logging(level: int | None) -> None:
 
 
 def check_tokens(name: str, tokens: Iterable[int], vocab_size: int) -> None:
-    """Check that each of ``tokens`` exists.
+    """Check that each of ``tokens`` is in the vocabulary.
 
     Raises:
-        ValueError: one does not.
+        ValueError: a token is not.
     """
     for token in tokens:
         if not 0 <= token < vocab_size:
@@ -204,10 +206,10 @@ def check_tokens(name: str, tokens: Iterable[int], vocab_size: int) -> None:
 
 @relies_on("sglang.srt.managers.io_struct:msgpack_decode", "the ranks read messages by it")
 def check_message(message: Any) -> None:
-    """Encode and decode a message as on its way to the ranks: the types of its fields are checked there.
+    """Encode and decode a message as SGLang does on the way to the ranks. Decoding checks the types of its fields.
 
     Raises:
-        ValueError: it cannot be sent, or a field has another type than it must have.
+        ValueError: the message cannot be sent, or a field has another type than it must have.
     """
     if io_struct._USE_PICKLE_IPC or not isinstance(message, msgspec.Struct):
         return

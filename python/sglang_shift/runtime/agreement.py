@@ -1,4 +1,4 @@
-"""All ranks and nodes must have been started alike, and must run the same steps in the same modes."""
+"""Check that all ranks have the same settings, and that they run the same steps in the same modes."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from sglang_shift.modes import MODES, Mode
 logger = logging.getLogger(__name__)
 
 WAIT = datetime.timedelta(seconds=120)
+"""How long a rank waits for the statement of another rank."""
 WATCH_S = 1.0
 """Seconds between comparisons of the steps that the ranks ran."""
 KEPT_STEPS = 4096
-"""Steps that a rank remembers: many more than it can be ahead of what rank 0 last said."""
+"""Steps that a rank remembers. A rank is never that many steps ahead of rank 0's last message."""
 
 
 def statement(config: ShiftConfig) -> dict[str, Any]:
-    """What a rank says of itself, flat; must be equal on all."""
+    """The versions and settings of this rank, without nesting. They must be equal on all ranks."""
     return {
         "sglang": version("sglang"),
         "sglang_shift": __version__,
@@ -44,13 +45,13 @@ def statement(config: ShiftConfig) -> dict[str, Any]:
 
 
 def check(config: ShiftConfig) -> None:
-    """Compare this rank's statement with every other's.
+    """Compare this rank's statement with the statement of every other rank.
 
-    Through the rendezvous store rather than a collective, so that a rank which runs stock SGLang,
-    and says nothing, is reported instead of waited for without end.
+    The statements go through the rendezvous store. A rank that runs stock SGLang sends no statement, and this rank
+    reports it. With a collective, this rank would wait for it without end.
 
     Raises:
-        ShiftError: a rank differs or is silent; names both ranks and both values.
+        ShiftError: a rank differs, or sends no statement. The error names both ranks, and both values that differ.
     """
     group = get_parallel().tp_group
     store = dist.PrefixStore("sglang_shift/agreement", dist.distributed_c10d._get_default_store())
@@ -69,7 +70,7 @@ def check(config: ShiftConfig) -> None:
 
 
 def difference(rank: int, mine: dict[str, Any], other: int, theirs: dict[str, Any]) -> str | None:
-    """One sentence that names both ranks and both values, or None where they agree."""
+    """One sentence that names both ranks and both values, or None if the statements agree."""
     differing = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
     if not differing:
         return None
@@ -78,7 +79,10 @@ def difference(rank: int, mine: dict[str, Any], other: int, theirs: dict[str, An
 
 
 def from_rank_0(numbers: Sequence[float]) -> list[float]:
-    """Rank 0's ``numbers``, on every rank of the replica. A collective of its CPU group, so in step with all others."""
+    """Send rank 0's ``numbers`` to every rank of the replica.
+
+    This is a collective of the replica's CPU group, so all ranks must call it at the same point.
+    """
     group = get_parallel().tp_group
     shared = torch.tensor(numbers, dtype=torch.float64)
     dist.broadcast(shared, src=group.ranks[0], group=group.cpu_group)
@@ -86,16 +90,17 @@ def from_rank_0(numbers: Sequence[float]) -> list[float]:
 
 
 class StepWatch:
-    """Notices that ranks do not run the same steps in the same modes, and ends this one rather than wait for ever.
+    """Checks that all ranks run the same steps in the same modes. If they do not, it ends the server.
 
-    Ranks in different modes are in different collectives: none of them comes out, or what comes out is wrong. So
-    this cannot be noticed by the thread that runs the steps. A thread beside it tells, about once a second, through
-    the rendezvous store, how far rank 0 is and a digest of all its steps; on each other rank it compares.
+    Ranks in different modes call different collectives. These collectives never return, or return wrong values, so
+    the thread that runs the steps cannot notice the difference. A second thread compares about once a second. On
+    rank 0 it writes the number of steps and a digest of them to the rendezvous store. On every other rank it
+    compares these with its own.
 
     Args:
         rank: This rank in its replica.
-        store: The rendezvous store, or what is like it.
-        end: Ends the server. Without an orderly end of this process: the other thread may be waiting.
+        store: The rendezvous store, or an object with its ``set``, ``get`` and ``check``.
+        end: Ends the server. It cannot end this process in the normal way, because the other thread may wait for ever.
         period: Seconds between comparisons.
     """
 
@@ -110,7 +115,7 @@ class StepWatch:
 
     @classmethod
     def of_replica(cls) -> StepWatch:
-        """That of this rank, started."""
+        """Make the watch of this rank, and start it."""
         group = get_parallel().tp_group
         store = dist.PrefixStore("sglang_shift/steps", dist.distributed_c10d._get_default_store())
         watch = cls(group.rank_in_group, store)
@@ -118,24 +123,22 @@ class StepWatch:
         return watch
 
     def start(self) -> None:
-        """Begin to compare."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Compare no more."""
         self._stopped.set()
         self._thread.join(2 * self._period)
 
     def note(self, tokens: int, prefill_tokens: int, mode: Mode) -> None:
-        """A step is about to run. These are what its collectives depend on."""
+        """Record a step that is about to run. Its collectives depend on these arguments."""
         step = (tokens * 1_000_003 + prefill_tokens) * len(MODES) + MODES.index(mode)
         self._count = count = self._count + 1
         self._digest = digest = (self._digest * 1_000_003 + step + 1) % ((1 << 61) - 1)
-        # One assignment, so that the other thread sees all of it or nothing.
+        # This is one assignment, so the other thread sees the whole tuple or the one before.
         self._kept[count % KEPT_STEPS] = self._last = (count, digest, (tokens, prefill_tokens, mode))
 
     def compare(self) -> str | None:
-        """Tell, or compare, once; what differs, in one sentence, or None."""
+        """On rank 0, write to the store. On other ranks, compare, and return one sentence if the steps differ."""
         count, digest, step = self._last
         if self._rank == 0:
             if count != self._said:
@@ -146,7 +149,7 @@ class StepWatch:
             return None
         theirs, their_digest, their_step = json.loads(self._store.get("0"))
         mine, my_digest, my_step = self._kept[theirs % KEPT_STEPS]
-        if theirs == self._heard or mine != theirs:  # compared already, or this rank is not there yet
+        if theirs == self._heard or mine != theirs:  # this rank has compared that step, or has not run it yet
             return None
         self._heard = theirs
         if my_digest == their_digest:
@@ -161,7 +164,7 @@ class StepWatch:
         while not self._stopped.wait(self._period):
             try:
                 problem = self.compare()
-            except Exception:  # the store is gone: so is rank 0's node, and with it this server
+            except Exception:  # the store is gone, so rank 0's node has ended, and this server ends with it
                 return
             if problem:
                 logger.critical("sglang_shift: %s", problem)
@@ -170,7 +173,7 @@ class StepWatch:
 
 
 def _end_server() -> None:
-    """Tell the parent, as SGLang's ranks do when they fail: the controller of replicas does not see them end."""
+    """Signal the parent, as SGLang's ranks do when they fail. The controller of replicas does not see them end."""
     os.kill(os.getppid(), signal.SIGQUIT)
     os._exit(1)
 

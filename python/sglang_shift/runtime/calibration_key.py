@@ -1,4 +1,4 @@
-"""What step times depend on besides the model and P and S: settings of the server, links, libraries."""
+"""The settings, links and libraries that step times depend on, besides the model, P and S."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ SERVER_ARGS = (
     "enable_torch_symm_mem",
     "flashinfer_allreduce_fusion_backend",
 )
-"""SGLang's settings that change what a collective or a step costs, and not alike in both modes."""
+"""SGLang's settings that change the time of a collective or of a step differently in the two modes."""
 
 VARIABLES = re.compile(r"NCCL_|GLOO_|SGLANG_\w*ALL_?REDUCE")
-"""How the names of environment variables begin that do."""
+"""Environment variables with such a name change these times, too."""
 NO_MATTER = ("NCCL_COMM_ID", "NCCL_DEBUG", "NCCL_DEBUG_FILE", "NCCL_DEBUG_SUBSYS")
+"""Variables with such a name that do not change these times."""
 
 
 def settings_of(scheduler: Any, chunk: int, places: Sequence[str]) -> dict[str, Any]:
-    """The settings, as JSON.
+    """The settings, as a JSON value.
 
     Args:
-        scheduler: A :class:`sglang_shift.runtime.scheduler.ShiftScheduler`, built.
+        scheduler: A :class:`sglang_shift.runtime.scheduler.ShiftScheduler` that is built.
         chunk: Prompt tokens of the largest step.
-        places: What :func:`place` says on each rank.
+        places: The result of :func:`place` on each rank.
     """
     runner = scheduler.tp_worker.model_runner
     settings = {
@@ -47,7 +48,7 @@ def settings_of(scheduler: Any, chunk: int, places: Sequence[str]) -> dict[str, 
         "attention": type(runner.attn_backend).__name__,
         "kv_cache_dtype": str(runner.kv_cache_dtype),
         "page_size": get_schedule().page_size,
-        # The one that was obtained, which is not always the one that was asked for.
+        # The exchange that was built. The flags may have asked for another one.
         "exchange": runner.topology.exchange.text,
         "topology": topology(places),
         "flashinfer": flashinfer_version(),
@@ -65,14 +66,14 @@ def place() -> str:
 
 
 def topology(places: Sequence[str]) -> list[str]:
-    """Which ranks share a host, and their NVLinks: hosts are numbered, because their names may change."""
+    """For each rank, the number of its host and its NVLinks. Hosts have numbers, because their names may change."""
     hosts: dict[str, int] = {}
     parts = [place.rpartition(" ") for place in places]
     return [f"host {hosts.setdefault(host, len(hosts))}, {links} NVLinks" for host, _, links in parts]
 
 
 def nvlinks() -> int:
-    """The active NVLinks of this rank's GPU; 0 where there are none, or nobody can say."""
+    """The number of active NVLinks of this rank's GPU; 0 if there are none, or if the number is unknown."""
     if not torch.cuda.is_available():
         return 0
     try:
@@ -82,7 +83,7 @@ def nvlinks() -> int:
         uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
         return sum(_link_is_active(handle, link) for link in range(pynvml.NVML_NVLINK_MAX_LINKS))
-    except Exception:  # no NVML, or a driver that does not tell: one setting fewer to tell deployments apart by
+    except Exception:  # without NVML, the key has one setting less that tells deployments apart
         return 0
 
 
@@ -104,6 +105,6 @@ def flashinfer_version() -> str:
 
 
 def communication_environment() -> dict[str, str]:
-    """What the environment tells the libraries that communicate."""
+    """The environment variables that configure the communication libraries."""
     names = sorted(name for name in os.environ if VARIABLES.match(name) and name not in NO_MATTER)
     return {name: os.environ[name] for name in names}

@@ -1,4 +1,4 @@
-"""Steps for measuring, run by a scheduler's own worker: made-up requests in free slots of its KV pool."""
+"""Run steps to measure them. The scheduler's own worker runs them, with made-up requests in free KV slots."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from sglang_shift.errors import ShiftError
 from sglang_shift.modes import Mode
 
 WAIT = datetime.timedelta(seconds=60)
-"""How long a rank whose step failed waits for the others to say how theirs went."""
+"""How long a rank with a failed step waits for the results of the other ranks."""
 EVICTED_SHARE = 4
-"""A step that is measured while serving may take 1/4 of the KV pool from the prefix cache, oldest entries first."""
+"""During serving, a measured step may evict 1/4 of the KV pool from the prefix cache, oldest entries first."""
 
 
 class SchedulerBench:
-    """Runs steps on a scheduler's worker, with slots of its KV pool that hold no request's KV cache.
+    """Runs steps on a scheduler's worker, in slots of its KV pool that no request uses.
 
-    The requests are made up; their KV cache is allocated and never computed, which takes as long to
-    read.
+    The requests are made up. Their KV cache is allocated but never computed. Attention takes the same time to read
+    it.
 
     Args:
         scheduler: A :class:`sglang_shift.runtime.scheduler.ShiftScheduler` that is built and idle.
 
     Attributes:
-        prepared: The shape whose steps can run now.
+        prepared: The shape that :meth:`run` runs; None if no shape is prepared.
     """
 
     def __init__(self, scheduler: Any) -> None:
@@ -45,10 +45,11 @@ class SchedulerBench:
         self._input_ids: torch.Tensor | None = None
 
     def make_room(self, shape: StepShape) -> bool:
-        """Whether the shape fits into free slots and a part of those of the prefix cache, which are then freed.
+        """Make room for a shape, and return whether there is room.
 
-        All ranks decide by the least that any of them has, and evict the same number of tokens, so that
-        their prefix caches stay alike.
+        The shape may use free slots, and a part of the slots of the prefix cache, which are then evicted. The rank
+        with the least room decides for all ranks. All ranks evict the same number of tokens, so their prefix caches
+        stay equal.
         """
         scheduler = self.scheduler
         allocator, cache = scheduler.token_to_kv_pool_allocator, scheduler.tree_cache
@@ -64,7 +65,7 @@ class SchedulerBench:
         return not self.agree([max(0, needed - allocator.available_size())])[0]
 
     def prepare(self, shape: StepShape) -> None:
-        """Allocate the shape's requests."""
+        """Allocate the requests of the shape."""
         self.release()
         sampling = SamplingParams(temperature=0, max_new_tokens=8)
         sampling.normalize(None)
@@ -89,16 +90,20 @@ class SchedulerBench:
         self._batch, self._input_ids, self.prepared = batch, input_ids, shape
 
     def run(self, mode: Mode, after: Mode | None = None) -> float:
-        """Run one step as serving does; its seconds.
+        """Run one step as serving does, and return its seconds.
 
-        With overlap scheduling, serving prepares and launches a step while the GPU still runs the one before.
-        So there the step that is timed follows another one, without waiting for it.
+        With overlap scheduling, serving prepares and launches a step while the GPU still runs the previous step. So
+        with overlap scheduling, the timed step follows another step, and does not wait for it.
+
+        Args:
+            mode: The mode of the timed step.
+            after: The mode of a step before it, which is not timed.
         """
         scheduler, worker = self.scheduler, self.scheduler.tp_worker
         on_gpu = worker.stopwatch.on_gpu
         if after is None and on_gpu and scheduler.enable_overlap:
             after = mode
-        # Where the forwards of the server run, so that the memory of their activations is the same.
+        # The server runs its forwards on this stream. So activations here use the same memory as during serving.
         stream = scheduler.forward_stream if scheduler.enable_overlap else scheduler.schedule_stream
         stream.wait_stream(scheduler.device_module.current_stream())
         with scheduler.device_module.stream(stream), torch.no_grad():
@@ -112,7 +117,7 @@ class SchedulerBench:
         return worker.last_lap.seconds
 
     def _extend(self, cached: int, end: int | None) -> Any:
-        """A batch that extends every request from ``cached`` tokens to ``end``, or to all it has."""
+        """A batch that extends every request from ``cached`` tokens to ``end`` tokens, or to all of its tokens."""
         scheduler = self.scheduler
         for req in self._reqs:
             req.prefix_len = cached
@@ -130,7 +135,7 @@ class SchedulerBench:
         return batch
 
     def release(self) -> None:
-        """Give the requests' slots back."""
+        """Free the slots of the requests."""
         pool, allocator = self.scheduler.req_to_token_pool, self.scheduler.token_to_kv_pool_allocator
         for req in self._reqs:
             if req.kv.holds_kv:
@@ -139,11 +144,15 @@ class SchedulerBench:
         self._reqs, self._batch, self._input_ids, self.prepared = [], None, None, None
 
     def agree(self, numbers: Sequence[float], failure: str = "") -> list[float]:
-        """The largest of each number over all ranks.
+        """Reduce each number to its largest value over all ranks. Collective.
+
+        Args:
+            numbers: One value of this rank for each number.
+            failure: Why this rank's step failed; empty if it did not.
 
         Raises:
-            ShiftError: ``failure`` is this rank's, and the others do not answer: they wait in a collective of the
-                step that failed here. Nothing can be mended then; the error ends the server.
+            ShiftError: this rank's step failed, and the other ranks do not answer. They wait in a collective of that
+                step, so the ranks cannot continue. The error ends the server.
         """
         agreed = torch.tensor(numbers, dtype=torch.float64)
         work = dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self.scheduler.tp_cpu_group, async_op=True)

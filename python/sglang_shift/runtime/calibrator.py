@@ -1,4 +1,4 @@
-"""The calibrator: gets a rank's cost model at the start, and a new one while the server idles."""
+"""The calibrator gives a rank its calibration at the start, and a new calibration while the server is idle."""
 
 from __future__ import annotations
 
@@ -25,20 +25,22 @@ from sglang_shift.seams import relies_on
 logger = logging.getLogger(__name__)
 
 TURN_SECONDS = 0.05
-"""What one turn of an idle calibration takes; more, if one lap does."""
+"""Seconds of one turn of an idle calibration. A turn is longer if one lap is."""
 
 
 class Calibrator:
-    """One per rank; every method is called by all ranks of a replica at the same point, and all go the same way.
+    """The calibrator of one rank.
+
+    All ranks of a replica call each method at the same point, and take the same branches in it.
 
     Args:
-        scheduler: A :class:`sglang_shift.runtime.scheduler.ShiftScheduler`, built.
+        scheduler: A :class:`sglang_shift.runtime.scheduler.ShiftScheduler` that is built.
         config: The settings.
         chunk: Prompt tokens of the largest step.
 
     Attributes:
-        text: Where the calibration came from, or why there is none.
-        broken: A mode that failed while it was measured, or None.
+        text: The source of the calibration, or the reason why there is none.
+        broken: A mode that failed during the measurement, or None.
     """
 
     def __init__(self, scheduler: Any, config: ShiftConfig, chunk: int) -> None:
@@ -55,7 +57,7 @@ class Calibrator:
         self._found = Measured()
 
     def start(self) -> Calibration | None:
-        """The saved calibration, or one measured now; None where there is none to be had, with a log line."""
+        """Load the saved calibration, or measure a new one. If neither works, log why and return None."""
         if self.config.calibration == "off":
             return None
         self._shapes = self._agreed_grid()
@@ -70,14 +72,14 @@ class Calibrator:
         return self._calibration
 
     def idle(self, steps: int, drifted: bool) -> Calibration | None:
-        """Do a little while no request is in work; a new calibration, once one is complete.
+        """Continue a calibration while no request runs or waits. Return the new calibration once it is complete.
 
-        A drifted calibration is measured again, lap by lap: what a request that arrives has to wait for is a lap,
-        or :data:`TURN_SECONDS` of small ones.
+        If step times have drifted, the ranks measure again, lap by lap. A request that arrives waits for one lap, or
+        for small laps of :data:`TURN_SECONDS` together.
 
         Args:
-            steps: Steps so far; with them, not with a clock, every rank knows when to look for drift.
-            drifted: Whether this rank, if it measures drift at all, found any.
+            steps: Steps so far. They tell every rank at the same point when to check for drift; a clock would not.
+            drifted: Whether this rank has found drift. Only rank 0 measures drift.
         """
         if self._running is None:
             if self._calibration is None or steps < self._next_check:
@@ -89,7 +91,7 @@ class Calibrator:
         if any_hindered:
             self._stop(hindrance)
         elif self._running is None and any_drifted:
-            # Where a new calibration finds what the old one had, the reason is elsewhere: ask less often.
+            # If new calibrations do not end the drift, they are not the remedy. So wait longer before the next one.
             self._interval *= 2
             self._next_check = steps + self._interval
             self._log("sglang_shift: calibrating again, as step times have drifted")
@@ -104,7 +106,7 @@ class Calibrator:
             return None
 
     def _turn(self, running: Iterator[None]) -> Calibration | None:
-        """Some laps; the calibration, where they were the last ones. Afterwards all slots are free again."""
+        """Run some laps. Return the calibration if they were the last laps. At the end all slots are free again."""
         end = self._found.seconds + TURN_SECONDS
         try:
             while self._found.seconds < end:
@@ -125,21 +127,21 @@ class Calibrator:
         "it notes the released memory without which no calibration may run",
     )
     def _hindrance(self) -> str:
-        """Why no forward may run now, although no request is in work; empty if one may."""
+        """Why no forward may run now, although the server is idle; empty if a forward may run."""
         updater = self.scheduler.weight_updater
         if updater.offload_tags:
             return f"memory is released ({', '.join(sorted(updater.offload_tags))})"
         return "a weight update is open" if updater._session is not None else ""
 
     def _stop(self, why: str) -> None:
-        """Give up the calibration that is running, if one is."""
+        """Stop the calibration that is running, if there is one."""
         if self._running is not None:
             self._running.close()
             self._running = None
             self._log("sglang_shift: stopped calibrating, because %s; the old calibration stays", why)
 
     def _agreed_grid(self) -> list[StepShape]:
-        """The shapes for the whole KV pool, the same on every rank: the least that any of them has room for."""
+        """The shapes for the whole KV pool. The rank with the least room decides for all ranks."""
         scheduler = self.scheduler
         requests = min(scheduler.max_running_requests, scheduler.req_to_token_pool.available_size())
         slots = scheduler.token_to_kv_pool_allocator.available_size()
@@ -147,7 +149,7 @@ class Calibrator:
         return grid(self.chunk, requests, scheduler.model_config.context_len - 1, slots)
 
     def _load(self) -> tuple[Calibration | None, str, bool]:
-        """On rank 0: what is saved, a text, and whether to measure."""
+        """On rank 0: the saved calibration or None, a text for the log, and whether to measure."""
         settings = settings_of(self.scheduler, self.chunk, self._places)
         self._key = key_of(self.config, self.scheduler.model_config, settings)
         own_file = self.config.calibration != "auto"
@@ -161,7 +163,7 @@ class Calibrator:
         return calibration, f"calibration of {calibration.made} from {self._path}", False
 
     def _measure_all(self) -> Calibration | None:
-        """Measure with a progress bar, at the start. A start does not fail because there is no calibration."""
+        """Measure at the start, with a progress bar. The server starts even if the measurement fails."""
         try:
             title = f"Calibrating {' and '.join(mode.name for mode in MODES)}"
             layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
@@ -170,22 +172,21 @@ class Calibrator:
                     bar.update(self._found.part - bar.n)
                 bar.update(1 - bar.n)
             return self._finish(self._fit)
-        except CalibrationError as error:  # on every rank
+        except CalibrationError as error:  # every rank raises it
             self.text, self.broken = str(error), error.broken
             self._warn(self.text)
         return None
 
     def _measure(self) -> Generator[None, None, None]:
-        """Time the grid."""
         self._found = Measured()
         budget = BUDGET_GPU if torch.cuda.is_available() else BUDGET_CPU
         return measure(self.bench, self._shapes, budget, self._found)
 
     def _finish(self, make: Callable[[], Calibration]) -> Calibration:
-        """Fit on rank 0, so that all ranks have the same floating-point numbers; keep it.
+        """Fit and save the calibration on rank 0, so that all ranks have the same floating-point numbers.
 
         Raises:
-            CalibrationError: too little was measured; on every rank.
+            CalibrationError: there are too few measurements. Every rank raises it.
         """
         calibration, text, _ = self._from_rank_0(partial(self._kept, make))
         if calibration is None:
@@ -205,7 +206,7 @@ class Calibrator:
         return median(self._found.switches) if self._found.switches else None
 
     def _kept(self, make: Callable[[], Calibration]) -> tuple[Calibration | None, str, bool]:
-        """Make the calibration and save it; what :meth:`_from_rank_0` wants."""
+        """Make the calibration and save it. The result has the form that :meth:`_from_rank_0` needs."""
         assert self._path is not None
         found = self._found
         try:
@@ -220,7 +221,7 @@ class Calibrator:
         return calibration, f"{text}, saved as {self._path}", False
 
     def _from_rank_0(self, make: Any) -> Any:
-        """What ``make`` returns on rank 0, on every rank."""
+        """Call ``make`` on rank 0, and return its result on every rank."""
         outcome = None
         if self._leads:
             try:

@@ -1,4 +1,4 @@
-"""SGLang's internal state (``/server_info``, ``/set_internal_state``) with the mode selector's."""
+"""SGLang's internal state (``/server_info``, ``/set_internal_state``), with the state of the mode selector added."""
 
 from __future__ import annotations
 
@@ -16,24 +16,23 @@ from sglang_shift.seams import overrides
 
 
 class ShiftInternalState(SchedulerInternalStateController):
-    """SGLang's internal state with a ``shift`` entry; policy and thresholds are among what can be updated.
+    """SGLang's internal state with a ``shift`` entry. A request can also update the policy and its thresholds.
 
-    SGLang's request carries numbers only, so a policy is its index in :data:`POLICIES` here; the HTTP
-    route takes names (:mod:`sglang_shift.observe.routes`).
+    SGLang's request can only carry numbers. So a policy is its index in :data:`POLICIES` here. The HTTP route
+    (:mod:`sglang_shift.observe.routes`) takes names.
     """
 
     requested: dict[str, Any]
 
     @overrides("adds live counters to /server_info")
     def get_internal_state(self, recv_req: GetInternalStateReq) -> GetInternalStateReqOutput:
-        """SGLang's answer and our counters."""
         output = super().get_internal_state(recv_req)
         output.internal_state["shift"] = self.scheduler.shift_state()
         return output
 
     @overrides("policy and thresholds change together")
     def set_internal_state(self, recv_req: SetInternalStateReq) -> Any:
-        """As SGLang's: all of the request or none of it. Every rank handles it in the same iteration."""
+        """Update all values of the request, or none. Every rank handles the request in the same iteration."""
         self.requested = recv_req.server_args
         output = super().set_internal_state(recv_req)
         if output.updated and self.scheduler.shift_reporter is not None:
@@ -50,7 +49,7 @@ class ShiftInternalState(SchedulerInternalStateController):
         return handlers
 
     def _wanted(self) -> ShiftConfig:
-        """The configuration as it will be with all of the request applied."""
+        """The configuration after the whole request is applied."""
         config: ShiftConfig = self.scheduler.shift_config
         index = self.requested.get("shift_policy", -1)
         if index in range(len(POLICIES)):

@@ -1,7 +1,7 @@
-"""Our functions in place of those of SGLang's ``layernorm_sp``, whose seam they generalize.
+"""Replace the functions of SGLang's ``layernorm_sp`` by more general functions.
 
-SGLang's LayerNorm sequence parallelism shards the tokens of some batches over its TP group. Ours shards those of
-each step that runs in SP, over the step's topology.
+SGLang's LayerNorm sequence parallelism shards the tokens of some batches over its TP group. Our functions shard the
+tokens of every step that runs in SP, over the step's topology.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sglang_shift.seams import relies_on, replaces
 
 @replaces("sglang.srt.layers.layernorm_sp:runs_sp", "the mode of the step decides, not the kind of the batch")
 def runs_sp(forward_mode: ForwardMode) -> bool:
-    """Whether this forward is token-sharded: the step's mode decides, not the kind of its batch."""
+    """Whether this forward is token-sharded. The step's mode decides that, and not the kind of its batch."""
     step = current()
     return step is not None and step.sharded and not forward_mode.is_idle()
 
@@ -31,10 +31,10 @@ def runs_sp(forward_mode: ForwardMode) -> bool:
     "sglang.srt.layers.layer_boundary.stage:StageBoundary._select", "it enters the region before the first layer"
 )
 def sp_entry_scatter(hidden_states: torch.Tensor) -> torch.Tensor:
-    """Enter the region: keep this rank's tokens, unless the embedding has kept only these.
+    """Enter the region: keep only this rank's tokens, unless the embedding has already done that.
 
     Args:
-        hidden_states: ``[T, h]``, the same on every rank; ``[ceil(T / S), h]`` after an embedding that scattered.
+        hidden_states: ``[T, h]``, equal on every rank. If the embedding kept this rank's tokens, ``[ceil(T / S), h]``.
 
     Returns:
         ``[ceil(T / S), h]``.
@@ -58,13 +58,14 @@ def maybe_exit_gather(
     """Leave the region.
 
     Args:
-        hidden_states: ``[T_local, h]`` in SP mode, else ``[T, h]``, returned as it is.
-        hidden_states_before_norm: The same, before the final norm, if the caller wants it.
-        input_ids: Unused: the entry recorded what there is to know.
-        forward_mode: The batch's mode.
+        hidden_states: ``[T_local, h]`` in SP mode. Otherwise ``[T, h]``, and the function returns it unchanged.
+        hidden_states_before_norm: The hidden states before the final norm, if the caller wants them.
+        input_ids: Unused. The entry has recorded which rows leave.
+        forward_mode: SGLang's forward mode of the batch.
 
     Returns:
-        ``[T, h]`` with the rows that the LM head (or a capture) reads; the others are zeros.
+        Both hidden states as ``[T, h]``. The rows that the LM head (or a capture) reads have values. The other rows
+        are zeros.
     """
     if not runs_sp(forward_mode):
         return hidden_states, hidden_states_before_norm
@@ -81,7 +82,10 @@ def maybe_exit_gather(
 )
 @relies_on("sglang.srt.layers.linear:ColumnParallelLinear.forward", "it calls column_parallel_g_matmul while sp_active")
 def column_parallel_g_matmul(linear: Any, input_parallel: torch.Tensor, bias: Any) -> torch.Tensor:
-    """QKV or gate_up in SP mode. ``bias`` is this rank's TP shard and is not used: the base weight has its own."""
+    """Compute QKV or gate_up in SP mode.
+
+    ``bias`` is unused, because it is this rank's TP shard. The base weight has its own bias.
+    """
     return linear.ulysses.forward(input_parallel, _step())
 
 
@@ -91,9 +95,10 @@ def column_parallel_g_matmul(linear: Any, input_parallel: torch.Tensor, bias: An
 )
 @relies_on("sglang.srt.layers.linear:RowParallelLinear.forward", "it calls row_parallel_gbar_matmul while sp_active")
 def row_parallel_gbar_matmul(linear: Any, input_: torch.Tensor, bias: Any) -> torch.Tensor:
-    """O or down in SP mode.
+    """Compute O or down in SP mode.
 
-    ``bias`` follows full TP's rule (rank 0 adds it) and is not used: see :class:`RowProjection`.
+    ``bias`` is unused, because it follows the rule of full TP: rank 0 adds it. :class:`RowProjection` has the rule of
+    SP mode.
     """
     return linear.ulysses.forward(input_, _step())
 

@@ -1,4 +1,4 @@
-"""The model runner: base weights after loading, CUDA graphs of both modes, each forward in its step's mode."""
+"""The model runner builds base weights and the CUDA graphs of both modes, and runs each forward in its mode."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class ShiftModelRunner(ModelRunner):
     """SGLang's model runner with a base configuration beside full TP.
 
     Attributes:
-        mode: Of the next step. Forwards outside of :meth:`running_in` (warm-up, autotuning) are TP.
-        topology: Of the next step; another one may be set between two steps.
-        base_weights: Those of the topology.
-        exchange_volume: What the exchanges of an SP step send.
-        capture_mode: Of the graphs that are being captured.
-        graphs: Those of both modes.
+        mode: The mode of the next step. Forwards outside of :meth:`running_in` (warm-up, autotuning) run in TP.
+        topology: The topology of the next step. It may be replaced between two steps.
+        base_weights: The base weights for the topology.
+        exchange_volume: How much the exchanges of an SP step send.
+        capture_mode: The mode of the CUDA graphs that SGLang captures now.
+        graphs: The CUDA graphs of both modes.
     """
 
     mode: Mode = Mode.TP
@@ -72,7 +72,7 @@ class ShiftModelRunner(ModelRunner):
         """Load the stock full-TP shards, then assemble the base weights around them."""
         config = shift_config_of(self.server_args)
         assert config is not None
-        # Layers built from here on get SGLang's sequence-parallel batch variant.
+        # From here on, SGLang builds layers with its sequence-parallel batch variant.
         get_flags().sp.enabled = True
         self.topology = build_topology(RankLayout(config.world_size, config.sp_size))
         with loading_for(self.topology):
@@ -83,12 +83,12 @@ class ShiftModelRunner(ModelRunner):
         with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=backup):
             self.base_weights = BaseWeights(self.model, self.topology)
         self.weight_report = self.base_weights.report()
-        # What /server_info reports as the memory of the weights, in GiB: before the exchange takes its own.
+        # /server_info reports this as the memory of the weights, in GiB. The exchange takes its own memory later.
         self.weight_load_mem_usage = before - self._free_gib()
         exchange = self._exchange(config)
         self.topology = replace(self.topology, exchange=exchange)
         self.exchange_volume = self.base_weights.exchange_volume(exchange, self.dtype)
-        if self.device != "cpu":  # gloo keeps nothing that counts
+        if self.device != "cpu":  # on a CPU gloo keeps hardly any memory
             self._warm_up_collectives()
         logger.info(
             "sglang_shift: SP=%d x TP=%d and TP=%d share %d bytes of weights on this rank, "
@@ -106,27 +106,28 @@ class ShiftModelRunner(ModelRunner):
         return get_available_gpu_memory(self.device, self.gpu_id)
 
     def _exchange(self, config: ShiftConfig) -> SequenceExchange:
-        """The exchange for this model's projections and the largest step; its kernels are compiled."""
+        """Make the exchange for this model's projections and the largest step, and compile its kernels."""
         projections, width = self.base_weights.projections, qkv_width(self.base_weights)
         operands = Operands(most_tokens(), width, self.dtype)
         exchange = make_exchange(config, self.topology.sp_group, self.device, get_parallel().nnodes, operands)
         if self.device == "cuda":
-            # Graphs of SP have multiples of S tokens: the first other step would compile while it serves.
+            # Graphs of SP have multiples of S tokens. Without the warm-up, the first step that has no multiple would
+            # compile kernels while it serves.
             hidden, out = next(p.base.weight.shape for p in projections if isinstance(p, OutputProjection))
             shape = ExchangeShape(config.sp_size, 2, width // config.sp_size, out // config.sp_size)
             warm_up(shape, hidden, self.dtype, self.device, exchange.fp8)
         return exchange
 
     def _warm_up_collectives(self) -> None:
-        """Have NCCL take the memory that SP steps make it take, before the KV pool gets what is left."""
+        """Make NCCL allocate its memory for SP steps now, because the KV pool later takes all free memory."""
         hidden = next(p.base.weight.shape[0] for p in self.base_weights.projections if isinstance(p, OutputProjection))
         self.topology.warm_up(most_tokens(), hidden, qkv_width(self.base_weights), self.dtype, self.device)
         current_platform.synchronize()
-        current_platform.empty_cache()  # what was sent
+        current_platform.empty_cache()  # free the tensors of the warm-up
 
     @overrides("notes that base weights must be gathered again")
     def init_weight_updater(self) -> None:
-        """Have the base weights follow every weight update that SGLang makes."""
+        """Use our weight updater, so that the base weights follow every weight update of SGLang."""
         super().init_weight_updater()
         stock = self.weight_updater
         self.weight_updater = ShiftWeightUpdater(**{f.name: getattr(stock, f.name) for f in fields(stock)})
@@ -134,14 +135,13 @@ class ShiftModelRunner(ModelRunner):
     @overrides("notes that base weights must be gathered again")
     @relies_on("sglang.srt.utils.weight_checker:WeightChecker.handle", "it says which action writes parameters")
     def check_weights(self, action: str, *args: Any, **kwargs: Any) -> Any:
-        """As SGLang's weight checker, which may write this rank's shards, too."""
+        """Run SGLang's weight checker. Its action ``reset_tensors`` writes this rank's shards, too."""
         if action == "reset_tensors":
             self.base_weights.stale = True
         return super().check_weights(action, *args, **kwargs)
 
     @overrides("captures the graphs of both modes")
     def init_cuda_graphs(self, *args: Any, **kwargs: Any) -> None:
-        """Capture SGLang's graphs and SP's."""
         config = shift_config_of(self.server_args)
         assert config is not None
         self.graphs = ModeGraphs(self, config)
@@ -149,7 +149,7 @@ class ShiftModelRunner(ModelRunner):
 
     @overrides("captures them again after a weight update")
     def init_decode_cuda_graph(self) -> None:
-        """Capture those of decode steps again, in both modes, where a weight update asks for it."""
+        """Capture the graphs of decode steps again, in both modes. A weight update may ask for it."""
         self.graphs.capture(super().init_decode_cuda_graph, (Phase.DECODE,))
 
     @overrides("SGLang builds its decode graph runner of this class")
@@ -158,7 +158,7 @@ class ShiftModelRunner(ModelRunner):
 
     @contextmanager
     def running_in(self, mode: Mode) -> Iterator[None]:
-        """Steps inside run in ``mode``."""
+        """Steps inside of this context run in ``mode``."""
         self.mode = mode
         try:
             yield
@@ -170,22 +170,22 @@ class ShiftModelRunner(ModelRunner):
         """Run one step: SGLang's forward, in the step's mode and with its CUDA graphs."""
         step = Step(self.mode, self.topology, forward_batch)
         if step.sharded and self.base_weights.stale:
-            self.base_weights.refresh()  # here, as this is on the forward's stream
+            self.base_weights.refresh()  # the refresh must run on the forward's stream, as it does here
         span = torch.profiler.record_function(f"sglang_shift {step.mode.value} step")
         with span, running(step), self._graphs_of(step.mode):
             return super().forward(forward_batch, *args, **kwargs)
 
     def _graphs_of(self, mode: Mode) -> AbstractContextManager[None]:
-        return self.graphs.used(mode) if mode is not Mode.TP else nullcontext()  # TP's are SGLang's own
+        return self.graphs.used(mode) if mode is not Mode.TP else nullcontext()  # SGLang installs TP's graphs itself
 
 
 def most_tokens() -> int:
-    """Of a step: a chunk, or what SGLang takes into one step where it does not chunk prefills."""
+    """The most tokens of a step: a chunk, or ``max_prefill_tokens`` if SGLang does not chunk prefills."""
     schedule = get_schedule()
     chunk = schedule.chunked_prefill_size or 0
     return int(chunk if chunk > 0 else schedule.max_prefill_tokens)
 
 
 def qkv_width(weights: BaseWeights) -> int:
-    """``S * D`` of the widest exchange."""
+    """``S * D`` of the widest exchange: the most rows of any base weight of QKV."""
     return max(p.base.weight.shape[0] for p in weights.projections if isinstance(p, QkvProjection))

@@ -1,8 +1,8 @@
-"""What SGLang's rank-consensus checker compares, without what differs between ranks that agree.
+"""Let SGLang's rank-consensus checker compare only text that is equal on ranks that agree.
 
-The checker (``SGLANG_ENABLE_RANK_CONSENSUS_CHECKER=1``) compares the ``repr`` of arguments and results, a request
-among them, and ends the server where two ranks' differ. A grammar object without a ``repr`` of its own prints its
-address, and a set of numbers prints them in an order that depends on its history.
+The checker (``SGLANG_ENABLE_RANK_CONSENSUS_CHECKER=1``) compares the ``repr`` of arguments and results, for example of
+a request. If two ranks differ, it ends the server. But a grammar object without its own ``repr`` prints its address.
+And a set prints its numbers in an order that depends on the history of the set.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ NUMBERS = re.compile(r"\{(-?\d+(?:, -?\d+)+)\}")
     "the checker compares what is the same on ranks that agree",
 )
 def build_payload(tag: str, selector: Any, scope: dict[str, Any], skip_name: str | None = None) -> str:
-    """SGLang's text of what is compared, the same in every process where the values are."""
+    """The text that SGLang compares. If the values are equal on two ranks, the texts are equal, too."""
     return same_everywhere(stock_payload(tag, selector, scope, skip_name))
 
 
 def same_everywhere(text: str) -> str:
-    """``text`` without addresses, and with sets of numbers in order."""
+    """``text`` without addresses, and with each set of numbers in ascending order."""
     return NUMBERS.sub(_in_order, ADDRESS.sub("", text))
 
 

@@ -1,4 +1,4 @@
-"""What rank 0 tells of each step: events, log lines, and each request's steps by mode."""
+"""Rank 0 reports each step: an event, log lines, and the steps of each request by mode."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ logger = logging.getLogger(__name__)
 
 SGLANG_BATCH_LINES = "sglang.srt.managers.scheduler_components.metrics_reporter"
 DRIFT_LOG_STEPS = 64
-"""Steps between looks at drift, which take a median of hundreds of numbers each."""
+"""Steps between checks for drift. Each check computes medians of hundreds of numbers."""
 SWITCH_LOG_S = 5.0
 """Seconds between log lines about switches."""
 STATE_S = 1.0
 """Seconds between state events."""
 IN_FLIGHT = 8
-"""Steps whose results may be outstanding; with overlap scheduling there are two."""
+"""The most steps that may wait for their results. With overlap scheduling, two steps wait."""
 
 
 @dataclass
@@ -37,13 +37,13 @@ class _Running:
 
 
 class StepReporter:
-    """Follows steps from their launch to their results. On rank 0 of a replica only.
+    """Follows steps from their launch to their results. Only rank 0 of a replica has a reporter.
 
     Args:
-        selector: Whose decisions these are.
-        publisher: Where events go.
+        selector: The mode selector, which decides and predicts.
+        publisher: Sends the events.
         state: Makes a state event.
-        exchange: Has ``bytes_sent`` and ``calls``.
+        exchange: The exchange counter, with ``bytes_sent`` and ``calls``.
     """
 
     def __init__(self, selector: ModeSelector, publisher: Publisher, state: Any, exchange: Any) -> None:
@@ -58,13 +58,13 @@ class StepReporter:
         self._drift_logged = False
 
     def launched(self, forward_iter: int, decision: Decision, lap: Lap | None, replayed: bool | None) -> None:
-        """A step was launched; ``replayed`` as in :class:`StepEvent`."""
+        """Record that a step was launched. ``replayed`` is the field of :class:`StepEvent`."""
         if len(self._running) >= IN_FLIGHT:
-            self._running.pop(next(iter(self._running)))  # a step whose result never came
+            self._running.pop(next(iter(self._running)))  # the result of this step never came
         self._running[forward_iter] = _Running(decision, self.selector.predict(decision.step), lap, replayed)
 
     def processing(self, batch: Any) -> None:
-        """SGLang is about to process a step's result, and to send what its requests produced."""
+        """Count the step for its requests, before SGLang processes its result and sends the new tokens."""
         running = self._running.get(batch.forward_iter)
         if running is None:
             return
@@ -77,7 +77,7 @@ class StepReporter:
                 req.shift_steps[mode] += 1
 
     def processed(self, batch: Any) -> None:
-        """The result was processed: publish the step."""
+        """Publish the step, after SGLang has processed its result."""
         running = self._running.pop(batch.forward_iter, None)
         if running is None:
             return
@@ -118,26 +118,26 @@ class StepReporter:
         self.tick()
 
     def tick(self) -> None:
-        """Publish the state now and then, for subscribers that came late."""
+        """Publish the state every :data:`STATE_S` seconds, for subscribers that connect late."""
         if (now := time.monotonic()) >= self._state_due:
             self._state_due = now + STATE_S
             self.publisher.send(self.state())
 
     def recalibrated(self) -> None:
-        """There is a new calibration: predictions start afresh."""
+        """Forget the measured drift, because a new calibration makes the predictions."""
         self.drift.clear()
         self._drift_logged = False
         self.changed()
 
     def changed(self) -> None:
-        """The policy or the calibration changed: subscribers hear of it at once."""
+        """Publish the state at once, because the policy or the calibration has changed."""
         self._state_due = 0.0
         self.tick()
 
     def _explain(self, decision: Decision) -> str:
         try:
             reason = str(self.selector.policy.explain(decision.step, decision.mode))
-        except Exception as error:  # a policy of the user's
+        except Exception as error:  # a policy of the user may raise any error
             reason = f"the policy does not say ({type(error).__name__}: {error})"
         self._switches_unlogged += 1
         if (now := time.monotonic()) >= self._switch_log_due:
@@ -159,7 +159,7 @@ class StepReporter:
 
 
 def finished_in(batch: Any) -> list[Finished]:
-    """The requests that finished with this step, by SGLang's own time stamps."""
+    """The requests that finished with this step. Their times come from SGLang's time stamps."""
     finished = []
     for req in batch.reqs:
         steps = getattr(req, "shift_steps", None)
@@ -169,7 +169,7 @@ def finished_in(batch: Any) -> list[Finished]:
         times, count = req.time_stats, len(req.output_ids)
         first, end = times.prefill_finished_time, times.completion_time or time.perf_counter()
         if first <= 0 or times.wait_queue_entry_time <= 0:
-            continue  # aborted before its first token
+            continue  # the request was aborted before its first token
         finished.append(
             Finished(
                 prompt_tokens=len(req.origin_input_ids),
@@ -187,7 +187,7 @@ class BatchLines(logging.Filter):
     """Appends the mode to SGLang's ``Prefill batch`` and ``Decode batch`` log lines.
 
     Attributes:
-        mode: Of the step whose result is being processed.
+        mode: The mode of the step that SGLang processes now.
     """
 
     mode: Mode | None = None
@@ -197,20 +197,20 @@ class BatchLines(logging.Filter):
         logging.getLogger(SGLANG_BATCH_LINES).addFilter(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Let every record pass."""
+        """Append the mode to a batch line. Every record passes the filter."""
         if self.mode is not None and str(record.msg).startswith(("Prefill batch", "Decode batch")):
             record.msg = f"{record.msg}, mode: {self.mode.name}"
         return True
 
 
 class ShiftOutputStreamer(SchedulerOutputStreamer):
-    """Sends each request's steps by mode along, into its ``meta_info``."""
+    """Sends the steps of each request by mode, for its ``meta_info``."""
 
     has_additional_customized_info = True
 
     @overrides("sends the steps of each request by mode into its meta_info")
     def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
-        """``shift_steps``, for finished requests: a list, as SGLang wants it, of one ``{mode: steps}``."""
+        """``shift_steps`` of finished requests. SGLang needs a list, so it is a list of one ``{mode: steps}``."""
         return {META_INFO_KEY: [[_steps_of(req)] if req.finished() else [] for req in reqs]}
 
 

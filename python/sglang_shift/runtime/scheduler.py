@@ -1,4 +1,4 @@
-"""The scheduler: chooses each step's mode, from state that every rank shares."""
+"""The scheduler chooses the mode of each step, from state that is equal on every rank."""
 
 from __future__ import annotations
 
@@ -47,14 +47,15 @@ logger = logging.getLogger(__name__)
     "sglang.srt.managers.scheduler:Scheduler", "SGLang's run_scheduler_process builds the class of this name"
 )
 class ShiftScheduler(Scheduler):
-    """SGLang's scheduler that runs each step in TP or in SP."""
+    """SGLang's scheduler, which also chooses a mode for each step."""
 
     tp_worker: ShiftTpModelWorker
 
     @overrides("calibrates once everything is built")
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         parallel = get_parallel()
-        with one_rank_speaks(parallel.tp_rank % max(1, parallel.tp_size // parallel.nnodes) == 0):  # on each node
+        # The first rank of each node speaks.
+        with one_rank_speaks(parallel.tp_rank % max(1, parallel.tp_size // parallel.nnodes) == 0):
             super().__init__(*args, **kwargs)
         self.shift_chunk = min(
             self.chunked_prefill_size or self.max_prefill_tokens, self.max_prefill_tokens, self.max_total_num_tokens
@@ -73,14 +74,14 @@ class ShiftScheduler(Scheduler):
 
     @overrides("builds our worker")
     def init_tp_model_worker(self) -> None:
-        """Agree with the other ranks on versions and settings, then build our worker."""
+        """Check versions and settings against the other ranks, then build our worker."""
         config = shift_config_of(self.server_args)
         assert config is not None
         seams.verify()
         cpu.verify()
         agreement.check(config)
         self.shift_config = config
-        # Fixed until everything is built: SGLang runs no steps before.
+        # This policy stays until everything is built. SGLang runs no step before that.
         self.shift_selector = ModeSelector(FixedMode(Mode.TP))
         self.tp_worker = ShiftTpModelWorker(
             server_args=self.server_args,
@@ -90,9 +91,10 @@ class ShiftScheduler(Scheduler):
 
     @overrides("closes the exchange on all ranks")
     def release_host_resources(self) -> None:
-        """SGLang's, which is this rank's own; then close the exchange, while the others still answer.
+        """Release this rank's resources, then close the exchange, while the other ranks still answer.
 
-        At an orderly end only. An exchange that cannot be closed must not keep the process from ending.
+        SGLang calls this only when the server ends in the normal way. If the exchange cannot be closed, the process
+        must still end.
         """
         self.shift_watch.stop()
         super().release_host_resources()
@@ -102,7 +104,7 @@ class ShiftScheduler(Scheduler):
             logger.exception("sglang_shift: the exchange could not be closed")
 
     def set_policy(self, config: ShiftConfig) -> None:
-        """Choose modes by ``config``'s policy from the next step on."""
+        """Use the policy of ``config`` from the next step on."""
         self.shift_config = config
         selector, broken = self.shift_selector, self.shift_calibrator.broken
         costs = None if selector.calibration is None else selector.calibration.costs
@@ -110,7 +112,7 @@ class ShiftScheduler(Scheduler):
             selector.policy = FixedMode(next(mode for mode in MODES if mode is not broken))
         else:
             policy = make_policy(config, costs, self.shift_chunk)
-            if config.policy not in POLICIES:  # the user's
+            if config.policy not in POLICIES:  # the policy is a class of the user
                 policy = LedPolicy(policy, get_parallel().tp_rank == 0, self._from_rank_0)
             selector.policy = policy
         if config.policy == "calibrated" and costs is None:
@@ -118,7 +120,6 @@ class ShiftScheduler(Scheduler):
 
     @overrides("chooses the mode of the step")
     def run_batch(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:
-        """Run one step in the mode that the policy chooses for it."""
         decision = self.choose_mode(batch)
         if decision is None:
             return super().run_batch(batch, *args, **kwargs)
@@ -134,7 +135,7 @@ class ShiftScheduler(Scheduler):
         return result
 
     def choose_mode(self, batch: ScheduleBatch) -> Decision | None:
-        """The step's mode. Steps without tokens run no model, and have none."""
+        """Choose the mode of a step; None if the step has no tokens, because such a step does not run the model."""
         step = self.step_state(batch)
         if step.num_tokens == 0:
             return None
@@ -150,20 +151,23 @@ class ShiftScheduler(Scheduler):
         return int(agreement.from_rank_0([number])[0])
 
     def _agree_on_drift(self) -> None:
-        """What rank 0's clock says of the ratios of the modes' times, from the next step on, on every rank."""
+        """From the next step on, every rank uses rank 0's doubts about the predicted ratios of the modes' times.
+
+        Only rank 0 measures these doubts, with its clock.
+        """
         found = {} if self.shift_reporter is None else self.shift_reporter.drift.doubts
         shared = agreement.from_rank_0([found.get(doubt, 0.0) for doubt in DOUBTS])
         self.shift_selector.doubt({doubt: share for doubt, share in zip(DOUBTS, shared, strict=True) if share})
 
     def step_state(self, batch: ScheduleBatch) -> StepState:
-        """What the policy sees; only what is identical on every rank may enter."""
+        """The state that the policy gets. It may only hold values that are equal on every rank."""
         mode = batch.forward_mode
         running, reads = self.running_batch.batch_size(), 0
         if mode.is_idle() or mode.is_prebuilt():
             tokens = prefill = 0
         elif mode.is_extend():
             tokens = batch.extend_num_tokens
-            if batch.decoding_reqs:  # a mixed step decodes these, a token each; they have left running_batch
+            if batch.decoding_reqs:  # a mixed step decodes one token for each of these, and running_batch lacks them
                 running = len(batch.decoding_reqs)
                 prefill = tokens - running
             else:
@@ -187,9 +191,9 @@ class ShiftScheduler(Scheduler):
 
     @overrides("what a request raises is its answer; its embeddings replace those of tokens")
     def handle_generate_request(self, recv_req: TokenizedGenerateReqInput, **kwargs: Any) -> None:
-        """As SGLang's; what a request raises there is its answer, not the end of the server.
+        """Handle a request. If SGLang raises an error for it, the error is the answer, and the server goes on.
 
-        Every rank has the same requests in the same state, so that all of them refuse it.
+        Every rank has the same requests in the same state, so every rank refuses the request.
         """
         try:
             as_overrides(recv_req)
@@ -202,14 +206,13 @@ class ShiftScheduler(Scheduler):
 
     @overrides("never runs a request without tokens")
     def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
-        """As SGLang's; a request that got here without tokens is answered with an error, and never run."""
+        """Queue a request. If it still has no tokens, it gets an error as its answer, and never runs."""
         if not req.origin_input_ids:
             req.set_finish_with_abort(NO_TOKENS)
         super()._add_request_to_queue(req, is_retracted)
 
     @overrides("reports the step once its result is known")
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
-        """As SGLang's; before and after it the step is reported."""
         reporter = self.shift_reporter
         if reporter is None:
             return super().process_batch_result(batch, result)
@@ -219,7 +222,7 @@ class ShiftScheduler(Scheduler):
 
     @overrides("renews a calibration that has drifted")
     def on_idle(self) -> None:
-        """As SGLang's; a drifted calibration is renewed meanwhile, a lap at a time."""
+        """If step times have drifted, renew the calibration while the server is idle, a few laps at a time."""
         reporter, selector = self.shift_reporter, self.shift_selector
         if not self.waiting_queue and self.running_batch.is_empty() and self.chunked_req is None:
             drifted = reporter is not None and reporter.drift.drifted
@@ -234,17 +237,16 @@ class ShiftScheduler(Scheduler):
 
     @overrides("sends the steps of each request by mode to the tokenizer manager")
     def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
-        """SGLang's with each request's steps by mode; SGLang's Rust server takes no additions."""
+        """Our output streamer. SGLang's Rust server needs SGLang's streamer, because it reads no additional fields."""
         return ShiftOutputStreamer if self.rust_server is None else super().get_output_streamer_class()
 
     @overrides("adds live counters to /server_info")
     def init_internal_state(self) -> None:
-        """``/server_info`` carries live counters."""
         self.internal_state = ShiftInternalState(scheduler=self, record_step_time=sglang_scheduler.RECORD_STEP_TIME)
 
     @overrides("refused: it would write views of the base weights")
     def save_remote_model(self, **kwargs: Any) -> None:
-        """Refused; SGLang's RPC answers with the reason.
+        """Refuse the export. SGLang's RPC answers with the reason.
 
         Raises:
             Refused: always.
@@ -253,11 +255,10 @@ class ShiftScheduler(Scheduler):
 
     @overrides("refused: it would write views of the base weights")
     def save_sharded_model(self, **kwargs: Any) -> None:
-        """Refused, as :meth:`save_remote_model`."""
         self.save_remote_model(**kwargs)
 
     def shift_event(self) -> StateEvent:
-        """What changes rarely, for subscribers; on rank 0."""
+        """The event with the state that changes rarely. Only rank 0 sends it to subscribers."""
         selector, report, reporter = self.shift_selector, self.tp_worker.model_runner.weight_report, self.shift_reporter
         return StateEvent(
             time=time.time(),
@@ -303,9 +304,9 @@ class ShiftScheduler(Scheduler):
 )
 @relies_on("sglang.srt.managers.scheduler:run_scheduler_process", "it builds a Scheduler")
 def run_scheduler_process(server_args: Any, *args: Any, **kwargs: Any) -> None:
-    """What each rank's process runs: SGLang's own function, on our scheduler where asked for.
+    """Run SGLang's function of this name in a rank's process. With our flags, it builds our scheduler.
 
-    Without our flags it is SGLang's, untouched.
+    Without our flags, nothing of SGLang is replaced.
     """
     if shift_config_of(server_args) is not None:
         os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", ",".join(NOT_ON_CPU))

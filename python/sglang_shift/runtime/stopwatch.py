@@ -1,4 +1,4 @@
-"""Times of steps: by the clock on a CPU, by events on the stream of a GPU."""
+"""Measure the time of a step: with the clock on a CPU, with events on the stream on a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Lap:
 
     Attributes:
         start: Monotonic seconds, or a CUDA event.
-        end: The same; None while it runs.
+        end: Monotonic seconds, or a CUDA event; None while the span runs.
     """
 
     start: Any
@@ -25,7 +25,7 @@ class Lap:
 
     @property
     def seconds(self) -> float | None:
-        """How long it took; None while it runs, or while the GPU has not got to its end."""
+        """How long the span took; None while it runs, or until the GPU has reached its end."""
         if self.end is None:
             return None
         if isinstance(self.start, float):
@@ -34,9 +34,9 @@ class Lap:
 
 
 class Stopwatch:
-    """Times spans without waiting for the device.
+    """Times spans, and does not wait for the device.
 
-    The clock is the monotonic one: a change of the wall clock does not reach it.
+    The clock is monotonic, so a change of the wall clock has no effect on it.
     """
 
     def __init__(self) -> None:

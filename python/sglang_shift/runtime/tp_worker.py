@@ -1,4 +1,4 @@
-"""The TP worker: SGLang's, with our model runner, and a stopwatch around each step."""
+"""The TP worker: SGLang's worker with our model runner, and with a stopwatch around each step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sglang_shift.runtime.model_runner import ShiftModelRunner
 from sglang_shift.runtime.stopwatch import Lap, Stopwatch
 from sglang_shift.seams import overrides
 
-# SGLang's exports write whole parameter buffers; ours are views, some of them strided.
+# SGLang's exports write whole parameter buffers. Our parameters are views, and some have strides.
 EXPORT_REFUSED = (
     "weights of a server with sequence parallelism cannot be exported shard by shard, because its TP shards "
     "are views of larger weights; export them from a server without --sp-size and --enable-shift-parallel"
@@ -19,23 +19,22 @@ EXPORT_REFUSED = (
 
 
 class ShiftTpModelWorker(TpModelWorker):
-    """SGLang's TP worker whose forwards run in the mode the scheduler chose.
+    """SGLang's TP worker. Its forwards run in the mode that the scheduler chose.
 
     Attributes:
-        last_lap: The time of the last step, once it is known.
+        last_lap: The time of the last step; None before the first step.
     """
 
     last_lap: Lap | None = None
 
     @overrides("times the step")
     def forward_batch_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """As SGLang's, timed: model, LM head and sampling."""
+        """Run and time one step: model, LM head and sampling."""
         with self.stopwatch.lap() as self.last_lap:
             return super().forward_batch_generation(*args, **kwargs)
 
     @overrides("refused: it would send views of the base weights")
     def send_weights_to_remote_instance(self, recv_req: Any) -> tuple[bool, str]:
-        """Refused, with the reason."""
         return False, EXPORT_REFUSED
 
     @overrides("builds our model runner")

@@ -1,4 +1,4 @@
-"""Our function in place of the all-reduce that SGLang's ``vocab_parallel_embedding`` calls."""
+"""Replace the all-reduce that SGLang's ``vocab_parallel_embedding`` calls."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from sglang_shift.seams import relies_on, replaces
     "it calls the embedding for all rows if a request replaces some",
 )
 def reduce_embedding(partial: torch.Tensor) -> torch.Tensor:
-    """Sum the rows that the embedding looked up; an SP step keeps its rank's tokens, and has entered the region then.
+    """Sum the rows that the embedding looked up. In an SP step, also enter the region with this rank's tokens.
 
     Args:
-        partial: ``[T, h]``: this rank's part of the sum.
+        partial: ``[T, h]``, this rank's part of the sum.
 
     Returns:
-        In an SP step ``[ceil(T / S), h]``, otherwise ``[T, h]``.
+        ``[ceil(T / S), h]`` in an SP step, otherwise ``[T, h]``.
     """
     step = current()
     # If a request replaces the embeddings of some tokens, SGLang writes them into all T rows.

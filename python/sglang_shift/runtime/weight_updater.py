@@ -1,4 +1,4 @@
-"""The weight updater: SGLang's, after which the base weights are gathered again."""
+"""The weight updater: after an update, the ranks gather the base weights again."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from sglang_shift.seams import overrides
 
 
 class ShiftWeightUpdater(WeightUpdater):
-    """SGLang writes this rank's TP shards; the other ranks' parts of its base weights follow before the next SP step.
+    """SGLang's weight updater, which also marks the base weights as stale.
 
-    Noted as SGLang begins, on all ranks alike, whether it then succeeds or not.
+    SGLang writes only this rank's TP shards. Stale base weights are gathered again before the next SP step, so they
+    get the new values of the other ranks. Every rank sets the mark before SGLang begins, whether the update then
+    succeeds or not.
     """
 
     __slots__ = ()
@@ -22,7 +24,7 @@ class ShiftWeightUpdater(WeightUpdater):
     def update_weights_from_disk(
         self, model_path: str, load_format: str, *args: Any, **kwargs: Any
     ) -> tuple[bool, str]:
-        """As SGLang's (which rolls back after a failure); an unknown format is an error, not the end of the rank."""
+        """Return an error for an unknown format, which would end the rank. SGLang rolls back other failures."""
         if load_format.lower() not in list(LoadFormat):
             return False, f"load_format {load_format!r} is unknown; give one of {', '.join(LoadFormat)}"
         self._shards_change()
@@ -30,25 +32,23 @@ class ShiftWeightUpdater(WeightUpdater):
 
     @overrides("notes that base weights must be gathered again")
     def receive_weights_from_distributed(self, *args: Any, **kwargs: Any) -> Any:
-        """As SGLang's; a rank that fails to receive does not load."""
+        """Receive weights, which SGLang loads later. A rank that does not receive them does not load them either."""
         self._shards_change()
         return super().receive_weights_from_distributed(*args, **kwargs)
 
     @overrides("notes that base weights must be gathered again")
     def update_weights_from_tensor(self, *args: Any, **kwargs: Any) -> tuple[bool, str]:
-        """As SGLang's."""
         self._shards_change()
         return super().update_weights_from_tensor(*args, **kwargs)
 
     @overrides("notes that base weights must be gathered again")
     def update_weights_from_ipc(self, *args: Any, **kwargs: Any) -> tuple[bool, str]:
-        """As SGLang's."""
         self._shards_change()
         return super().update_weights_from_ipc(*args, **kwargs)
 
     @overrides("notes that base weights must be gathered again")
     def end_weight_update(self, *args: Any, **kwargs: Any) -> None:
-        """As SGLang's, which may have let others write the parameters directly."""
+        """End an update session. During it, SGLang may have let others write the parameters directly."""
         self._shards_change()
         super().end_weight_update(*args, **kwargs)
 
