@@ -1,1 +1,1 @@
-"""CUDA graphs of every mode: which sizes are captured, by which runners, and which are replayed."""
+"""CUDA graphs of every mode: their sizes, their runners, and their replays."""

@@ -1,4 +1,4 @@
-"""The CUDA graphs of every mode: captured one set after the other, and swapped by a step's mode."""
+"""Capture the CUDA graphs of every mode, one set after the other. The mode of a step selects its set."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from sglang_shift.seams import relies_on
 logger = logging.getLogger(__name__)
 
 RUNNERS = {Phase.DECODE: "decode_cuda_graph_runner", Phase.PREFILL: "prefill_cuda_graph_runner"}
-"""Where SGLang's model runner has the graph runner of each phase."""
+"""The attribute of SGLang's model runner that holds the graph runner of each phase."""
 SIZES = {Phase.DECODE: "capture_bs", Phase.PREFILL: "capture_num_tokens"}
-"""What a graph runner calls the sizes that it captured."""
+"""The attribute of a graph runner that holds the sizes it captured."""
 OURS = tuple(mode for mode in MODES if mode is not Mode.TP)
-"""The modes whose graphs are captured here; SGLang captures TP's."""
+"""The modes that we capture graphs for. SGLang captures the graphs of TP."""
 
 
 @dataclass
@@ -42,12 +42,12 @@ class GraphSet:
     """The graphs of one phase in one mode.
 
     Attributes:
-        sizes: Those captured.
-        runner: The graph runner; None where steps run eagerly, and for TP, whose runner SGLang keeps.
-        gib: Device memory that they took, in GiB; None for TP, which SGLang reports.
-        seconds: How long they took to capture; None for TP.
-        replayed: Steps that replayed a graph.
-        missed: Steps that found no graph, and ran eagerly.
+        sizes: The captured sizes.
+        runner: The graph runner. It is None if steps run eagerly, and for TP, because SGLang keeps TP's runner.
+        gib: Device memory of the graphs, in GiB; None for TP, because SGLang reports it.
+        seconds: How long the capture took; None for TP.
+        replayed: Number of steps that replayed a graph.
+        missed: Number of steps that found no graph and ran eagerly.
     """
 
     sizes: tuple[int, ...] = ()
@@ -58,7 +58,7 @@ class GraphSet:
     missed: int = 0
 
     def report(self) -> dict[str, Any]:
-        """A JSON value, for ``/server_info``."""
+        """The set as a JSON value, for ``/server_info``."""
         value: dict[str, Any] = {"sizes": list(self.sizes), "replayed": self.replayed, "missed": self.missed}
         if self.gib is not None and self.seconds is not None:
             value |= {"gib": round(self.gib, 3), "seconds": round(self.seconds, 2)}
@@ -78,9 +78,9 @@ class PhaseGraphs:
     """The graphs of one phase.
 
     Attributes:
-        plan: The sizes that were to be captured.
-        factor: A step is padded to at most so many times its tokens.
-        sets: Those captured, by mode.
+        plan: The sizes that the plan captures.
+        factor: A step may be padded to at most ``factor`` times its tokens.
+        sets: The captured graphs, by mode.
     """
 
     plan: GraphPlan = field(default_factory=GraphPlan)
@@ -88,12 +88,20 @@ class PhaseGraphs:
     sets: dict[Mode, GraphSet] = field(default_factory=_no_graphs)
 
     def padded(self, tokens: int) -> dict[Mode, int]:
-        """``tokens`` padded to the graph that a step would replay, by mode; for TP to SGLang's size."""
+        """By mode, ``tokens`` padded to the size of the graph that a step would replay.
+
+        For TP this is the next of SGLang's sizes, whether or not TP has a graph of that size.
+        """
         sizes = {mode: self.plan.ladder if mode is Mode.TP else found.sizes for mode, found in self.sets.items()}
         return {mode: padded(tokens, of_mode, self.factor) for mode, of_mode in sizes.items()}
 
     def count(self, mode: Mode, replayed: bool) -> bool | None:
-        """Count a step. True where it replayed a graph, False where none fitted, None where the phase has none."""
+        """Count a step. Return ``replayed``, or None if the phase has no graphs.
+
+        Args:
+            mode: The mode of the step.
+            replayed: Whether the step replayed a graph; False if it ran eagerly.
+        """
         if not any(found.sizes for found in self.sets.values()):
             return None
         if replayed:
@@ -103,19 +111,20 @@ class PhaseGraphs:
         return replayed
 
     def report(self) -> dict[str, Any]:
-        """A JSON value, for ``/server_info``, by mode."""
+        """The sets by mode as a JSON value, for ``/server_info``."""
         return {mode.value: found.report() for mode, found in self.sets.items()}
 
 
 class ModeGraphs:
     """The CUDA graphs of one model runner in every mode.
 
-    SGLang captures TP's and keeps their runners. Those of the other modes are captured after them, by subclasses of
-    the same runners, in the same memory pool; while a step runs in such a mode, they are the model runner's.
+    SGLang captures the graphs of TP, and its model runner holds their graph runners. After that, subclasses of these
+    graph runners capture the graphs of the other modes, in the same memory pool. While a step runs in such a mode,
+    the model runner holds the graph runners of that mode instead.
 
     Args:
-        runner: A :class:`sglang_shift.runtime.model_runner.ShiftModelRunner` with its attention backend.
-        config: Policy, S, and the bound of the second set.
+        runner: A :class:`sglang_shift.runtime.model_runner.ShiftModelRunner` that has its attention backend.
+        config: It has the policy, S, and the largest number of graphs in SP.
     """
 
     @relies_on(
@@ -128,21 +137,21 @@ class ModeGraphs:
         factors = {Phase.DECODE: 1.0 if exact else math.inf, Phase.PREFILL: _MAX_PREFILL_CUDA_GRAPH_PADDING_FACTOR}
         plans = {phase: plan_graphs(ladder, config, exact, factors[phase]) for phase, ladder in ladders(runner).items()}
         if get_observability().forward_hooks:
-            # SGLang registers these after its own capture, so that no graph has them.
+            # SGLang registers the hooks after its own capture, so its graphs do not have them. A later capture would.
             none: dict[Mode, tuple[int, ...]] = dict.fromkeys(OURS, ())
             plans = {phase: replace(plan, sizes=plan.sizes | none) for phase, plan in plans.items()}
         self.phases = {phase: PhaseGraphs(plan, factors[phase]) for phase, plan in plans.items()}
 
     def of(self, prefill: bool) -> PhaseGraphs:
-        """Those that a step with prompt tokens, or without, may replay."""
+        """The graphs for prefill steps, or for decode steps. A step with prompt tokens is a prefill step."""
         return self.phases[Phase.PREFILL if prefill else Phase.DECODE]
 
     def capture(self, capture_tp: Callable[[], None], phases: tuple[str, ...] = Phase.ALL) -> None:
-        """Capture all sets; each size only in the modes that the plan says.
+        """Capture the sets of all modes, with the sizes of the plan.
 
         Args:
-            capture_tp: SGLang's own capture, of all ``phases``.
-            phases: Those to capture.
+            capture_tp: SGLang's own capture of all ``phases``.
+            phases: The phases to capture.
         """
         if not any(self.phases[phase].plan.ladder for phase in phases):
             capture_tp()
@@ -150,8 +159,8 @@ class ModeGraphs:
         runner, plans = self.runner, {phase: self.phases[phase].plan for phase in phases}
         for phase in phases:
             for mode in OURS:
-                self.phases[phase].sets[mode].runner = None  # captured again: its memory is needed
-        # The one buffer for logits is as large as the largest graph of any set.
+                self.phases[phase].sets[mode].runner = None  # the new capture needs the memory of the old graphs
+        # All sets share one buffer for logits. It must fit the largest graph of any set.
         with limited({phase: tuple(chain(*plan.sizes.values())) for phase, plan in plans.items()}):
             logits = runner.graph_shared_output = GraphSharedOutput.create_for_model_runner(runner)
         with limited({phase: plan.sizes[Mode.TP] for phase, plan in plans.items()}):
@@ -159,7 +168,7 @@ class ModeGraphs:
         runner.graph_shared_output = logits
         for mode in OURS:
             with limited({phase: plan.sizes[mode] for phase, plan in plans.items()}), capturing(runner, mode):
-                for phase in reversed(phases):  # as SGLang does: prefills first
+                for phase in reversed(phases):  # SGLang, too, captures prefills first
                     self._capture(phase, mode)
         for phase in phases:
             self._take_stock(phase)
@@ -181,7 +190,7 @@ class ModeGraphs:
             captured = capture_prefill_graph(model_runner=runner, eager_runner=runner.eager_runner)
         else:
             captured = capture_decode_graph(model_runner=runner)
-        # Where SGLang captures no graphs of this phase, it returns none, or its eager runner.
+        # If SGLang captures no graphs of this phase, it returns None or its eager runner.
         found = graphs.sets[mode]
         found.runner = captured.runner if hasattr(captured.runner, SIZES[phase]) else None
         found.gib, found.seconds = captured.memory_usage_gb, captured.capture_time
@@ -198,7 +207,7 @@ class ModeGraphs:
 
     @contextmanager
     def used(self, mode: Mode) -> Iterator[None]:
-        """Inside, the model runner has the graphs of ``mode``, and no others."""
+        """Inside of this context, the model runner has the graphs of ``mode``, and no others."""
         if mode is Mode.TP:
             yield
             return
@@ -212,7 +221,7 @@ class ModeGraphs:
                 setattr(self.runner, name, runner)
 
     def captured(self) -> dict[str, dict[str, list[int]]]:
-        """The sizes that were captured, by phase and mode; empty where none were."""
+        """The captured sizes, by phase and mode; empty if there are none at all."""
         captured = {
             phase: {mode.value: list(found.sizes) for mode, found in graphs.sets.items()}
             for phase, graphs in self.phases.items()
@@ -220,7 +229,7 @@ class ModeGraphs:
         return captured if any(any(by_mode.values()) for by_mode in captured.values()) else {}
 
     def report(self) -> dict[str, Any]:
-        """A JSON value, for ``/server_info``: by phase and mode."""
+        """The sets by phase and mode as a JSON value, for ``/server_info``."""
         return {phase: graphs.report() for phase, graphs in self.phases.items()}
 
 
@@ -240,7 +249,7 @@ def ladders(runner: Any) -> dict[str, list[int]]:
             gathered_buffer_required=any(runner.decode_graph_gather_requirements()),
         )
     if not check_cuda_graph_backend(Phase.PREFILL, Backend.DISABLED):
-        # As capture_prefill_graph: its dummy batch can have no more tokens.
+        # The dummy batch of capture_prefill_graph cannot have more tokens than this.
         most = runner.req_to_token_pool.size * runner.model_config.context_len
         wanted = get_exec().graph.cuda_graph_config.prefill.bs or []
         sizes[Phase.PREFILL] = sorted(size for size in wanted if size <= most)
@@ -249,7 +258,7 @@ def ladders(runner: Any) -> dict[str, list[int]]:
 
 @contextmanager
 def limited(sizes: dict[str, tuple[int, ...]]) -> Iterator[None]:
-    """Inside, SGLang captures these sizes only, by phase; where there are none, nothing."""
+    """Inside of this context, SGLang captures only these sizes, by phase. Without sizes, it captures nothing."""
     config = get_exec().graph.cuda_graph_config
     before = {phase: (config[phase].bs, config[phase].backend) for phase in sizes}
     for phase, of_phase in sizes.items():
@@ -266,7 +275,7 @@ def limited(sizes: dict[str, tuple[int, ...]]) -> Iterator[None]:
 
 @contextmanager
 def capturing(runner: Any, mode: Mode) -> Iterator[None]:
-    """Inside, the graph runners that SGLang builds for ``runner`` are those of ``mode``."""
+    """Inside of this context, SGLang builds graph runners of ``mode`` for ``runner``."""
     runner.capture_mode = mode
     try:
         yield

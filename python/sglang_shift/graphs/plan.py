@@ -1,4 +1,4 @@
-"""Which CUDA graphs are captured in which mode: a pure function of what is known before the first step."""
+"""Plan which CUDA graphs to capture in each mode. The plan only depends on facts known before the first step."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sglang_shift.policy.builtin import TokenThreshold
 
 @dataclass(frozen=True)
 class GraphPlan:
-    """The sizes of one phase's graphs, ascending: requests of a decode step, or tokens of a prefill.
+    """The sizes of the graphs of one phase, ascending. They are requests of a decode step, or tokens of a prefill.
 
     Attributes:
-        ladder: SGLang's sizes. The one that a step is padded to decides its mode.
-        sizes: What is captured in each mode.
+        ladder: SGLang's sizes. A step is padded to one of them, and this padded size can decide its mode.
+        sizes: The sizes to capture in each mode.
     """
 
     ladder: tuple[int, ...] = ()
@@ -31,15 +31,15 @@ class GraphPlan:
 def plan_graphs(ladder: Sequence[int], config: ShiftConfig, exact: bool = False, factor: float = math.inf) -> GraphPlan:
     """Capture each size in the modes that the policy may choose for it, and in no other.
 
-    In SP, sizes are rounded up to multiples of S: a rank's rows are as many, and there are fewer
-    graphs. Of these, ``--shift-graph-buckets`` keeps so many.
+    In SP, sizes are rounded up to multiples of S. A rank then has the same number of rows, and there are fewer graphs.
+    ``--shift-graph-buckets`` limits the number of these graphs.
 
     Args:
         ladder: SGLang's sizes, ascending.
-        config: Policy, threshold, S and the bound. A policy or threshold that is set later, at run
-            time, may ask for a graph that was not captured.
-        exact: A graph serves steps of its own size only (``--disable-cuda-graph-padding``).
-        factor: A step is padded to at most so many times its tokens.
+        config: It has the policy, its threshold, S, and the largest number of graphs in SP. If the policy or the
+            threshold changes at run time, a step may find no graph.
+        exact: Whether a graph only serves steps of its own size (``--disable-cuda-graph-padding``).
+        factor: A step may be padded to at most ``factor`` times its tokens.
     """
     sizes = {mode: tuple(size for size in ladder if mode in modes_of(size, config)) for mode in MODES}
     sp = graph_batch_sizes_suit(sizes[Mode.SP], 1 if exact else config.sp_size)
@@ -50,8 +50,8 @@ def plan_graphs(ladder: Sequence[int], config: ShiftConfig, exact: bool = False,
 def modes_of(size: int, config: ShiftConfig) -> tuple[Mode, ...]:
     """The modes that the policy may choose for a step that is padded to ``size``.
 
-    All, where that depends on more than the size: on the queue, on measured times (and measuring runs
-    all), on the user's code.
+    These are all modes if the choice depends on more than the size: on the queue, on measured times, or on the user's
+    code. Measuring times also runs all modes.
     """
     if config.policy in MODES:
         return (Mode(config.policy),)
@@ -61,10 +61,12 @@ def modes_of(size: int, config: ShiftConfig) -> tuple[Mode, ...]:
 
 
 def price_of_no_graphs(config: ShiftConfig, settings: Any) -> str | None:
-    """What it costs that the user wants no graphs in SP, in a sentence for the log; None where it costs nothing.
+    """One sentence for the log about the cost of no graphs in SP; None if the user has not asked for that.
+
+    It is also None if that costs nothing: SGLang captures no graphs, the device is not a GPU, or no step runs in SP.
 
     Args:
-        config: The bound, and the policy.
+        config: It has the policy, and the largest number of graphs in SP.
         settings: A view of the resolved server arguments.
     """
     graphs = settings.cuda_graph_config
@@ -80,10 +82,10 @@ def price_of_no_graphs(config: ShiftConfig, settings: Any) -> str | None:
 
 
 def thinned(sizes: Sequence[int], most: int, factor: float = math.inf) -> list[int]:
-    """At most ``most`` of the ascending ``sizes``, from the largest down in steps of one ratio.
+    """Choose at most ``most`` of the ascending ``sizes``: the largest, and from there down by a constant ratio.
 
-    The ratio is the one that would reach the smallest size, but no more than ``factor``: between sizes further
-    apart, steps would find no graph.
+    The ratio is such that the last size is the smallest of ``sizes``, but it is at most ``factor``. A step between two
+    sizes that are further apart could find no graph.
     """
     if most >= len(sizes):
         return list(sizes)
@@ -92,7 +94,7 @@ def thinned(sizes: Sequence[int], most: int, factor: float = math.inf) -> list[i
     end = len(sizes)
     for i in range(most):
         wanted = max(sizes[-1] / ratio**i, kept[-1] / factor) if kept else sizes[-1]
-        end = min(bisect_left(sizes, wanted), end - 1)  # the next one below the last, if none is as far away as that
+        end = min(bisect_left(sizes, wanted), end - 1)  # below the last size, even if the next size is nearer than this
         if end < 0:
             break
         kept.append(sizes[end])
@@ -102,7 +104,7 @@ def thinned(sizes: Sequence[int], most: int, factor: float = math.inf) -> list[i
 def padded(tokens: int, sizes: Sequence[int], factor: float = math.inf) -> int:
     """``tokens`` padded to the smallest of the ascending ``sizes`` that holds them.
 
-    ``tokens`` itself where none does, or where that one is more than ``factor`` times as large: such a
+    If no size holds them, or if that size is more than ``factor`` times as large, the result is ``tokens``. Such a
     step runs without a graph.
     """
     i = bisect_left(sizes, tokens)
@@ -110,10 +112,10 @@ def padded(tokens: int, sizes: Sequence[int], factor: float = math.inf) -> int:
 
 
 def graph_batch_sizes_suit(sizes: Sequence[int], sp_size: int) -> list[int]:
-    """Sizes for graphs of SP steps: multiples of S, so that no rank's rows are padding.
+    """Sizes for graphs of SP steps: multiples of S, so that a full graph has no rank with rows of padding.
 
-    A size that is no multiple is rounded up: the largest batch stays covered. SGLang's default batch
-    sizes above S are multiples for S = 2 and 4; for S = 8, 12 is not; ``--cuda-graph-max-bs-decode``
-    may add one.
+    A size that is not a multiple of S is rounded up, so a graph still covers the largest batch. For S = 2 and 4,
+    SGLang's default batch sizes above S are multiples. For S = 8, the size 12 is not a multiple.
+    ``--cuda-graph-max-bs-decode`` may add a size that is not a multiple.
     """
     return sorted({-(-size // sp_size) * sp_size for size in sizes})

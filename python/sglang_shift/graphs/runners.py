@@ -1,7 +1,7 @@
-"""SGLang's CUDA graph runners, captured and replayed in SP.
+"""Subclasses of SGLang's CUDA graph runners that capture and replay in SP.
 
-They differ from SGLang's in what a replay cannot redo, because it runs no Python: each capture is a step
-of its own, and what runs after a replay finds in its step what the graph's Python would have put there.
+A replay runs no Python. So a capture is a step of its own, with its own context. After a replay, code that runs
+without a graph needs values in the step that the graph's Python would have set. These runners set them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from sglang_shift.seams import overrides, substitutes_for
 
 
 class SpDecodeGraphRunner(DecodeCudaGraphRunner):
-    """Decode graphs in SP: the whole forward, from the token ids to the logits."""
+    """Decode graphs in SP. A graph has the whole forward, from the token ids to the logits."""
 
     def __init__(self, model_runner: Any) -> None:
-        # What an attention backend keeps for a graph, it keeps by batch size: TP's graphs need theirs.
+        # An attention backend keeps the buffers of a graph by batch size. If TP has graphs, too, this runner needs its
+        # own backend, or it would overwrite the buffers of TP's graphs.
         shared = model_runner.decode_cuda_graph_runner is None
         super().__init__(model_runner, attn_backend=None if shared else new_attention_backend(model_runner))
 
@@ -37,7 +38,7 @@ class SpDecodeGraphRunner(DecodeCudaGraphRunner):
 
     @overrides("captures the forward in SP")
     def capture_one_shape(self, size: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """As SGLang's, each forward of it in SP: it is run twice before it is captured."""
+        """Capture one size. Each forward in it is a step in SP, also the two forwards that SGLang runs to warm up."""
 
         @functools.wraps(forward)
         def in_sp(input_ids: torch.Tensor, positions: torch.Tensor, batch: ForwardBatch, **more: Any) -> Any:
@@ -48,7 +49,7 @@ class SpDecodeGraphRunner(DecodeCudaGraphRunner):
 
 
 def captures_sp(model_runner: Any) -> bool:
-    """Whether the graph runners that SGLang builds for ``model_runner`` are those of SP."""
+    """Whether SGLang builds graph runners of SP for ``model_runner`` now."""
     return getattr(model_runner, "capture_mode", Mode.TP) is Mode.SP
 
 
@@ -58,7 +59,7 @@ def captures_sp(model_runner: Any) -> bool:
     when=captures_sp,
 )
 class SpPrefillGraphRunner(PrefillCudaGraphRunner):
-    """Prefill graphs in SP: the layers only. The exit from the region and the LM head follow each replay."""
+    """Prefill graphs in SP. A graph has only the layers. Exit from the region and LM head run after a replay."""
 
     @overrides("the groups of the base configuration communicate in a graph")
     def _capture_one_stream(self) -> None:
@@ -67,13 +68,16 @@ class SpPrefillGraphRunner(PrefillCudaGraphRunner):
 
     @overrides("captures the layers in SP")
     def _run_forward(self, forward_batch: ForwardBatch, num_tokens: int) -> Any:
-        # The exit is no part of the graph: a replay would copy the rows of the capture's batch for it.
+        # The exit is not part of the graph. A replay would use the rows of the batch that was captured.
         with running(Step(Mode.SP, self.model_runner.topology, forward_batch, exits=False)):
             return super()._run_forward(forward_batch, num_tokens)
 
     @overrides("a rank has fewer rows than the step has tokens")
     def cuda_graph_output_capacity_rows(self, output: torch.Tensor) -> int:
-        """A rank's rows, ``[ceil(T / S), h]``, are all that comes out; the largest graph is the first."""
+        """The rows of the output, ``[ceil(T / S), h]``.
+
+        SGLang allocates the output at its first capture. The first capture is the largest graph, so all graphs fit.
+        """
         return output.shape[0]
 
     @overrides("tells the exit from the region how many tokens the graph has")
@@ -88,7 +92,7 @@ class SpPrefillGraphRunner(PrefillCudaGraphRunner):
 
 
 def new_attention_backend(model_runner: Any) -> Any:
-    """Another attention backend like the runner's; a workspace that serves one kernel at a time is shared."""
+    """Build another attention backend like the runner's. Both share a workspace if it serves one kernel at a time."""
     backend = build_attention_backends(model_runner=model_runner).attn_backend
     model_runner.kv_index_translator.bind_and_verify_backends([backend])
     return backend
