@@ -1,12 +1,12 @@
-"""One copy of the weights: base weights assembled from the stock TP shards, TP weights as views.
+"""One copy of the weights: base weights are assembled from the stock TP shards, and TP weights are views of them.
 
-When SGLang creates a projection's weight, its base weight is allocated, of which the stock full-TP shard
-is a view: so nothing is held twice, and it lies in the memory that SGLang releases and resumes. After
-SGLang has loaded the shards, those of each SP group are all-gathered in SP order:
+When SGLang creates the weight of a projection, we allocate its base weight. The stock full-TP shard becomes a view of
+it. So nothing is in memory twice, and the base weight lies in the memory that SGLang can release and resume. After
+SGLang has loaded the shards, each SP group all-gathers its shards in SP order:
 
-- column-parallel (QKV, gate_up): stacked on the output dimension, ``[q0 k0 v0 | q1 k1 v1 | ...]``,
-  so this rank's TP shard is a contiguous slice of rows;
-- row-parallel (o, down): side by side on the input dimension, so the TP shard is a slice of columns.
+- column-parallel (QKV, gate_up): the shards are stacked on the output dimension, ``[q0 k0 v0 | q1 k1 v1 | ...]``.
+  So this rank's TP shard is a contiguous slice of rows.
+- row-parallel (o, down): the shards are side by side on the input dimension. So the TP shard is a slice of columns.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ KINDS: dict[Role, tuple[type, type[Projection]]] = {
     Role.GATE_UP: (MergedColumnParallelLinear, GateUpProjection),
     Role.DOWN: (RowParallelLinear, DownProjection),
 }
-"""SGLang's linear of each role, and what it is in SP mode."""
+"""For each role, the class of SGLang's linear, and the class of its projection in SP mode."""
 
 UNKNOWN_LAYER = Refusal(
     "{model} has a layer that SP mode cannot run: {layer} {problem}; serve this model without --sp-size and "
@@ -66,9 +66,9 @@ class WeightReport:
     """Weight memory of one rank, in bytes.
 
     Attributes:
-        total: All weights held, each storage counted once.
-        beyond_base: Of these, what a stock (TP = P/S) deployment's projections would not hold:
-            0 unless KV heads are replicated.
+        total: All weights on this rank. Each storage counts once.
+        beyond_base: The part of ``total`` that the projections of a stock deployment with TP = P/S would not hold. It
+            is 0 unless KV heads are replicated.
     """
 
     total: int
@@ -83,7 +83,7 @@ class BaseWeights:
         topology: The groups that share the weights.
 
     Raises:
-        Refused: a layer is of a kind, or in a place, that SP mode does not know.
+        Refused: SP mode does not know the kind or the place of a layer.
     """
 
     def __init__(self, model: torch.nn.Module, topology: Topology) -> None:
@@ -98,9 +98,9 @@ class BaseWeights:
             self.projections.append(linear.ulysses)
 
     def refresh(self) -> None:
-        """All-gather again, in place, after SGLang wrote new values into this rank's shards.
+        """All-gather again, in place, after SGLang has written new values into this rank's shards.
 
-        Collective: every rank calls it, before the first SP step after a weight update.
+        This is a collective. Every rank calls it before the first SP step after a weight update.
         """
         self.stale = False
         for projection in self.projections:
@@ -110,7 +110,7 @@ class BaseWeights:
                 _gather_into(base.bias, linear.bias.data, self.topology, 0)
 
     def report(self) -> WeightReport:
-        """What this rank holds, measured from the tensors' storages."""
+        """The weight memory of this rank, measured from the storages of its tensors."""
         tensors = [p.data for p in self.model.parameters()] + [p.base.weight for p in self.projections]
         tensors += [p.base.bias for p in self.projections if p.base.bias is not None]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
@@ -118,11 +118,13 @@ class BaseWeights:
         return WeightReport(sum(storages.values()), beyond)
 
     def exchange_volume(self, exchange: SequenceExchange, dtype: torch.dtype) -> ExchangeVolume:
-        """What the exchanges of one step send: Q, K and V after each QKV projection, O before each output projection.
+        """How much the exchanges of one step send.
+
+        They send Q, K and V after each QKV projection, and O before each output projection.
 
         Args:
-            exchange: That of the steps.
-            dtype: Of activations.
+            exchange: The exchange of the steps.
+            dtype: The type of activations.
         """
         size = self.topology.layout.sp_size
         columns = [
@@ -134,15 +136,15 @@ class BaseWeights:
 
 
 def find_projections(model: torch.nn.Module, linears: Iterable[Linear]) -> Iterator[tuple[Any, type[Projection]]]:
-    """Every parallel linear of a decoder with what it is in SP mode.
+    """Find every parallel linear of a decoder, with the class of its projection in SP mode.
 
     Args:
         model: A loaded SGLang model.
         linears: The linears of each layer, from the record of the model's family.
 
     Raises:
-        Refused: a parallel linear is not among these, or another module has weights and is no norm and no embedding:
-            what it sums, and over which ranks, is not known.
+        Refused: the record does not have a parallel linear, or another module with weights is neither a norm nor an
+            embedding. We do not know what such a module sums, and over which ranks.
     """
     for name, module in model.named_modules():
         linear = isinstance(module, ColumnParallelLinear | RowParallelLinear)
@@ -155,7 +157,7 @@ def find_projections(model: torch.nn.Module, linears: Iterable[Linear]) -> Itera
 
 
 def _kind_of(name: str, module: torch.nn.Module, linears: Iterable[Linear]) -> type[Projection] | None:
-    """What the linear of this name is in SP mode; None if the record has no such linear, or another class for it."""
+    """The projection class for the linear of this name; None if the record lacks the name or has another class."""
     role = next((linear.role for linear in linears if name.endswith("." + linear.name)), None)
     if role is None or type(module) is not KINDS[role][0]:
         return None
@@ -167,11 +169,10 @@ def _kind_of(name: str, module: torch.nn.Module, linears: Iterable[Linear]) -> t
     "SGLang's linears build the class of this name",
 )
 class BaseLinearMethod(UnquantizedLinearMethod):
-    """SGLang's unquantized linear, whose weight is created as a view of its base weight."""
+    """SGLang's method for unquantized linears. It creates each weight as a view of its base weight."""
 
     @overrides("creates a weight as a view of its base weight")
     def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        """As SGLang's, then make room for the base weight."""
         super().create_weights(layer, *args, **kwargs)
         topology = _loading_for.get()
         if topology is not None and isinstance(layer, ColumnParallelLinear | RowParallelLinear):
@@ -183,9 +184,9 @@ _loading_for: ContextVar[Topology | None] = ContextVar("the topology that a mode
 
 @contextmanager
 def loading_for(topology: Topology) -> Iterator[None]:
-    """Inside, the linears that SGLang creates have room for the base weights of ``topology``.
+    """Inside of this context, SGLang creates linears with room for the base weights of ``topology``.
 
-    SGLang creates them without arguments of ours.
+    A context variable holds the topology, because SGLang passes no argument of ours to the linears.
     """
     token = _loading_for.set(topology)
     try:
@@ -198,9 +199,9 @@ def reserve(param: torch.nn.Parameter, topology: Topology, dim: int) -> None:
     """Allocate the base tensor of ``param``, as ``param.ulysses_base``, and make ``param`` this rank's slice of it.
 
     Args:
-        param: A stock full-TP shard; its values stay.
+        param: A stock full-TP shard. It keeps its values.
         topology: The groups that share the weights.
-        dim: Of the shards: S of them make the base tensor.
+        dim: The dimension on which S shards make the base tensor.
     """
     shard = param.data
     shape = list(shard.shape)
@@ -221,7 +222,7 @@ def _problem_with(linear: Any, *, known: bool) -> str | None:
 
 
 def _stranger(module: torch.nn.Module) -> str | None:
-    """What is wrong with a module that is no parallel linear: experts, say, divide and sum in a way of their own."""
+    """The problem of a module that is not a parallel linear. Experts, for example, divide and sum in their own way."""
     if isinstance(module, VocabParallelEmbedding | RMSNorm) or next(module.parameters(recurse=False), None) is None:
         return None
     return f"is a {type(module).__name__}, which is no projection, norm or embedding"
@@ -232,27 +233,27 @@ def _shard_dim(linear: Any) -> int:
 
 
 def _assemble(linear: Any, topology: Topology) -> BaseWeight:
-    """Build the base weight and bias, and make the layer's parameters views of them."""
+    """Build the base weight and bias of a linear, and make its parameters views of them."""
     dim = _shard_dim(linear)
     weight = _grown(linear.weight, topology, dim)
-    if linear.bias is None or dim == 1:  # a row-parallel bias is whole on every rank
+    if linear.bias is None or dim == 1:  # every rank has the whole bias of a row-parallel linear
         return BaseWeight(weight, None if linear.bias is None else linear.bias.data)
     return BaseWeight(weight, _grown(linear.bias, topology, 0))
 
 
 def _grown(param: torch.nn.Parameter, topology: Topology, dim: int) -> torch.Tensor:
     """The base tensor of ``param``, with the values of all ranks' shards."""
-    if not hasattr(param, "ulysses_base"):  # a bias, which no method creates
+    if not hasattr(param, "ulysses_base"):  # this is a bias; BaseLinearMethod creates weights only
         reserve(param, topology, dim)
     _gather_into(param.ulysses_base, param.data, topology, dim)
     return param.ulysses_base
 
 
 def _gather_into(base: torch.Tensor, shard: torch.Tensor, topology: Topology, dim: int) -> None:
-    """All-gather ``shard``, a slice of ``base``, over the SP group into ``base``, side by side on ``dim``.
+    """All-gather ``shard``, a slice of ``base``, over the SP group into ``base``. Shards are side by side on ``dim``.
 
-    Besides ``base`` this takes as much memory as one shard, or 1 + 1/S of it where columns stand side by side: there
-    a part of the rows is gathered at a time.
+    For rows (``dim`` 0), this needs the memory of one more shard. For columns (``dim`` 1), it needs 1 + 1/S times the
+    memory of a shard, because it gathers 1/S of the rows at a time.
     """
     size = topology.layout.sp_size
     if dim == 0:
@@ -266,7 +267,7 @@ def _gather_into(base: torch.Tensor, shard: torch.Tensor, topology: Topology, di
 
 
 def _bytes_beyond_base(projection: Projection, base_tp_size: int) -> int:
-    """Bytes of K and V heads that this rank holds more often than a stock TP = P/S rank would."""
+    """Bytes of K and V heads that this rank holds beyond what a rank of a stock TP = P/S deployment holds."""
     linear = projection.linear
     if not isinstance(linear, QKVParallelLinear):
         return 0

@@ -1,7 +1,7 @@
-"""The four projections of a decoder layer in SP mode, on the assembled base weights.
+"""The four projections of a decoder layer in SP mode. They use the assembled base weights.
 
-They take the place of SGLang's two LayerNorm-SP matmuls. Attention sits between ``qkv`` and ``o``
-and sees what full TP would have given it: all tokens, this rank's heads.
+They replace SGLang's two LayerNorm-SP matmuls. Attention runs between ``qkv`` and ``o``. Its input is the same as in
+full TP: all tokens, and this rank's heads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sglang_shift.parallel.step import Step
 
 @dataclass
 class BaseWeight:
-    """An assembled base weight, shaped like the layer that SGLang's ``quant_method.apply`` reads."""
+    """An assembled base weight with its bias. SGLang's ``quant_method.apply`` reads it like a layer."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -28,43 +28,43 @@ class Projection:
     """One linear layer in SP mode.
 
     Attributes:
-        linear: SGLang's linear; its parameters are views of ``base``.
-        base: The weights of this rank in the base configuration.
+        linear: SGLang's linear. Its parameters are views of ``base``.
+        base: The weight and bias of this rank in the base configuration.
     """
 
     linear: Any
     base: BaseWeight
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
-        """From the rows this projection is given to those its consumer takes."""
+        """Turn input rows ``x`` into the rows that the next operation of the layer needs."""
         raise NotImplementedError
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
-        """``x @ base.T + bias`` by the layer's own method."""
+        """Compute ``x @ base.T + bias``, with the layer's own method."""
         return self.linear.quant_method.apply(self.base, x, self.base.bias)
 
 
 class RowProjection(Projection):
-    """A row-parallel linear, whose products are summed over the base-TP group."""
+    """A row-parallel linear. The base-TP group sums its products."""
 
     def part_of_sum(self, x: torch.Tensor, step: Step) -> torch.Tensor:
-        """This rank's product. The bias counts once per sum: one rank of each base-TP group adds it."""
+        """Compute this rank's product. Only one rank of each base-TP group adds the bias, so a sum has it once."""
         bias = self.base.bias if step.topology.adds_row_bias else None
         return self.linear.quant_method.apply(self.base, x, bias)
 
 
 class QkvProjection(Projection):
-    """Local tokens in, all tokens and this rank's heads out: what full TP's projection gives."""
+    """Takes this rank's tokens, and returns this rank's heads of all tokens, as full TP's projection does."""
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
-        """``[T_local, h]`` to ``[T, q + k + v]``; base rows are interleaved by SP rank."""
+        """``[T_local, h]`` to ``[T, q + k + v]``. The rows of the base weight are blocks, one for each SP rank."""
         width = self.base.weight.shape[0]
         rows = step.topology.exchange.scatter_heads(x, self.matmul, width)
         return rows[: step.num_tokens]
 
 
 class OutputProjection(RowProjection):
-    """All tokens and this rank's heads in, local tokens out."""
+    """Takes this rank's heads of all tokens, and returns this rank's tokens."""
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """``[T, d]`` to ``[T_local, h]``, summed over the base-TP group."""
@@ -73,19 +73,19 @@ class OutputProjection(RowProjection):
 
 
 class GateUpProjection(Projection):
-    """Local tokens in; out, a shape on which SGLang's activation works as it is."""
+    """Takes this rank's tokens, and returns a shape that SGLang's activation can use unchanged."""
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
-        """``[T_local, h]`` to ``[T_local * S, 2n]``: the base's ``S * 2n`` columns, one shard a row.
+        """``[T_local, h]`` to ``[T_local * S, 2n]``.
 
-        The shards stand as ``[gate0 up0 | gate1 up1 | ...]``, so each row is one (gate, up) pair.
+        The product has ``S * 2n`` columns, ``[gate0 up0 | gate1 up1 | ...]``. Each (gate, up) pair becomes one row.
         """
         shard_width = self.base.weight.shape[0] // step.topology.layout.sp_size
         return self.matmul(x).view(-1, shard_width)
 
 
 class DownProjection(RowProjection):
-    """The activation's rows in, local tokens out."""
+    """Takes the rows of the activation, and returns this rank's tokens."""
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """``[T_local * S, n]`` to ``[T_local, h]``, summed over the base-TP group."""
