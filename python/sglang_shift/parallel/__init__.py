@@ -1,1 +1,1 @@
-"""How a step is divided between ranks: the layout, the groups, the token-sharded region."""
+"""How ranks divide a step: the layout of the ranks, their groups, the token-sharded region, and the exchange."""

@@ -1,4 +1,4 @@
-"""Which rank does what: base-TP groups and SP groups of one deployment."""
+"""The layout of the ranks of a deployment: base-TP groups and SP groups."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RankLayout:
-    """The P ranks of a deployment as a grid of S sequence-parallel by t = P/S tensor-parallel.
+    """The P ranks of a deployment as a grid: S ranks for sequence parallelism, by t = P/S ranks for tensor parallelism.
 
-    With t = P/S, rank r has base-TP index ``r % t`` and SP index ``r // t``. A base-TP group is t
-    contiguous ranks, so its all-reduces (the heavy traffic) stay inside a node; an SP group strides
-    over them. Under full TP rank r keeps head block r, as in stock SGLang.
+    Rank r has base-TP index ``r % t`` and SP index ``r // t``. A base-TP group is t contiguous ranks, so its
+    all-reduces (the heavy traffic) stay inside a node. An SP group has one rank of each base-TP group. In full TP, rank
+    r has head block r, as in stock SGLang.
 
     Args:
         world_size: P, SGLang's ``--tp-size``.
-        sp_size: S, ``--sp-size``; divides P.
+        sp_size: S, ``--sp-size``. It divides P.
 
     Raises:
-        ValueError: S does not divide P, or either is not positive.
+        ValueError: S does not divide P, or one of them is not positive.
     """
 
     world_size: int
@@ -30,19 +30,19 @@ class RankLayout:
 
     @property
     def base_tp_size(self) -> int:
-        """T = P/S, the tensor-parallel width of the base configuration."""
+        """t = P/S, the tensor-parallel width of the base configuration."""
         return self.world_size // self.sp_size
 
     def sp_index(self, rank: int) -> int:
-        """Which 1/S of a step's tokens ``rank`` carries in SP mode."""
+        """The number of the 1/S of a step's tokens that ``rank`` carries in SP mode."""
         return rank // self.base_tp_size
 
     def base_tp_index(self, rank: int) -> int:
-        """Which 1/t of the base weights ``rank`` holds."""
+        """The number of the 1/t of the base weights that ``rank`` holds."""
         return rank % self.base_tp_size
 
     def sp_groups(self) -> list[list[int]]:
-        """The t groups of S ranks that exchange sequences, each in SP-index order."""
+        """The t groups of S ranks that exchange sequences. Each group is in the order of SP indices."""
         t = self.base_tp_size
         return [list(range(start, self.world_size, t)) for start in range(t)]
 
@@ -53,5 +53,5 @@ class RankLayout:
 
 
 def padded_local_tokens(num_tokens: int, sp_size: int) -> int:
-    """Rows each rank carries of a step in SP: ``ceil(num_tokens / S)``; the last ranks' may be padding."""
+    """The rows of each rank in an SP step: ``ceil(num_tokens / S)``. On the last ranks, some rows may be padding."""
     return -(-num_tokens // sp_size)

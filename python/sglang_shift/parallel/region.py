@@ -1,6 +1,6 @@
-"""The token-sharded region of a step: its entry and its exit.
+"""The entry and the exit of the token-sharded region.
 
-In SP mode each rank carries 1/S of the step's tokens from the embedding's output to the final norm.
+In an SP step, each rank carries 1/S of the tokens from the output of the embedding to the final norm.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from sglang_shift.seams import relies_on
 
 
 def enter(step: Step, num_tokens: int, device: torch.device) -> None:
-    """Note the step's tokens, and have the way out ready before the first layer is started.
+    """Record the tokens of a step, and plan its exit before the first layer starts.
 
-    Which rows leave depends on the batch only. A copy to a GPU behind the layers would be waited
-    for until they are done, and with it the next step.
+    The batch alone decides which rows leave. After the layers, the copy of these indices to a GPU would have to wait
+    for the layers, and would delay the next step.
 
     Args:
-        step: The step that enters.
-        num_tokens: Rows that enter the region, those that pad them to a graph's size included.
-        device: Where the layers run.
+        step: The step that enters the region.
+        num_tokens: Rows that enter the region, with rows that pad the step to the size of a graph.
+        device: The device of the layers.
     """
     step.num_tokens = num_tokens
     step.exit = plan_exit(rows_read(step.batch), num_tokens, step.topology, device) if step.exits else None
 
 
 def scatter_tokens(step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Enter, and keep this rank's tokens.
+    """Enter the region, and keep only this rank's tokens.
 
     Args:
-        step: The step that enters.
-        hidden_states: ``[T, h]``, the same on every rank.
+        step: The step that enters the region.
+        hidden_states: ``[T, h]``, equal on every rank.
 
     Returns:
-        ``[ceil(T / S), h]``: rows ``sp_index * ceil(T / S)`` onwards, zeros if there are none.
+        ``[ceil(T / S), h]``: the rows from ``sp_index * ceil(T / S)`` on. Rows beyond T are zeros.
     """
     enter(step, hidden_states.shape[0], hidden_states.device)
     local = padded_local_tokens(step.num_tokens, step.topology.layout.sp_size)
@@ -48,19 +48,20 @@ def scatter_tokens(step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def scatter_sum(step: Step, partial: torch.Tensor) -> torch.Tensor:
-    """Enter with the rows that SGLang's embedding looked up, and keep the sum of this rank's tokens.
+    """Enter the region with the rows that SGLang's embedding looked up, and sum the rows of this rank's tokens.
 
-    Every rank has looked up its part of the vocabulary for all tokens: a token's row comes from one
-    rank, and is zero on all others. In SP mode each rank needs the sum for its own tokens only. An
-    all-to-all over the SP group and a local sum send half of what an all-reduce does; gloo's
-    reduce-scatter is no way to it, as it is an all-reduce inside. The sum is exact in any order.
+    Each rank has looked up all tokens in its part of the vocabulary. The row of a token comes from one rank, and is
+    zero on all other ranks. In SP mode a rank only needs the sum for its own tokens.
+
+    An all-to-all over the SP group with a local sum sends half as many bytes as an all-reduce. A reduce-scatter would
+    not help with gloo, because gloo runs an all-reduce for it. The sum is exact in any order.
 
     Args:
-        step: The step that enters.
-        partial: ``[T, h]``: this rank's part of the sum.
+        step: The step that enters the region.
+        partial: ``[T, h]``, this rank's part of the sum.
 
     Returns:
-        ``[ceil(T / S), h]``: what :func:`scatter_tokens` would keep of the sum.
+        ``[ceil(T / S), h]``: the rows that :func:`scatter_tokens` would keep of the sum.
     """
     enter(step, partial.shape[0], partial.device)
     step.entered = True
@@ -70,7 +71,7 @@ def scatter_sum(step: Step, partial: torch.Tensor) -> torch.Tensor:
 
 
 def padded(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """``[n, h]`` with zeros up to ``rows`` rows; ``x`` itself where it has them."""
+    """Pad ``x``, ``[n, h]``, with zeros to ``rows`` rows. If it has ``rows`` rows, return ``x`` itself."""
     return x if x.shape[0] == rows else F.pad(x, (0, 0, 0, rows - x.shape[0]))
 
 
@@ -78,10 +79,14 @@ def padded(x: torch.Tensor, rows: int) -> torch.Tensor:
     "sglang.srt.layers.logits_processor:LogitsProcessor._get_pruned_states", "it says which rows the LM head reads"
 )
 def rows_read(batch: ForwardBatch) -> torch.Tensor | None:
-    """The rows of a prefill that ``LogitsProcessor._get_pruned_states`` reads; None means all.
+    """The rows of a prefill that ``LogitsProcessor._get_pruned_states`` reads; None means all rows.
 
-    The last row of each request, or with input logprobs those from its ``extend_logprob_start_len``
-    on (and never none: a chunk that only samples reads its last row). In order, int64, on the CPU.
+    These are the last row of each request. If the batch returns logprobs of its input, these are all rows of a request
+    from its ``extend_logprob_start_len`` on. At least one row is among them: a chunk that only samples reads its last
+    row.
+
+    Returns:
+        Row numbers in ascending order, int64, on the CPU.
     """
     mode = batch.forward_mode
     if (
@@ -100,21 +105,21 @@ def rows_read(batch: ForwardBatch) -> torch.Tensor | None:
         return ends - 1
     starts = torch.as_tensor(batch.extend_logprob_start_lens_cpu, dtype=torch.int64)
     counts = lengths - starts.minimum(lengths - 1)
-    # A row lies as far before its request's end in the step as before that request's end in the result.
+    # A row has the same distance to the last row of its request in the step and in the result.
     return torch.arange(int(counts.sum())) + (ends - counts.cumsum(0)).repeat_interleave(counts)
 
 
 def plan_exit(rows: torch.Tensor | None, num_tokens: int, topology: Topology, device: torch.device) -> Exit | None:
-    """How ``rows`` leave the region.
+    """Plan how ``rows`` leave the region.
 
     Args:
-        rows: Sorted wanted rows of the step's T, the same on every rank, on the CPU; None for all.
-        num_tokens: T, with the rows that pad it to a graph's size.
-        topology: Of the step.
-        device: Where the rows are.
+        rows: The rows that leave, as sorted numbers from 0 to T - 1, equal on every rank, on the CPU; None for all.
+        num_tokens: T, with rows that pad the step to the size of a graph.
+        topology: The topology of the step.
+        device: The device of the rows.
 
     Returns:
-        None where a rank sends all that it carries.
+        The plan, or None if every rank sends all its rows.
     """
     if rows is None:
         return None
@@ -133,19 +138,19 @@ def plan_exit(rows: torch.Tensor | None, num_tokens: int, topology: Topology, de
 
 
 def on_device(indices: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``indices``, which are on the CPU, on ``device``; a GPU copies them when its stream gets there."""
+    """Copy ``indices`` from the CPU to ``device``. For a GPU the copy is asynchronous, in the order of its stream."""
     return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices.to(device)
 
 
 def exit_gather(step: Step, local: torch.Tensor) -> torch.Tensor:
-    """All-gather the wanted rows over the SP group.
+    """All-gather the rows that leave the region, over the SP group.
 
     Args:
-        step: Which rows are wanted, and how they leave.
-        local: ``[T_local, h]``.
+        step: It has the plan of the exit.
+        local: ``[T_local, h]``, this rank's rows.
 
     Returns:
-        ``[T, h]``: the wanted rows in their places, zeros elsewhere.
+        ``[T, h]``: the rows that leave, in their places. All other rows are zeros.
     """
     size, group, way = step.topology.layout.sp_size, step.topology.sp_group, step.exit
     if way is None:

@@ -1,7 +1,7 @@
-"""The context of a step: the one forward that runs, its mode, its topology, and how its rows are divided.
+"""The context of the step that runs: its mode, its topology, and how its rows are divided.
 
-SGLang calls the functions that we replace (:mod:`sglang_shift.runtime.layernorm_sp`) without arguments of
-ours: they find the step by :func:`current`. A rank runs one forward at a time.
+SGLang calls the functions that we replace (:mod:`sglang_shift.runtime.layernorm_sp`), and passes no argument of ours.
+So they get the step from :func:`current`. A rank runs one forward at a time.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from sglang_shift.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class Exit:
-    """Which rows leave the region, and their way through the all-gather. All indices are on the device.
+    """The plan of an exit: which rows leave the region, and their places in the all-gather.
+
+    All indices are on the device.
 
     Attributes:
-        most: Rows that each rank sends: as many as the rank with the most wanted ones, as an
-            all-gather has equal parts.
-        mine: This rank's wanted rows, ``most`` or fewer, counted from its first row.
-        rows: All wanted rows, of the step's T.
-        places: Where each of ``rows`` is in what the all-gather receives.
+        most: The number of rows that each rank sends. An all-gather has equal parts, so this is the largest number of
+            rows that leave on any rank.
+        mine: The rows that leave on this rank, ``most`` or fewer. They are counted from the first row of this rank.
+        rows: The rows that leave on all ranks, as numbers from 0 to T - 1.
+        places: The index of each of ``rows`` in the result of the all-gather.
     """
 
     most: int
@@ -42,13 +44,13 @@ class Step:
     """One forward of the model.
 
     Attributes:
-        mode: How it runs.
-        topology: The groups that it runs over.
+        mode: The mode of the step.
+        topology: The topology of the step.
         batch: SGLang's forward batch.
-        exits: Whether the exit from the token-sharded region is part of it; False for a graph of the layers alone.
-        num_tokens: Rows that entered the region, those that pad them to a graph's size included.
-        entered: Whether the embedding has kept this rank's rows already.
-        exit: How rows leave the region; None if all do. Both are set at the entry.
+        exits: Whether the step leaves the token-sharded region. It is False for a graph of the layers alone.
+        num_tokens: Rows that entered the region, with rows that pad the step to the size of a graph. The entry sets it.
+        entered: Whether the embedding has already kept only this rank's rows.
+        exit: The plan of the exit; None if all rows leave. The entry sets it.
     """
 
     mode: Mode
@@ -69,16 +71,16 @@ _current: ContextVar[Step | None] = ContextVar("the step that runs", default=Non
 
 
 def current() -> Step | None:
-    """The step that runs; None outside of one, as in SGLang's warm-up and in its own graph captures: these are TP."""
+    """The step that runs; None outside of a step. SGLang's warm-up and its own graph captures are TP without a step."""
     return _current.get()
 
 
 @contextmanager
 def running(step: Step) -> Iterator[Step]:
-    """Inside, ``step`` is the current one.
+    """Inside of this context, ``step`` is the step that runs.
 
     Raises:
-        RuntimeError: another step runs: what it set up would be lost.
+        RuntimeError: another step runs. A nested step would lose the state of the outer one.
     """
     if (outer := _current.get()) is not None:
         raise RuntimeError(f"a step in {step.mode} begins inside of a step in {outer.mode}; end that one first")

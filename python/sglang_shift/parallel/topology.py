@@ -1,4 +1,4 @@
-"""A topology: who shares what with whom in SP steps, over which groups. Built beside SGLang's own TP group."""
+"""A topology: the groups of ranks that communicate in SP steps. They exist beside SGLang's own TP group."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from sglang_shift.seams import relies_on
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place in the base configuration, and the groups it communicates over.
+    """This rank's place in the base configuration, and the groups that it communicates over.
 
-    It is a value: each step is given one, and the next step may be given another.
+    A topology is a value. Each step gets one, and the next step may get another one.
 
     Attributes:
         layout: The grid of S by t ranks.
         rank: This rank, 0 to P - 1.
-        sp_group: S ranks that share a step's tokens.
-        base_tp_group: t contiguous ranks that share the base weights; None where t = 1.
+        sp_group: S ranks that divide the tokens of a step.
+        base_tp_group: t contiguous ranks that divide the base weights; None if t = 1.
         exchange: The all-to-all over ``sp_group``.
     """
 
@@ -39,16 +39,16 @@ class Topology:
 
     @property
     def sp_index(self) -> int:
-        """Which 1/S of the tokens this rank carries in SP mode."""
+        """The number of the 1/S of a step's tokens that this rank carries in SP mode."""
         return self.layout.sp_index(self.rank)
 
     @property
     def adds_row_bias(self) -> bool:
-        """Whether this rank adds a row-parallel bias: one rank of each base-TP group does."""
+        """Whether this rank adds a row-parallel bias. One rank of each base-TP group adds it."""
         return self.layout.base_tp_index(self.rank) == 0
 
     def base_all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum ``x`` over the base-TP group; ``x`` itself where that group is this rank alone."""
+        """Sum ``x`` over the base-TP group. If the group is this rank alone, return ``x`` itself."""
         return x if self.base_tp_group is None else self.base_tp_group.all_reduce(x)
 
     @relies_on(
@@ -57,7 +57,10 @@ class Topology:
     )
     @contextmanager
     def graph_capture(self, stream: Any) -> Iterator[None]:
-        """Inside, the groups communicate as a CUDA graph on ``stream`` can capture it; SGLang sees to its own."""
+        """Inside of this context, a CUDA graph on ``stream`` can capture the communication of our groups.
+
+        SGLang does the same for its own groups.
+        """
         own = [] if self.base_tp_group is None else [self.sp_group, self.base_tp_group]
         with ExitStack() as stack:
             for group in own:
@@ -65,18 +68,18 @@ class Topology:
             yield
 
     def warm_up(self, tokens: int, hidden: int, width: int, dtype: torch.dtype, device: str) -> None:
-        """Make each collective of an SP step once at its largest: eagerly, and as CUDA graphs do. Collective.
+        """Run each collective of an SP step once with its largest size: as eager steps do, and as CUDA graphs do.
 
-        NCCL makes the channels of a collective, and takes memory for them, when it is first called; PyNccl,
-        which serves graphs, has a communicator of its own. SGLang gives what is free to the KV pool after the
-        model is loaded.
+        At the first call of a collective, NCCL makes channels and allocates memory for them. CUDA graphs use PyNccl,
+        which has its own communicator. Once the model is loaded, SGLang gives all free memory to the KV pool, so NCCL
+        must have its memory before. This is a collective: all ranks call it.
 
         Args:
-            tokens: Of the largest step.
-            hidden: Columns of what leaves the region.
+            tokens: The tokens of the largest step.
+            hidden: The columns of the rows that leave the region.
             width: ``S * D``, the most columns of an exchange.
-            dtype: Of activations.
-            device: Where they are.
+            dtype: The type of activations.
+            device: The device of activations.
         """
         size = self.layout.sp_size
         rows = padded_local_tokens(tokens, size)
@@ -93,14 +96,17 @@ class Topology:
 
 
 def transports(group: Any) -> Iterator[AbstractContextManager[None]]:
-    """Inside of each, collectives of SGLang's ``group`` go one of their ways: as in eager steps; as in graphs."""
+    """Contexts for collectives of SGLang's ``group``: the first as in eager steps, the second as in CUDA graphs.
+
+    If the group has no PyNccl, there is only the first context.
+    """
     yield nullcontext()
     if (pynccl := group.pynccl_comm) is not None and pynccl.available:
         yield pynccl.change_state(enable=True)
 
 
 def build_topology(layout: RankLayout) -> Topology:
-    """Build the groups, with the exchange that needs nothing else. Collective, after SGLang's groups exist."""
+    """Build the groups, with the collective exchange. All ranks call it, after SGLang has built its groups."""
     tp_group = get_parallel().tp_group
     rank = tp_group.rank_in_group
     if layout.base_tp_size == 1:
@@ -114,7 +120,11 @@ def build_topology(layout: RankLayout) -> Topology:
 def _new_group(
     groups: list[list[int]], tp_group: GroupCoordinator, name: str, *, fast_all_reduce: bool | None
 ) -> GroupCoordinator:
-    """``fast_all_reduce``: whether to build what serves all-reduces only; None as SGLang's flags say."""
+    """Build this rank's group of ``groups``, with the backend of SGLang's TP group.
+
+    ``fast_all_reduce`` says whether to build communicators that only serve all-reduces. If it is None, SGLang's flags
+    decide.
+    """
     return init_model_parallel_group(
         [[tp_group.ranks[i] for i in members] for members in groups],
         get_device().gpu_id,

@@ -1,7 +1,6 @@
-"""The Ulysses exchange: all-to-all between "my tokens, all heads" and "all tokens, my heads".
+"""The Ulysses exchange: an all-to-all between "my tokens, all heads" and "all tokens, my heads".
 
-Ulysses sequence parallelism is arXiv 2309.14509; both directions move the same bytes:
-``(S - 1) / S`` of what a rank holds.
+Ulysses sequence parallelism is arXiv 2309.14509. In both directions, a rank sends ``(S - 1) / S`` of its bytes.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ Matmul = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Group(Protocol):
-    """What an exchange needs of SGLang's ``GroupCoordinator``."""
+    """The part of SGLang's ``GroupCoordinator`` that an exchange needs."""
 
     world_size: int
     rank_in_group: int
     device_group: Any
 
     def all_to_all_single(self, output: torch.Tensor, input: torch.Tensor) -> None:
-        """Block i of ``input`` goes to rank i; block j of ``output`` came from rank j."""
+        """Send block i of ``input`` to rank i. Block j of ``output`` comes from rank j."""
 
 
 class SequenceExchange(ABC):
     """The exchange over one SP group of S ranks.
 
-    The matmul beside the exchange is given to it, so that an implementation may overlap the two.
+    The exchange gets the matmul before or after it as an argument, so an implementation can overlap the two.
 
     Attributes:
         group: The SP group.
@@ -46,61 +45,61 @@ class SequenceExchange(ABC):
     @property
     @abstractmethod
     def text(self) -> str:
-        """Which implementation this is, in a few words, for the log and ``/server_info``."""
+        """The name of the implementation, in a few words, for the log and ``/server_info``."""
 
     @abstractmethod
     def scatter_heads(self, x: torch.Tensor, project: Matmul, width: int) -> torch.Tensor:
         """Project, then gather the tokens and scatter the heads.
 
         Args:
-            x: ``[T_local, h]``: this rank's tokens.
-            project: Some rows of ``x`` to as many of ``S * D`` columns; column block i is for SP rank i.
+            x: ``[T_local, h]``, this rank's tokens.
+            project: Turns n rows of ``x`` into n rows of ``S * D`` columns. Column block i is for SP rank i.
             width: ``S * D``.
 
         Returns:
-            ``[S * T_local, D]``: the tokens of all ranks in SP order, this rank's columns.
+            ``[S * T_local, D]``: this rank's columns of the tokens of all ranks, in SP order.
         """
 
     @abstractmethod
     def gather_heads(self, x: torch.Tensor, project: Matmul) -> torch.Tensor:
-        """Scatter the tokens and gather the heads (the inverse of what :meth:`scatter_heads` does), then project.
+        """Scatter the tokens and gather the heads (the inverse of :meth:`scatter_heads`), then project.
 
         Args:
-            x: ``[T, D]``: all tokens, this rank's columns. If T is no multiple of S, zeros pad it.
-            project: Some of this rank's tokens in ``S * D`` columns, where column block i came from SP
-                rank i, to as many rows.
+            x: ``[T, D]``, this rank's columns of all tokens. If T is not a multiple of S, zeros pad it.
+            project: Turns n of this rank's tokens, in rows of ``S * D`` columns, into n rows. Column block i came
+                from SP rank i.
 
         Returns:
-            ``[ceil(T / S), h]``: all of this rank's tokens, projected.
+            ``[ceil(T / S), h]``: the projected rows of all of this rank's tokens.
         """
 
     @abstractmethod
     def all_to_all(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Send block i to rank i, and wait for as many.
+        """Send block i to rank i, and wait for one block of each rank.
 
         Args:
             blocks: ``[S, ...]``, contiguous.
 
         Returns:
-            ``[S, ...]``: block j came from rank j.
+            ``[S, ...]``. Block j came from rank j.
         """
 
     def close(self) -> None:  # noqa: B027 (most have nothing to free)
-        """Free what ranks share for this. Collective: all ranks of the group call it, or none."""
+        """Free the memory that ranks share for the exchange. Collective: all ranks of the group call it, or none."""
 
     def row_bytes(self, columns: int, element_size: int) -> int:
-        """Bytes of a token that travels in ``columns`` columns of activations of ``element_size`` bytes."""
+        """The bytes that the exchange sends for a token of ``columns`` activations of ``element_size`` bytes."""
         return columns + SCALE_BYTES if self.fp8 else columns * element_size
 
 
 @dataclass(frozen=True)
 class ExchangeVolume:
-    """What the exchanges around attention send in one SP step. The embedding's all-to-all is not among them.
+    """How much the exchanges around attention send in one SP step. The all-to-all of the embedding does not count.
 
     Attributes:
         sp_size: S.
-        calls: Exchanges: two a layer.
-        token_bytes: Of one token in all layers: this rank's columns of Q, K, V and O.
+        calls: The number of exchanges, two for each layer.
+        token_bytes: The bytes of one token in all layers together. They are this rank's columns of Q, K, V and O.
     """
 
     sp_size: int
@@ -108,21 +107,21 @@ class ExchangeVolume:
     token_bytes: int
 
     def bytes_sent(self, tokens: int) -> int:
-        """Bytes that a rank sends to others in a step of ``tokens``: ``(S - 1) * ceil(T / S)`` tokens' worth.
+        """The bytes that a rank sends to other ranks in a step of T tokens: ``(S - 1) * ceil(T / S) * token_bytes``.
 
-        A step that replays a CUDA graph sends as many tokens as the graph has.
+        For a step that replays a CUDA graph, T is the size of the graph.
         """
         return (self.sp_size - 1) * padded_local_tokens(tokens, self.sp_size) * self.token_bytes
 
 
 @dataclass
 class ExchangeCounter:
-    """Exchanges since the start.
+    """Counts the exchanges since the start.
 
     Attributes:
-        volume: Of one step.
-        calls: Exchanges so far.
-        bytes_sent: Bytes that this rank has sent to others so far.
+        volume: How much the exchanges of one step send.
+        calls: The number of exchanges so far.
+        bytes_sent: The bytes that this rank has sent to other ranks so far.
     """
 
     volume: ExchangeVolume
@@ -130,6 +129,6 @@ class ExchangeCounter:
     bytes_sent: int = 0
 
     def count(self, tokens: int) -> None:
-        """Count the exchanges of an SP step of ``tokens``, those that pad it to a graph's size included."""
+        """Count the exchanges of an SP step of ``tokens``, which include the padding to the size of a graph."""
         self.calls += self.volume.calls
         self.bytes_sent += self.volume.bytes_sent(tokens)

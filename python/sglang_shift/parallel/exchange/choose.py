@@ -1,4 +1,4 @@
-"""Which exchange a deployment has: FlashInfer's between GPUs with NVLink, gloo's on CPUs, else the collective one."""
+"""Choose the exchange: FlashInfer's between GPUs with NVLink, gloo's on CPUs, otherwise the collective exchange."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Operands:
     """The largest exchange of a deployment.
 
     Attributes:
-        tokens: Of the largest step; a larger one goes the collective way.
+        tokens: The tokens of the largest step. A larger step uses the collective exchange.
         width: ``S * D``, the most columns of a token.
-        dtype: Of activations.
+        dtype: The type of activations.
     """
 
     tokens: int
@@ -50,13 +50,13 @@ class Operands:
 
 
 def why_not_flashinfer(config: ShiftConfig, device: str, sp_size: int, nodes: int) -> str | None:
-    """Why FlashInfer's communicator cannot serve this deployment, or None where it can.
+    """Why FlashInfer's communicator cannot serve this deployment, or None if it can.
 
     Args:
-        config: The settings; S may not be known there yet.
+        config: The settings. Its S may not be final yet.
         device: ``cuda``, ``cpu``, ...
         sp_size: S.
-        nodes: Over which the ranks of an SP group are spread.
+        nodes: The number of nodes that have the ranks.
     """
     if config.exchange_dtype == "fp8":
         return "it sends activations as they are, and --shift-exchange-dtype is fp8"
@@ -68,10 +68,12 @@ def why_not_flashinfer(config: ShiftConfig, device: str, sp_size: int, nodes: in
 
 
 def check_exchange(config: ShiftConfig, device: str, sp_size: int, nodes: int) -> None:
-    """Refuse an exchange that was asked for and cannot be; the arguments are those of :func:`why_not_flashinfer`.
+    """Refuse an exchange that the user asked for and that is not possible.
+
+    The arguments are the same as for :func:`why_not_flashinfer`.
 
     Raises:
-        Refused: with the reason.
+        Refused: the exchange, or fp8, is not possible; the error has the reason.
     """
     why_not = why_not_flashinfer(config, device, sp_size, nodes)
     if config.exchange == "flashinfer" and why_not:
@@ -81,17 +83,17 @@ def check_exchange(config: ShiftConfig, device: str, sp_size: int, nodes: int) -
 
 
 def make_exchange(config: ShiftConfig, group: Any, device: str, nodes: int, operands: Operands) -> SequenceExchange:
-    """The exchange over ``group``. Collective: every rank of the group calls it, and all get the same kind.
+    """Make the exchange over ``group``. Every rank of the group calls this, and all ranks get the same kind.
 
     Args:
         config: The settings.
         group: The SP group.
-        device: As in :func:`why_not_flashinfer`, as ``nodes``.
-        nodes: See there.
-        operands: What it must be large enough for.
+        device: ``cuda``, ``cpu``, ...
+        nodes: The number of nodes that have the ranks.
+        operands: The largest exchange that it must be able to do.
 
     Raises:
-        Refused: ``flashinfer`` was asked for and is not possible; on all ranks.
+        Refused: the user asked for ``flashinfer`` or fp8, and it is not possible. All ranks raise it.
     """
     check_exchange(config, device, group.world_size, nodes)
     kind = GlooExchange if device == "cpu" else CollectiveExchange
@@ -104,9 +106,9 @@ def make_exchange(config: ShiftConfig, group: Any, device: str, nodes: int, oper
     problem = import_problem(group)
     if problem is None:
         try:
-            # FlashInfer exchanges the ranks' outcomes before it returns: all fail, or none does.
+            # FlashInfer compares the outcomes of all ranks before it returns. So all ranks fail, or no rank does.
             flashinfer = FlashInferExchange(group, operands.tokens, operands.width, operands.dtype)
-        except Exception as error:  # no compiler, a group without NCCL: whatever its libraries raise
+        except Exception as error:  # its libraries may raise any error: no compiler, a group without NCCL
             problem = f"{type(error).__name__}: {error}"
     if problem is not None:
         if config.exchange == "flashinfer":
@@ -114,7 +116,7 @@ def make_exchange(config: ShiftConfig, group: Any, device: str, nodes: int, oper
         logger.warning("sglang_shift: FlashInfer's exchange failed (%s); the collective one takes its place", problem)
         return collective
     if config.exchange == "auto" and not flashinfer.on_nvlink:
-        # Its NCCL path copies before and after each all-to-all, and calls torch.distributed inside of CUDA graphs.
+        # FlashInfer's NCCL path copies before and after each all-to-all, and calls torch.distributed in CUDA graphs.
         flashinfer.close()
         logger.info("sglang_shift: The exchange uses collectives in place of %s.", flashinfer.text)
         return collective
@@ -122,14 +124,15 @@ def make_exchange(config: ShiftConfig, group: Any, device: str, nodes: int, oper
 
 
 def import_problem(group: Any) -> str | None:
-    """Why FlashInfer's communicator cannot be imported on some rank of ``group``, the same on all; None where it can.
+    """Why a rank of ``group`` cannot import FlashInfer's communicator; None if all ranks can.
 
-    Building it is collective: a rank that could not import it would be waited for without end.
+    All ranks get the same result. Building the communicator is a collective, so without this check the other ranks
+    would wait without end for a rank that cannot import it.
     """
     try:
         import flashinfer.comm.ulysses  # noqa: F401
 
         problem = None
-    except Exception as error:  # not only ImportError: it loads libraries
+    except Exception as error:  # the import loads libraries, so it may raise more than ImportError
         problem = f"{type(error).__name__} on rank {group.rank_in_group}: {error}"
     return next(filter(None, group.all_gather_object(problem)), None)

@@ -1,4 +1,4 @@
-"""The exchange by the group's own all-to-all, between a pack and an unpack kernel."""
+"""The collective exchange: the group's own all-to-all, with a kernel before it and a kernel after it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sglang_shift.parallel.exchange.base import Group, Matmul, SequenceExchange
 
 
 class CollectiveExchange(SequenceExchange):
-    """One ``all_to_all_single`` for Q, K and V together, one for O.
+    """Runs one ``all_to_all_single`` for Q, K and V together, and one for O.
 
     Args:
         group: The SP group.
@@ -34,6 +34,6 @@ class CollectiveExchange(SequenceExchange):
 
     def all_to_all(self, blocks: torch.Tensor) -> torch.Tensor:
         received = torch.empty_like(blocks)
-        # Flat: PyNccl splits by element count, gloo by the first dimension; both agree on 1-D.
+        # PyNccl splits by element count, and gloo by the first dimension. For flat tensors both are the same.
         self.group.all_to_all_single(received.view(-1), blocks.view(-1))
         return received

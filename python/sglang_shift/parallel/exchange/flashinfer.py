@@ -1,4 +1,4 @@
-"""The exchange by FlashInfer's Ulysses communicator: an NVLink kernel, or NCCL with its own packing."""
+"""The exchange with FlashInfer's Ulysses communicator, which uses an NVLink kernel, or NCCL with its own packing."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from sglang_shift.parallel.exchange.collective import CollectiveExchange
 from sglang_shift.parallel.layout import padded_local_tokens
 
 WORLD_SIZES = (2, 4, 6, 8)
-"""Sizes of a group for which FlashInfer has its NVLink kernel (``SUPPORTED_WORLD_SIZES``)."""
+"""The group sizes that FlashInfer's NVLink kernel supports (``SUPPORTED_WORLD_SIZES``)."""
 
 
 class FlashInferExchange(SequenceExchange):
-    """One call of ``flashinfer.comm.ulysses.UlyssesCommunicator`` for Q, K and V together, one for O.
+    """Calls ``flashinfer.comm.ulysses.UlyssesCommunicator`` once for Q, K and V together, and once for O.
 
-    Base weights stand interleaved by rank, so a row of their product already is S blocks of D columns:
-    as many "heads" of size D as there are ranks. Steps above the capacity, and what is not an exchange
-    around attention, go the collective way.
+    Base weights are ordered by rank, so a row of their product has S blocks of D columns. FlashInfer takes these for S
+    heads of size D. Steps above the capacity use the collective exchange. So does :meth:`all_to_all`, which is not an
+    exchange around attention.
 
     Args:
         group: The SP group.
-        max_tokens: Of the largest step that it must serve.
+        max_tokens: The tokens of the largest step that FlashInfer must serve.
         width: ``S * D`` of the widest exchange.
-        dtype: Of its operands.
+        dtype: The type of its operands.
 
     Raises:
-        ImportError: FlashInfer cannot be imported; on this rank alone.
-        ValueError, RuntimeError: FlashInfer's, the same on all ranks.
+        ImportError: this rank cannot import FlashInfer. Other ranks may not raise it.
+        ValueError, RuntimeError: FlashInfer raises it on all ranks.
     """
 
     def __init__(self, group: Group, max_tokens: int, width: int, dtype: torch.dtype) -> None:
@@ -37,19 +37,19 @@ class FlashInferExchange(SequenceExchange):
         self.group = group
         self._collective = CollectiveExchange(group)
         self._most_rows = padded_local_tokens(max_tokens, group.world_size)
-        # "auto" is its choice between NVLink and NCCL by the topology, the same on all ranks.
+        # With "auto", FlashInfer chooses NVLink or NCCL by the links between the GPUs. All ranks get the same choice.
         self._communicator = UlyssesCommunicator(
             group.device_group, max_elems=self._most_rows * width, dtype=dtype, backend="auto"
         )
 
     @property
     def on_nvlink(self) -> bool:
-        """Whether FlashInfer took its NVLink kernel; else it is NCCL."""
+        """Whether FlashInfer chose its NVLink kernel. Otherwise it chose NCCL."""
         return bool(self._communicator.backend == "nvlink")
 
     @property
     def text(self) -> str:
-        """The backend and why FlashInfer took it."""
+        """The backend, and why FlashInfer chose it."""
         return f"flashinfer, {self._communicator.backend} ({self._communicator.decision.reason})"
 
     def scatter_heads(self, x: torch.Tensor, project: Matmul, width: int) -> torch.Tensor:
@@ -71,5 +71,5 @@ class FlashInferExchange(SequenceExchange):
         return self._collective.all_to_all(blocks)
 
     def close(self) -> None:
-        """Give the memory back that ranks map from one another. Collective."""
+        """Free the memory that ranks map from one another. Collective."""
         self._communicator.close()

@@ -1,4 +1,4 @@
-"""The exchange on CPUs, over gloo: single messages that overlap with the matmul beside the exchange."""
+"""The exchange on CPUs, over gloo: single messages, which overlap with the matmul before or after the exchange."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from sglang_shift.parallel.exchange.base import Matmul
 from sglang_shift.parallel.exchange.collective import CollectiveExchange
 
 PART_BYTES = 256 << 10
-"""Bytes to others from which on an exchange is divided. A smaller part takes more time to handle than it hides."""
+"""The least bytes to other ranks in one part. A smaller part takes more time to handle than it hides."""
 MOST_PARTS = 4
-"""Each part has a matmul of its own, which gets slow with few rows."""
+"""The most parts. Each part has its own matmul, and a matmul of few rows is slow."""
 MESSAGE_BYTES = 16 << 10
-"""Bytes of a block from which on an all-to-all is made of single messages."""
+"""The least bytes of a block for an all-to-all of single messages. Smaller blocks use gloo's all-to-all."""
 
 
 @dataclass
 class Pending:
-    """Blocks on their way: ``received`` has them once all of ``works`` are done."""
+    """Blocks that are on their way. ``received`` holds them once all of ``works`` are done."""
 
     received: torch.Tensor
     works: Sequence[dist.Work] = ()
 
     def wait(self) -> torch.Tensor:
-        """The blocks, arrived."""
+        """Wait for the blocks, and return them."""
         for work in self.works:
             work.wait()
         return self.received
 
 
 class GlooExchange(CollectiveExchange):
-    """A large exchange goes in parts: one is sent while the next is computed, or received while the last one is."""
+    """Divides a large exchange into parts, so that messages of one part overlap with the matmul of another part."""
 
     def scatter_heads(self, x: torch.Tensor, project: Matmul, width: int) -> torch.Tensor:
         size = self.group.world_size
@@ -55,7 +55,7 @@ class GlooExchange(CollectiveExchange):
         return self._start(blocks).wait()
 
     def _parts(self, size: int) -> int:
-        """In how many parts to exchange blocks of ``size`` bytes in all: the same on every rank."""
+        """The number of parts for blocks of ``size`` bytes in total. It is equal on every rank."""
         to_others = size * (self.group.world_size - 1) // self.group.world_size
         return max(1, min(MOST_PARTS, to_others // PART_BYTES))
 
@@ -66,7 +66,10 @@ class GlooExchange(CollectiveExchange):
         return Pending(received, self._send_and_receive(blocks, received))
 
     def _send_and_receive(self, blocks: torch.Tensor, received: torch.Tensor) -> list[dist.Work]:
-        """An all-to-all of single messages. Gloo's own sends first and then receives: large ones take twice as long."""
+        """Start an all-to-all of single messages.
+
+        Gloo's own all-to-all sends first and receives afterwards, so large blocks take twice as long.
+        """
         me, group = self.group.rank_in_group, self.group.device_group
         others = [rank for rank in range(self.group.world_size) if rank != me]
         works = [dist.irecv(received[rank], group=group, group_src=rank) for rank in others]
@@ -76,5 +79,5 @@ class GlooExchange(CollectiveExchange):
 
 
 def _joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
-    """The parts, one after the other; no copy of a single one."""
+    """Concatenate the parts on ``dim``. A single part is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
