@@ -1,14 +1,15 @@
-"""Where this package meets SGLang's internals, and the check that SGLang is the one it was written against.
+"""The seams: all places that depend on SGLang's internals. A check finds an SGLang that does not fit them.
 
-A seam is declared beside the code that makes it one:
+A decorator declares each seam, beside its code:
 
-- ``@replaces("module:function", why)``: the function is assigned over SGLang's;
+- ``@replaces("module:function", why)``: this function replaces SGLang's function;
 - ``@substitutes_for("module:Class", why)``: SGLang's class makes objects of this subclass instead;
-- ``@overrides(why)``: the method overrides SGLang's of the same name;
-- ``@relies_on("module:name", why)``: the code is right only while SGLang's stays as it is;
-- ``@extends("module:name", why)``: the code uses an extension point that SGLang offers.
+- ``@overrides(why)``: this method overrides SGLang's method of the same name;
+- ``@relies_on("module:name", why)``: this code is only right while the named code of SGLang stays as it is;
+- ``@extends("module:name", why)``: this code uses an extension point that SGLang offers.
 
-None of them changes what it decorates. ``docs/seams.md`` lists all seams; ``python -m sglang_shift.seams`` writes it.
+The decorators do not change the code below them. ``docs/seams.md`` lists all seams; ``python -m sglang_shift.seams``
+writes it.
 """
 
 from sglang_shift.seams.check import check_sources, check_version, install, put_in_place, verify

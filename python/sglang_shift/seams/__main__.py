@@ -1,4 +1,4 @@
-"""``python -m sglang_shift.seams``: write the digests of the installed SGLang, and the table in ``docs/seams.md``."""
+"""``python -m sglang_shift.seams`` writes the digests of the installed SGLang, and the tables in ``docs/seams.md``."""
 
 from __future__ import annotations
 

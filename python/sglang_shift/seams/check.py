@@ -1,7 +1,7 @@
-"""Check that SGLang is the one the seams were written against, and put ours in place.
+"""Check that the seams fit the installed SGLang, and put our code in place.
 
-:func:`install` runs in each rank's process before the scheduler is built, and :func:`verify` once more before the
-model loads. The launcher calls :func:`check_sources` before it starts any process.
+:func:`install` runs in the process of each rank, before it builds the scheduler. :func:`verify` runs there again before
+the model loads. The launcher calls :func:`check_sources` before it starts any process.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from sglang_shift.errors import SeamError
 from sglang_shift.seams import digests
 from sglang_shift.seams.registry import Kind, Seam, replacement_by, resolve, seams
 
-_replaced: dict[str, Any] = {}  # SGLang's own functions, by target
+_replaced: dict[str, Any] = {}  # the functions of SGLang that we replaced, by target
 
 
 def digest_of(obj: Any) -> str:
-    """First 16 hex digits of the SHA-256 of ``obj``'s source text."""
+    """The first 16 hex digits of the SHA-256 of ``obj``'s source text."""
     return hashlib.sha256(inspect.getsource(getattr(obj, "fget", obj)).encode()).hexdigest()[:16]
 
 
 def source_of(seam: Seam) -> str:
-    """Digest of the source of SGLang's part of a seam, also after ours took its place.
+    """The digest of the source of SGLang's part of a seam, even after our code has replaced it.
 
     Raises:
         SeamError: there is no such source.
@@ -38,10 +38,10 @@ def source_of(seam: Seam) -> str:
 
 
 def check_version() -> None:
-    """The installed SGLang must be the pinned one.
+    """Check that the pinned version of SGLang is installed.
 
     Raises:
-        SeamError: it is another, or none.
+        SeamError: another version is installed, or none.
     """
     try:
         installed = version("sglang")
@@ -55,10 +55,10 @@ def check_version() -> None:
 
 
 def check_sources() -> None:
-    """Version and the source of every seam's target must be those this package was written against.
+    """Check the version of SGLang, and the source of every seam's target, against the recorded ones.
 
     Raises:
-        SeamError: names the first target that differs.
+        SeamError: the version or a source differs. The error names the first target that differs.
     """
     check_version()
     for seam in seams():
@@ -79,10 +79,10 @@ def _changed(seam: Seam, how: str) -> str:
 
 
 def install() -> None:
-    """Check everything, then put our code in place. Once per process, before the scheduler.
+    """Check everything, then put our code in place. Each process calls it once, before it builds the scheduler.
 
     Raises:
-        SeamError: a check failed; nothing was replaced.
+        SeamError: a check failed. If a version or a source differs, nothing was replaced.
     """
     check_sources()
     for seam in seams():
@@ -94,7 +94,7 @@ def install() -> None:
 
 
 def put_in_place(function: Any) -> None:
-    """Assign one declared replacement over SGLang's function; for code that SGLang calls before :func:`install`."""
+    """Replace one function of SGLang by its declared replacement. SGLang may call it before :func:`install` runs."""
     target = replacement_by(function).target
     original = resolve(target)
     if original is not function:
@@ -104,7 +104,7 @@ def put_in_place(function: Any) -> None:
 
 
 def _substitute(stock: type, ours: type, when: Callable[..., bool]) -> None:
-    """Have ``stock(...)`` make an object of ``ours``. Python then calls the ``__init__`` of that object's class."""
+    """Make ``stock(...)`` create an object of ``ours``. Python then calls the ``__init__`` of that object's class."""
 
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
         return object.__new__(ours if cls is stock and when(*args, **kwargs) else cls)
@@ -114,16 +114,16 @@ def _substitute(stock: type, ours: type, when: Callable[..., bool]) -> None:
 
 
 def _constructor(seam: Seam) -> Any:
-    """The class whose objects SGLang's class makes; if it makes its own, its constructor."""
+    """Our class, if SGLang's class makes objects of it. Otherwise the constructor of SGLang's class."""
     new = resolve(seam.target).__new__
     return getattr(new, "substitute", new)
 
 
 def verify() -> None:
-    """Every seam must really be in place.
+    """Check that every seam is in place in this process.
 
     Raises:
-        SeamError: names the first that is not.
+        SeamError: a seam is not. The error names the first such seam.
     """
     for seam in seams():
         if not _in_place(seam):

@@ -1,7 +1,7 @@
-"""The declarations of seams, and the list of them that is made from all declarations.
+"""The decorators that declare seams, and the list of all declared seams.
 
-A declaration registers itself when its module is imported, so :func:`seams` imports every module of :data:`MODULES`
-first. A test compares that list with the sources.
+A declaration registers itself when its module is imported. So :func:`seams` first imports every module of
+:data:`MODULES`. A test compares :data:`MODULES` with the sources.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ MODULES = (
     "sglang_shift.serve_backend",
     "sglang_shift.weights.base_weights",
 )
-"""Every module with a declaration. They are names because this room imports nothing from the rooms above it."""
+"""The names of all modules with a declaration. The list has names because this room imports from no room above it."""
 
 
 class Kind(StrEnum):
-    """How code of ours depends on code of SGLang's."""
+    """How our code depends on SGLang's code."""
 
     REPLACES = "replaces"
     SUBSTITUTES_FOR = "substitutes for"
@@ -64,12 +64,12 @@ class Seam:
     """One place at which this package meets SGLang's internals.
 
     Attributes:
-        kind: How the two depend on each other.
+        kind: How our code depends on the target.
         target: ``module:qualified.name`` in SGLang.
-        ours: The function, method or class of ours.
-        why: What it is for.
-        condition: For a replacement, whether it applies in this process. For a substitute, whether it applies to the
-            object that these arguments make.
+        ours: Our function, method or class.
+        why: The reason for the seam.
+        condition: For a replacement, says whether it applies in this process. For a substitute, it gets the arguments
+            of a constructor call, and says whether this call makes an object of the substitute.
     """
 
     kind: Kind
@@ -80,12 +80,12 @@ class Seam:
 
     @property
     def place(self) -> str:
-        """Where our part is, as ``module:qualified.name``."""
+        """Our code, as ``module:qualified.name``."""
         return f"{self.ours.__module__}:{self.ours.__qualname__}"
 
     @property
     def has_digest(self) -> bool:
-        """Whether SGLang's source must stay as it is, and not only its name."""
+        """Whether the source of the target must stay as it is. Otherwise only the target must exist."""
         return self.kind in (Kind.REPLACES, Kind.OVERRIDES, Kind.RELIES_ON)
 
 
@@ -94,12 +94,12 @@ _overriding: list[tuple[Any, str]] = []  # methods of classes that do not exist 
 
 
 def replaces(target: str, why: str, *, where: Callable[[], bool] = lambda: True) -> Callable[[T], T]:
-    """Declare that a function is assigned over ``target``.
+    """Declare that a function replaces ``target``.
 
     Args:
-        target: ``module:name``, under the name that SGLang's callers read.
-        why: What for.
-        where: Whether this process needs the replacement.
+        target: ``module:name``, in the module that SGLang's callers get it from.
+        why: The reason.
+        where: Returns whether this process needs the replacement.
     """
     return _declare(Kind.REPLACES, target, why, where)
 
@@ -107,32 +107,32 @@ def replaces(target: str, why: str, *, where: Callable[[], bool] = lambda: True)
 def substitutes_for(target: str, why: str, *, when: Callable[..., bool] = lambda *a, **k: True) -> Callable[[T], T]:
     """Declare that SGLang's class makes objects of the decorated class, which is a subclass of it.
 
-    The class itself stays, under all names by which it was imported. So ``isinstance`` and ``issubclass`` hold for
-    SGLang's objects and for ours.
+    SGLang's class itself stays, under every name that a module imported it by. So ``isinstance`` and ``issubclass``
+    hold for SGLang's objects and for our objects.
 
     Args:
         target: ``module:Class``.
-        why: What for.
-        when: Gets the arguments of the constructor. If it is false, the object is SGLang's own.
+        why: The reason.
+        when: Gets the arguments of the constructor. If it returns False, SGLang's class makes its own object.
     """
     return _declare(Kind.SUBSTITUTES_FOR, target, why, when)
 
 
 def relies_on(target: str, why: str) -> Callable[[T], T]:
-    """Declare that a function or class of ours is right only while the body of ``target`` stays as it is."""
+    """Declare that our function or class is only right while the source of ``target`` stays as it is."""
     return _declare(Kind.RELIES_ON, target, why)
 
 
 def extends(target: str, why: str) -> Callable[[T], T]:
-    """Declare the use of ``target``, an extension point that SGLang offers. Its source may change.
+    """Declare that our code uses ``target``, an extension point that SGLang offers. Its source may change.
 
-    The methods of a class that is declared so need no ``@overrides``.
+    If the decorator is on a class, the methods of the class need no ``@overrides``.
     """
     return _declare(Kind.EXTENDS, target, why)
 
 
 def overrides(why: str) -> Callable[[T], T]:
-    """Declare that a method overrides SGLang's of the same name. Goes below ``@property`` and the like."""
+    """Declare that a method overrides SGLang's method of the same name. It goes below ``@property`` and the like."""
 
     def declare(method: T) -> T:
         _overriding.append((method, why))
@@ -163,15 +163,15 @@ def seams() -> list[Seam]:
 
 
 def replacement_by(function: Any) -> Seam:
-    """The declaration of a replacement, without an import of any other module."""
+    """The seam of a replacement. Unlike :func:`seams`, this imports no other module."""
     return next(seam for seam in _seams if seam.kind is Kind.REPLACES and seam.ours is function)
 
 
 def overridden_by(method: Any) -> list[str]:
-    """What of SGLang's a method of ours overrides: a mixin's may override methods of several classes.
+    """The methods of SGLang that our method overrides. A method of a mixin can override methods of several classes.
 
     Raises:
-        SeamError: there is no such method.
+        SeamError: it overrides no method of SGLang.
     """
     owner, _, name = method.__qualname__.rpartition(".")
     cls = resolve(f"{method.__module__}:{owner}")
@@ -183,7 +183,7 @@ def overridden_by(method: Any) -> list[str]:
 
 
 def family(cls: type) -> Iterator[type]:
-    """A class and its subclasses in this package."""
+    """A class and all its subclasses in this package."""
     yield cls
     sub: type
     for sub in cls.__subclasses__():
@@ -192,7 +192,7 @@ def family(cls: type) -> Iterator[type]:
 
 
 def next_in_sglang(cls: type, owner: type, name: str) -> str | None:
-    """Which attribute of SGLang's ``owner.name`` hides from objects of ``cls``, a subclass of ``owner``."""
+    """The attribute of SGLang that ``owner.name`` hides in ``cls``, a subclass of ``owner``; None if there is none."""
     mro = cls.__mro__
     for base in mro[mro.index(owner) + 1 :]:
         if base.__module__.split(".")[0] == SGLANG and name in vars(base):

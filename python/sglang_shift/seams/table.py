@@ -1,4 +1,4 @@
-"""The two files that are made from the declarations: the digests, and the table in ``docs/seams.md``."""
+"""Make two files from the declarations: ``digests.py``, and ``docs/seams.md`` with its tables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEADINGS = {
 
 
 def digests() -> str:
-    """Text of ``digests.py`` for the installed SGLang.
+    """The text of ``digests.py`` for the installed SGLang.
 
     Raises:
         SeamError: a declared target is not in this SGLang.
@@ -37,10 +37,10 @@ def digests() -> str:
 
 
 def document(text: str) -> str:
-    """``docs/seams.md`` with the table of now.
+    """The text of ``docs/seams.md`` with the tables of today's declarations.
 
     Args:
-        text: The file as it is. What is outside of the two marks stays.
+        text: The text of the file. The function replaces the text between the two marks.
 
     Raises:
         SeamError: a mark is missing.
