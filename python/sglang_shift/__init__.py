@@ -1,7 +1,7 @@
 """Shift Parallelism (arXiv 2509.16495) for SGLang.
 
-Ways in: ``python -m sglang_shift.launch_server``, ``sglang serve ... --sp-size S`` and
-:class:`sglang_shift.Engine`. This module stays light: SGLang's spawned processes import it first.
+There are three ways in: ``python -m sglang_shift.launch_server``, ``sglang serve ... --sp-size S``, and
+:class:`sglang_shift.Engine`. This module must stay light, because the processes that SGLang starts import it first.
 """
 
 from __future__ import annotations

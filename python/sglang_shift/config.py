@@ -1,4 +1,4 @@
-"""What the flags amount to: one record, the same on every rank."""
+"""The settings of a server: one record, equal on every rank."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ DEFAULT_THRESHOLD = 256
 
 @dataclass(frozen=True)
 class ShiftConfig:
-    """A deployment's parallelism, resolved.
+    """The resolved settings of a deployment.
+
+    The policy ``queue-depth`` uses ``enter_requests``, ``leave_requests``, ``enter_tokens`` and ``leave_tokens``:
+    :class:`sglang_shift.policy.builtin.QueueDepth`.
 
     Attributes:
         world_size: P.
         sp_size: S.
-        switching: Whether steps may differ (``--enable-shift-parallel``).
-        policy: Name of the policy that chooses each step's mode, or ``module:Class``.
-        threshold: Tokens of the ``tokens`` and ``queue-depth`` policies.
-        enter_requests: Of ``queue-depth``, as the three that follow.
-        leave_requests: See :class:`sglang_shift.policy.builtin.QueueDepth`.
-        enter_tokens: See :class:`sglang_shift.policy.builtin.QueueDepth`.
-        leave_tokens: See :class:`sglang_shift.policy.builtin.QueueDepth`.
+        switching: Whether two steps may have different modes (``--enable-shift-parallel``).
+        policy: The name of the policy that chooses the mode of each step, or ``module:Class``.
+        threshold: A number of tokens, for the policies ``tokens`` and ``queue-depth``.
+        enter_requests: The queue is deep from this many waiting requests on.
+        leave_requests: The queue can be short again only below this many waiting requests.
+        enter_tokens: The queue is deep from this many pending prompt tokens on.
+        leave_tokens: The queue can be short again only below this many pending prompt tokens.
         calibration: ``auto``, ``off``, or a file.
-        exchange: Backend of the exchange: ``auto``, ``flashinfer`` or ``collective``.
-        exchange_dtype: What it sends: ``auto``, the activations as they are, or ``fp8``.
-        graph_buckets: At most so many CUDA graphs of each phase in SP; None for as many as there is use for.
+        exchange: The backend of the exchange: ``auto``, ``flashinfer`` or ``collective``.
+        exchange_dtype: The data that the exchange sends: ``auto`` for unchanged activations, or ``fp8``.
+        graph_buckets: The most CUDA graphs of each phase in SP; None for all sizes that the policy may run in SP.
     """
 
     world_size: int

@@ -16,12 +16,12 @@ from sglang_shift.start_up_log import LAUNCHER_MESSAGES, leave_out
 
 @extends("sglang.srt.entrypoints.engine:Engine", "offline inference with our flags, ranks and tokenizer manager")
 class Engine(SglangEngine):
-    """``sglang.Engine`` with the keyword arguments of our flags as well.
+    """``sglang.Engine``, with a keyword argument for each of our flags as well.
 
-    ``Engine(tp_size=2, enable_shift_parallel=True)``; without ``model_path``, the demo model.
+    For example, ``Engine(tp_size=2, enable_shift_parallel=True)``. Without ``model_path``, it serves the demo model.
 
     Raises:
-        ShiftError: refused settings, or an SGLang that this package was not written against.
+        ShiftError: the settings are refused, or the seams do not fit the installed SGLang.
     """
 
     server_args_class = ShiftServerArgs

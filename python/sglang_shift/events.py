@@ -1,4 +1,4 @@
-"""What programs import to read a server's events: see :mod:`sglang_shift.observe.events`."""
+"""Programs import this module to read the events of a server: :mod:`sglang_shift.observe.events`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Our flags, each defined once: whatever lists them, or needs to know one of them, reads this table.
+"""Our flags. Each flag is defined once, in one table, and all other code reads this table.
 
-``python -m sglang_shift.args flags`` prints ``docs/flags.md`` from it. Nothing here imports SGLang, because every
-``sglang serve`` reads the table to find out whether one of our flags was given.
+``python -m sglang_shift.args flags`` prints ``docs/flags.md`` from the table. This module does not import SGLang,
+because every ``sglang serve`` reads the table to see whether the command line has one of our flags.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from sglang_shift.modes import MODES
 
 AUTO = "auto"
 POLICIES = ("calibrated", "queue-depth", "tokens", *(mode.value for mode in MODES))
-"""The policies that come with the package. SGLang's numeric interface knows each by its place here."""
+"""The policies that come with the package. SGLang's numeric interface identifies a policy by its index here."""
 EXCHANGES = (AUTO, "flashinfer", "collective")
 EXCHANGE_DTYPES = (AUTO, "fp8")
-"""What an exchange sends: activations as they are, or quantized."""
+"""The data that an exchange sends: unchanged activations, or quantized activations."""
 
 
 class Need(StrEnum):
-    """The flags without which a flag would have no effect."""
+    """The flags that another flag needs to have an effect."""
 
     NOTHING = ""
     SP = "--sp-size or --enable-shift-parallel"
@@ -34,24 +34,24 @@ class Need(StrEnum):
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag. It is a field of the server arguments, and all ranks must have the same value.
+    """One flag. It is a field of the server arguments, and its value must be equal on all ranks.
 
     Attributes:
         name: The field of the server arguments.
         setting: The field of :class:`sglang_shift.config.ShiftConfig`.
-        type: Of its value, as Python has it; ``bool`` is a flag without a value.
+        type: The Python type of the value; ``bool`` is a flag without a value.
         meaning: Plain text for ``--help`` and the page of flags.
-        default: What holds if it is not given, in words; empty for off.
-        placeholder: What stands for its value in the page of flags.
-        need: Without which other flags it is refused.
-        without: What does not happen without those, if it is a setting of SP mode.
-        policies: The policies that use it; empty if it is not a setting of a policy.
-        live: Whether ``/set_internal_state`` can change it.
-        aliases: Its other names on the command line.
-        choices: Its values, if there are no others.
-        parse: Reads its value from a command line, if ``type`` does not.
-        resolvable: Whether our resolution may replace its value.
-        more: Where the documents say more, relative to ``docs/``.
+        default: The value if the user does not give the flag, in words; empty for off.
+        placeholder: A word that stands for the value on the page of flags.
+        need: The flags that this flag needs. Without them it is refused.
+        without: The reason for such a refusal, if the flag is a setting of SP mode.
+        policies: The policies that use the flag; empty if it is not a setting of a policy.
+        live: Whether ``/set_internal_state`` can change the value.
+        aliases: Other names on the command line.
+        choices: All possible values; empty if there are too many to list.
+        parse: Reads the value from a command line, if ``type`` does not.
+        resolvable: Whether our resolution may replace the value.
+        more: The place in the documents that says more, relative to ``docs/``.
     """
 
     name: str
@@ -72,12 +72,12 @@ class Flag:
 
     @property
     def option(self) -> str:
-        """Its name on the command line."""
+        """The name of the flag on the command line."""
         return "--" + self.name.replace("_", "-")
 
     @property
     def options(self) -> tuple[str, ...]:
-        """All its names on the command line."""
+        """All names of the flag on the command line."""
         return (self.option, *self.aliases)
 
     @property
@@ -92,17 +92,17 @@ class Flag:
 
     @property
     def limits(self) -> str:
-        """The policies that it is for, in a sentence; empty if it is for all."""
+        """One sentence that names the policies of the flag; empty if it is not a setting of a policy."""
         if not self.policies:
             return ""
         return f"It is only for the {'policies' if len(self.policies) > 1 else 'policy'} {' and '.join(self.policies)}."
 
 
 def parse_sp_size(text: str) -> int | str:
-    """The value of ``--sp-size`` on a command line or in a ``--config`` file.
+    """Parse the value of ``--sp-size`` from a command line or a ``--config`` file.
 
     Raises:
-        argparse.ArgumentTypeError: it is neither a whole number nor ``auto``.
+        argparse.ArgumentTypeError: the value is neither a whole number nor ``auto``.
     """
     if text.strip() == AUTO:
         return AUTO
@@ -234,4 +234,4 @@ FLAGS = (
 
 BY_NAME = {flag.name: flag for flag in FLAGS}
 LIVE_NUMBERS = tuple(flag for flag in FLAGS if flag.live and flag.type is int)
-"""The numbers of the policies: tokens or requests, 0 or more."""
+"""The flags of the policies that take a number: tokens or requests, 0 or more."""

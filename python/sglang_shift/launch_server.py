@@ -1,6 +1,7 @@
 """``python -m sglang_shift.launch_server``: SGLang's server with Shift Parallelism.
 
-Every flag of ``python -m sglang.launch_server`` and ours (``--help``). Without ours, stock SGLang.
+It takes every flag of ``python -m sglang.launch_server``, and our flags (``--help``). Without our flags, it serves with
+stock SGLang.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def run_server(server_args: ShiftServerArgs) -> None:
-    """Serve until stopped.
+    """Serve until the server is stopped.
 
     Raises:
-        ShiftError: a start-up problem, in one sentence, before any process is started.
+        ShiftError: there is a problem before any process is started. The error has one sentence.
     """
     from sglang.launch_server import run_server as run_stock_server
     from sglang.srt.entrypoints.http_server import launch_server
@@ -51,7 +52,7 @@ def run_server(server_args: ShiftServerArgs) -> None:
 
 
 def observe(server_args: ShiftServerArgs) -> None:
-    """Have the status page and the metrics on SGLang's HTTP server."""
+    """Add the status page and the metrics to SGLang's HTTP server."""
     from sglang.srt.arg_groups.overrides import resolution_result
 
     from sglang_shift.observe import routes
@@ -62,13 +63,13 @@ def observe(server_args: ShiftServerArgs) -> None:
 
 
 def resolve(server_args: ShiftServerArgs) -> None:
-    """Resolve the arguments; whatever goes wrong becomes one sentence.
+    """Resolve the server arguments. Any error becomes one sentence.
 
     Raises:
-        ShiftError: with the reason.
+        ShiftError: the arguments cannot be resolved; the error has the reason.
     """
     path = server_args.model_path
-    if not path:  # an unset variable of a shell
+    if not path:  # a shell variable may be unset
         raise ShiftError("--model-path is empty; give a folder with a config.json, or a hub name")
     if path.startswith(("/", "./", "../", "~")) and not os.path.exists(os.path.expanduser(path)):
         raise ShiftError(f"--model-path {path} does not exist; give a folder with a config.json, or a hub name")
@@ -78,10 +79,12 @@ def resolve(server_args: ShiftServerArgs) -> None:
 
 @contextlib.contextmanager
 def one_sentence(what: str) -> Iterator[None]:
-    """Whatever goes wrong becomes one sentence: SGLang and transformers raise many kinds; the user needs the reason.
+    """Inside of this context, any error becomes one sentence for the user.
+
+    SGLang and transformers raise many kinds of errors, and the user only needs the reason.
 
     Raises:
-        ShiftError: with ``what``, and the reason.
+        ShiftError: another error was raised. The sentence has ``what`` and the reason.
     """
     try:
         yield
@@ -93,10 +96,10 @@ def one_sentence(what: str) -> Iterator[None]:
 
 
 def check_port(host: str, port: int, node_rank: int) -> None:
-    """The HTTP port must be free on the node that serves it.
+    """Check that the HTTP port is free, on the node that serves it.
 
     Raises:
-        ShiftError: it is not, or the host is not this machine's.
+        ShiftError: the port is in use, or the host is not an address of this machine.
     """
     if node_rank > 0:
         return
@@ -112,7 +115,7 @@ def check_port(host: str, port: int, node_rank: int) -> None:
 
 
 def main(argv: list[str], prog: str = "python -m sglang_shift.launch_server") -> None:
-    """Parse, check, serve; on exit no process is left behind."""
+    """Parse and check the command line, and serve. At the end, no process is left."""
     try:
         from sglang_shift import seams
 

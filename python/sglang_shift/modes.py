@@ -1,4 +1,4 @@
-"""The family of modes, one of which each step has, and the interface of the policies that choose one."""
+"""The modes of a step, and the interface of a policy, which chooses a mode for each step."""
 
 from __future__ import annotations
 
@@ -7,46 +7,45 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 PENDING_REQUESTS = 64
-"""Waiting requests whose tokens are counted: a queue of thousands must not cost a step its time."""
+"""The most waiting requests that count for ``pending_prefill_tokens``. A step has no time to count thousands."""
 
 
 class Mode(StrEnum):
     """How one step (one forward of the model) runs.
 
-    Whatever is kept for each mode is a mapping by mode, so a mode that is added here needs no field elsewhere. The
-    first mode is SGLang's own. The cost model compares the others with it, and it is taken if times are equal.
+    All code that keeps a value for each mode has a mapping by mode. So a new mode needs no new field elsewhere. The
+    first mode is SGLang's own. The cost model compares the other modes with it, and chooses it if times are equal.
     """
 
     TP = "tp"
-    """Full tensor parallelism over all P ranks: lowest latency for few tokens."""
+    """Full tensor parallelism over all P ranks. It has the lowest latency for few tokens."""
 
     SP = "sp"
-    """Ulysses sequence parallelism over S ranks, TP over P/S: highest throughput for many."""
+    """Ulysses sequence parallelism over S ranks, with TP over P/S. It has the highest throughput for many tokens."""
 
 
 MODES = tuple(Mode)
-"""The family in its order. To iterate over the class takes ten times as long, and each step does it."""
+"""All modes, in order. A loop over the class itself takes ten times as long, and each step has such loops."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepState:
-    """What a policy may look at: state that is identical on every rank.
+    """The state that a policy may use. It is equal on every rank.
 
     Attributes:
-        num_tokens: Tokens the step computes: new prompt tokens plus one per decoding request.
-        num_prefill_tokens: New prompt tokens among them.
-        num_running: Requests that hold KV cache and decode.
+        num_tokens: Tokens that the step computes: new prompt tokens, and one token for each decoding request.
+        num_prefill_tokens: The new prompt tokens among ``num_tokens``.
+        num_running: Requests that have a KV cache and decode.
         num_waiting: Requests in the waiting queue.
-        pending_prefill_tokens: Prompt tokens that wait for a later step: those of the waiting
-            requests (the first 64 of them are counted, cached tokens included) and what is left of a
-            chunked prompt.
-        padded: By mode, the tokens that the step computes there: ``num_tokens`` padded to the CUDA graph that it would
-            replay in this mode, or ``num_tokens`` if it would run eagerly. For TP, the sizes are those that SGLang
-            has graphs for, whether or not they are captured in TP. A mode that is not given is not padded.
-        kv_reads: Pairs of a query token and a KV-cache token that attention computes. For a decode
-            step, the sum of the sequence lengths.
-        previous_mode: Mode that was chosen for the step before; None for the first.
-        steps_since_switch: Steps since the mode last changed.
+        pending_prefill_tokens: Prompt tokens that wait for a later step. These are the tokens of the first 64 waiting
+            requests, with cached tokens, and the rest of a chunked prompt.
+        padded: By mode, the tokens that the step computes in this mode. If it would replay a CUDA graph, this is
+            ``num_tokens`` padded to the graph; if it would run eagerly, ``num_tokens``. For TP, ``num_tokens`` is
+            padded to SGLang's sizes, whether or not TP has graphs of them. A mode that is not given is not padded.
+        kv_reads: Pairs of a query token and a KV-cache token that attention computes. For a decode step, this is the
+            sum of the sequence lengths.
+        previous_mode: The mode that was chosen for the previous step; None for the first step.
+        steps_since_switch: The steps since the mode last changed.
     """
 
     num_tokens: int
@@ -66,12 +65,12 @@ class StepState:
 
     @property
     def padded_tokens(self) -> int:
-        """Tokens, padded as SGLang pads them."""
+        """``num_tokens``, padded as SGLang pads it in TP."""
         return self.padded[Mode.TP]
 
     @property
     def phase(self) -> str:
-        """``prefill``, ``decode``, or ``mixed`` for a step with both."""
+        """``prefill``, ``decode``, or ``mixed`` for a step with prompt tokens and decoding requests."""
         if self.num_prefill_tokens == 0:
             return "decode"
         return "prefill" if self.num_prefill_tokens == self.num_tokens else "mixed"
@@ -80,19 +79,21 @@ class StepState:
 class ShiftPolicy:
     """Chooses the mode of a step.
 
-    Subclass it for ``--shift-policy module:Class``; the class is constructed without arguments, in each rank.
-    Rank 0's is asked, and all ranks do what it answers. Of the policies here, which cost no message between
-    ranks, each rank has its own: they are pure functions of :class:`StepState`.
+    For ``--shift-policy module:Class``, write a subclass. Each rank constructs it without arguments. Only rank 0 asks
+    its policy, and all ranks use the answer.
+
+    The policies of this package are pure functions of :class:`StepState`. So each rank asks its own policy, without a
+    message between ranks.
     """
 
     def choose(self, step: StepState) -> Mode:
-        """The mode of ``step``."""
+        """Choose the mode of ``step``."""
         raise NotImplementedError
 
     def explain(self, step: StepState, mode: Mode) -> str:
-        """Why ``choose(step)`` is ``mode``, in a few words; asked for when the mode changes."""
+        """Say in a few words why ``choose(step)`` is ``mode``. It is called when the mode changes."""
         return f"{step.num_tokens} tokens ({step.phase}), {step.num_running} running, {step.num_waiting} waiting"
 
     def describe(self) -> str:
-        """One line for the start-up log and the status page."""
+        """Describe the policy in one line, for the start-up log and the status page."""
         return type(self).__name__

@@ -1,4 +1,4 @@
-"""What our flags amount to, once SGLang has resolved its server arguments."""
+"""The settings that follow from our flags, after SGLang has resolved its server arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def shift_config_of(server_args: Any) -> ShiftConfig | None:
     """The configuration that ``server_args`` ask for, or None if they ask for stock SGLang.
 
     Args:
-        server_args: A :class:`sglang_shift.args.server_args.ShiftServerArgs`, or any of SGLang's.
+        server_args: A :class:`sglang_shift.args.server_args.ShiftServerArgs`, or SGLang's ``ServerArgs``.
     """
     if not hasattr(server_args, "sp_size"):
         return None
@@ -28,7 +28,7 @@ def shift_config_of(server_args: Any) -> ShiftConfig | None:
     if not switching:
         policy = "sp"
     elif policy is None:
-        # Who gives a threshold has made up their mind.
+        # A user who gives a threshold wants the policy tokens. Without a calibration, calibrated cannot run.
         policy = "tokens" if calibration == "off" or settings["threshold"] is not None else "calibrated"
     settings.update(
         sp_size=world_size if settings["sp_size"] is None else settings["sp_size"],

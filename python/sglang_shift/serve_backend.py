@@ -1,4 +1,4 @@
-"""``sglang serve ... --sp-size S``: SGLang's entry point for serve backends."""
+"""``sglang serve ... --sp-size S`` comes here through SGLang's entry point for serve backends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG = "--config"
 
 
 def asks_for_us(argv: tuple[str, ...]) -> bool:
-    """Whether a command line, or the YAML file its ``--config`` names, has one of our flags, abbreviated or not."""
+    """Whether a command line has one of our flags, abbreviated or not, or names a ``--config`` file that has one."""
     for i, word in enumerate(argv):
         name, equals, value = word.partition("=")
         flags = flags_of(name)
@@ -30,13 +30,14 @@ def asks_for_us(argv: tuple[str, ...]) -> bool:
 
 
 def flags_of(word: str) -> set[str]:
-    """The flags that a word may stand for, by argparse's rules; none if none of ours is among them."""
+    """The flags that a word may stand for, by argparse's rules; empty if no flag of ours can be among them."""
     known = {*OURS, CONFIG}
     if word in known:
         return {word}
     if not word.startswith("--") or not any(flag.startswith(word) for flag in known):
         return set()
-    parser = argparse.ArgumentParser()  # only here: an abbreviation of ours may be a flag of SGLang's
+    # SGLang's flags take long to load, but an abbreviation of our flag may also be a flag of SGLang.
+    parser = argparse.ArgumentParser()
     from sglang.srt.server_args import ServerArgs
 
     ServerArgs.add_cli_args(parser)
@@ -45,7 +46,7 @@ def flags_of(word: str) -> set[str]:
 
 
 def file_asks_for_us(path: str) -> bool:
-    """Whether a file has one of our flags. What is wrong with a file, SGLang's own parser will say."""
+    """Whether a file has one of our flags. If it cannot be read: no, and SGLang's own parser reports the mistake."""
     try:
         entries = config_file.read(path)
     except ShiftError:
@@ -54,14 +55,14 @@ def file_asks_for_us(path: str) -> bool:
 
 
 def detect(request: ServeRequest) -> ServeBackendDetection:
-    """Take the requests that carry our flags; leave all others to SGLang."""
+    """Take a request if it has one of our flags. SGLang serves all other requests."""
     from sglang.cli.serve_backends import ServeBackendDetection
 
     return ServeBackendDetection.MATCH if asks_for_us(request.argv) else ServeBackendDetection.NO_MATCH
 
 
 def run(request: ServeRequest) -> None:
-    """Serve until stopped."""
+    """Serve until the server is stopped."""
     from sglang_shift.launch_server import main
 
     main(list(request.argv), prog="sglang serve")
@@ -69,7 +70,7 @@ def run(request: ServeRequest) -> None:
 
 @extends("sglang.cli.serve_backends:ServeBackend", "`sglang serve` with one of our flags comes to us")
 def backend() -> ServeBackend:
-    """The factory named in the package's entry points."""
+    """Make the serve backend. The package's entry points name this function."""
     from sglang.cli.serve_backends import SERVE_BACKEND_API_VERSION, ServeBackend
 
     return ServeBackend(api_version=SERVE_BACKEND_API_VERSION, run=run, detect=detect, requires_model_path=False)
