@@ -1,6 +1,6 @@
-"""Made-up calibrations: step times of servers whose modes cross at known token counts.
+"""Makes calibrations: step times of made-up servers whose modes cross at known token counts.
 
-python test/calibrations.py DIR    # writes one file per server, for benchmark/policies.py
+python test/support/calibrations.py DIR    # writes one file per server, for benchmark/policies.py
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from sglang_shift.modes import Mode
 PREFILL_TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DECODE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512)
 ATTENTION = {"prefill": 4e-10, "decode": 2e-9}
-CONTEXTS = {"prefill": (0, 1024), "decode": (64, 1024)}  # cached tokens of a request, the two that are measured
+CONTEXTS = {"prefill": (0, 1024), "decode": (64, 1024)}  # the two measured numbers of cached tokens of a request
 
 
 def line(start_ms: float, slope_us: float) -> Callable[[int], float]:
-    """Seconds by tokens: ``start_ms`` milliseconds and ``slope_us`` microseconds a token."""
+    """Return a function from tokens to seconds: ``start_ms`` milliseconds, and ``slope_us`` microseconds per token."""
     return lambda tokens: 1e-3 * start_ms + 1e-6 * slope_us * tokens
 
 
 SERVERS: dict[str, dict[tuple[str, Mode], Callable[[int], float]]] = {
-    "sp-always": {  # nothing to choose
+    "sp-always": {  # SP is always faster
         ("prefill", Mode.TP): line(12.0, 60),
         ("prefill", Mode.SP): line(9.0, 35),
         ("decode", Mode.TP): line(8.0, 40),
         ("decode", Mode.SP): line(6.0, 25),
     },
-    "crossovers-differ": {  # prefill at 64 tokens, decode at 200
+    "crossovers-differ": {  # prefill crosses at 64 tokens, decode at 200
         ("prefill", Mode.TP): line(6.0, 75),
         ("prefill", Mode.SP): line(8.56, 35),
         ("decode", Mode.TP): line(5.0, 45),
         ("decode", Mode.SP): line(10.0, 20),
     },
-    "crossovers-equal": {  # both at 128 tokens
+    "crossovers-equal": {  # both phases cross at 128 tokens
         ("prefill", Mode.TP): line(6.0, 75),
         ("prefill", Mode.SP): line(11.12, 35),
         ("decode", Mode.TP): line(5.0, 65),
@@ -48,12 +48,12 @@ SERVERS: dict[str, dict[tuple[str, Mode], Callable[[int], float]]] = {
 
 
 def kv_reads(phase: str, tokens: int, context: int) -> int:
-    """KV reads of a step: one prompt on a cached prefix, or so many decoding requests."""
+    """Return the KV reads of a step: one prompt after a cached prefix, or ``tokens`` requests that decode."""
     return tokens * context + (tokens * (tokens + 1) // 2 if phase == "prefill" else 0)
 
 
 def measurements(server: str, sigma: float = 0.0, seed: int = 0) -> list[Measurement]:
-    """What timing the server's steps gives, with a relative error of ``sigma``."""
+    """Return the measured step times of a server, with a relative error of ``sigma``."""
     rng = random.Random(seed)
     measured = []
     for (phase, mode), seconds in SERVERS[server].items():
@@ -66,7 +66,7 @@ def measurements(server: str, sigma: float = 0.0, seed: int = 0) -> list[Measure
 
 
 def write(folder: Path) -> None:
-    """A calibration file of each server."""
+    """Write a calibration file for each server."""
     folder.mkdir(parents=True, exist_ok=True)
     for server in SERVERS:
         measured = measurements(server)

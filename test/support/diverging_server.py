@@ -1,6 +1,6 @@
-"""A server in which rank 1 chooses another mode than rank 0, as no policy of the package could.
+"""Runs a server in which rank 1 chooses another mode than rank 0. No policy of the package can do this.
 
-python test/diverging_server.py --port N [the flags of launch_server]
+python test/support/diverging_server.py --port N [the flags of launch_server]
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from serving import serve
 from sglang_shift.modes import Mode, ShiftPolicy, StepState
 
 TRIGGER = 77
-"""Tokens of the prompt from which on the ranks differ."""
+"""The ranks choose different modes for a prompt of this number of tokens."""
 
 
 class Diverging(ShiftPolicy):
-    """TP; but SP on rank 1, for a prompt of so many tokens."""
+    """Chooses TP. But on rank 1 it chooses SP for a prompt of :data:`TRIGGER` tokens."""
 
     def choose(self, step: StepState) -> Mode:
         from sglang.srt.runtime_context import get_parallel

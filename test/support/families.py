@@ -1,4 +1,4 @@
-"""A tiny random model of each family that is served, and the flags it is tested with."""
+"""Makes a tiny random model of each family that the package serves, and has the flags for its tests."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 @dataclass
 class Family:
-    """A tiny model of a family and the layout it is served in.
+    """A tiny model of a family, and the layout for it.
 
     Attributes:
         config: Name of its configuration class in transformers.
-        flags: How it is served; together the families cover each layout, fixed SP and switching.
-        fields: What differs from the common shape.
-        mode: Whether every step must be SP, or both modes must occur.
+        flags: Flags of its server. Together the families cover each layout, fixed SP and switching.
+        fields: The fields that differ from the common shape.
+        mode: ``sp`` if every step must be SP, or ``both`` if both modes must occur.
     """
 
     config: str
@@ -35,15 +35,15 @@ FAMILIES = {
     ),
     "MistralForCausalLM": Family("MistralConfig", ["--tp-size", "2", "--sp-size", "2"], {"head_dim": 24}, "sp"),
     "Phi3ForCausalLM": Family("Phi3Config", ["--tp-size", "2", *SHIFT], {"pad_token_id": 0}),
-    # Biases, two KV heads on four ranks, and base-TP groups of two.
+    # This model has biases, two KV heads on four ranks, and base-TP groups of two ranks.
     "Qwen2ForCausalLM": Family("Qwen2Config", ["--tp-size", "4", "--sp-size", "2", *SHIFT]),
-    # Norms over the heads of Q and K.
+    # This model has norms over the heads of Q and K.
     "Qwen3ForCausalLM": Family("Qwen3Config", ["--tp-size", "4", "--sp-size", "2"], {"head_dim": 16}, "sp"),
 }
 
 
 def make_model(path: str, family: Family) -> Any:
-    """Save a random model and the demo model's tokenizer; returns the model."""
+    """Save a random model and the demo model's tokenizer, and return the model."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
     config = getattr(transformers, family.config)(
@@ -51,13 +51,13 @@ def make_model(path: str, family: Family) -> Any:
             "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
             "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": 0,
-            # Large weights: logits far enough apart that greedy's choice does not hang on rounding.
+            # Large weights keep the logits far apart, so that rounding does not change the greedy choice.
             "initializer_range": 0.15, **family.fields,
         }
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # initialized to zero otherwise, which would hide a bias added twice
+        if name.endswith("bias"):  # zeros, the default, would hide a bias that is added twice
             torch.nn.init.normal_(parameter, std=0.5)
         elif "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)

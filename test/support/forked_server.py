@@ -1,12 +1,13 @@
-"""Servers whose processes are forked from one that has imported SGLang, and so need not import it again.
+"""Forks the processes of a server from a process that has imported SGLang, so that they need not import it again.
 
-The import takes a process 13 s of a core. A server started by its command imports SGLang once, and so does each of its
-ranks; one started here imports it never. The program, its flags and the ranks' code are the same. Servers that the
-tests start without this (test_calibrated_server, test_small_pool and others) are the user's command to the letter.
+The import takes 13 s of a core in each process. A server that is started by its command imports SGLang once, and each
+of its ranks imports it again. A server that is started here never imports it. The program, its flags and the ranks'
+code are the same. Some tests (test_calibrated_server, test_small_pool and others) start a server by exactly the user's
+command.
 
     python test/support/forked_server.py {-m MODULE | FILE} [its arguments]
 
-runs another program in this process, with forked ranks.
+This runs another program in this process, with forked ranks.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ IMPORTS = [
 
 
 class ForkedProcess:
-    """A program in a session of its own; as much of ``subprocess.Popen`` as the tests need."""
+    """A program in its own session. It has the parts of ``subprocess.Popen`` that the tests need."""
 
     def __init__(self, arguments: list[str], env: dict[str, str], log: Path) -> None:
-        # Spawned ranks read their share of the cores from the environment; forked ones have torch's threads already.
+        # Spawned ranks read their share of the cores from the environment. Forked ranks have torch's threads already.
         env = {"OMP_NUM_THREADS": "1", **env}
         with mock.patch.dict(os.environ, env):
             CONTEXT.set_forkserver_preload(IMPORTS)
@@ -64,23 +65,23 @@ class ForkedProcess:
 
 
 def run_as_command(arguments: list[str], env: dict[str, str], log: str) -> None:
-    """In the forked process: what starting a command gives it, then the program."""
+    """Prepare a forked process like the process of a command, then run the program."""
     os.setsid()
-    setproctitle.setproctitle(" ".join(arguments))  # before the environment moves: ranks could not name themselves
+    setproctitle.setproctitle(" ".join(arguments))  # before the environment moves, or ranks could not name themselves
     with open(log, "wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     os.environ.clear()
     os.environ.update(env)
     sys.path[:0] = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
-    tempfile.tempdir = None  # another TMPDIR counts
-    # Its own tracker: what a killed server leaves behind goes with it.
+    tempfile.tempdir = None  # forgotten, so that another TMPDIR counts
+    # The process gets its own tracker. It removes what a killed server leaves behind.
     resource_tracker._resource_tracker._fd = resource_tracker._resource_tracker._pid = None
     run_program(arguments)
 
 
 def run_program(arguments: list[str]) -> None:
-    """``python ARGUMENTS``, with forked ranks."""
+    """Run ``python ARGUMENTS`` with forked ranks."""
     fork_ranks()
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
@@ -91,7 +92,7 @@ def run_program(arguments: list[str]) -> None:
 
 
 def fork_ranks() -> None:
-    """SGLang sets the start method to "spawn" as it launches: take "fork" for it."""
+    """Let SGLang fork its ranks. At launch it sets the start method to "spawn", which becomes "fork" here."""
     import sglang.srt.managers.detokenizer_manager
     import sglang.srt.managers.scheduler  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""What the tests share: real servers, requests to them, process groups over gloo."""
+"""Provides what the tests share: real servers, requests to them, and process groups over gloo."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ START_TIMEOUT = 420  # seconds; 8 ranks on 2 cores take minutes to import SGLang
 
 
 def shift_flags(world: int, sp: int) -> tuple[str, ...]:
-    """Flags of a server that switches between TP of ``world`` ranks and SP; its tests set the policy."""
+    """Return flags of a server that switches between TP of ``world`` ranks and SP. Its tests set the policy."""
     return (
         "--dtype", "float32", "--tp-size", str(world), "--sp-size", str(sp), "--enable-shift-parallel",
         "--shift-policy", "tokens", "--shift-threshold", "64",
@@ -35,7 +35,7 @@ def shift_flags(world: int, sp: int) -> tuple[str, ...]:
 
 
 TWO_RANKS = shift_flags(2, 2)
-# Prompts are prefilled in SP, in chunks, and decoded in TP: the threshold is above the decoding batches.
+# Prompts run in SP, in chunks. Decodes run in TP, because their batches are smaller than the threshold.
 SMALL_CHUNKS = (
     "--dtype", "float32", "--tp-size", "2", "--enable-shift-parallel", "--shift-threshold", "20",
     "--chunked-prefill-size", "128",
@@ -65,18 +65,18 @@ class Answer:
         return cls(body["output_ids"], logprobs, meta, body["text"])
 
     def first(self, count: int) -> Answer:
-        """The answer as if only ``count`` tokens had been asked for."""
+        """Return the answer as if the request had asked for only ``count`` tokens."""
         return Answer(self.tokens[:count], self.logprobs[:count], self.meta, self.text)
 
 
 @dataclass
 class Server:
-    """A server process of its own session, so that it and its children can be stopped together."""
+    """A server process in its own session, so that it can be stopped together with its children."""
 
     flags: list[str]
     module: list[str] = field(default_factory=lambda: list(COMMAND))
     env: dict[str, str] = field(default_factory=dict)
-    forked: bool = False  # start it in a third of the time: see forked_server.py
+    forked: bool = False  # starts in a third of the time: see forked_server.py
 
     started: ClassVar[list[float]] = []  # seconds until each server of this session was ready
 
@@ -133,20 +133,20 @@ class Server:
         return Answer.of(self.post("/generate", body))
 
     def generate_all(self, prompts: list[list[int]], concurrency: int, max_new_tokens: int = 8) -> list[Answer]:
-        """All prompts, from an empty prefix cache."""
+        """Send all prompts, from an empty prefix cache."""
         self.flush_cache()
         with ThreadPoolExecutor(concurrency) as pool:
             return list(pool.map(lambda ids: self.generate(ids, max_new_tokens), prompts))
 
     def flush_cache(self) -> None:
-        for _ in range(50):  # refused while a finished request is still being cleaned up
+        for _ in range(50):  # the server refuses while it still cleans up a finished request
             if requests.post(self.url + "/flush_cache", timeout=60).status_code == 200:
                 return
             time.sleep(0.1)
         raise AssertionError("the cache could not be flushed")
 
     def set_policy(self, policy: str, threshold: int = 256) -> None:
-        """``tokens`` with a threshold, or one mode for every step, as thresholds no step can cross."""
+        """Set the policy ``tokens`` with a threshold. For ``tp`` and ``sp``, no step can cross the threshold."""
         threshold = {"tp": 10**9, "sp": 0, "tokens": threshold}[policy]
         self.set(shift_policy="tokens", shift_threshold=threshold)
 
@@ -161,7 +161,7 @@ class Server:
 
     @contextlib.contextmanager
     def policy(self, policy: str, threshold: int = 256) -> Iterator[dict[str, int]]:
-        """Run a block under a policy; the yielded dict holds its steps by mode once it ends."""
+        """Run a block under a policy. When the block ends, the yielded dict holds its steps by mode."""
         self.set_policy(policy, threshold)
         before, steps = self.state["steps"], {}
         yield steps
@@ -169,7 +169,7 @@ class Server:
 
 
 class ServerPool:
-    """At most one server alive at a time: idle ones would take the cores of the one under test."""
+    """Keeps at most one server alive. Idle servers would take the cores of the server under test."""
 
     def __init__(self) -> None:
         self.key: Any = None
@@ -196,7 +196,7 @@ class ServerPool:
 
 
 def session_members(session: int) -> list[int]:
-    """Live processes of a session, zombies not counted."""
+    """Return the live processes of a session, without zombies."""
     members = []
     for p in psutil.process_iter(["pid", "status"]):
         try:
@@ -208,7 +208,7 @@ def session_members(session: int) -> list[int]:
 
 
 def left_after_a_while(session: int) -> list[int]:
-    """Processes of a session that do not end within a minute after its leader, as killed ranks should."""
+    """Return the processes of a session that still run after a minute. Killed ranks should have ended by then."""
     deadline = time.monotonic() + 60
     while (members := session_members(session)) and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -216,10 +216,10 @@ def left_after_a_while(session: int) -> list[int]:
 
 
 def run_ranks(size: int, function: Callable[..., None], *args: Any) -> None:
-    """Run ``function(rank, size, *args)`` in ``size`` processes of one gloo group; raises what a rank raises."""
+    """Run ``function(rank, size, *args)`` in ``size`` processes of one gloo group. Raise what a rank raises."""
     import torch.multiprocessing as mp
 
-    # Forked: a spawned rank would import SGLang again, many seconds each on two cores.
+    # The ranks are forked. Each spawned rank would import SGLang again, which takes many seconds on two cores.
     mp.start_processes(_rank_main, (size, free_port(), function, args), nprocs=size, start_method="fork")
 
 
@@ -236,7 +236,7 @@ def _rank_main(rank: int, size: int, port: int, function: Callable[..., None], a
 
 
 class GlooGroup:
-    """What our code uses of SGLang's GroupCoordinator, over plain torch.distributed."""
+    """The parts of SGLang's GroupCoordinator that our code uses, over plain torch.distributed."""
 
     def __init__(self, ranks: list[int], group: Any) -> None:
         import torch.distributed as dist
@@ -246,7 +246,7 @@ class GlooGroup:
 
     @staticmethod
     def mine(groups: list[list[int]]) -> GlooGroup:
-        """Create all ``groups`` (every rank must) and return the one this rank is in."""
+        """Create all ``groups``, as every rank must do, and return the group of this rank."""
         import torch.distributed as dist
 
         created = [(ranks, dist.new_group(ranks)) for ranks in groups]

@@ -1,8 +1,8 @@
-"""A server whose ranks switch mode at every step, and count and check what they do.
+"""Runs a server whose ranks switch the mode at every step, and count and check what they do.
 
-    python test/instrumented_server.py --port N [the flags of launch_server]
+    python test/support/instrumented_server.py --port N [the flags of launch_server]
 
-The policy is the one thing replaced; the counts come from wrapping SGLang's groups in each rank.
+Only the policy is replaced. The counts come from wrappers of SGLang's groups in each rank.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COUNTS: dict[str, Counter[str]] = {"tp": Counter(), "sp": Counter()}
 
 
 class Alternating(ShiftPolicy):
-    """A threshold that flips between none and all at every step."""
+    """Chooses by a threshold that changes at every step: all steps are above it, then no step is above it."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -33,12 +33,12 @@ class Alternating(ShiftPolicy):
 
 
 def count_collectives() -> None:
-    """Count the collectives of model forwards by mode."""
+    """Count the collectives of the model's forwards, by mode."""
     from sglang.srt.distributed.parallel_state import GroupCoordinator
     from sglang_shift.runtime.model_runner import ShiftModelRunner
 
     running: list[str] = []
-    scheduler_thread = threading.current_thread()  # the rank-consensus checker communicates from another
+    scheduler_thread = threading.current_thread()  # the rank-consensus checker communicates from another thread
     forward = ShiftModelRunner._forward_raw
 
     def counted_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -66,7 +66,7 @@ def count_collectives() -> None:
 
 
 def weights_facts(scheduler: Any) -> dict[str, Any]:
-    """Whether the TP weights are views of the base weights, and what memory they take."""
+    """Return how many TP weights are views of the base weights, and how much memory the parameters take."""
     import torch
 
     base = scheduler.tp_worker.model_runner.base_weights

@@ -1,6 +1,7 @@
-"""The Triton kernels in Triton's interpreter. Run by test_kernels.py, in a process with TRITON_INTERPRET=1.
+"""Tests the Triton kernels in Triton's interpreter. test_kernels.py runs it in a process with TRITON_INTERPRET=1.
 
-The switch is read when a kernel is defined, and SGLang defines many: hence a process of its own.
+Triton reads this variable when a kernel is defined, and SGLang defines many kernels. So the tests need their own
+process.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ODD = [(1, 1, 1), (1, 5, 3), (2, 1, 40), (3, 7, 129), (4, 33, 80), (8, 17, 300),
 
 @pytest.fixture(autouse=True)
 def exact_fp8(monkeypatch):
-    """PyTorch's cast to e4m3: the interpreter's rounds halves up and loses a carry out of the mantissa."""
+    """Use PyTorch's cast to e4m3. The interpreter's cast rounds halves up, and loses a carry out of the mantissa."""
     convert = interpreter._convert_float
 
     def converted(data, source, target, rounding):
@@ -33,13 +34,13 @@ def exact_fp8(monkeypatch):
 
 
 def anything(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Random bits, so also infinities, subnormals and NaNs of all kinds."""
+    """Return random bits. They include infinities, subnormals and NaNs of all kinds."""
     generator = torch.Generator().manual_seed(rows * columns)
     return torch.randint(0, 256, (rows, columns * dtype.itemsize), dtype=torch.uint8, generator=generator).view(dtype)
 
 
 def numbers(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Numbers of very different sizes, with a row of zeros."""
+    """Return numbers of very different sizes, with a row of zeros."""
     generator = torch.Generator().manual_seed(rows * columns)
     x = torch.randn(rows, columns, generator=generator)
     x *= 10 ** torch.empty(rows, columns).uniform_(-4, 3, generator=generator)
@@ -88,7 +89,7 @@ def test_quantized_as_the_reference_does(size, rows, width, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bytes_moved(dtype, monkeypatch):
-    """What ``traffic`` says is what the kernels' masks let through."""
+    """``traffic`` reports the bytes that the kernels' masks let through."""
     moved = 0
     load, store = (getattr(interpreter.InterpreterBuilder, f"create_masked_{what}") for what in ("load", "store"))
 

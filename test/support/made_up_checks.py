@@ -1,4 +1,4 @@
-"""Checks for the tests of the GPU check's command: each ends in its own way."""
+"""Provides checks for the tests of the GPU check's command. Each check ends in its own way."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SLEEPS = "import time; time.sleep(1000)"
 
 
 def server() -> int:
-    """Start two processes, each in a session of its own, as servers and their ranks are; the second one's id."""
+    """Start two processes, each in its own session like a server and its ranks. Return the second one's id."""
     second = f"subprocess.Popen([sys.executable, '-c', {SLEEPS!r}], start_new_session=True)"
     program = f"import subprocess, sys; print({second}.pid, flush=True); {SLEEPS}"
     first = subprocess.Popen(
@@ -92,7 +92,7 @@ def test_hangs_long(record: Record) -> None:
 
 @pytest.mark.timeout(6)
 def test_hangs_in_a_kernel(record: Record) -> None:
-    """No signal reaches Python there."""
+    """No signal reaches Python in a kernel."""
     record.row(pid=server())
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM, signal.SIGTERM})
     time.sleep(1000)

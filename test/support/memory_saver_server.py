@@ -1,9 +1,9 @@
-"""A server on CPUs whose memory saver does to weights and KV cache what SGLang's does on a GPU.
+"""Runs a server on CPUs. Its memory saver treats weights and KV cache as SGLang's memory saver does on a GPU.
 
-    python test/memory_saver_server.py --port N --enable-memory-saver [the flags of launch_server]
+    python test/support/memory_saver_server.py --port N --enable-memory-saver [the flags of launch_server]
 
-What is allocated within a region loses its values when its tag is paused, and gets them back when it is resumed
-if the region was to have a backup. So what no region has, or no update restores, gives other answers.
+A tensor that is allocated within a region loses its values when the region's tag is paused. It gets them back when the
+tag is resumed, if the region has a backup. If neither a backup nor an update restores a tensor, the answers change.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from torch.utils._pytree import tree_leaves
 
 WEIGHTS = "weights"
 PER_LAYER = 4  # projections
-GARBAGE = 255  # of each byte: not a number
+GARBAGE = 255  # a float whose bytes all have this value is not a number
 run_rank = scheduler.run_scheduler_process
 
 
 class Allocations(TorchDispatchMode):
-    """Storages that are allocated inside, while they live.
+    """The storages that are allocated inside a ``with`` block, while they live.
 
     Attributes:
-        live: They, by address of their bookkeeping.
-        bytes: Of them, now.
-        peak: The most that there were at once.
+        live: References to the live storages, by the address of their bookkeeping.
+        bytes: Bytes of all live storages.
+        peak: The most bytes at one time.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class Allocations(TorchDispatchMode):
 
 @dataclass
 class Region:
-    """What one region allocated; ``saved`` while it is paused with a backup."""
+    """The allocations of one region. ``saved`` holds their values while the region is paused with a backup."""
 
     tag: str
     backup: bool
@@ -77,7 +77,7 @@ class Region:
 
 
 class CpuMemorySaver(torch_memory_saver_adapter.TorchMemorySaverAdapter):
-    """See the module's words; its regions are one process's, as the real saver's are."""
+    """The memory saver that the module describes. Its regions belong to one process, as in the real memory saver."""
 
     regions: ClassVar[list[Region]] = []
     enabled = True
@@ -110,7 +110,7 @@ class CpuMemorySaver(torch_memory_saver_adapter.TorchMemorySaverAdapter):
 
 
 def facts(base_weights: Any) -> dict[str, int]:
-    """What a rank's weights are, in bytes: of which in no region, and the most there was beside the final."""
+    """Return bytes of a rank's weights: the total, the part in no region, and the peaks beyond the final size."""
     loading, assembly = [r.allocations for r in CpuMemorySaver.regions if r.tag == WEIGHTS]
     covered = {s.data_ptr() for r in CpuMemorySaver.regions if r.tag == WEIGHTS for s in r.allocations.storages()}
     tensors = [p.data for p in base_weights.model.parameters()] + [p.base.weight for p in base_weights.projections]
@@ -127,7 +127,7 @@ def facts(base_weights: Any) -> dict[str, int]:
 
 def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
     install()
-    torch.cuda.synchronize = lambda device=None: None  # which a release calls, whatever the device
+    torch.cuda.synchronize = lambda device=None: None  # a release calls this on every device
     load_model, state = model_runner.ShiftModelRunner.load_model, scheduler.ShiftScheduler.shift_state
     found: dict[str, int] = {}
 
@@ -141,7 +141,7 @@ def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
 
 
 def install() -> None:
-    """Every adapter that SGLang makes is ours."""
+    """Let SGLang make only adapters of our class."""
     torch_memory_saver_adapter.TorchMemorySaverAdapter.create = staticmethod(lambda enable: CpuMemorySaver())  # type: ignore[method-assign]
 
 

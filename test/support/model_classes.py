@@ -1,4 +1,7 @@
-"""SGLang's model classes beside transformers' in one process: no server, no KV pool, a fifth of a second a model."""
+"""Compares SGLang's model classes with those of transformers in one process, without a server and a KV pool.
+
+A model takes a fifth of a second.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +30,15 @@ TINY = {
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny random checkpoint, and how it is served.
+    """A tiny random checkpoint, and how to serve it.
 
     Attributes:
-        architecture: SGLang's name for it.
-        fields: What its ``config.json`` has besides :data:`TINY`.
-        tokens: Of the prompt.
-        context: ``--context-length``.
-        override: ``--json-model-override-args``.
-        meant: Name of the class of transformers that it is meant for, if not that of its architecture.
+        architecture: SGLang's name of the model class.
+        fields: Fields of its ``config.json`` besides :data:`TINY`.
+        tokens: Number of tokens of the prompt.
+        context: The value of ``--context-length``.
+        override: The value of ``--json-model-override-args``.
+        meant: Name of transformers' configuration class for this checkpoint, if the file does not lead to it.
     """
 
     architecture: str
@@ -46,7 +49,7 @@ class Case:
     meant: str | None = None
 
     def write(self, folder: str) -> dict[str, Any]:
-        """Write its ``config.json``; returns the content."""
+        """Write its ``config.json``, and return the content."""
         model_type = FAMILIES[self.architecture].model_type
         head_dim = {"head_dim": 16} if model_type == "qwen3" else {}
         content = {"architectures": [self.architecture], "model_type": model_type, **TINY, **head_dim, **self.fields}
@@ -54,7 +57,7 @@ class Case:
         return content
 
     def model_config(self) -> ModelConfig:
-        """What SGLang makes of it."""
+        """Return SGLang's configuration of the checkpoint."""
         with TemporaryDirectory() as folder:
             self.write(folder)
             override = json.dumps(self.override)
@@ -67,7 +70,7 @@ class Case:
             )
 
     def reference(self) -> Any:
-        """The model in transformers, with random weights."""
+        """Return the model in transformers, with random weights."""
         with TemporaryDirectory() as folder:
             content = self.write(folder)
             if self.meant:
@@ -87,7 +90,7 @@ class Case:
 
 
 def in_runtime(function: Callable[[], Any]) -> Any:
-    """The value of ``function()`` in a forked process, a rank of its own: what SGLang's layers need to be built."""
+    """Return the value of ``function()`` in a forked process, which is a rank. SGLang's layers need a rank."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     child = multiprocessing.get_context("fork").Process(target=_run, args=(function, sender, free_port()))
     child.start()
@@ -103,7 +106,7 @@ def in_runtime(function: Callable[[], Any]) -> Any:
 
 @dataclass
 class Failure:
-    """What a forked process raised."""
+    """The error that a forked process raised."""
 
     text: str
 
@@ -118,7 +121,7 @@ def _run(function: Callable[[], Any], sender: Any, port: int) -> None:
 
 
 def start_runtime(port: int) -> None:
-    """What a scheduler's process has before it builds its model; attention is done without a KV pool."""
+    """Prepare this process as a scheduler's process is before it builds its model. Attention needs no KV pool."""
     from sglang.srt.distributed import bootstrap
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
@@ -136,7 +139,7 @@ def start_runtime(port: int) -> None:
 
 
 def attend(layer: Any, q: Any, k: Any, v: Any, forward_batch: Any, save_kv_cache: bool = True) -> Any:
-    """Causal attention over the one prompt, with all that SGLang's class asks the layer for."""
+    """Compute causal attention over the one prompt, with all settings of the layer that SGLang's class reads."""
     assert layer.sliding_window_size == -1 and not layer.logit_cap
     heads = [
         x.view(1, len(x), n, -1).transpose(1, 2)
@@ -149,20 +152,23 @@ def attend(layer: Any, q: Any, k: Any, v: Any, forward_batch: Any, save_kv_cache
 
 
 def build(config: Any) -> torch.nn.Module:
-    """SGLang's model for a configuration, without weights."""
+    """Return SGLang's model for a configuration, without weights."""
     import importlib
 
     from sglang.srt.layers.rotary_embedding import factory
 
     module, _, name = FAMILIES[config.architectures[0]].native.partition(":")
     torch.set_default_dtype(torch.float32)
-    factory._ROPE_DICT.clear()  # in which a factor of 4 is one of 4.0
+    factory._ROPE_DICT.clear()  # this cache takes a factor of 4 for a factor of 4.0
     return getattr(importlib.import_module(PACKAGE + module), name)(config=config)
 
 
 @torch.no_grad()
 def difference(case: Case) -> float | str:
-    """How far SGLang's logprobs are off transformers', in nats; as text, how SGLang fails; in a runtime."""
+    """Return how far SGLang's logprobs are from transformers' logprobs, in nats.
+
+    If SGLang fails, return its error as text. This must run within :func:`in_runtime`.
+    """
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
     reference, length = case.reference(), case.tokens
@@ -173,7 +179,7 @@ def difference(case: Case) -> float | str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     for parameter in model.parameters():
-        parameter.fill_(float("nan"))  # what the checkpoint lacks must not happen to be zero
+        parameter.fill_(float("nan"))  # so that a value that the checkpoint lacks is not zero by chance
     model.load_weights(reference.state_dict().items())
     batch = ForwardBatch(
         forward_mode=ForwardMode.EXTEND,

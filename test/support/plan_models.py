@@ -1,4 +1,4 @@
-"""Made-up ``config.json`` files."""
+"""Makes ``config.json`` files for tests."""
 
 from __future__ import annotations
 

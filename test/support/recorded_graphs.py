@@ -1,9 +1,13 @@
-"""SGLang's own graph runners on a CPU: capture records the callable, replay runs it again.
+"""Runs SGLang's own graph runners on a CPU. A capture records the callable, and a replay runs it again.
 
-What is real: the model runner, its choice between graphs and eager, both graph runners with their
-buckets, static buffers, padding and keys, the parts of the breakable backend that handle outputs, and
-the ranks' groups (gloo). What stands in for a GPU: the graph itself. A replay undoes what Python did
-meanwhile, as a CUDA graph runs none.
+Only the graph itself is replaced. These parts are real:
+
+- the model runner, and its choice between graphs and eager
+- both graph runners with their buckets, static buffers, padding and keys
+- the parts of the breakable backend that handle outputs
+- the ranks' groups (gloo)
+
+A CUDA graph runs no Python. So a replay undoes what Python did meanwhile.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ from sglang_shift.platforms.cpu import ShiftCpuPlatform
 
 @contextmanager
 def no_python() -> Iterator[None]:
-    """What the body does to the state that Python keeps is undone. It begins steps, as the capture did."""
+    """Undo what the body does to the state that Python keeps. The body may begin a step, as the capture did."""
     flags, active, token = get_forward(), get_forward().sp_active, step_module._current.set(None)
     try:
         yield
@@ -47,14 +51,14 @@ def no_python() -> Iterator[None]:
 
 
 def overwrite(static: Any, new: Any) -> None:
-    """A replay writes where the capture did."""
+    """Write the new results where the capture wrote its results, as a replay does."""
     for name in ("next_token_logits", "hidden_states"):
         if (old := getattr(static, name)) is not None:
             old.copy_(getattr(new, name))
 
 
 class RecordedDecode(FullCudaGraphBackend):
-    """One callable per shape, which reads the runner's static buffers as a graph does."""
+    """Keeps one callable for each shape. The callable reads the runner's static buffers, as a graph does."""
 
     @contextmanager
     def capture_session(self, stream: Any) -> Iterator[None]:
@@ -72,7 +76,7 @@ class RecordedDecode(FullCudaGraphBackend):
 
 
 class RecordedPrefill(BreakableCudaGraphBackend):
-    """The layers, run again on the static buffers; attention, a break, works on the live batch."""
+    """Runs the layers again on the static buffers. Attention is a break in the graph and works on the live batch."""
 
     @contextmanager
     def capture_session(self, stream: Any) -> Iterator[None]:
@@ -105,9 +109,9 @@ class RecordedPrefill(BreakableCudaGraphBackend):
 
 
 class RecordedAttention(TorchNativeAttnBackend):
-    """torch-native attention, with what graph runners ask of a backend."""
+    """torch-native attention, with the methods of a backend that graph runners call."""
 
-    name = "recorded"  # SGLang turns graphs off for torch-native's
+    name = "recorded"  # SGLang turns graphs off for the name of torch-native attention
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         self.graph_state = max_bs, max_num_tokens
@@ -116,7 +120,7 @@ class RecordedAttention(TorchNativeAttnBackend):
         return 1
 
     def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True) -> Any:
-        """A verify step extends each request by its draft tokens, here a chain of them."""
+        """Extend each request by its draft tokens in a verify step. The draft tokens are a chain here."""
         if forward_batch.forward_mode.is_target_verify():
             width = forward_batch.spec_info.draft_token_num
             prefix, forward_batch = forward_batch.seq_lens, copy.copy(forward_batch)
@@ -126,7 +130,7 @@ class RecordedAttention(TorchNativeAttnBackend):
 
 
 def record_graphs() -> None:
-    """Let SGLang capture on this process's CPU; once, and for good."""
+    """Let SGLang capture on this process's CPU. One call is enough, and it cannot be undone."""
 
     @contextmanager
     def on_no_stream(stream: Any = None) -> Iterator[SimpleNamespace]:
@@ -135,7 +139,7 @@ def record_graphs() -> None:
     torch.cpu.is_current_stream_capturing = lambda: False  # type: ignore[attr-defined]
     ShiftCpuPlatform.capabilities = PlatformCapabilities(graph_capture=True)
     ShiftCpuPlatform.get_graph_runner_cls = lambda self: lambda runner: runner._decode_cuda_graph_runner_cls()(runner)  # type: ignore[method-assign,return-value]
-    # On a CPU, SGLang asks for torch.compile where it asks on a GPU whether graphs are disabled.
+    # On a GPU, SGLang asks whether graphs are disabled. On a CPU, it asks for torch.compile instead.
     cuda_graph_setup.get_flags = lambda: SimpleNamespace(  # type: ignore[assignment]
         capture=SimpleNamespace(enable_torch_compile=not check_cuda_graph_backend(Phase.DECODE, Backend.DISABLED))
     )
@@ -163,7 +167,7 @@ def _rank_main(rank: int, size: int, port: int, function: Callable[..., None], f
 
 
 def model_runner(rank: int, port: int, flags: list[str]) -> Any:
-    """A rank's model runner, as a scheduler's worker builds it."""
+    """Build a rank's model runner, as a scheduler's worker does."""
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.distributed import bootstrap
     from sglang.srt.runtime_context import SpawnRanks, get_schedule, publish, spawn_world_rank

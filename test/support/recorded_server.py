@@ -1,6 +1,6 @@
-"""A server whose ranks capture and replay recorded graphs, as test/recorded_graphs.py has them.
+"""Runs a server whose ranks capture and replay the recorded graphs of test/support/recorded_graphs.py.
 
-python test/recorded_server.py --port N [the flags of launch_server]
+python test/support/recorded_server.py --port N [the flags of launch_server]
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The end of each module here that is a server: SGLang's HTTP server, with ranks of the test's own."""
+"""Runs SGLang's HTTP server with ranks of the test's own. Each server module in this folder ends with it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 def serve(run_scheduler_process: Callable[..., Any]) -> None:
-    """Serve with the flags of the command line until stopped; on exit no process is left behind.
+    """Serve with the flags of the command line until a signal comes. At exit no process is left behind.
 
     Args:
-        run_scheduler_process: What each rank's process runs.
+        run_scheduler_process: The function that each rank's process runs.
     """
     from sglang.srt.entrypoints.http_server import launch_server
     from sglang.srt.utils import kill_process_tree

@@ -1,6 +1,6 @@
-"""Gives the family of modes a third member, as adding a line to ``sglang_shift/modes.py`` does: a plugin of pytest.
+"""Adds a third mode to the family of modes, as a new line in ``sglang_shift/modes.py`` would. It is a pytest plugin.
 
-It must be loaded before anything else of the package, so it runs in a process of its own: ``pytest -p third_mode``.
+It must be loaded before anything else of the package. So it runs in its own process: ``pytest -p third_mode``.
 """
 
 from __future__ import annotations

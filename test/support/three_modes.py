@@ -1,6 +1,7 @@
-"""Checks with a family of three modes; ``test/unit/test_modes.py`` runs them, with the plugin ``third_mode``.
+"""Tests a family of three modes. ``test/unit/test_modes.py`` runs these tests with the plugin ``third_mode``.
 
-On the made-up machine TP is the fastest mode up to about 100 tokens, SP up to about 1000, and the third beyond.
+On the made-up machine TP is the fastest mode up to about 100 tokens, and SP is the fastest up to about 1000 tokens. The
+third mode is the fastest above.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def measurements() -> list[Measurement]:
 
 
 def constant(**by_mode: float) -> CostModel:
-    """Step times that do not depend on the tokens."""
+    """Return step times that do not depend on the tokens."""
     curves = {mode: Curve((1,), (by_mode[mode.value],)) for mode in MODES}
     flat = dict.fromkeys(PHASES, Curve((1,), (1.0,)))
     return CostModel(dict.fromkeys(PHASES, curves), flat, dict.fromkeys(PHASES, 0.0), 0.0)
@@ -83,7 +84,7 @@ def test_predictions_are_fitted_to_all_modes():
 
 
 def test_curves_that_cross_between_two_points():
-    """All three lines have their points at 1 and 1001 tokens only."""
+    """All three lines have points at 1 and 1001 tokens only."""
     curves = {mode: Curve((1, 1001), (seconds(mode, 1), seconds(mode, 1001))) for mode in (TP, SP)}
     curves[THIRD] = Curve((1, 1001), (2.6, 2.6))
     flat = dict.fromkeys(PHASES, Curve((1,), (1.0,)))
@@ -161,7 +162,7 @@ def test_drift_names_the_mode_that_has_become_slower():
 
 
 def test_a_tie_with_the_fastest_mode_goes_by_the_queue():
-    """The third mode was to be the fastest, and may not be, beside SP; TP is out of reach."""
+    """The third mode should be the fastest, but SP may be faster. TP is far slower."""
     selector = ModeSelector(Calibrated(constant(tp=0.1, sp=0.011, third=0.01), 512))
     selector.doubt({("decode", THIRD, SP): 1.0})
     assert [selector.choose(StepState(4, num_waiting=n)).mode for n in (0, 99)] == [THIRD, SP]
@@ -203,7 +204,7 @@ def test_the_counters_of_a_request():
 
 
 def fed(hub: Hub) -> Hub:
-    """A hub that has heard of steps in each mode, over the wire format."""
+    """Return a hub that has received steps in each mode over the wire format."""
     now, costs = time.time(), fit(measurements())
     calibration = msgspec.to_builtins(Calibration.of({}, 1.0, measurements(), 0.0))
     events: list[StateEvent | StepEvent] = [
@@ -237,7 +238,7 @@ def test_events_reach_the_page_data_and_the_terminal():
     assert value["replicas"][0]["drift"]["third"] == 1.5
     row = next(row for row in value["step_times"] if row["mode"] == "third")
     assert row["p50"] == 0.03 and row["actual_over_predicted"] == pytest.approx(0.03 / 14.24, rel=0.01)
-    console = Console(file=io.StringIO(), width=140)  # a sentence more than with two modes
+    console = Console(file=io.StringIO(), width=140)  # the view has one sentence more than with two modes
     console.print(view(value, "http://a"))
     text = console.file.getvalue()
     assert "SP 33% of the time, 1 of 3 steps; THIRD 50% of the time, 1 of 3 steps" in text

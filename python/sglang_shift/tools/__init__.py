@@ -1,1 +1,1 @@
-"""The commands beside the server, each a file or a folder. Modules that several of them use are here as well."""
+"""The commands beside the server. Each is a file or a folder. Modules that several commands use are here as well."""

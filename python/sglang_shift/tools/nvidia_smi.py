@@ -1,4 +1,4 @@
-"""What nvidia-smi says of this machine's GPUs; no CUDA context is made."""
+"""Asks nvidia-smi about this machine's GPUs. This makes no CUDA context."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LIMIT_SECONDS = 30.0
 
 
 def nvidia_smi(fields: str) -> list[str]:
-    """A line for each GPU; none if there is no nvidia-smi, or it fails, or does not answer."""
+    """Return a line for each GPU. There are no lines if nvidia-smi is missing, fails or does not answer."""
     if (tool := shutil.which("nvidia-smi")) is None:
         return []
     command = [tool, f"--query-gpu={fields}", "--format=csv,noheader"]

@@ -1,4 +1,4 @@
-"""What all pictures have in common. They need matplotlib, which is optional."""
+"""Provides what all pictures have in common. Pictures need matplotlib, which is optional."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 Style = dict[str, Any]
 
 WIDTH = 8.0
-"""Inches: text of 8 points and more is readable where the picture is shown 800 pixels wide."""
+"""Width in inches. If a picture is shown 800 pixels wide, text of 8 points and more is readable."""
 
 DPI = 150
-# Okabe and Ito's colours, which the colour-blind can tell apart: https://jfly.uni-koeln.de/color/
+# These are Okabe and Ito's colours. The colour-blind can tell them apart: https://jfly.uni-koeln.de/color/
 KNOWN: dict[str, Style] = {
     "shift": {"color": "#D55E00", "marker": "o"},
     "stock-tp": {"color": "#0072B2", "marker": "s"},
@@ -26,7 +26,7 @@ KNOWN: dict[str, Style] = {
 
 
 def panels(title: str, rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure and its axes, row by row; a ShiftError where matplotlib is not installed."""
+    """Return a figure and its axes, row by row. Raise a ShiftError if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -1,7 +1,7 @@
-"""``python -m sglang_shift.porting FOLDER``: what another SGLang release changes for this package.
+"""``python -m sglang_shift.porting FOLDER`` lists what another SGLang release changes for this package.
 
-``FOLDER`` is an unpacked wheel of that release. Both releases are read as text and never imported: a release that
-this package does not fit yet often fails as it is imported. ``CONTRIBUTING.md`` has the guide.
+``FOLDER`` is an unpacked wheel of that release. Both releases are read as text and never imported, because a release
+that this package does not fit yet often fails at import. ``CONTRIBUTING.md`` has the guide.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sglang_shift.errors import ShiftError, print_error
 from sglang_shift.seams.digests import DIGESTS, SGLANG_VERSION
 
 PACKAGE = Path(__file__).parents[1]
-"""All of ``sglang_shift``."""
+"""The folder of ``sglang_shift``."""
 FLAGS = "sglang.srt.arg_groups.fields"
 """The package whose classes have the server's flags as fields."""
 
@@ -29,8 +29,8 @@ class Release:
     """The sources of one SGLang release.
 
     Args:
-        root: Folder that has the folder ``sglang``.
-        requirements: Lines of its ``Requires-Dist``.
+        root: The folder that has the folder ``sglang``.
+        requirements: The ``Requires-Dist`` lines of the release.
 
     Raises:
         ShiftError: there is no SGLang in ``root``.
@@ -44,18 +44,18 @@ class Release:
 
     @classmethod
     def installed(cls) -> Release:
-        """The one of this environment."""
+        """Return the release of this environment."""
         found = distribution("sglang")
         return cls(Path(str(found.locate_file(""))), found.requires or [])
 
     @classmethod
     def unpacked(cls, root: Path) -> Release:
-        """The one of an unpacked wheel."""
+        """Return the release of an unpacked wheel."""
         metadata = "".join(file.read_text() for file in root.glob("sglang-*.dist-info/METADATA"))
         return cls(root, re.findall(r"^Requires-Dist: (.*)", metadata, re.M))
 
     def file(self, module: str) -> Path | None:
-        """Where ``module`` is; None where this release has no such module."""
+        """Return the file of ``module``, or None if this release has no such module."""
         path = self.root.joinpath(*module.split("."))
         return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
@@ -72,19 +72,19 @@ class Release:
         return body
 
     def has(self, module: str, name: str) -> bool:
-        """Whether ``from module import name`` would find something."""
+        """Return whether ``from module import name`` would find something."""
         body = self.body(module)
         return name in body or self.file(f"{module}.{name}") is not None or "__getattr__" in body
 
     def imported(self, node: ast.ImportFrom, module: str) -> str:
-        """The module that an import statement in ``module`` names."""
+        """Return the module that an import statement in ``module`` names."""
         parents = module.split(".")
         is_package = (file := self.file(module)) is not None and file.name == "__init__.py"
         parents = parents[: len(parents) + is_package - node.level] if node.level else []
         return ".".join([*parents, *filter(None, [node.module])])
 
     def find(self, module: str, name: str) -> tuple[str, ast.stmt] | None:
-        """Where a top-level name is defined, through imports, and its definition."""
+        """Return the module that defines a top-level name, and the definition. Imports are followed."""
         node = self.body(module).get(name)
         if isinstance(node, ast.ImportFrom):
             original = next((alias.name for alias in node.names if alias.asname == name), name)
@@ -92,7 +92,7 @@ class Release:
         return None if node is None else (module, node)
 
     def source(self, target: str) -> str | None:
-        """Source of a seam's target, ``module:qualified.name``; None where this release does not have it."""
+        """Return the source of a seam's target, ``module:qualified.name``, or None if this release does not have it."""
         module, _, path = target.partition(":")
         name, _, method = path.partition(".")
         found = self.find(module, name)
@@ -109,7 +109,7 @@ class Release:
         return "".join(self.text(module).splitlines(keepends=True)[first - 1 : node.end_lineno])
 
     def flags(self) -> set[str]:
-        """Fields of its server arguments."""
+        """Return the fields of the release's server arguments."""
         files = self.root.joinpath(*FLAGS.split(".")).glob("*.py")
         statements = [node for file in files for node in ast.parse(file.read_text()).body]
         classes = [node for node in statements if isinstance(node, ast.ClassDef)]
@@ -118,7 +118,10 @@ class Release:
 
 
 def bindings(body: list[ast.stmt]) -> dict[str, ast.stmt]:
-    """What a module or class body defines or imports, by name, also inside ``if`` and ``try``; the first of each."""
+    """Return what a module or class body defines or imports, by name, also inside ``if``, ``with`` and ``try``.
+
+    If a name occurs several times, the first statement counts.
+    """
     found: dict[str, ast.stmt] = {}
     for node in flat(body):
         names: list[str] = []
@@ -135,7 +138,7 @@ def bindings(body: list[ast.stmt]) -> dict[str, ast.stmt]:
 
 
 def flat(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements of a body and of its ``if``, ``with`` and ``try`` blocks."""
+    """Yield the statements of a body and of its ``if``, ``with`` and ``try`` blocks."""
     for node in body:
         yield node
         if isinstance(node, (ast.If, ast.With, ast.Try)):
@@ -145,12 +148,12 @@ def flat(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def digest(source: str) -> str:
-    """As :func:`sglang_shift.seams.check.digest_of`, of source text."""
+    """Return the digest of source text, as :func:`sglang_shift.seams.check.digest_of` computes it."""
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def changed_seams(old: Release, new: Release) -> dict[str, str]:
-    """Seams whose source differs: their target, and the difference; ``gone`` where there is no such source."""
+    """Return the targets of the seams whose source differs, with the difference, or ``gone`` if there is no source."""
     changed = {}
     for target in DIGESTS:
         before, after = old.source(target) or "", new.source(target)
@@ -163,7 +166,7 @@ def changed_seams(old: Release, new: Release) -> dict[str, str]:
 
 
 def missing_imports(new: Release, package: Path) -> list[str]:
-    """Names that the files of ``package`` import from SGLang and that the release does not have."""
+    """Return the names that files of ``package`` import from SGLang and that the release does not have."""
     missing = set()
     for file in package.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -173,13 +176,13 @@ def missing_imports(new: Release, package: Path) -> list[str]:
 
 
 def users(name: str, package: Path) -> str:
-    """The files of ``package`` that have ``name`` as a word, in parentheses; empty where none has."""
+    """Return the files of ``package`` that have ``name`` as a word, in parentheses; empty if there are none."""
     files = [file.name for file in sorted(package.rglob("*.py")) if re.search(rf"\b{name}\b", file.read_text())]
     return f" (in our {', '.join(files)})" if files else ""
 
 
 def report(old: Release, new: Release, package: Path) -> str:
-    """What a port has to look at, in text."""
+    """Return as text what a port must look at."""
     seams, lines = changed_seams(old, new), []
     lines.append(f"{len(seams)} of {len(DIGESTS)} seams differ")
     for target, difference in seams.items():
@@ -197,7 +200,7 @@ def report(old: Release, new: Release, package: Path) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the report."""
+    """Print the report and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m sglang_shift.porting",
         description=f"What another SGLang release changes for sglang_shift, beside {SGLANG_VERSION}.",

@@ -1,4 +1,4 @@
-"""Published figures of models on GPUs, each with its source."""
+"""Lists published figures of models on GPUs, each with its source."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sglang_shift.models.decoder_layer import Layer
 
 @dataclass(frozen=True)
 class Figure:
-    """A published figure: the value that counts, the least and the most it may be, and where it is from."""
+    """A published figure: the value to use, the lowest and the highest possible value, and the source."""
 
     value: float
     low: float
@@ -19,15 +19,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class Target:
-    """A model on GPUs whose rho, the time of a layer's all-reduces over that of its GEMMs, is known.
+    """A model on GPUs with a known rho, the time of a layer's all-reduces over the time of its GEMMs.
 
     Attributes:
-        name: In words.
-        layer: Its layer.
-        layer_source: Where the sizes are from.
+        name: The name in words.
+        layer: One layer of the model.
+        layer_source: The source of the layer's sizes.
         gemm_flops: A GPU's sustained FLOP/s in GEMMs.
         bus_bandwidth: Bytes per second of its all-reduces, as nccl-tests count them.
-        ranks: GPUs.
+        ranks: Number of GPUs.
         element_bytes: Bytes of an activation's element in an all-reduce.
     """
 
@@ -41,7 +41,7 @@ class Target:
 
     @property
     def rho(self) -> Figure:
-        """All-reduce time over GEMM time; low and high where both figures are at their ends."""
+        """All-reduce time over GEMM time. For its low and high value, both figures are at their ends."""
         flops, bandwidth = self.gemm_flops, self.bus_bandwidth
         return Figure(
             self._rho(flops.value, bandwidth.value),
@@ -55,8 +55,9 @@ class Target:
         return communication / (2 * self.layer.parameters / self.ranks / flops)
 
 
-# The value is for Llama 70B's up projection at TP=8, with row-wise scales, on an H100 held to 500 W; low is
-# with the activations' quantisation; high is the best of the kernel that SGLang uses for large shapes.
+# The value is for Llama 70B's up projection at TP=8, with row-wise scales, on an H100 that is limited to 500 W. The low
+# value includes the quantisation of the activations. The high value is the best one of the kernel that SGLang uses for
+# large shapes.
 _FP8 = Figure(
     1141.38e12,
     876.66e12,
@@ -64,7 +65,8 @@ _FP8 = Figure(
     "Add fp8 row/block-wise scaled GEMMs, https://github.com/pytorch/FBGEMM/pull/2546; high: Route large SM90 "
     "row/column-scaled FP8 GEMMs to Torch, https://github.com/sgl-project/sglang/pull/34318",
 )
-# 8 x H200, the table's PyTorch column, at the size nearest to a chunk's: 4096 tokens, and 2048 and 8192.
+# These are from the table's PyTorch column, for 8 x H200. The sizes are the nearest ones to chunks of 4096 tokens (the
+# value), and of 2048 and 8192 tokens (low and high).
 _ALL_REDUCE = (
     "Networking Benchmarks, How the calls are timed, "
     "https://github.com/stas00/ml-engineering/blob/master/network/benchmarks/README.md"

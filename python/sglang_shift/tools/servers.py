@@ -1,4 +1,4 @@
-"""Server processes: started, asked, paused and ended."""
+"""Starts, asks, pauses and ends server processes."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from sglang_shift.errors import ShiftError
 
 HOST = "127.0.0.1"
 SHUTDOWN_S = 20
-# Unless the caller says otherwise: a download is no part of a start-up time.
+# This holds unless the environment says otherwise, because a download must not count as start-up time.
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 LAUNCHER = (sys.executable, "-m", "sglang_shift.launch_server")
 
 
 class Failure(ShiftError):
-    """A server failed: one sentence, and the end of the log that explains it."""
+    """The failure of a server: one sentence, and the end of the log that explains it."""
 
     def __init__(self, sentence: str, log: Path | None = None) -> None:
         super().__init__(sentence if log is None else f"{sentence}; the end of {log}:\n{tail(log)}")
 
 
 def call(url: str, body: Any = None, timeout: float = 60, text: bool = False) -> Any:
-    """GET ``url``, or POST ``body`` to it; the JSON answered (None for an empty answer), or its text.
+    """GET ``url``, or POST ``body`` to it. Return the JSON of the answer (None if it is empty), or its text.
 
     Raises:
-        OSError: nobody answers, or with an error.
+        OSError: no server answers, or the answer is an error.
         ValueError: the answer is not JSON.
     """
     key = os.environ.get("OPENAI_API_KEY")
     with requests.Session() as session:
-        session.trust_env = False  # no proxy is between a server of this machine and us
+        session.trust_env = False  # a server of this machine needs no proxy
         answer = session.request(
             "GET" if body is None else "POST", url, json=body, timeout=timeout,
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -52,12 +52,13 @@ def call(url: str, body: Any = None, timeout: float = 60, text: bool = False) ->
 
 
 class Server:
-    """A server that runs, of one or more processes.
+    """A server that runs in one or more processes.
 
     Args:
-        processes: Leaders of process groups, the first of which answers requests; none if it is not ours to end.
-        url: Where it listens.
-        log: What the first one prints.
+        processes: Leaders of process groups. The first leader answers requests. The list is empty if somebody else
+            started the server, and must end it.
+        url: The address of the server.
+        log: The output of the first process.
     """
 
     def __init__(self, processes: list[subprocess.Popen[bytes]], url: str, log: Path | None) -> None:
@@ -67,7 +68,7 @@ class Server:
         """Return as soon as ``GET /health`` answers 200.
 
         Raises:
-            Failure: a process ended instead, or ``timeout`` seconds have passed.
+            Failure: a process has ended, or ``timeout`` seconds have passed.
         """
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
@@ -79,7 +80,7 @@ class Server:
         raise Failure(f"the server was not healthy after {timeout:.0f} s (--timeout)", self.log)
 
     def check_alive(self, when: str, patience: float = 0) -> None:
-        """Raise a Failure if a process has ended, or the first one does within ``patience`` seconds."""
+        """Raise a Failure if a process has ended, or if the first process ends within ``patience`` seconds."""
         for rank, process in enumerate(self.processes):
             with suppress(subprocess.TimeoutExpired):
                 process.wait(patience if rank == 0 else 0)
@@ -88,10 +89,10 @@ class Server:
                 raise Failure(f"the server ended with exit code {code} {when}", log)
 
     def flush(self) -> None:
-        """Empty the prefix cache. Refused while a finished request is being cleaned up, so tried for a while.
+        """Empty the prefix cache. A server refuses while it cleans up a finished request, so this tries for a while.
 
         Raises:
-            Failure: the server never did.
+            Failure: the server refused all the time.
         """
         for _ in range(50):
             with suppress(OSError):
@@ -101,11 +102,11 @@ class Server:
         raise Failure("the server did not flush its cache", self.log)
 
     def pause(self) -> None:
-        """Stop its processes where they are, so that they take nothing from another server."""
+        """Stop the processes with SIGSTOP, so that they take no time from another server."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let them go on.
+        """Let the processes go on.
 
         Raises:
             Failure: the server does not answer any more.
@@ -117,7 +118,7 @@ class Server:
         """End the server and everything it started."""
         try:
             self._signal(signal.SIGCONT)
-            for first in self.processes[:1]:  # none if it could not be started
+            for first in self.processes[:1]:  # the list is empty if no process could be started
                 first.terminate()
                 with suppress(subprocess.TimeoutExpired):
                     first.wait(SHUTDOWN_S)
@@ -136,10 +137,10 @@ def start(flags: Sequence[str], port: int, log: Path, environment: Mapping[str, 
     """Start ``sglang_shift.launch_server``.
 
     Args:
-        flags: Its flags, other than where to listen.
-        port: Where to listen; 0 takes a free port.
-        log: Where its output goes.
-        environment: Variables of its own, besides this process's.
+        flags: The flags of the server, without ``--host`` and ``--port``.
+        port: The port to listen on; 0 takes a free port.
+        log: The file for the server's output.
+        environment: Environment variables that are added to the variables of this process.
 
     Raises:
         Failure: the port is in use.
@@ -153,9 +154,10 @@ def launch(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]], url: str
     """Start the processes of a server.
 
     Args:
-        commands: Of each process, the first of which answers requests, and variables besides this process's.
-        url: Where it will listen.
-        log: Where the first one's output goes; those of the others are beside it.
+        commands: The command of each process, with environment variables that are added to the variables of this
+            process. The first process answers requests.
+        url: The address of the server.
+        log: The file for the output of the first process. The logs of the other processes are beside it.
     """
     processes: list[subprocess.Popen[bytes]] = []
     try:
@@ -177,17 +179,17 @@ def launch(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]], url: str
 def serving(
     flags: Sequence[str], port: int, log: Path, timeout: float, environment: Mapping[str, str] | None = None
 ) -> Iterator[Server]:
-    """A healthy server; ended on the way out, whatever the reason.
+    """Start a server, wait until it is healthy, and end it after the ``with`` block in any case.
 
     Args:
         flags: As in :func:`start`.
         port: As in :func:`start`.
         log: As in :func:`start`.
-        timeout: Seconds it may take to start.
+        timeout: Seconds that the start may take.
         environment: As in :func:`start`.
 
     Raises:
-        Failure: it did not start.
+        Failure: the server did not start.
     """
     server = start(flags, port, log, environment=environment)
     try:
@@ -198,15 +200,17 @@ def serving(
 
 
 def rank_log(log: Path, rank: int) -> Path:
-    """The log of a rank that is a process of its own."""
+    """Return the log of a rank that has its own process."""
     return log.with_suffix(f".rank{rank}.log")
 
 
 def claim_port(port: int) -> int:
-    """``port`` if nothing listens there, or for 0 one where nothing does.
+    """Return ``port`` if nothing listens on it. For 0, return a free port.
+
+    The server would notice a port in use, too. But the program that listens on it might answer ``/health``.
 
     Raises:
-        Failure: it is in use. (Checked here too: whoever is there might answer ``/health``.)
+        Failure: the port is in use.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -218,6 +222,6 @@ def claim_port(port: int) -> int:
 
 
 def tail(log: Path, lines: int = 25) -> str:
-    """The last lines of a file."""
+    """Return the last lines of a file."""
     with log.open(errors="replace") as file:
         return "".join(deque(file, lines))

@@ -1,4 +1,4 @@
-"""``python -m sglang_shift.status``: what a server does, live in the terminal."""
+"""``python -m sglang_shift.status`` shows what a server does, live in the terminal."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ TIMEOUT_S = 10.0
 
 
 class StatusError(Exception):
-    """Why there is nothing to show, in one sentence.
+    """Says in one sentence why there is nothing to show.
 
     Args:
         message: The sentence.
-        passing: Whether to try again: the server is only starting.
+        passing: Whether to try again, because the server is only starting.
     """
 
     def __init__(self, message: str, passing: bool = False) -> None:
@@ -37,7 +37,7 @@ class StatusError(Exception):
 
 
 def status_url(url: str) -> str:
-    """Where a server's data is.
+    """Return the address of a server's data.
 
     Raises:
         StatusError: ``url`` is not the address of an HTTP server.
@@ -53,14 +53,14 @@ def status_url(url: str) -> str:
 
 
 def fetch(url: str, api_key: str | None = None) -> dict[str, Any]:
-    """The server's snapshot.
+    """Return the server's snapshot.
 
     Args:
         url: From :func:`status_url`.
         api_key: Sent as a bearer token.
 
     Raises:
-        StatusError: there is none, and why.
+        StatusError: there is no snapshot. The message says why.
     """
     server = url.removesuffix("/shift/status")
     stranger = StatusError(
@@ -85,9 +85,9 @@ def fetch(url: str, api_key: str | None = None) -> dict[str, Any]:
 
 
 def _get(url: str, api_key: str | None) -> requests.Response:
-    """A server's answer, whatever it is.
+    """Return a server's answer with any status code.
 
-    The API key goes to the server that the user named, and to no other; no password of ~/.netrc takes its place.
+    The API key goes to the server that the user named, and to no other server. No password of ~/.netrc takes its place.
     """
 
     def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -105,7 +105,7 @@ def _get(url: str, api_key: str | None) -> requests.Response:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The first of a chain: what the operating system or the other end said."""
+    """Return the first error of a chain, which is the error of the operating system or of the other end."""
     while error.__context__ is not None:
         error = error.__context__
     return error
@@ -119,10 +119,10 @@ def _reason(answer: requests.Response) -> str:
 
 
 def watch(url: str, api_key: str | None, interval: float, as_json: bool, console: Console) -> None:
-    """Show the server until the user interrupts; after the first answer, also while it does not answer.
+    """Show the server until the user interrupts. After the first answer, go on even if the server does not answer.
 
     Raises:
-        StatusError: it gave no first answer.
+        StatusError: the server gave no first answer.
     """
     data: dict[str, Any] | None = None
     screen = console.is_terminal and not as_json
@@ -154,7 +154,7 @@ def _print(data: dict[str, Any] | None, url: str, as_json: bool, console: Consol
     if as_json:
         print(json.dumps(data), flush=True)
     else:
-        with console.capture() as text:  # printed by ourselves: rich exits with 1 when a pipe's reader leaves
+        with console.capture() as text:  # printed without rich, which exits with 1 when a pipe's reader leaves
             console.print(_shown(data, url, "", console))
         print(text.get(), end="", flush=True)
 
@@ -164,7 +164,7 @@ def _unicode(console: Console) -> bool:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parse, show, and return the exit code: 2 after an error, with one sentence on standard error."""
+    """Show the server and return the exit code. After an error it is 2, with one sentence on standard error."""
     parser = argparse.ArgumentParser(prog="python -m sglang_shift.status", description="Watch a server's modes.")
     parser.add_argument("url", nargs="?", default="http://127.0.0.1:30000", help="the server (default: %(default)s)")
     parser.add_argument("--api-key", help="the server's --api-key; its --admin-api-key is not asked for here")
@@ -187,6 +187,6 @@ def main(argv: Sequence[str]) -> int:
         return print_error(error, "sglang_shift.status")
     except KeyboardInterrupt:
         pass
-    except BrokenPipeError:  # the reader of the pipe has seen enough
+    except BrokenPipeError:  # the reader of the pipe has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -1,4 +1,4 @@
-"""How ``python -m sglang_shift.status`` looks."""
+"""Makes the view that ``python -m sglang_shift.status`` shows."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from sglang_shift.observe.summaries import PERCENTILES
 
 STYLES = ("blue", "yellow", "magenta", "green", "cyan")
 BLOCKS = "█▒▓░▚"
-"""How the modes look, in the order of the server's family; again from the start, where it has more."""
+"""The colours and blocks of the modes, in the order of the server's family. A larger family repeats them."""
 BAR = 28
-"""Characters of a bar; with it, the lines fit into 80 columns."""
+"""Number of characters of a bar. With this number, the lines fit into 80 columns."""
 
 
 def plain(value: object, style: str = "") -> Text:
-    """``value`` as it is: no markup, and no control characters that could reach the terminal."""
+    """Return ``value`` as text without markup, and without control characters that could reach the terminal."""
     return Text("".join(c if c.isprintable() else " " for c in str(value)), style)
 
 
 def seconds(value: float | None) -> str:
-    """A time with its unit."""
+    """Return a time with its unit."""
     if value is None:
         return "-"
     if value >= 100:
@@ -39,25 +39,25 @@ def _digits(value: float) -> str:
 
 
 def sparkline(values: Sequence[float | None], unicode: bool) -> str:
-    """One character for each value, as high as it is beside the largest."""
+    """Return one character for each value. Its height is the value relative to the largest value."""
     marks = " ▁▂▃▄▅▆▇█" if unicode else " .:-=+*#@"
     top = max((v for v in values if v), default=0)
     return "".join(marks[math.ceil((v or 0) / top * 8) if top else 0] for v in values)
 
 
 def styled(mode: str, modes: Sequence[str], rest: str = "") -> Text:
-    """The name of ``mode`` and ``rest``, in the mode's colour."""
+    """Return the name of ``mode`` and ``rest``, in the mode's colour."""
     return plain(mode.upper() + rest, STYLES[modes.index(mode) % len(STYLES)])
 
 
 def view(data: dict[str, Any], url: str, problem: str = "", switches: int = 8, unicode: bool = True) -> RenderableType:
-    """What the terminal shows.
+    """Return what the terminal shows.
 
     Args:
         data: The server's snapshot.
         url: The server's address.
-        problem: Why ``data`` is old; empty if it is not.
-        switches: How many of the last switches to show.
+        problem: Why ``data`` is old; empty if it is not old.
+        switches: The most switches to show. The last ones are shown.
         unicode: Whether the terminal can show block characters.
     """
     base = data["world_size"] // data["sp_size"]
@@ -119,7 +119,7 @@ def _now(data: dict[str, Any], unicode: bool) -> Table:
 
 
 def _bar(shares: dict[str, float], unicode: bool) -> Text:
-    """A bar with a part for each mode. Its parts are rounded where they begin, so that they fill it."""
+    """Return a bar with a part for each mode. The start of each part is rounded, so that the parts fill the bar."""
     bar, modes = Text(), list(shares)
     starts = [round(BAR * sum(shares[mode] for mode in modes[i:])) for i in range(1, len(modes))]
     for i, (start, end) in enumerate(zip([BAR, *starts], [*starts, 0], strict=True)):

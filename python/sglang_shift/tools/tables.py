@@ -1,4 +1,4 @@
-"""Small tables as text."""
+"""Makes small tables as text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def text_table(rows: Sequence[Sequence[Any]]) -> str:
-    """Columns of a small table, the first one to the left; its first row is the heading."""
+    """Align the columns of a small table. The first row is the heading, and the first column is aligned to the left."""
     texts = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     return "\n".join(

@@ -1,4 +1,4 @@
-"""The order of it all: every contender, every workload, every round; what is done stays done."""
+"""Sends every workload to every contender in every round. An interrupted campaign keeps what it has."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ SETTLE_S = 1.0
 
 @dataclass(frozen=True)
 class Settings:
-    """How a campaign runs.
+    """The settings of a campaign.
 
     Attributes:
-        out: Folder for all that it writes.
-        rounds: Visits to each contender by each workload.
-        flags: More flags for every server that is started.
-        together: Keep all servers, the idle ones stopped (SIGSTOP), and go from contender to contender with every
-            workload; else one server at a time sees all workloads of a round.
-        link_rate: Bits per second of the emulated link; None for no link.
-        vocabulary: Token ids of prompts are less than this.
-        model: Name of the model, for servers with OpenAI's API alone.
-        timeout: Seconds that a start may take, and a workload.
-        port: Of the servers; 0 for any free one.
+        out: The folder for all files of the campaign.
+        rounds: Number of visits to each contender by each workload.
+        flags: More flags for every server that the campaign starts.
+        together: Whether all servers stay. Then idle servers are stopped (SIGSTOP), and every workload goes from
+            contender to contender. If not, one server at a time gets all workloads of a round.
+        link_rate: Bits per second of the emulated link. None means no link.
+        vocabulary: Token ids of prompts are less than this number.
+        model: Name of the model, for servers that have only OpenAI's API.
+        timeout: Seconds that the start of a server may take, and seconds that a workload may take.
+        port: The port of the servers; 0 takes any free port.
         facts: What else must be the same for visits to be comparable, such as the model.
     """
 
@@ -64,11 +64,11 @@ class Campaign:
 
     Args:
         plan: The workloads.
-        contenders: Whom to visit. The first one's saturated throughput is the unit of the arrival rates.
-        settings: How.
+        contenders: The servers to visit. The saturated throughput of the first server is the unit of arrival rates.
+        settings: The settings.
 
     Raises:
-        ShiftError: the folder holds a campaign of other settings.
+        ShiftError: the folder holds a campaign with other settings.
     """
 
     def __init__(self, plan: Plan, contenders: Sequence[Contender], settings: Settings) -> None:
@@ -82,7 +82,7 @@ class Campaign:
         self.capacity = self._resume()
 
     def run(self) -> list[Visit]:
-        """Make the visits that are not there yet; all visits.
+        """Make the visits that are missing, and return all visits.
 
         Raises:
             Failure: a server did not start or ended, or requests failed.
@@ -112,7 +112,7 @@ class Campaign:
             self._links.pop().close()
 
     def _tasks(self, workloads: Sequence[Workload]) -> Iterator[tuple[int, Contender, Workload]]:
-        """The order of visits rotates, so that a machine that is slower for a while favours no one."""
+        """Yield the visits. Their order rotates, so that a machine that is slow for a while favours no contender."""
         for number in range(1, self.settings.rounds + 1):
             if self.settings.together:
                 for i, workload in enumerate(workloads):
@@ -125,7 +125,7 @@ class Campaign:
 
     @contextmanager
     def _serving(self, contender: Contender) -> Iterator[Server]:
-        """A contender's server, awake."""
+        """Start or resume a contender's server for a ``with`` block."""
         name = contender.name
         if not self.settings.together and name not in self._servers:
             self.close()
@@ -155,7 +155,7 @@ class Campaign:
             server = start(flags, self.settings.port, log)
         self._servers[contender.name] = server
         server.wait_until_healthy(self.settings.timeout)
-        # What a server does for the first time takes longer: as many requests at once as it will ever see.
+        # What a server does for the first time takes longer. So this sends the most requests at once that it will see.
         self._client(contender, server).run(self.plan.saturated(), seed=-1)
         return server
 
@@ -171,7 +171,7 @@ class Campaign:
         first = workload.requests[0]
         client = self._clients[contender.name]
         client.run(Workload("warm-up", "warm-up", [Request(0.0, first.prompt, min(first.output, 8))]), seed=-number)
-        with suppress(Failure):  # servers of other makers have no such thing
+        with suppress(Failure):  # servers of other makers cannot flush their cache
             if contender.url is None or client.native:
                 server.flush()
         time.sleep(SETTLE_S)
@@ -191,7 +191,7 @@ class Campaign:
         )  # fmt: skip
 
     def _measure_capacity(self) -> float:
-        """Prompt and output tokens per second of the first contender, when all requests come at once."""
+        """Measure prompt and output tokens per second of the first contender, when all requests come at once."""
         contender, workload = self.contenders[0], self.plan.saturated()
         say(f"measuring the saturated throughput of {contender.name}: the unit of the arrival rates")
         with self._serving(contender) as server, tqdm(total=2 * len(workload.requests), unit="request") as bar:
@@ -199,7 +199,7 @@ class Campaign:
         return fmean(sum(r.prompt + r.output for r in v.requests) / v.seconds for v in found)
 
     def _resume(self) -> float | None:
-        """The capacity that an earlier run of the same campaign measured."""
+        """Return the capacity that an earlier run of the same campaign measured, or None if there was no such run."""
         if not self._state.exists():
             if self._done:
                 raise ShiftError(f"{self.settings.out} holds visits, but not of what campaign; choose another --out")
@@ -229,12 +229,12 @@ def _rotated(contenders: Sequence[Contender], by: int) -> list[Contender]:
 
 
 def _has_generate(url: str) -> bool:
-    """Whether a server is SGLang, and so has an API in token ids of its own."""
+    """Return whether a server is SGLang. SGLang's own API takes token ids."""
     with suppress(OSError, ValueError):
         return "model_path" in call(url + "/get_model_info")
     return False
 
 
 def say(text: str) -> None:
-    """A line of progress."""
+    """Print a line of progress."""
     tqdm.write(f"benchmark: {text}", file=sys.stderr)

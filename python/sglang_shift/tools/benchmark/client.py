@@ -1,7 +1,7 @@
 """Sends a workload and times the answers, with the request functions of SGLang's ``bench_serving``.
 
-Ours are the order of sending, the prompts as token ids, so that lengths and shared prefixes are true, and a
-record of every request.
+This module defines the order of sending, and keeps a record of every request. It makes prompts of token ids, so that
+lengths and shared prefixes are exact.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 from sglang_shift.tools.benchmark.records import RequestRecord
 from sglang_shift.tools.benchmark.workloads import Workload, prompt_ids
 
-# What bench_serving reads of its own command line while it sends.
+# bench_serving reads these arguments of its own command line while it sends.
 BENCH_SERVING = argparse.Namespace(
     temperature=0.0, top_p=1.0, disable_ignore_eos=False, disable_stream=False, return_logprob=False,
     return_routed_experts=False, logprob_start_len=-1, top_logprobs_num=0, token_ids_logprob=None,
     cache_report=True, header=None,
 )  # fmt: skip
-# bench_serving takes no notice of a token without text, which a special token is.
+# bench_serving ignores a token without text. A special token has no text unless the server is told to keep it.
 ALL_TOKENS = {"skip_special_tokens": False}
 
 
@@ -31,13 +31,13 @@ class Client:
 
     Args:
         url: The server's address.
-        api: ``sglang``, its ``/generate``; or ``openai``, ``/v1/completions``.
+        api: ``sglang`` uses ``/generate``; ``openai`` uses ``/v1/completions``.
         model: Name of the model, for OpenAI's API.
-        vocabulary: Token ids of prompts are less than this.
+        vocabulary: Token ids of prompts are less than this number.
         timeout: Seconds that a workload may take.
 
     Attributes:
-        native: Whether it uses SGLang's own API.
+        native: Whether the client uses SGLang's own API.
     """
 
     def __init__(self, url: str, api: str, model: str, vocabulary: int, timeout: float) -> None:
@@ -58,13 +58,14 @@ class Client:
 
         Args:
             workload: What to send.
-            seed: Of the prompts' tokens.
-            done: Called whenever a request has ended.
+            seed: The seed of the prompts' tokens.
+            done: Called each time a request has ended.
 
         Returns:
-            A record of each request, in the workload's order. Those not ended in time carry that as an error.
+            A record of each request, in the workload's order. If a request did not end in time, its record has an
+            error.
         """
-        # Made beforehand: it takes time, and requests are to be sent on time.
+        # The prompts are made beforehand. This takes time, and requests must be sent on time.
         prompts = [prompt_ids(r, i, seed, self.vocabulary) for i, r in enumerate(workload.requests)]
         return asyncio.run(self._run(workload, prompts, done))
 
@@ -106,10 +107,10 @@ class Client:
 
 
 def failed(due: float, error: str) -> RequestRecord:
-    """The record of a request without an answer."""
+    """Return the record of a request without an answer."""
     return RequestRecord(due, due, 0.0, 0.0, [], 0, 0, error=error)
 
 
 def errors(records: list[RequestRecord]) -> Iterator[str]:
-    """What went wrong, each thing once."""
+    """Return the errors of the records, each error once."""
     return iter(dict.fromkeys(r.error for r in records if r.error))

@@ -1,4 +1,4 @@
-"""``python -m sglang_shift.benchmark``: Shift Parallelism beside its peers on this machine."""
+"""``python -m sglang_shift.benchmark`` compares Shift Parallelism with its peers on this machine."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from sglang_shift.tools.benchmark.records import Visits
 
 MODULE = "sglang_shift.benchmark"
 HEADING, LINK = "heading.json", "link.json"
-# A token that ends a sequence is one of the context.
+# The token that ends a sequence is a part of the context.
 SPARE_TOKENS = 8
 
 
 def measure(args: argparse.Namespace, model: str, command: str) -> None:
-    """Run the campaign, or the rest of it; what a report says of it goes into a file first.
+    """Run the campaign, or the rest of it. First write a file with the heading of its report.
 
     Raises:
-        ShiftError: it cannot start, or cannot go on.
+        ShiftError: the campaign cannot start, or cannot go on.
     """
     known = environment.describe_model(model)
     plan = options.plan(args, known["context"] - SPARE_TOKENS)
@@ -53,9 +53,9 @@ def measure(args: argparse.Namespace, model: str, command: str) -> None:
 
 
 def _link(args: argparse.Namespace, model: str) -> tuple[float, str]:
-    """The rate of the emulated link, and what a report says of it.
+    """Return the rate of the emulated link, and its description in a report.
 
-    A rate depends on what the machine does when it is measured, so a campaign keeps the one it began with.
+    The rate depends on what the machine does during the measurement. So a campaign keeps its first rate.
     """
     from sglang_shift.tools.benchmark import link, link_rate
 
@@ -73,7 +73,7 @@ def _link(args: argparse.Namespace, model: str) -> tuple[float, str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure and report; returns the exit code."""
+    """Measure and report, and return the exit code."""
     args = options.parse(argv)
     for ending in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, lambda number, _: sys.exit(128 + number))

@@ -1,4 +1,4 @@
-"""Whom the benchmark compares: how each server is started, or where it already runs."""
+"""Defines the servers that the benchmark compares: how each server is started, or where it already runs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Contender:
     """A server to measure.
 
     Attributes:
-        name: How reports call it.
-        flags: Flags of ``sglang_shift.launch_server`` that make it; without ours, that is stock SGLang.
-        url: Where it already runs, instead.
-        ranks: Ranks that communicate with each other: what a link is for.
+        name: The name of the server in reports.
+        flags: Its flags for ``sglang_shift.launch_server``. Without a flag of ours, the server is stock SGLang.
+        url: The address of a server that already runs. Such a server needs no flags.
+        ranks: Number of ranks that communicate with each other. An emulated link joins these ranks.
     """
 
     name: str
@@ -30,17 +30,18 @@ class Contender:
 
 
 def contender(text: str, ranks: int, sp_size: int | None = None, kv_tokens: int | None = None) -> Contender:
-    """The contender that a user's word names.
+    """Return the contender that a user's word names.
 
     Args:
         text: ``stock-tp``, ``stock-dp``, ``tp``, ``sp``, ``shift``, ``shift:POLICY`` or ``NAME=URL``.
         ranks: P.
-        sp_size: S of ``sp`` and ``shift``; P if left out.
-        kv_tokens: Tokens that the KV pools of a contender hold in all. A rank of TP or SP holds 1/P of the heads of
-            each token and a replica holds all of them, so replicas get ``kv_tokens / P`` each: the same bytes.
+        sp_size: S of ``sp`` and ``shift``. None means P.
+        kv_tokens: Number of tokens that all KV pools of a contender hold together. A rank of TP or SP holds 1/P of the
+            heads of each token, and a replica holds all heads. So each replica gets ``kv_tokens / P`` tokens, which
+            take the same bytes.
 
     Raises:
-        ShiftError: it names none.
+        ShiftError: the word names no contender.
     """
     name, equals, url = text.partition("=")
     if equals:
@@ -71,10 +72,10 @@ def contender(text: str, ranks: int, sp_size: int | None = None, kv_tokens: int 
 def contenders(
     texts: Sequence[str], ranks: int, sp_size: int | None = None, kv_tokens: int | None = None
 ) -> list[Contender]:
-    """All that the user names, as :func:`contender`.
+    """Return all contenders that the user names, as :func:`contender` makes them.
 
     Raises:
-        ShiftError: a word names none, or two have one name.
+        ShiftError: a word names no contender, or two contenders have the same name.
     """
     made = [contender(text, ranks, sp_size, kv_tokens) for text in texts]
     names = [c.name for c in made]

@@ -1,4 +1,4 @@
-"""What the figures depend on: the machine, the versions, the model."""
+"""Describes what the figures depend on: the machine, the versions and the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sglang_shift.tools.nvidia_smi import nvidia_smi
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory, GPUs and versions."""
+    """Return processor, cores, memory, GPUs and versions."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -30,7 +30,9 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_model(path: str) -> dict[str, Any]:
-    """What the workloads need to know of a model, from its config.json; Hugging Face's loader where there is none.
+    """Return what the workloads need to know of a model, from its config.json.
+
+    If the folder has no such file, Hugging Face's loader finds the configuration.
 
     Returns:
         ``vocabulary`` and ``context``, in tokens.

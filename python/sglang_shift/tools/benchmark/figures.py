@@ -1,4 +1,4 @@
-"""Numbers of the records: of one visit, and over the rounds."""
+"""Computes figures from the records: figures of one visit, and figures over the rounds."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ HIGHER_IS_BETTER = frozenset(
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request must meet to count as good: at most so many seconds; None does not limit."""
+    """The limits that a request must meet to count as good, in seconds. None means no limit."""
 
     ttft: float | None = None
     tpot: float | None = None
     e2e: float | None = None
 
     def met(self, request: RequestRecord) -> bool:
-        """Whether a request that did not fail is good. A single token meets any limit of the TPOT."""
+        """Return whether a request that did not fail is good. A single token meets any limit of the TPOT."""
         values = ((request.ttft, self.ttft), (request.tpot, self.tpot), (request.latency, self.e2e))
         return all(value is None or limit is None or value <= limit for value, limit in values)
 
@@ -43,20 +43,22 @@ class Limits:
 
 
 def figures(visit: Visit, limits: Limits | None = None) -> dict[str, float]:
-    """The figures of a visit by name; one that it does not have, such as a TPOT of single tokens, is left out.
+    """Compute the figures of a visit, by name. A figure that the visit lacks is left out.
 
-    Requests that failed count in ``requests`` and ``errors`` only, and are never good.
+    For example, a visit whose requests have single output tokens lacks the TPOT. Requests that failed count only in
+    ``requests`` and ``errors``, and are never good.
 
     Returns:
-        ``{ttft,tpot,itl,e2e}_{mean,p50,p90,p99}``: seconds; percentiles interpolate linearly between
-            the two closest values, as numpy's do by default. ITLs are those of all requests together.
-        ``requests_per_s``, ``total_tokens_per_s`` (prompt and output), ``output_tokens_per_s``: of
-            the requests that did not fail, over the seconds of the visit.
-        ``goodput``, ``goodput_share``: requests/s that met ``limits``, and their share of all that were sent.
-        ``requests``, ``errors``, ``seconds``: of the visit.
-        ``cached_share``: of the prompt tokens.
-        ``kv_mean``, ``kv_max``, ``queue_mean``, ``queue_max``: over the samples; a share, and requests.
-        All of ``visit.shift``.
+        ``{ttft,tpot,itl,e2e}_{mean,p50,p90,p99}``: Seconds. Percentiles interpolate linearly between the two closest
+            values, as numpy's percentiles do by default. The ITLs of all requests are taken together.
+        ``requests_per_s``, ``total_tokens_per_s`` (prompt and output), ``output_tokens_per_s``: Amounts of the
+            requests that did not fail, over the seconds of the visit.
+        ``goodput``, ``goodput_share``: Requests/s that met ``limits``, and the share of such requests in all requests.
+        ``requests``, ``errors``, ``seconds``: Requests, failed requests and seconds of the visit.
+        ``cached_share``: The share of the prompt tokens that was cached.
+        ``kv_mean``, ``kv_max``: The share of the KV pool in use, over the samples.
+        ``queue_mean``, ``queue_max``: The requests in the queue, over the samples.
+        All entries of ``visit.shift``.
     """
     served = [r for r in visit.requests if not r.error]
     found: dict[str, float] = {
@@ -125,22 +127,25 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread | None:
-        """The spread of ``values``; None of nothing."""
+        """Return the spread of ``values``, or None if there are no values."""
         return cls(median(values), min(values), max(values), len(values)) if values else None
 
 
 class Comparison:
-    """The figures of all visits. Of visits of the same contender, workload and round, the last counts.
+    """The figures of all visits.
+
+    If several visits have the same contender, workload and round, the last visit counts.
 
     Args:
-        visits: In any order.
-        limits: For the goodput; None for no goodput.
+        visits: The visits in any order.
+        limits: The limits for the goodput. None means no goodput.
 
     Attributes:
-        visits: Those that count.
-        contenders: In the order of their first visits.
-        workloads: Name to kind: in the order of :data:`~sglang_shift.tools.benchmark.records.KINDS`, then of ``x``.
-        x: Of the workloads that have one, in the same order.
+        visits: The visits that count.
+        contenders: The names of the contenders, in the order of their first visits.
+        workloads: The kind of each workload by its name. The order is that of
+            :data:`~sglang_shift.tools.benchmark.records.KINDS`, then that of ``x``.
+        x: The ``x`` of each workload that has one, in the same order.
     """
 
     def __init__(self, visits: Iterable[Visit], limits: Limits | None = None) -> None:
@@ -153,40 +158,40 @@ class Comparison:
         self._figures = {key: figures(v, limits) for key, v in by_key.items()}
 
     def of_kind(self, kind: str) -> list[str]:
-        """The workloads of a kind."""
+        """Return the workloads of a kind."""
         return [w for w, k in self.workloads.items() if k == kind]
 
     def figures(self, visit: Visit) -> dict[str, float]:
-        """Those of one of :attr:`visits`."""
+        """Return the figures of one of :attr:`visits`."""
         return self._figures[visit.workload, visit.contender, visit.round]
 
     def visited(self, contender: str, workload: str) -> bool:
-        """Whether there is such a visit."""
+        """Return whether a workload has visited a contender."""
         return any((w, c) == (workload, contender) for w, c, _ in self._figures)
 
     def values(self, contender: str, workload: str, metric: str) -> dict[int, float]:
-        """The figure by round; rounds without it are left out."""
+        """Return the figure by round. Rounds without the figure are left out."""
         mine = {r: f for (w, c, r), f in self._figures.items() if (w, c) == (workload, contender)}
         return {r: f[metric] for r, f in sorted(mine.items()) if metric in f}
 
     def spread(self, contender: str, workload: str, metric: str) -> Spread | None:
-        """The figure over the rounds; None if no round has it."""
+        """Return the figure over the rounds, or None if no round has the figure."""
         return Spread.of(list(self.values(contender, workload, metric).values()))
 
     def ratio(self, contender: str, others: Sequence[str], workload: str, metric: str) -> Spread | None:
-        """The contender's figure over the best of the others', taken within a round: what else the machine
-        did in this round hit all of them alike.
+        """Return the contender's figure over the best figure of the others.
 
-        Others that have the figure in no round do not count; rounds in which one of the rest lacks it are
-        left out, for the best of fewer is easier to beat. None if no round is left, or none with a best
-        above 0.
+        The ratio is taken within a round, because other work of the machine in this round slows down all contenders
+        alike. A contender without the figure in any round does not count. A round in which one of the remaining
+        contenders lacks the figure is left out, because the best of fewer contenders is easier to beat. The result is
+        None if no round is left, or if no best figure is above 0.
 
         Raises:
-            ValueError: there are several others, and the metric is neither the better for being high nor low.
+            ValueError: there are several others, and neither a high nor a low value of the metric is better.
         """
         if len(others) > 1 and best_of(metric) is None:
             raise ValueError(f"{metric} has no best: compare with one contender")
-        best = best_of(metric) or max  # of a single one
+        best = best_of(metric) or max  # of a single contender
         mine = self.values(contender, workload, metric)
         theirs = [values for other in others if (values := self.values(other, workload, metric))]
         rounds = [r for r in mine if theirs and all(r in values for values in theirs)]
@@ -195,10 +200,10 @@ class Comparison:
 
 
 def best_of(metric: str) -> Callable[[Iterable[float]], float] | None:
-    """``min`` or ``max``, whichever finds the best of a metric; None where neither is better."""
+    """Return ``min`` or ``max``, whichever finds the best value of a metric; None if neither is better."""
     return min if metric in LOWER_IS_BETTER else max if metric in HIGHER_IS_BETTER else None
 
 
 def digits(value: float) -> int:
-    """Decimals that show three significant figures of a value of at least 0, but 3 at most."""
+    """Return the decimals that show three significant figures of a value of at least 0. There are 3 at most."""
     return min(3, max(0, 2 - floor(log10(value)))) if value else 0

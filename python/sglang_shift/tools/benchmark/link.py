@@ -1,9 +1,8 @@
-"""An emulated link: each rank of a server in a network namespace of its own, joined by links of a set rate.
+"""Emulates a link. Each rank of a server has its own network namespace, and links of a given rate join the namespaces.
 
-On one machine without GPUs, ranks communicate through its memory, at a cost that hardly shows beside
-their computation's. Here they communicate over TCP at a rate that :mod:`link_rate` derives from GPUs'.
-docs/emulated-link.md has a picture, and says what is emulated and what is not. Linux, root and
-iproute2 are needed.
+On one machine without GPUs, ranks communicate through its memory. This takes little time beside their computation. Here
+they communicate over TCP, at a rate that :mod:`link_rate` derives from figures of GPUs. docs/emulated-link.md has a
+picture, and says what is emulated and what is not. The link needs Linux, root and iproute2.
 """
 
 from __future__ import annotations
@@ -27,25 +26,25 @@ from sglang_shift.errors import ShiftError
 from sglang_shift.tools.servers import LAUNCHER, Server, claim_port, launch
 
 PREFIX = "sglang-shift"
-"""Of our namespaces' names: ``sglang-shift-PID-NUMBER-PLACE``, a place being a rank or ``switch``."""
+"""The first part of our namespaces' names: ``sglang-shift-PID-NUMBER-PLACE``. PLACE is a rank or ``switch``."""
 
 DEVICE = "wire"
-"""The shaped interface's name, in every rank's namespace."""
+"""The name of the interface in every rank's namespace that limits the rate."""
 
 RENDEZVOUS_PORT = 20000
-"""Free in a namespace that is new."""
+"""A port that is free in a new namespace."""
 
-# Both are of 198.18.0.0/15, which RFC 2544 sets aside for benchmarks. The ranks' network is seen in the
-# namespaces only, so that every link can have the same one.
+# Both networks are parts of 198.18.0.0/15, which RFC 2544 reserves for benchmarks. The ranks' network is only visible
+# in the namespaces, so every link can have the same network.
 RANKS = IPv4Network("198.19.0.0/24")
 MANAGEMENT = IPv4Network("198.18.0.0/16")
 
-# A packet of this size is both what a message's time is rounded up to and what costs CPU time once.
+# The time of a message is rounded up to packets of this size, and each packet costs CPU time once.
 MTU = 9000
 ETHERNET_HEADER = 14
-# How late a timer may fire, in seconds, before the link is slower than its rate.
+# If a timer fires later than this, in seconds, the link is slower than its rate.
 TIMER = 100e-6
-# More than TCP has under way: a queue that drops nothing, as on links that hold the sender back.
+# TCP never has more bytes under way. So the queue drops nothing, as on links that make the sender wait.
 QUEUE_BYTES = 256 << 20
 
 EXIT_SECONDS = 10.0
@@ -54,10 +53,10 @@ _numbers = itertools.count()
 
 
 def check() -> None:
-    """The emulated link must be possible here.
+    """Check that an emulated link is possible on this machine.
 
     Raises:
-        ShiftError: says what it needs.
+        ShiftError: something is missing. The message says what.
     """
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     if missing:
@@ -67,23 +66,23 @@ def check() -> None:
 
 
 def burst(rate: float) -> int:
-    """Bytes that a link which was idle sends at once: a packet, and what passes while a timer is late.
+    """Return the bytes that an idle link sends at once: a packet, and what passes while a timer is late.
 
-    With fewer, the link is slower than its rate: what it could have sent by then is lost. With more, small
-    messages pass as if there were no link.
+    With fewer bytes the link is slower than its rate, because it cannot send later what it could have sent by then.
+    With more bytes, small messages pass as if there were no link.
     """
     return MTU + ETHERNET_HEADER + math.ceil(rate / 8 * TIMER)
 
 
 class Link:
-    """The namespaces and what joins them, from ``with`` to its end.
+    """The namespaces of the ranks and the links between them, until :meth:`close` or the end of a ``with`` block.
 
     Args:
-        ranks: How many, 2 to 254.
-        rate: What each rank sends, and what it receives, at most: bits per second. None: not limited.
+        ranks: Number of ranks, 2 to 254.
+        rate: The most bits per second that each rank sends, and the most that it receives. None means no limit.
 
     Raises:
-        ShiftError: refused arguments, or no root, or no iproute2, or the kernel refuses.
+        ShiftError: an argument is refused, root or iproute2 is missing, or the kernel refuses.
     """
 
     def __init__(self, ranks: int, rate: float | None) -> None:
@@ -113,13 +112,13 @@ class Link:
         self.close()
 
     def close(self) -> None:
-        """Kill what runs in the namespaces and remove them; more than once does no harm."""
+        """Kill all processes in the namespaces, and remove the namespaces. A second call does no harm."""
         remove(name for name in namespaces() if name.startswith(f"{self._name}-"))
         atexit.unregister(self.close)
 
     @property
     def server_address(self) -> str:
-        """Rank 0's, over which its HTTP server is reached from outside; not limited in its rate."""
+        """Rank 0's address for its HTTP server, which is reached from outside. Its rate is not limited."""
         return str(self._server)
 
     @property
@@ -128,27 +127,27 @@ class Link:
         return f"{self.address(0)}:{RENDEZVOUS_PORT}"
 
     def address(self, rank: int) -> str:
-        """A rank's, on the link."""
+        """Return a rank's address on the link."""
         return str(RANKS[rank + 1])
 
     def namespace(self, rank: int | str) -> str:
-        """The name of a rank's network namespace, or of the ``switch``'s."""
+        """Return the name of the network namespace of a rank, or of the ``switch``."""
         return f"{self._name}-{rank}"
 
     def command(self, rank: int, argv: Sequence[str]) -> list[str]:
-        """``argv``, to be run as a rank. The process that is started becomes ``argv``: its pid is the rank's.
+        """Return the command that runs ``argv`` as a rank. Its process becomes ``argv``, so its pid is the rank's pid.
 
-        /dev/shm is empty and its own, by which SGLang tells nodes apart: ranks that find one another's
+        The rank has its own /dev/shm, which is empty. SGLang uses it to tell nodes apart: ranks that find one another's
         segments there would not use the link. ``ip netns exec`` makes the mount namespace for it.
         """
         mount = 'mount -t tmpfs tmpfs /dev/shm && exec "$@"'
         return ["ip", "netns", "exec", self.namespace(rank), "sh", "-c", mount, "sh", *argv]
 
     def environment(self, rank: int) -> dict[str, str]:
-        """What a rank needs besides the environment that there is.
+        """Return the variables that a rank needs besides the current environment.
 
-        Its address, because SGLang asks for a route to the Internet, which there is none of. Its cores,
-        because it would take all of them, being alone on its node.
+        A rank needs its address, because SGLang looks for a route to the Internet, and there is no such route. It needs
+        its cores, because it is alone on its node and would take all cores.
         """
         cores = sorted(os.sched_getaffinity(0))
         each = max(1, len(cores) // self.ranks)
@@ -161,7 +160,7 @@ class Link:
         }
 
     def _management_addresses(self) -> tuple[IPv4Address, IPv4Address]:
-        """The outside's and rank 0's: the first pair from a place of this process's own that is not in use."""
+        """Return the addresses of the outside and of rank 0: a pair that is not in use. The pid says where to begin."""
         used = set(re.findall(r"inet ([\d.]+)", _run("ip", "-4", "-oneline", "address")))
         pairs = MANAGEMENT.num_addresses // 2
         for i in range(pairs):
@@ -193,7 +192,7 @@ class Link:
         _run("ip", "-n", switch, "link", "set", port, "master", "bridge", "up")
         _run("ip", "-n", name, "address", "add", f"{self.address(rank)}/{RANKS.prefixlen}", "dev", DEVICE)
         _run("ip", "-n", name, "link", "set", DEVICE, "up")
-        # Others pace what they send by what they measured, or take a wait in the queue for a full link.
+        # Other algorithms send at a pace that they measured, or take a wait in the queue for a full link.
         _run("ip", "netns", "exec", name, "sh", "-c", "echo reno >/proc/sys/net/ipv4/tcp_congestion_control")
         if self.rate is not None:
             for namespace, device in ((name, DEVICE), (switch, port)):
@@ -202,17 +201,17 @@ class Link:
 
 
 def namespaces() -> list[str]:
-    """The names of those of all links on this machine."""
+    """Return the names of the namespaces of all links on this machine."""
     return [line.split()[0] for line in _run("ip", "netns", "list").splitlines() if line.startswith(f"{PREFIX}-")]
 
 
 def leftovers() -> list[str]:
-    """Of these, those whose process is gone without having removed them."""
+    """Return the names of the namespaces whose process ended without removing them."""
     return [name for name in namespaces() if not os.path.exists(f"/proc/{name.split('-')[2]}")]
 
 
 def remove(names: Iterable[str]) -> None:
-    """Kill what runs in the namespaces, and remove them. The kernel removes their interfaces a moment later."""
+    """Kill all processes in the namespaces, and remove these. The kernel removes their interfaces a moment later."""
     for name in names:
         deadline = time.monotonic() + EXIT_SECONDS
         while (pids := _pids(name)) and time.monotonic() < deadline:
@@ -220,7 +219,7 @@ def remove(names: Iterable[str]) -> None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
-        with contextlib.suppress(ShiftError):  # another process may have been faster
+        with contextlib.suppress(ShiftError):  # another process may have removed it before
             _run("ip", "netns", "delete", name)
 
 
@@ -239,13 +238,13 @@ def _run(*argv: str) -> str:
 
 
 def start_on(link: Link, flags: Sequence[str], port: int, log: Path) -> Server:
-    """Start ``sglang_shift.launch_server`` on a link: one process a rank, each of which counts as a node.
+    """Start ``sglang_shift.launch_server`` on a link. Each rank is a process and counts as a node.
 
     Args:
-        link: Joins the ranks.
+        link: The link that joins the ranks.
         flags: As in :func:`~sglang_shift.tools.servers.start`.
-        port: As there.
-        log: As there.
+        port: As in :func:`~sglang_shift.tools.servers.start`.
+        log: As in :func:`~sglang_shift.tools.servers.start`.
 
     Raises:
         Failure: the port is in use.
@@ -253,7 +252,7 @@ def start_on(link: Link, flags: Sequence[str], port: int, log: Path) -> Server:
     port = claim_port(port)
     command = [*LAUNCHER, *flags, "--host", "0.0.0.0", "--port", str(port)]
     command += ["--nnodes", str(link.ranks), "--dist-init-addr", link.rendezvous]
-    # A calibration over another link, or none, would look as if it were of this one.
+    # A calibration over another link, or without a link, would look like a calibration over this link.
     own = {"SGLANG_SHIFT_CACHE_DIR": str(log.parent.resolve() / "calibrations")}
     commands = [
         (link.command(rank, [*command, "--node-rank", str(rank)]), own | link.environment(rank))

@@ -1,10 +1,10 @@
-"""The rate of an emulated link: with it, communication has the share of a layer's time that it has on GPUs.
+"""Derives the rate of an emulated link. Communication then takes the same share of a layer's time as on GPUs.
 
     python -m sglang_shift.tools.benchmark.link_rate --model-path DIR --ranks 2 --target llama-70b
 
-The share is rho, the time of a layer's two all-reduces over that of its GEMMs, both in TP and of one token.
-On the target both follow from published figures; here the GEMMs are measured and the rate is what is left
-to choose. docs/emulated-link.md has the figures in a table, and how sure they are.
+The share is rho: the time of a layer's two all-reduces over the time of its GEMMs, both in TP and for one token. For
+the target, both times follow from published figures. Here the GEMMs are measured, and the rate is chosen so that rho is
+the same. docs/emulated-link.md has the figures in a table, and says how certain they are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sglang_shift.models.decoder_layer import ELEMENT_BYTES, Layer, layer_of
 from sglang_shift.tools.published import TARGETS
 
 TOKENS = 1024
-"""Of the step whose GEMMs are measured."""
+"""Number of tokens of the step whose GEMMs are measured."""
 
 REPEATS = 15
 START_SECONDS = 120.0
@@ -33,13 +33,13 @@ START_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class LinkRate:
-    """A link's rate and why.
+    """The rate of a link, and how it was derived.
 
     Attributes:
-        rate: Bits per second that each rank sends, and receives.
-        rho: The target's.
-        gemm_flops: The slowest rank's, measured.
-        text: All that led to it, in lines.
+        rate: Bits per second that each rank sends, and bits per second that it receives.
+        rho: The rho of the target.
+        gemm_flops: The measured FLOP/s of the slowest rank.
+        text: The derivation, in several lines.
     """
 
     rate: float
@@ -49,10 +49,10 @@ class LinkRate:
 
 
 def read_layer(model_path: str | Path) -> tuple[Layer, str]:
-    """The layer's sizes and the dtype of a model's ``config.json``.
+    """Read the sizes of a layer and the dtype from a model's ``config.json``.
 
     Raises:
-        ShiftError: there is none, or it is not a dense decoder's.
+        ShiftError: there is no such file, or the model is not a dense decoder.
     """
     file = Path(model_path) / "config.json"
     try:
@@ -64,19 +64,22 @@ def read_layer(model_path: str | Path) -> tuple[Layer, str]:
 
 
 def rate_for(layer: Layer, ranks: int, element_bytes: int, flops: float, rho: float) -> float:
-    """Bits per second at which the all-reduces take ``rho`` times as long as the GEMMs, at ``flops`` a rank."""
+    """Return the bits per second at which the all-reduces take ``rho`` times as long as the GEMMs.
+
+    Each rank computes ``flops`` FLOP/s.
+    """
     gemm_seconds = 2 * layer.parameters / ranks / flops
     return 8 * layer.all_reduce_bytes(ranks, element_bytes) / (rho * gemm_seconds)
 
 
 def most_gain(layer: Layer, ranks: int, rho: float) -> float:
-    """Time of a layer's GEMMs and communication in TP over that in SP, at the same rate."""
+    """Return the time of a layer's GEMMs and communication in TP over the time in SP, at the same rate."""
     share = layer.exchange_bytes(ranks, 1) / layer.all_reduce_bytes(ranks, 1)
     return (1 + rho) / (1 + rho * share)
 
 
 def gemm_flops(shards: list[tuple[int, int]], dtype: str, ranks: int) -> float:
-    """FLOP/s of the slowest of ``ranks`` processes of one thread that do a layer's GEMMs at once."""
+    """Measure a layer's GEMMs in ``ranks`` processes of one thread at once. Return the slowest one's FLOP/s."""
     context = get_context("spawn")
     with context.Manager() as manager, ProcessPoolExecutor(ranks, context) as pool:
         start = manager.Barrier(ranks)
@@ -103,10 +106,10 @@ def _layer_seconds(shards: list[tuple[int, int]], dtype: str, start: Barrier) ->
 
 
 def choose_rate(model_path: str | Path, ranks: int, target: str) -> LinkRate:
-    """The rate for a model on this machine; takes some seconds of all its cores.
+    """Return the rate for a model on this machine. This takes some seconds on all its cores.
 
     Raises:
-        ShiftError: an unknown target, or a model or a number of ranks that the rule is not for.
+        ShiftError: the target is unknown, or the rule does not fit the model or the number of ranks.
     """
     if target not in TARGETS:
         raise ShiftError(f"there is no target {target}; choose one of {', '.join(TARGETS)}")
@@ -133,7 +136,7 @@ def choose_rate(model_path: str | Path, ranks: int, target: str) -> LinkRate:
 
 
 def main(argv: list[str]) -> None:
-    """Print the rate and what led to it."""
+    """Print the rate and its derivation."""
     parser = argparse.ArgumentParser(prog="python -m sglang_shift.tools.benchmark.link_rate")
     parser.add_argument("--model-path", required=True, help="folder of the benchmark's model")
     parser.add_argument("--ranks", type=int, default=2)

@@ -1,4 +1,4 @@
-"""The command line of ``python -m sglang_shift.benchmark``."""
+"""Defines the command line of ``python -m sglang_shift.benchmark``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sglang_shift.tools.benchmark.contenders import DEFAULT
 from sglang_shift.tools.benchmark.records import MADE_UP, TRACES
 from sglang_shift.tools.benchmark.workloads import Plan, Sizes, Trace
 
-# To see that everything works, in about two minutes.
+# With these options one sees in about two minutes whether everything works.
 SMOKE: dict[str, Any] = {
     "rounds": 1, "contenders": ["stock-tp", "shift:tokens"], "workloads": ["single", "saturated", "rate"],
     "prompt": (32, 128), "output": (4, 8), "lengths": (64,), "singles": 2, "single_output": 4, "saturated": 6,
@@ -25,7 +25,7 @@ FIELDS = tuple(Sizes.__dataclass_fields__)
 
 
 def parser() -> argparse.ArgumentParser:
-    """All options, with their defaults."""
+    """Return a parser of all options, with their defaults."""
     p = argparse.ArgumentParser(
         prog="python -m sglang_shift.benchmark",
         description="Shift Parallelism beside its peers, on this machine: the same requests to each, interleaved.",
@@ -168,7 +168,7 @@ def _link(group: argparse._ArgumentGroup) -> None:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The options; ``--smoke`` changes defaults, which options given override."""
+    """Parse the options. ``--smoke`` changes the defaults, and options that are given override the defaults."""
     p = parser()
     if p.parse_known_args(argv)[0].smoke:
         p.set_defaults(**SMOKE)
@@ -191,10 +191,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def plan(args: argparse.Namespace, context: int) -> Plan:
-    """The workloads that the options ask for.
+    """Return the workloads that the options ask for.
 
     Raises:
-        ShiftError: a trace cannot be read, or has nothing in its window.
+        ShiftError: a trace cannot be read, or has no request in its window.
     """
     changes = {name: _tuple(getattr(args, name)) for name in FIELDS}
     traces = {kind: _trace(kind, args) for kind in TRACES if getattr(args, kind)}

@@ -1,4 +1,4 @@
-"""Pictures of the figures, as PNG. They need matplotlib, which is optional."""
+"""Draws the figures as PNG files. This needs matplotlib, which is optional."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LINE = 90
-"""Characters that fit beside each other."""
+"""Number of characters that fit into a line."""
 
 ARRIVAL_BINS = 80
 MOST_NUMBERS = 6
-"""Bars of a panel above which numbers fit."""
+"""The most bars of a panel. With more bars, numbers do not fit above them."""
 
 LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "e2e": "E2E"}
 
@@ -32,14 +32,14 @@ OTHERS: list[Style] = [
     for i in range(16)
 ]  # fmt: skip
 SHADES = ("#C8C8C8", "#6E6E6E", "#A0A0A0", "#404040")
-"""Greys: no contender's colours."""
+"""Greys, because no contender has a grey colour."""
 
 
 def write(comparison: Comparison, folder: Path) -> list[Path]:
     """Write all plots that the visits allow.
 
     Returns:
-        The files, none where there is nothing to plot.
+        The files. There are none if there is nothing to plot.
 
     Raises:
         ShiftError: matplotlib is not installed.
@@ -68,7 +68,7 @@ def _figures(comparison: Comparison) -> Iterator[tuple[str, Figure]]:
 
 
 def _visits_to_watch(comparison: Comparison, workload: str) -> tuple[Visit, Visit | None] | None:
-    """The first visit of ``shift``, and that of a baseline in the same round."""
+    """Return the first visit of ``shift``, and the visit of a baseline in the same round."""
     mine = {(v.round, v.contender): v for v in comparison.visits if v.workload == workload}
     rounds = sorted(r for r, contender in mine if contender == SHIFT)
     if not rounds:
@@ -78,13 +78,13 @@ def _visits_to_watch(comparison: Comparison, workload: str) -> tuple[Visit, Visi
 
 
 def styles(contenders: Sequence[str]) -> dict[str, Style]:
-    """A colour and a marker for each contender, the same in all plots of these contenders."""
+    """Return a colour and a marker for each contender. All plots of these contenders use the same ones."""
     others = [c for c in contenders if c not in KNOWN]
     return {c: KNOWN[c] if c in KNOWN else OTHERS[others.index(c) % len(OTHERS)] for c in contenders}
 
 
 def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
-    """One below the axes, of all contenders in any of them."""
+    """Add one legend below the axes, with all contenders of all axes."""
     handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     if handles:
         most = max(1, LINE // (max(map(len, handles)) + 6))
@@ -97,10 +97,10 @@ def _hint(ax: Axes, text: str) -> None:
 
 
 def _log_scale(ax: Axes) -> None:
-    """On the y axis, once everything is drawn: with numbers such as 20 and 500 instead of powers of ten."""
+    """Make the y axis logarithmic after everything is drawn. Its numbers are such as 20 and 500, not powers of ten."""
     from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, NullLocator
 
-    if isinf(ax.dataLim.minposy):  # nothing is: all requests failed
+    if isinf(ax.dataLim.minposy):  # nothing is drawn, because all requests failed
         return
     ax.set_yscale("log")
     low, high = ax.get_ylim()
@@ -110,7 +110,7 @@ def _log_scale(ax: Axes) -> None:
 
 
 def _whiskers(spreads: Iterable[Spread]) -> list[list[float]]:
-    """From the medians down and up, in ms."""
+    """Return the distances from the medians down to the lows and up to the highs, in ms."""
     pairs = [((s.median - s.low) * 1e3, (s.high - s.median) * 1e3) for s in spreads]
     return [list(side) for side in zip(*pairs, strict=True)]
 
@@ -120,9 +120,10 @@ def _thousands(tokens: float) -> str:
 
 
 def latency_against_throughput(comparison: Comparison) -> Figure | None:
-    """Median TTFT and TPOT over tokens/s, a point for each contender and rate; None if there is nothing to show.
+    """Draw median TTFT and TPOT over tokens/s, with a point for each contender and rate.
 
-    The rates are marked for one contender only: those of all would cover each other.
+    The rates are marked for one contender only, because the marks of all contenders would cover each other. The result
+    is None if there is nothing to show.
     """
     workloads = comparison.of_kind("rate")
     if not workloads:
@@ -151,14 +152,17 @@ def latency_against_throughput(comparison: Comparison) -> Figure | None:
 
 
 def _mark_rate(ax: Axes, rate: float, x: float, row: int) -> None:
-    """At the foot, where no points are; neighbours are in rows of their own."""
+    """Mark a rate at the foot of the axes, below all points. Neighbours are in different rows."""
     ax.axvline(x, color="0.85", linewidth=0.8, zorder=0)
     where: Style = {"transform": ax.get_xaxis_transform(), "ha": "center", "fontsize": 8}
     ax.text(x, 0.015 + 0.04 * row, f"{rate:.3g}/s", **where)
 
 
 def by_prompt_length(comparison: Comparison) -> Figure | None:
-    """Median TTFT, TPOT and E2E of single requests over the prompt's length; None if there is nothing to show."""
+    """Draw median TTFT, TPOT and E2E of single requests over the prompt's length.
+
+    The result is None if there is nothing to show.
+    """
     workloads = comparison.of_kind("single")
     if not workloads:
         return None
@@ -181,7 +185,10 @@ def by_prompt_length(comparison: Comparison) -> Figure | None:
 
 
 def bars(comparison: Comparison, workload: str) -> Figure | None:
-    """p50 and p99 of TTFT, TPOT and E2E as bars, a panel each; None if no request of the workload succeeded."""
+    """Draw p50 and p99 of TTFT, TPOT and E2E as bars, with a panel for each.
+
+    The result is None if no request of the workload succeeded.
+    """
     title = f"{workload}: latency (median, min to max over the rounds; lower is better)"
     figure, axes = panels(title, 2, 3, 5.4)
     metrics = [(f"{latency}_{p}", f"{name} {p}, ms") for p in ("p50", "p99") for latency, name in LATENCIES.items()]
@@ -205,12 +212,12 @@ def bars(comparison: Comparison, workload: str) -> Figure | None:
 
 
 def timeline(visit: Visit, other: Visit | None, style: dict[str, Style]) -> Figure:
-    """A visit second by second: arrivals, the queue, the modes of the steps, and each request's TTFT.
+    """Draw a visit second by second: arrivals, the queue, the modes of the steps, and each request's TTFT.
 
     Args:
-        visit: Of a contender.
-        other: Of another one, by the same workload: its TTFTs are hollow dots.
-        style: By contender.
+        visit: The visit of a contender.
+        other: The visit of another contender by the same workload. Its TTFTs are hollow dots.
+        style: The style of each contender.
     """
     title = f"{visit.workload}: {visit.contender}, second by second (round {visit.round})"
     figure, axes = panels(title, 4, 1, 8.0, sharex=True, height_ratios=(1, 1.2, 0.7, 2))
@@ -244,7 +251,7 @@ def _arrivals(ax: Axes, visit: Visit) -> None:
 
 
 def _mode_bands(ax: Axes, samples: Sequence[Sample]) -> None:
-    """The share of the steps since the last sample that ran in each mode; blank where none ran."""
+    """Draw the share of each mode in the steps since the last sample. If no step ran, the place is blank."""
     told = [s for s in samples if s.steps]
     spans = [{mode: b.steps[mode] - a.steps[mode] for mode in b.steps} for a, b in pairwise(told)]
     tops = [0.0 if any(span.values()) else nan for span in spans]

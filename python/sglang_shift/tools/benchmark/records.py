@@ -1,4 +1,4 @@
-"""What a benchmark run leaves on disk: one line of JSON for each visit of a contender by a workload."""
+"""Keeps the results of a benchmark on disk: one line of JSON for each visit of a contender by a workload."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class RequestRecord(msgspec.Struct, frozen=True):
     """One request as the client saw it. Times are in seconds.
 
     Attributes:
-        due: When it was to be sent, from the start of the visit.
-        sent: When it was sent, from the start of the visit.
-        ttft: From sending to its first token.
-        latency: From sending to its last token.
-        itl: Times between its tokens, ``output - 1`` of them; tokens that came together share their time.
-        prompt: Its prompt tokens.
-        output: The tokens it generated.
-        cached: Prompt tokens that the server found in its prefix cache; 0 where it does not say.
-        error: What went wrong; empty if nothing did. Then the other fields but ``due`` mean nothing.
+        due: When the request had to be sent, from the start of the visit.
+        sent: When the request was sent, from the start of the visit.
+        ttft: Time from sending to the first token.
+        latency: Time from sending to the last token.
+        itl: Times between the tokens, ``output - 1`` values. Tokens that came together share their time.
+        prompt: Number of prompt tokens.
+        output: Number of tokens that the server generated.
+        cached: Number of prompt tokens in the server's prefix cache; 0 if the server does not say.
+        error: What went wrong; empty if nothing went wrong. After an error, only the field ``due`` has a meaning.
     """
 
     due: float
@@ -42,24 +42,24 @@ class RequestRecord(msgspec.Struct, frozen=True):
 
     @property
     def end(self) -> float:
-        """When its last token came, from the start of the visit."""
+        """When the last token came, from the start of the visit."""
         return self.sent + self.latency
 
     @property
     def tpot(self) -> float | None:
-        """Time per output token after the first; None where there is only one."""
+        """Time per output token after the first token. It is None if there is only one token."""
         return (self.latency - self.ttft) / (self.output - 1) if self.output > 1 else None
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """The server's state at a moment. What a server does not tell is None.
+    """The server's state at a moment. If a server does not report a value, it is None.
 
     Attributes:
         time: Seconds from the start of the visit.
         running: Requests in the running batch.
         waiting: Requests in the queue.
         kv_usage: Share of the KV pool in use, 0 to 1.
-        steps: Steps since the start of the visit, by mode; empty from a server without modes.
+        steps: Steps since the start of the visit, by mode; empty if the server has no modes.
     """
 
     time: float
@@ -73,19 +73,19 @@ class Visit(msgspec.Struct, frozen=True):
     """One workload, sent to one contender once.
 
     Attributes:
-        contender: Its name.
-        workload: Its name, such as ``rate 2.0/s``.
+        contender: The name of the contender.
+        workload: The name of the workload, such as ``rate 2.0/s``.
         kind: One of :data:`KINDS`.
-        x: What a plot over workloads of this kind has on its axis: prompt tokens for ``single``, requests per
-            second for ``rate``; None for other kinds.
-        round: From 1.
-        seconds: From the first request's sending to the last token.
-        requests: In the order in which they were due, warm-up not included.
-        samples: In the order of their times.
+        x: The value on the axis of a plot over workloads of this kind: prompt tokens for ``single``, and requests per
+            second for ``rate``. It is None for other kinds.
+        round: The number of the round, from 1.
+        seconds: Seconds from the sending of the first request to the last token.
+        requests: The requests in the order in which they were due, without the warm-up.
+        samples: The samples in the order of their times.
         shift: Changes of our servers' counters over the visit: ``tp_steps`` and so on for each mode, ``switches``,
-            ``exchanged_bytes``, ``exchanges``; None from other servers.
-        started: Local time, ISO 8601.
-        load_average: Of the machine, over the minute before.
+            ``exchanged_bytes`` and ``exchanges``. It is None for other servers.
+        started: Local time of the start, in ISO 8601.
+        load_average: Load average of the machine over the minute before.
     """
 
     contender: str
@@ -102,17 +102,17 @@ class Visit(msgspec.Struct, frozen=True):
 
 
 class Visits:
-    """The visits in a file, one JSON object a line, so that an interrupted campaign keeps what it has.
+    """The visits in a file, one JSON object in each line, so that an interrupted campaign keeps its visits.
 
     Args:
-        path: The file; it need not exist.
+        path: The file. It need not exist.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> list[Visit]:
-        """All visits; a last line that was not written to its end is left out.
+        """Return all visits. A last line that was not written to its end is left out.
 
         Raises:
             ValueError: a line in the file is no visit.
@@ -126,7 +126,7 @@ class Visits:
             raise ValueError(f"{self.path} holds a line that is no visit ({error}); choose another --out") from error
 
     def add(self, visits: Iterable[Visit]) -> None:
-        """Append visits; what an interrupted write left is cut off first."""
+        """Append visits. The rest of an interrupted write is cut off first."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
             file.seek(0)

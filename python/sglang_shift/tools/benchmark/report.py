@@ -1,4 +1,4 @@
-"""Tables of the figures, in Markdown, CSV and JSON."""
+"""Makes tables of the figures, in Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROWS = {
     "rate": ("ttft_p50", "ttft_p99", "tpot_p50", "total_tokens_per_s", "goodput"),
     **dict.fromkeys(("bursty", "long-mix", *TRACES), _TRAFFIC),
 }
-"""The metrics in the table of a kind of workload."""
+"""The metrics in the table of each kind of workload."""
 
 LABELS = {name: (f"{name[:-4].upper()} {name[-3:]}, ms", 1e3) for name in _TIMES} | {
     "total_tokens_per_s": ("total tokens/s", 1.0),
@@ -41,18 +41,20 @@ LABELS = {name: (f"{name[:-4].upper()} {name[-3:]}, ms", 1e3) for name in _TIMES
     "exchanged_bytes": ("exchanged, MiB", 2.0**-20),
     "errors": ("failed requests", 1.0),
 }
-"""What a metric is called, and the factor to the unit there."""
+"""The label of each metric, and the factor from the metric to the unit in the label."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A target of the project: ``shift``'s metric over the best of others', within a round, at every workload.
+    """A target of the project: a bound on ``shift``'s metric over the best metric of other contenders.
+
+    The ratio is taken within a round, and the bound holds at every workload of the kind.
 
     Attributes:
-        kind: Of the workloads.
-        metric: Of :func:`~sglang_shift.tools.benchmark.figures.figures`.
-        others: Contenders.
-        bound: At least this where higher is better, else at most.
+        kind: The kind of the workloads.
+        metric: A metric of :func:`~sglang_shift.tools.benchmark.figures.figures`.
+        others: The other contenders.
+        bound: The least ratio if a higher metric is better, or else the largest ratio.
     """
 
     kind: str
@@ -67,11 +69,11 @@ class Target:
 
     @property
     def at_least(self) -> bool:
-        """Whether more is better."""
+        """Whether a higher metric is better."""
         return best_of(self.metric) is max
 
     def met(self, ratio: float) -> bool:
-        """Whether a ratio reaches the bound."""
+        """Return whether a ratio reaches the bound."""
         return ratio >= self.bound if self.at_least else ratio <= self.bound
 
 
@@ -90,11 +92,11 @@ class Verdict:
     """Whether a target is met at a workload.
 
     Attributes:
-        target: In words.
-        workload: Its name; that of the kind where there is none.
-        got: The ratio; None where there is none.
-        met: None where it cannot be said.
-        note: Why there is no ratio, or what else to know.
+        target: The target in words.
+        workload: The name of the workload, or the kind of workload if none was measured.
+        got: The ratio, or None if there is no ratio.
+        met: Whether the target is met, or None if this cannot be said.
+        note: Why there is no ratio, or what else a reader should know.
     """
 
     target: str
@@ -105,7 +107,7 @@ class Verdict:
 
 
 def verdicts(comparison: Comparison) -> list[Verdict]:
-    """All targets at all workloads. The median ratio counts."""
+    """Judge all targets at all workloads. The median ratio counts."""
     found = []
     for target in TARGETS:
         workloads = comparison.of_kind(target.kind)
@@ -131,7 +133,10 @@ def _verdict(comparison: Comparison, target: Target, workload: str) -> Verdict:
 
 
 def reach(comparison: Comparison) -> str:
-    """The targets with what was got, as a Markdown table; those that cannot be judged below it, with the reason."""
+    """Return the targets with their ratios as a Markdown table.
+
+    Below the table is a list of the targets that cannot be judged, with the reasons.
+    """
     every = verdicts(comparison)
     lines = ["| target | workload | got | |", "| --- | --- | --: | --- |"]
     for o in every:
@@ -144,7 +149,7 @@ def reach(comparison: Comparison) -> str:
 
 
 def tables(comparison: Comparison) -> str:
-    """A Markdown table for each kind of workload that was measured."""
+    """Return a Markdown table for each kind of workload that was measured."""
     parts = []
     for kind, metrics in ROWS.items():
         if workloads := comparison.of_kind(kind):
@@ -154,7 +159,7 @@ def tables(comparison: Comparison) -> str:
 
 
 def _others(comparison: Comparison) -> list[str]:
-    """The baselines that ``shift`` has a column of ratios to."""
+    """Return the baselines with which a column of ratios compares ``shift``."""
     return [c for c in BASELINES if c in comparison.contenders] if SHIFT in comparison.contenders else []
 
 
@@ -204,12 +209,12 @@ def _ratio(spread: Spread | None) -> str:
 
 
 def _code(name: str) -> str:
-    """A name in a Markdown table."""
+    """Return a name as it stands in a Markdown table."""
     return "`" + " ".join(name.split()).replace("`", "'").replace("|", "\\|") + "`"
 
 
 def csv(comparison: Comparison) -> str:
-    """A row for each visit, with all its figures; times in seconds."""
+    """Return a row for each visit, with all its figures. Times are in seconds."""
     rows = _visit_rows(comparison)
     columns = dict.fromkeys(name for row in rows for name in row)
     text = StringIO()
@@ -220,7 +225,10 @@ def csv(comparison: Comparison) -> str:
 
 
 def json(comparison: Comparison, heading: dict[str, Any], limits: Limits | None = None) -> str:
-    """What :func:`csv` has, the figures over the rounds by contender and workload, and the verdicts on the targets."""
+    """Return as JSON the figures of every visit, the figures over the rounds, and the verdicts on the targets.
+
+    The figures over the rounds are by contender and workload.
+    """
     metrics = dict.fromkeys(name for visit in comparison.visits for name in comparison.figures(visit))
     summary = {
         c: {
@@ -246,7 +254,7 @@ def _visit_rows(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def markdown(comparison: Comparison, heading: dict[str, Any], limits: Limits | None = None) -> str:
-    """The heading, the targets, the tables and how to read them."""
+    """Return the heading, the targets, the tables, and notes on how to read the tables."""
     good = [f"{name.upper()} {s:g} s" for name, s in asdict(limits or Limits()).items() if s is not None]
     notes = [
         "Median over the rounds (min to max). Bold: the best median. Tokens/s and goodput: higher is better; times: "
@@ -268,7 +276,7 @@ def _facts(heading: dict[str, Any], indent: str = "") -> list[str]:
     for name, value in heading.items():
         if isinstance(value, dict):
             lines += [f"{indent}- {name}:", *_facts(value, indent + "  ")]
-        elif "\n" in str(value):  # a block of code, which keeps its lines
+        elif "\n" in str(value):  # a block of code keeps its lines
             lines += [f"{indent}- {name}:", "", *(f"{indent}      {line}" for line in str(value).splitlines()), ""]
         else:
             lines += [f"{indent}- {name}: {value}"]
@@ -276,13 +284,13 @@ def _facts(heading: dict[str, Any], indent: str = "") -> list[str]:
 
 
 def write(folder: Path, visits: Iterable[Visit], heading: dict[str, Any], limits: Limits | None = None) -> str:
-    """Write results.md, results.csv, results.json and, with matplotlib, plots into ``folder``.
+    """Write results.md, results.csv, results.json and, if matplotlib is installed, plots into ``folder``.
 
     Args:
-        folder: Made if it does not exist.
-        visits: All of the campaign.
-        heading: What was measured on what, as JSON values; dicts in it are lists of their own.
-        limits: For the goodput; None for no goodput.
+        folder: The folder. It is made if it does not exist.
+        visits: All visits of the campaign.
+        heading: What was measured, and on which machine, as JSON values. A dict in it becomes a nested list.
+        limits: The limits for the goodput. None means no goodput.
 
     Returns:
         The text of results.md.

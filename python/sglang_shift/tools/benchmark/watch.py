@@ -11,7 +11,7 @@ from sglang_shift.modes import MODES
 from sglang_shift.tools.benchmark.records import Sample
 from sglang_shift.tools.servers import call
 
-# The first that a server has counts. Ours are of every step, SGLang's of every batch line it logs.
+# The first metric that a server has counts. Our metrics change at every step, SGLang's at every batch that it logs.
 RUNNING = ("sglang_shift:queue_requests{running}", "sglang:num_running_reqs", "vllm:num_requests_running")
 WAITING = ("sglang_shift:queue_requests{waiting}", "sglang:num_queue_reqs", "vllm:num_requests_waiting")
 KV_USAGE = ("sglang:token_usage", "vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
@@ -20,7 +20,7 @@ COUNTERS = ("switches", "exchanged_bytes", "exchanges")
 
 
 def read_metrics(text: str) -> dict[str, list[float]]:
-    """The values of every metric in Prometheus' text format, one a set of labels.
+    """Return the values of every metric in Prometheus' text format, one value for each set of labels.
 
     A label called ``mode`` or ``state`` goes into the name: ``sglang_shift:steps_total{tp}``.
     """
@@ -35,7 +35,7 @@ def read_metrics(text: str) -> dict[str, list[float]]:
 
 
 def counters(url: str) -> dict[str, int] | None:
-    """Our counters so far, summed over replicas; None from another server."""
+    """Return our counters so far, summed over replicas, or None for another server."""
     try:
         states = [s["shift"] for s in call(url + "/server_info")["internal_states"]]
     except (OSError, KeyError, TypeError, ValueError):
@@ -48,11 +48,11 @@ class Watch:
     """Samples a server's metrics from a thread, while a ``with`` block runs.
 
     Args:
-        url: The server's address. One without ``/metrics`` gives no samples.
+        url: The server's address. A server without ``/metrics`` gives no samples.
         interval: Seconds between samples.
 
     Attributes:
-        samples: What was read, in order.
+        samples: The samples in the order of their times.
     """
 
     def __init__(self, url: str, interval: float = 1.0) -> None:
@@ -92,5 +92,5 @@ class Watch:
 
 
 def change(before: dict[str, int] | None, after: dict[str, int] | None) -> dict[str, Any] | None:
-    """What the counters went up by."""
+    """Return how much the counters went up, or None for another server."""
     return None if before is None or after is None else {name: after[name] - before[name] for name in after}

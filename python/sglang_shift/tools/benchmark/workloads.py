@@ -1,4 +1,4 @@
-"""What is sent: named lists of requests, the same for every contender."""
+"""Defines what is sent: named lists of requests, which are the same for every contender."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from sglang_shift.simulate.traffic import Request, bursty, scaled, steady
 
 FIRST_TOKEN = 256
-"""Token ids below are often special, or single bytes."""
+"""The lowest token id of prompts. Lower ids are often special tokens or single bytes."""
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class Workload:
     """A named list of requests.
 
     Attributes:
-        name: How reports call it.
+        name: The name of the workload in reports.
         kind: As in :class:`~sglang_shift.tools.benchmark.records.Visit`.
-        requests: In the order of their times.
-        concurrency: Requests in flight at most; None sends each at its time.
+        requests: The requests in the order of their times.
+        concurrency: The most requests in flight. None sends each request at its time.
         x: As in :class:`~sglang_shift.tools.benchmark.records.Visit`.
     """
 
@@ -39,25 +39,27 @@ class Workload:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the workloads are. Lengths in tokens, ranges as in :data:`~sglang_shift.simulate.traffic.Lengths`.
+    """How large the workloads are.
+
+    Lengths are in tokens. Ranges are as in :data:`~sglang_shift.simulate.traffic.Lengths`.
 
     Attributes:
-        prompt: Prompts of all workloads but ``single`` and traces.
-        output: Outputs, likewise.
+        prompt: Prompt lengths of all workloads except ``single`` and traces.
+        output: Output lengths of all workloads except ``single`` and traces.
         lengths: Prompt lengths of ``single``.
-        singles: Requests of each such length.
-        single_output: Output of each.
-        saturated: Requests sent at once.
+        singles: Number of requests of each length of ``single``.
+        single_output: Output length of each request of ``single``.
+        saturated: Number of requests that are sent at once.
         rates: Arrival rates of the sweep, as shares of the capacity.
-        rate_requests: Requests at each rate.
+        rate_requests: Number of requests at each rate.
         burst_stream: Rate of the bursty workload's steady stream, as a share of the capacity.
-        burst: Requests in a burst.
-        bursts: How many bursts.
-        burst_every: Seconds between bursts, in units of the time that a burst alone takes at capacity.
-        long: Prompt tokens of the long prompts of ``long-mix``.
-        long_every: Every so many requests one is long.
-        mix_requests: Requests of ``long-mix``.
-        mix_rate: Its rate, as a share of the capacity in tokens.
+        burst: Number of requests in a burst.
+        bursts: Number of bursts.
+        burst_every: Time between bursts, in units of the time that a burst alone takes at capacity.
+        long: Length of the long prompts of ``long-mix``.
+        long_every: One in this number of requests of ``long-mix`` is long.
+        mix_requests: Number of requests of ``long-mix``.
+        mix_rate: Rate of ``long-mix``, as a share of the capacity in tokens.
     """
 
     prompt: tuple[int, int] = (128, 2048)
@@ -84,9 +86,9 @@ class Trace:
 
     Attributes:
         kind: ``azure`` or ``mooncake``.
-        requests: Of the chosen window, lengths scaled, times as recorded.
-        load: What the mean arrival rate of its tokens becomes, as a share of the capacity.
-        speed: Factor by which arrivals come faster than recorded, instead of ``load``.
+        requests: The requests of the window. Their lengths are scaled, and their times are as recorded.
+        load: The mean arrival rate of the tokens in the replay, as a share of the capacity.
+        speed: The factor by which arrivals come faster than recorded. If it is given, ``load`` is ignored.
     """
 
     kind: str
@@ -100,10 +102,10 @@ class Plan:
     """All workloads of a campaign.
 
     Attributes:
-        kinds: Which of them, in this order.
-        sizes: How large.
+        kinds: The kinds of workloads, in this order.
+        sizes: How large the workloads are.
         context: Tokens that a prompt and its output may have together.
-        traces: By kind.
+        traces: The traces by kind.
     """
 
     kinds: Sequence[str]
@@ -112,11 +114,11 @@ class Plan:
     traces: dict[str, Trace] = field(default_factory=dict)
 
     def saturated(self) -> Workload:
-        """All requests at once. Its throughput with the first contender is the campaign's capacity."""
+        """Return all requests at once. The throughput of the first contender is then the campaign's capacity."""
         return Workload("saturated", "saturated", self._fit(self._steady(1.0, self.sizes.saturated, 1, at_once=True)))
 
     def workloads(self, capacity: float) -> list[Workload]:
-        """The workloads in the order of ``kinds``.
+        """Return the workloads in the order of ``kinds``.
 
         Args:
             capacity: Prompt and output tokens per second.
@@ -185,20 +187,20 @@ class Plan:
 
 
 def _at_load(requests: Sequence[Request], tokens_per_second: float) -> list[Request]:
-    """The requests at other times, so that their tokens come at this rate on average."""
+    """Scale the times of requests, so that their tokens come at this rate on average."""
     span = requests[-1].time
     tokens = sum(r.prompt + r.output for r in requests)
     return scaled(requests, time=tokens / (tokens_per_second * span)) if span else list(requests)
 
 
 def prompt_ids(request: Request, number: int, seed: int, vocabulary: int) -> list[int]:
-    """The tokens of a request's prompt: equal blocks are equal tokens, all else is the request's own.
+    """Return the tokens of a request's prompt. Equal blocks have equal tokens. All other tokens differ by request.
 
     Args:
         request: The request.
-        number: Which one of its workload it is.
-        seed: Of the visit: the same for all contenders, another in every round.
-        vocabulary: Token ids are less than this.
+        number: The place of the request in its workload.
+        seed: The seed of the visit. It is the same for all contenders, and changes with every round.
+        vocabulary: Token ids are less than this number.
     """
     ids: list[int] = []
     for i, block in enumerate(request.blocks):

@@ -1,4 +1,4 @@
-"""``python -m sglang_shift.gpu_check``: all that can be checked on the GPUs of this machine, in one command.
+"""``python -m sglang_shift.gpu_check`` runs all checks that this machine's GPUs allow, in one command.
 
-docs/gpu-check.md says what each check shows. This module stays light: every check is a process of its own.
+docs/gpu-check.md says what each check shows. This module imports little, because every check runs in its own process.
 """

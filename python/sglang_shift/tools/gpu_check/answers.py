@@ -1,4 +1,4 @@
-"""Answers of a server, and whether two servers answer the same."""
+"""Reads the answers of a server, and compares the answers of two servers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 NEW_TOKENS = 16
 TOP = 5
-"""Alternatives that a server says for each token."""
+"""Number of alternatives that a server reports for each token."""
 
 LONGEST = 700
-"""Tokens of the longest prompt: more than one chunk."""
+"""Tokens of the longest prompt. It takes more than one chunk."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Answer:
     """One finished request.
 
     Attributes:
-        tokens: The greedy ones.
-        logprobs: Theirs.
-        alternatives: At each of these places, the likeliest tokens with their logprobs.
-        prompt_logprobs: Of the prompt's tokens, where they were asked for.
+        tokens: The tokens that the server generated greedily.
+        logprobs: The logprob of each generated token.
+        alternatives: The likeliest tokens at the place of each generated token, with their logprobs.
+        prompt_logprobs: The logprobs of the prompt's tokens, if the request asked for them.
     """
 
     tokens: list[int]
@@ -32,7 +32,7 @@ class Answer:
 
     @classmethod
     def of(cls, body: dict[str, Any]) -> Answer:
-        """From what ``/generate`` answers."""
+        """Read one answer of ``/generate``."""
         meta = body["meta_info"]
         return cls(
             body["output_ids"],
@@ -44,14 +44,14 @@ class Answer:
 
 @dataclass
 class Difference:
-    """How answers differ from a reference's.
+    """The differences between answers and a reference.
 
     Attributes:
-        compared: Tokens that were compared.
-        ties: Answers that take another way where two tokens are as good as equally likely: the reference says
-            so itself. What follows is not compared.
-        worst: The largest difference of a logprob.
-        problems: What no rounding explains.
+        compared: Number of tokens that were compared.
+        ties: Number of answers that leave the reference at two tokens that are almost equally likely in the
+            reference. The tokens after this place are not compared.
+        worst: The largest difference between two logprobs.
+        problems: Differences that rounding does not explain.
     """
 
     compared: int = 0
@@ -61,14 +61,14 @@ class Difference:
 
 
 def prompts(vocabulary: int, count: int = 12) -> list[list[int]]:
-    """Random tokens; lengths grow geometrically from 1 to :data:`LONGEST`."""
+    """Make prompts of random tokens. Their lengths grow geometrically from 1 to :data:`LONGEST`."""
     chance = random.Random(0)
     lengths = [round(LONGEST ** (i / (count - 1))) for i in range(count)]
     return [[chance.randrange(vocabulary) for _ in range(length)] for length in lengths]
 
 
 def requests(asked: list[list[int]]) -> list[dict[str, Any]]:
-    """Bodies for ``/generate``: all prompts at once, without and with logprobs of the prompts."""
+    """Make two bodies for ``/generate`` with all prompts. The second body asks for logprobs of the prompts as well."""
     body = {
         "input_ids": asked,
         "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True},
@@ -79,12 +79,13 @@ def requests(asked: list[list[int]]) -> list[dict[str, Any]]:
 
 
 def compare(ours: list[Answer], reference: list[Answer], tolerance: float) -> Difference:
-    """Greedy tokens and logprobs against a reference's.
+    """Compare greedy tokens and logprobs with a reference.
 
     Args:
-        ours: The answers.
-        reference: To the same requests.
-        tolerance: Of a logprob. As much apart may also be two tokens that are taken for equally likely.
+        ours: The answers to check.
+        reference: The answers of the reference to the same requests.
+        tolerance: The largest difference between two logprobs that rounding explains. Two tokens count as equally
+            likely if their logprobs differ by at most the tolerance.
     """
     found = Difference()
     for i, (mine, theirs) in enumerate(zip(ours, reference, strict=True)):
@@ -115,5 +116,5 @@ def _compare_prompt(found: Difference, i: int, mine: Answer, theirs: Answer, tol
 def _compare_logprob(found: Difference, where: str, mine: float, theirs: float, tolerance: float) -> None:
     difference = abs(mine - theirs)
     found.worst = max(found.worst, difference)
-    if not difference <= tolerance:  # NaN too
+    if not difference <= tolerance:  # this is true for NaN, too
         found.problems.append(f"{where}: a logprob of {mine:.4f} instead of {theirs:.4f}")

@@ -1,4 +1,4 @@
-"""Parts of a check that need ranks: the failure of one is a problem, and the others go on."""
+"""Runs a part of a check in ranks. If the part fails, this is recorded as a problem, and the check goes on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from sglang_shift.tools.gpu_check.record import Record
 def attempt(
     record: Record, label: str, function: Callable[..., Any], devices: list[str], backend: str, *args: Any
 ) -> Any:
-    """As :func:`run_ranks`, but None where a rank fails: its error is a problem of ``label``, and printed in full."""
+    """Run a function in ranks, as :func:`run_ranks` does.
+
+    If a rank fails, the result is None. The error is printed in full, and is recorded as a problem of ``label``.
+    """
     try:
         return run_ranks(function, devices, backend, *args)
     except ProcessException as error:
@@ -25,6 +28,10 @@ def attempt(
 
 
 def in_short(text: str) -> str:
-    """What a rank raised, of its traceback with two lines of introduction; or how it ended, if it raised nothing."""
+    """Shorten the error of a rank to what the rank raised.
+
+    The text of an exception is two lines of introduction and a traceback. If the rank raised nothing, the text says
+    how the process ended.
+    """
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith(" ")]
     return " ".join(lines[2:] or lines)[:300]

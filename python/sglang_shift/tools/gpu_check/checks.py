@@ -1,8 +1,8 @@
 """The checks, in the order in which they run: correctness checks before performance checks.
 
-They are tests of pytest's, which ``python -m sglang_shift.gpu_check`` runs, each in a process of its own. Each imports
-what it needs itself: the process that only starts and lists them stays light, and a library that crashes when it is
-imported fails the checks that need it, and no other.
+The checks are pytest tests. ``python -m sglang_shift.gpu_check`` runs each check in its own process. Each check imports
+its own libraries. So the process that starts and lists the checks imports little. If a library crashes at import, only
+the checks that need this library fail.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sglang_shift.tools.gpu_check.record import Record
 
 @pytest.mark.timeout(60)
 def test_kernels(record: Record) -> None:
-    """Our pack and unpack kernels are right; their bandwidth beside that of a copy."""
+    """Our pack and unpack kernels are right. Their bandwidth is compared with that of a copy."""
     from sglang_shift.tools.gpu_check import kernels
 
     kernels.check(record)
@@ -22,7 +22,7 @@ def test_kernels(record: Record) -> None:
 
 @pytest.mark.timeout(60)
 def test_graphs(record: Record) -> None:
-    """CUDA graphs of both modes are captured, replayed and right."""
+    """CUDA graphs of both modes can be captured and replayed, and are right."""
     from sglang_shift.tools.gpu_check import graphs
 
     graphs.check(record)
@@ -30,7 +30,7 @@ def test_graphs(record: Record) -> None:
 
 @pytest.mark.timeout(120)
 def test_exchange(record: Record) -> None:
-    """FlashInfer's exchange and the collective one give what was sent."""
+    """FlashInfer's exchange and the collective exchange deliver what was sent."""
     from sglang_shift.tools.gpu_check import exchange
 
     exchange.check(record)
@@ -39,7 +39,7 @@ def test_exchange(record: Record) -> None:
 @pytest.mark.gpus(2)
 @pytest.mark.timeout(300)
 def test_exchange_gpus(record: Record) -> None:
-    """The same exchanges on several GPUs, with NVLink's kernel."""
+    """The same exchanges deliver what was sent on several GPUs, with NVLink's kernel."""
     from sglang_shift.tools.gpu_check import exchange
 
     exchange.check_several(record)
@@ -48,7 +48,7 @@ def test_exchange_gpus(record: Record) -> None:
 @pytest.mark.gpus(2)
 @pytest.mark.timeout(300)
 def test_links(record: Record) -> None:
-    """The times of all-to-all and all-reduce, 8 B to 1 GiB."""
+    """All-to-all and all-reduce are timed, from 8 B to 1 GiB."""
     from sglang_shift.tools.gpu_check import links
 
     links.check(record)
@@ -89,7 +89,7 @@ def test_dispatch(record: Record) -> None:
 
 @pytest.mark.timeout(90)
 def test_steps(record: Record) -> None:
-    """The time of a rank's step in both modes, eager and as a graph, without the links."""
+    """A rank's step is timed in both modes, eager and as a graph, without the links."""
     from sglang_shift.tools.gpu_check import steps
 
     steps.check(record)
@@ -105,7 +105,7 @@ def test_engine_memory(record: Record) -> None:
 
 @pytest.mark.timeout(100)
 def test_gemms(record: Record) -> None:
-    """The times of a rank's GEMMs in both modes, and what a view costs beside a copy."""
+    """A rank's GEMMs are timed in both modes. The time with a view is compared with that of a copy."""
     from sglang_shift.tools.gpu_check import gemms
 
     gemms.check(record)

@@ -1,4 +1,4 @@
-"""The pytest plugin of the process that runs one check: what the check finds, its time, and how it ends."""
+"""The pytest plugin of the process that runs one check. It limits the time, and records the findings and the end."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ RECORD = pytest.StashKey[Record]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """What the process that starts this one says."""
+    """Add the options by which the parent process controls this one."""
     group = parser.getgroup("gpu-check")
     group.addoption("--record", type=Path, help="the file for what the check finds")
     group.addoption("--until", type=float, help="when its time is up, in seconds since the epoch")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Open the record, and let a signal end the check by its own ``finally``, which ends what it has started."""
+    """Open the record, and let SIGTERM end the check.
+
+    The signal raises an exception, so the ``finally`` blocks of the check run. They end what the check has started.
+    """
     path, until = config.getoption("--record"), config.getoption("--until")
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
@@ -33,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     timeouts = config.pluginmanager.hasplugin("timeout")
 
     def end(number: int, _: Any) -> None:
-        # After that time pytest-timeout has raised in the check already, which now cleans up.
+        # After this time pytest-timeout has already raised an exception in the check, and the check cleans up.
         if not (timeouts and time.time() >= until):
             sys.exit(128 + number)
 
@@ -41,7 +44,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The time that is left is less than the check's own limit: this process took some of it to start."""
+    """Limit the check to the time that is left.
+
+    This is less than the check's own limit, because the start of this process took some of the time.
+    """
     for item in items:
         left = config.getoption("--until") - time.time()
         item.add_marker(pytest.mark.timeout(max(1.0, left), method="signal"), append=False)
@@ -49,13 +55,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def record(pytestconfig: pytest.Config) -> Record:
-    """Where a check puts what it finds."""
+    """Give a check the record for its findings."""
     return pytestconfig.stash[RECORD]
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
-    """A check that found problems has failed."""
+    """Fail a check that has recorded problems."""
     result = yield
     if problems := pyfuncitem.config.stash[RECORD].problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -67,7 +73,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Record how the check ended: by its first phase that did not pass, or by its last one."""
+    """Record how the check ended. The first phase that did not pass counts, or else the last phase."""
     report = yield
     if call.excinfo is not None or call.when == "teardown":
         late = report.failed and call.stop >= item.config.getoption("--until")

@@ -1,6 +1,7 @@
-"""``python -m sglang_shift.gpu_check``: the checks, a table, and JSON.
+"""``python -m sglang_shift.gpu_check``: run the GPU checks, print a table and write JSON.
 
-Exit codes: 0, all that ran passed; 1, something failed; 2, nothing could run; others are pytest's.
+The exit code is 0 if all checks that ran passed, 1 if a check failed, and 2 if no check could run. Other codes are
+pytest's.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from sglang_shift.tools.gpu_check.isolation import SESSION, Isolation
 from sglang_shift.tools.tables import text_table
 
 MODULE = checks
-"""Whose test functions are the checks."""
+"""The module whose test functions are the checks."""
 
 MINUTES, MINUTES_OF_SEVERAL = 8.0, 20.0
-"""For all checks on one GPU, and where there are more."""
+"""The time limit for all checks together: with one GPU, and with several GPUs."""
 
 JUNIT = "gpu_check.xml"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of the command line."""
+    """Parse the command line."""
     names = [check.name for check in checks_of(MODULE)]
     parser = argparse.ArgumentParser(prog="python -m sglang_shift.gpu_check", description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -39,7 +40,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the checks; returns the exit code."""
+    """Run the checks and return the exit code."""
     args = parse(argv)
     chosen = [check for check in checks_of(MODULE) if check.name in args.only]
     if args.list:
@@ -57,16 +58,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def listing(chosen: Sequence[Check]) -> str:
-    """A line for each check: what it needs, and what it shows."""
+    """Return a line for each check, which says what the check needs and what it shows."""
     rows = [("name", "GPUs", "at most"), *((c.name, c.gpus, f"{c.limit:.0f} s") for c in chosen)]
     texts = ("", *(f"  {check.text}" for check in chosen))
     return "\n".join(row + text for row, text in zip(text_table(rows).splitlines(), texts, strict=True))
 
 
 def run(chosen: Sequence[Check], isolation: Isolation, reporter: report.Reporter, junit: Path) -> int:
-    """Let pytest run the checks, and write ``junit``; returns the exit code."""
+    """Let pytest run the checks and write ``junit``, and return the exit code."""
     file = Path(str(MODULE.__file__))
-    # The limit of a check counts in its own process.
+    # pytest-timeout is off in this process. It limits a check in the check's own process.
     options = ["-p", "no:terminal", "-p", "no:timeout", f"--junitxml={junit}", f"--rootdir={file.parent}"]
     tests = [f"{file}::{check.function}" for check in chosen]
     code = pytest.main([*SESSION, *options, *tests], plugins=[isolation, reporter])

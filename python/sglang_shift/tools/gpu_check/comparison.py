@@ -1,4 +1,4 @@
-"""Servers in tp, sp and shift, whose answers are held against those of one rank."""
+"""Compares the answers of servers in tp, sp and shift with the answers of one rank."""
 
 from __future__ import annotations
 
@@ -14,20 +14,24 @@ from sglang_shift.tools.gpu_check.record import Record
 from sglang_shift.tools.servers import Server, call, start
 
 REQUESTS = 16
-"""At most at once: no decode step has more tokens, nor do CUDA graphs pad it to more."""
+"""The most requests at once. No decode step has more tokens, and no CUDA graph pads a decode step to more."""
 
 THRESHOLDS = {"tp": 10**9, "sp": 0, "shift": REQUESTS}
-"""Of the policy ``tokens``: no step, every step, or prompts only are above it."""
+"""Thresholds of the policy ``tokens``. No step, every step, or only prompts are above the threshold."""
 
 EXPECTED = {
     "tp": {"decode": "tp", "prefill": "tp"},
     "sp": {"decode": "sp", "prefill": "sp"},
     "shift": {"decode": "tp", "prefill": "sp"},
 }
-"""In which modes steps then run, by phase."""
+"""The mode in which steps run with each threshold, by phase."""
 
 SHIFT = ["--enable-shift-parallel", "--shift-policy", "queue-depth"]
-"""With ``tokens``, graphs of each size would be captured in one mode only. It is set later, for each comparison."""
+"""Flags of all servers except the reference.
+
+With the policy ``tokens``, the graphs of each size would be captured in one mode only. So this policy is set later,
+before each comparison.
+"""
 
 START_SECONDS, ANSWER_SECONDS = 150, 120
 
@@ -38,9 +42,9 @@ class Contender:
 
     Attributes:
         label: Its name.
-        flags: Besides those of all.
-        variables: Of its environment, besides this process's.
-        graphs: Whether its steps are to replay CUDA graphs, in both modes.
+        flags: Its own flags, which are added to the flags of all servers.
+        variables: Its own environment variables, which are added to the variables of this process.
+        graphs: Whether its steps must replay CUDA graphs, in both modes.
     """
 
     label: str
@@ -50,14 +54,14 @@ class Contender:
 
 
 class Comparison:
-    """Servers of one model.
+    """A comparison of servers of one model.
 
     Args:
-        record: Where differences and figures go; its folder has the servers' logs.
-        name: Of these logs.
-        flags: Of every server.
-        vocabulary: Of the model, for prompts.
-        tolerance: Of a logprob.
+        record: The record for differences and figures. The servers' logs go into its folder.
+        name: A part of the names of these logs.
+        flags: The flags of every server.
+        vocabulary: The size of the model's vocabulary, for prompts.
+        tolerance: The largest difference between two logprobs that rounding explains.
     """
 
     def __init__(self, record: Record, name: str, flags: list[str], vocabulary: int, tolerance: float) -> None:
@@ -66,15 +70,15 @@ class Comparison:
         self.reference: list[Answer] = []
 
     def run(self, one_rank: Contender, others: Sequence[Contender], at_once: bool = False) -> None:
-        """Compare every server with one rank's, which is SGLang as it is.
+        """Compare every server with a server of one rank, which is stock SGLang.
 
-        What goes wrong with one of the others is a problem, not an exception.
+        If another server fails, this is recorded as a problem and raises no exception.
 
         Args:
-            one_rank: Whose answers are the reference.
-            others: Started with :data:`SHIFT`.
-            at_once: Start all of them now, as starting takes most of the time. Else a server ends before the next
-                is started.
+            one_rank: The server whose answers are the reference.
+            others: The other servers. They are started with :data:`SHIFT`.
+            at_once: Whether to start all servers at the same time, because the start takes most of the time. If not,
+                each server ends before the next one starts.
 
         Raises:
             ShiftError, OSError: the reference does not start, or does not answer.
@@ -87,16 +91,16 @@ class Comparison:
                     (self.compare if i else self.take_reference)(contender, server)
 
     def take_reference(self, contender: Contender, server: Server) -> None:
-        """The answers to hold others against.
+        """Store the answers of a server as the reference.
 
         Raises:
-            ShiftError, OSError: it does not start, or does not answer.
+            ShiftError, OSError: the server does not start, or does not answer.
         """
         self._wait(contender, server)
         self.reference = ask(server, self.prompts)
 
     def compare(self, contender: Contender, server: Server) -> None:
-        """Compare a server in every mode; what goes wrong is a problem."""
+        """Compare a server in every mode. A failure of the server is recorded as a problem."""
         try:
             self._wait(contender, server)
             for mode in EXPECTED:
@@ -150,7 +154,7 @@ class Comparison:
 
 
 def ask(server: Server, asked: list[list[int]]) -> list[Answer]:
-    """The answers to all prompts, from an empty prefix cache."""
+    """Return the answers to all prompts. The prefix cache is emptied before each request."""
     answers = []
     for body in requests(asked):
         server.flush()
@@ -160,18 +164,18 @@ def ask(server: Server, asked: list[list[int]]) -> list[Answer]:
 
 
 def set_threshold(server: Server, threshold: int) -> None:
-    """From now on, steps of more than ``threshold`` tokens run in SP, others in TP."""
+    """Let steps of more than ``threshold`` tokens run in SP from now on, and all other steps in TP."""
     wanted = {"shift_policy": "tokens", "shift_threshold": threshold}
     call(server.url + "/set_internal_state", body={"server_args": wanted})
 
 
 def replay_problems(before: dict[str, Any], now: dict[str, Any], mode: str) -> list[str]:
-    """What the counters of graphs say against it that steps replayed some: in each phase, in its mode.
+    """Find the phases in which no step replayed a graph of the expected mode.
 
     Args:
-        before: ``graphs`` of :func:`state`, before the steps.
-        now: After them.
-        mode: Of :data:`EXPECTED`.
+        before: The counters ``graphs`` of :func:`state` before the steps.
+        now: The same counters after the steps.
+        mode: A key of :data:`EXPECTED`.
     """
     problems = []
     for phase, expected in EXPECTED[mode].items():
@@ -183,12 +187,12 @@ def replay_problems(before: dict[str, Any], now: dict[str, Any], mode: str) -> l
 
 
 def state(server: Server) -> dict[str, Any]:
-    """Live counters of rank 0."""
+    """Return the live counters of rank 0."""
     found: dict[str, Any] = call(server.url + "/server_info")["internal_states"][0]["shift"]
     return found
 
 
 def explain(error: Exception) -> str:
-    """The sentence of an error, and the last line of the log that it quotes."""
+    """Return the sentence of an error, and the last line of the log that the error quotes."""
     first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"{first} {rest[-1][:300]}" if rest else first

@@ -1,7 +1,7 @@
-"""SGLang's own choice of a bfloat16 GEMM kernel (``--bf16-gemm-backend``) on views of base weights.
+"""Checks SGLang's bfloat16 GEMM kernels (``--bf16-gemm-backend``) on views of base weights.
 
-Its backends are for some shapes and GPUs only. Some read a weight as if its rows were adjacent, or refuse it
-otherwise; in TP the O and down projections give them views whose rows are not.
+Each backend supports some shapes and GPUs only. Some kernels read a weight as if its rows were adjacent, or refuse a
+weight whose rows are not adjacent. In TP the O and down projections pass views whose rows are not adjacent.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from sglang_shift.tools.gpu_check.shapes import DEPLOYMENTS, Matrix
 from sglang_shift.tools.gpu_check.timing import error_of
 
 BACKENDS = ("auto", "gemv", "cutedsl")
-"""``auto`` is what a server has unless it is told otherwise."""
+"""The backends to check. ``auto`` is the server's default."""
 
 ROWS = (1, 2, 8, 16, 48, 64, 512)
-"""Where SGLang's tables have kernels of their own, and where they have none."""
+"""Numbers of rows. SGLang's tables have special kernels for some of these numbers, and none for the others."""
 
 
 def check(record: Record) -> None:
-    """Each backend that this GPU has, on each view of the deployments."""
+    """Check each backend that this GPU supports, on each view of the deployments."""
     from sglang.srt.layers.quantization import unquant
 
     ran = []
@@ -42,10 +42,10 @@ def check(record: Record) -> None:
 
 @contextmanager
 def backend(unquant: ModuleType, name: str) -> Iterator[None]:
-    """Inside, SGLang's module of unquantized layers is initialized as with ``--bf16-gemm-backend name``.
+    """Initialize SGLang's module of unquantized layers as with ``--bf16-gemm-backend name``, for a ``with`` block.
 
     Raises:
-        pytest.skip.Exception: this GPU, or what is installed, does not have it.
+        pytest.skip.Exception: the GPU or the installed packages do not support this backend.
     """
     before = dict(vars(unquant))
     config = SimpleNamespace(
@@ -64,7 +64,7 @@ def backend(unquant: ModuleType, name: str) -> Iterator[None]:
 
 
 def views() -> list[Matrix]:
-    """The shards that are views of their base weights, each shape once."""
+    """Return the shards that are views of their base weights. Each shape occurs once."""
     return list(dict.fromkeys(shard for d in DEPLOYMENTS for shard in d.shards.values() if shard.is_view))
 
 
@@ -77,7 +77,7 @@ def check_views(record: Record, multiply: Callable[..., torch.Tensor], name: str
             label = f"{name}: {rows} rows times {view}"
             try:
                 error = error_of(multiply(x, weight, None), x.float() @ weight.float().T)
-            except Exception as refusal:  # each kernel refuses in its own way, and each ends a step
+            except Exception as refusal:  # each kernel raises its own type of error, and any error ends a step
                 record.problem(f"{label}: {one_line(refusal)}")
                 continue
             record.row(backend=name, n=view.outputs, k=view.inputs, stride=view.stride, m=rows, error=error)

@@ -1,7 +1,8 @@
-"""The real SGLang: its answers in tp, sp and shift equal those of one rank.
+"""Checks that the answers of real SGLang servers in tp, sp and shift equal the answers of one rank.
 
-On one GPU two ranks share it: over gloo, whose collectives take CUDA tensors by way of the host, without CUDA
-graphs; and over NCCL with them, where NCCL lets two ranks have one GPU. Their speed means nothing.
+On one GPU, two ranks share the GPU. Over gloo they run without CUDA graphs, and gloo's collectives copy CUDA tensors
+through the host. Over NCCL they run with CUDA graphs, if NCCL accepts two ranks on one GPU. The speed of such ranks
+means nothing.
 """
 
 from __future__ import annotations
@@ -21,19 +22,22 @@ from sglang_shift.tools.gpu_check.record import Record
 
 MODEL: dict[str, Any] = {
     "hidden_size": 1024,
-    "intermediate_size": 512,  # little beside attention, which a comparison is to see
-    "initializer_range": 0.05,  # with the usual 0.02, attention would be all but uniform
+    "intermediate_size": 512,  # small, so that a comparison shows errors of attention
+    "initializer_range": 0.05,  # with the usual 0.02, attention would be almost uniform
     "num_hidden_layers": 4,
-    "num_attention_heads": 8,  # of 128: FlashInfer has no kernels for some other sizes
+    "num_attention_heads": 8,  # heads have 128 elements: FlashInfer lacks kernels for some other sizes
     "num_key_value_heads": 4,
     "max_position_embeddings": 4096,
 }
 VOCABULARY = 4096
-"""The demo model's, whose tokenizer it has."""
+"""The vocabulary size of the demo model. This model uses the demo model's tokenizer."""
 
 TOLERANCE = 0.3
-"""Of a logprob in bfloat16. What two ranks round moves one by 0.15; what is wrong with one layer's attention beyond
-512 tokens, by 0.6 or more. Logits spread over 1.6: exchanged heads differ by as much."""
+"""The largest difference between two logprobs in bfloat16 that rounding explains.
+
+The rounding of two ranks moves a logprob by 0.15. An error in one layer's attention beyond 512 tokens moves it by 0.6
+or more. Logits spread over 1.6, and swapped heads move a logprob by as much.
+"""
 
 COMMON = [
     *("--dtype", "bfloat16", "--sampling-backend", "pytorch", "--mem-fraction-static", "0.3"),
@@ -43,27 +47,30 @@ COMMON = [
 GRAPHS = ["--cuda-graph-max-bs-decode", str(REQUESTS), "--cuda-graph-max-bs-prefill", "512"]
 EAGER = ["--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"]
 SHARING = ["--disable-custom-all-reduce"]
-"""It maps memory between GPUs."""
+"""Ranks that share a GPU run without the custom all-reduce, because it maps memory between GPUs."""
 
 ONE_RANK = Contender("TP=1", ["--tp-size", "1", *GRAPHS])
 AT_ONCE_BYTES = 64 << 30
-"""Of a GPU: ``--mem-fraction-static`` of it must hold all that other servers take while one measures what is free."""
+"""The least memory of a GPU on which all servers run at the same time.
+
+``--mem-fraction-static`` of it must hold all that other servers take while one server measures its free memory.
+"""
 
 
 def check_triton(record: Record) -> None:
-    """One rank, and two on the same GPU, with Triton's attention."""
+    """Compare two ranks on one GPU with one rank, with Triton's attention."""
     check_one_gpu(record, "triton")
 
 
 def check_flashinfer(record: Record) -> None:
-    """The same with FlashInfer's."""
-    # Its other way to prefill has kernels that take minutes to compile.
+    """Compare two ranks on one GPU with one rank, with FlashInfer's attention."""
+    # The kernels of FlashInfer's other way to prefill take minutes to compile.
     os.environ.setdefault("SGLANG_FLASHINFER_USE_PAGED", "1")
     check_one_gpu(record, "flashinfer")
 
 
 def check_one_gpu(record: Record, attention: str) -> None:
-    """TP=1, and two ranks over each backend that can."""
+    """Compare two ranks on one GPU with TP=1, over each backend that allows it."""
     with TemporaryDirectory(prefix="sglang_shift_") as name:
         folder = Path(name)
         flags = [*model_flags(folder), "--attention-backend", attention]
@@ -82,7 +89,7 @@ def check_one_gpu(record: Record, attention: str) -> None:
 
 
 def check_several(record: Record) -> None:
-    """TP=1, then as many GPUs as the model can be divided by, at every S."""
+    """Compare several GPUs with TP=1, at every S. The ranks are the most by which the model can be divided."""
     ranks = max(size for size in (2, 4, 8) if size <= environment.gpus())
     with TemporaryDirectory(prefix="sglang_shift_") as name:
         others = [
@@ -94,6 +101,6 @@ def check_several(record: Record) -> None:
 
 
 def model_flags(folder: Path) -> list[str]:
-    """Make the model in ``folder``, and the flags that every server of it has."""
+    """Write the model into ``folder``, and return the flags of every server of this model."""
     write_random_model(folder / "model", **MODEL)
     return ["--model-path", str(folder / "model"), *COMMON]

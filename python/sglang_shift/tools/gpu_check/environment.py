@@ -1,4 +1,4 @@
-"""What the figures depend on: GPUs, driver, versions. Nothing here makes a CUDA context."""
+"""Describes what the figures depend on: GPUs, driver and versions. No function here makes a CUDA context."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ PACKAGES = ("torch", "triton", "flashinfer-python", "sglang", "sglang-kernel", "
 
 
 def gpus() -> int:
-    """How many CUDA GPUs there are."""
+    """Return the number of CUDA GPUs."""
     return torch.cuda.device_count() if torch.version.cuda and torch.cuda.is_available() else 0
 
 
 def no_gpu() -> str:
-    """Why there is none."""
+    """Return the reason why there is no GPU."""
     built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     return f"no CUDA GPU: PyTorch {torch.__version__}, built {built}, finds none"
 
 
 def describe() -> dict[str, Any]:
-    """GPUs with their driver, and versions; None where one is not installed as a package."""
+    """Return the GPUs with their driver, and the versions. A version is None if the package is not installed."""
     return {
         "GPUs": nvidia_smi("name,memory.total,driver_version"),
         "Python": platform.python_version(),
@@ -36,7 +36,7 @@ def describe() -> dict[str, Any]:
 
 
 def nccl_version() -> tuple[int, ...]:
-    """Of the NCCL that PyTorch has loaded, preloaded ones included; empty where it has none."""
+    """Return the version of the NCCL that PyTorch has loaded, which may be preloaded; empty if there is no NCCL."""
     try:
         return tuple(torch.cuda.nccl.version())
     except (AttributeError, RuntimeError, TypeError):  # a PyTorch without NCCL
@@ -44,7 +44,7 @@ def nccl_version() -> tuple[int, ...]:
 
 
 def version_of(package: str) -> str | None:
-    """An installed package's version."""
+    """Return the version of a package, or None if the package is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

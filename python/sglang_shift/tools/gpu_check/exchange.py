@@ -1,7 +1,7 @@
-"""The exchange around attention: FlashInfer's and the collective one give what they should, and how fast.
+"""Checks and times the exchange around attention: FlashInfer's exchange and the collective exchange.
 
-On one GPU FlashInfer's has one rank, which is a passage straight through, and where NCCL lets two ranks have
-one GPU, its NCCL path. Its NVLink kernel needs several GPUs.
+On one GPU, FlashInfer's exchange runs with one rank and only passes its input through. If NCCL accepts two ranks on
+one GPU, FlashInfer's NCCL path runs as well. Its NVLink kernel needs several GPUs.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from sglang_shift.tools.gpu_check.record import Record, Row, one_line
 from sglang_shift.tools.gpu_check.timing import capture_graph, collective_seconds
 
 ROWS = (1, 5, 128, 1024)
-"""Tokens of a rank."""
+"""Numbers of tokens of a rank."""
 
 QKV, OUT = 1280, 1024
-"""Columns of a rank of Llama-70B on 8."""
+"""QKV and O columns of a rank, for Llama-70B on 8 ranks."""
 
 
 def check(record: Record) -> None:
-    """One rank, and two that share a GPU."""
+    """Check the exchanges of one rank, and of two ranks that share a GPU."""
     names = exchanges(record)
     _run(record, "1 rank", ["cuda:0"], names)
     try:
@@ -42,14 +42,14 @@ def check(record: Record) -> None:
 
 
 def check_several(record: Record) -> None:
-    """Every size of group that there are GPUs for."""
+    """Check the exchanges in groups of every size for which there are enough GPUs."""
     names = exchanges(record)
     for size in (world for world in WORLD_SIZES if world <= environment.gpus()):
         _run(record, f"{size} GPUs", [f"cuda:{i}" for i in range(size)], names)
 
 
 def _run(record: Record, label: str, devices: list[str], names: list[str]) -> None:
-    """Each exchange in a group of its own, so that none fails because of another."""
+    """Run each exchange in its own group, so that no exchange fails because of another."""
     for name in names:
         rows: list[Row] = attempt(record, f"{label}, {name}", compare, devices, "nccl", name) or []
         for row in rows:
@@ -61,7 +61,7 @@ def _run(record: Record, label: str, devices: list[str], names: list[str]) -> No
 
 
 def exchanges(record: Record) -> list[str]:
-    """The names of those that this environment has; why it lacks one is noted."""
+    """Return the names of the exchanges that this environment has. If one is missing, note the reason."""
     try:
         importlib.import_module("flashinfer.comm.ulysses")
     except ImportError as error:
@@ -71,12 +71,12 @@ def exchanges(record: Record) -> list[str]:
 
 
 def compare(device: torch.device, name: str, dtype: torch.dtype = torch.bfloat16) -> list[Row]:
-    """One rank's part: an exchange there and back, against what was sent.
+    """Run one rank's part: exchange rows there and back, and compare them with what was sent.
 
     Args:
-        device: This rank's.
+        device: The device of this rank.
         name: ``collective`` or ``flashinfer``.
-        dtype: Of what is sent.
+        dtype: The dtype of the rows.
     """
     group: Any = RankGroup()
     size, rows = group.world_size, []
@@ -101,13 +101,13 @@ def compare(device: torch.device, name: str, dtype: torch.dtype = torch.bfloat16
 
 
 class Trip:
-    """An exchange there and back with what should arrive. All ranks make the same ones.
+    """An exchange there and back, with what should arrive. All ranks must make the same trips.
 
     Args:
-        exchange: Whose.
-        local: Tokens of a rank.
-        dtype: Of the operands.
-        device: This rank's.
+        exchange: The exchange to run.
+        local: Number of tokens of a rank.
+        dtype: The dtype of the rows.
+        device: The device of this rank.
     """
 
     def __init__(self, exchange: SequenceExchange, local: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -118,22 +118,26 @@ class Trip:
         self.fill(seed=0)
 
     def fill(self, seed: int) -> None:
-        """Other rows to send, in place, so that a graph finds them."""
+        """Replace the rows to send in place, so that a graph reads the new rows."""
         generator = torch.Generator(self.sent.device).manual_seed(self.size * seed + dist.get_rank())
         self.sent.copy_(torch.randn(self.sent.shape, generator=generator, device=self.sent.device))
 
     def run(self) -> None:
-        """There: QKV's columns of this rank for all tokens. Back: O's columns of all ranks for its own tokens."""
+        """Exchange there and back.
+
+        The way there gives a rank its QKV columns of all tokens. The way back gives it the O columns of all ranks for
+        its own tokens.
+        """
         self.heads.copy_(self.exchange.scatter_heads(self.sent, _as_it_is, self.size * QKV))
         self.back.copy_(self.exchange.gather_heads(self.heads[:, :OUT].contiguous(), _as_it_is))
 
     def right(self) -> bool:
-        """Run, and compare on every rank."""
+        """Run, and return whether the result is right on every rank."""
         self.run()
         return self.arrived()
 
     def arrived(self) -> bool:
-        """Whether all ranks have what they should, by an all-gather of what was sent."""
+        """Return whether all ranks have the right rows. An all-gather of the sent rows shows what is right."""
         everything = [torch.empty_like(self.sent) for _ in range(self.size)]
         dist.all_gather(everything, self.sent)
         mine = slice(dist.get_rank() * QKV, (dist.get_rank() + 1) * QKV)
@@ -146,5 +150,5 @@ class Trip:
 
 
 def _as_it_is(rows: torch.Tensor) -> torch.Tensor:
-    """In place of a projection."""
+    """Return the rows unchanged, in place of a projection."""
     return rows

@@ -1,7 +1,7 @@
-"""GEMMs of one rank in both modes, and whether a TP shard may be a view of its base weight.
+"""Times the GEMMs of one rank in both modes, and checks whether a TP shard may be a view of its base weight.
 
-The full-TP shards of O and down are slices of columns of the base weights: their rows are not adjacent. Each
-is timed as such a view and as a contiguous copy, which would take memory of its own.
+The full-TP shards of O and down are slices of columns of the base weights, so their rows are not adjacent. Each shard
+is timed as such a view and as a contiguous copy. A copy would need memory of its own.
 """
 
 from __future__ import annotations
@@ -20,20 +20,22 @@ from sglang_shift.tools.gpu_check.timing import error_of, seconds_of
 from sglang_shift.tools.tables import text_table
 
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
-"""Of a step. A rank has as many rows in TP, and 1/S of them in SP."""
+"""Numbers of tokens of a step. A rank has one row for each token in TP, and 1/S of these rows in SP."""
 
 FP8 = torch.float8_e4m3fn
 FREE, RESOLUTION = 1.05, 1e-6
-"""A view is free where it takes at most so many times as long as a copy, or seconds longer: so little may be the
-measurement's noise."""
+"""A view is free if it takes at most FREE times as long as a copy, or at most RESOLUTION seconds longer.
+
+Such a small difference may be noise of the measurement.
+"""
 
 TOLERANCE = 0.02
-"""Of products in bfloat16 against others, which may sum in another order: the error over the norm."""
+"""The largest error of a product in bfloat16, relative to the norm. Two kernels may sum in different orders."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a view costs at one number of tokens, beside a contiguous copy; both in seconds."""
+    """The time of a GEMM with a view and with a contiguous copy, in seconds, at one number of tokens."""
 
     model: str
     projection: str
@@ -43,17 +45,17 @@ class Cost:
 
     @property
     def ratio(self) -> float:
-        """How many times as long it takes."""
+        """The time with the view over the time with the copy."""
         return self.view / self.copy
 
     @property
     def is_free(self) -> bool:
-        """Whether a copy would not pay."""
+        """Whether a copy would gain nothing."""
         return self.ratio <= FREE or self.view - self.copy <= RESOLUTION
 
 
 def check(record: Record) -> None:
-    """Every matrix of every deployment, in bfloat16 and in fp8 where ``torch._scaled_mm`` takes it."""
+    """Time every matrix of every deployment in bfloat16, and in fp8 if ``torch._scaled_mm`` accepts it."""
     device = torch.device("cuda")
     for dtype in (torch.bfloat16, FP8):
         if dtype is FP8 and torch.cuda.get_device_capability(device) < (8, 9):
@@ -68,10 +70,10 @@ def check(record: Record) -> None:
 def measure(
     record: Record, deployment: Deployment, dtype: torch.dtype, device: torch.device, steps: tuple[int, ...] = TOKENS
 ) -> Iterator[Cost]:
-    """Time the GEMMs of a rank in both modes; the costs of views as they are found."""
+    """Time the GEMMs of a rank in both modes, and yield the cost of each view."""
     for projection, shard in deployment.shards.items():
         base = random_weight(deployment.bases[projection], dtype, device)
-        view = base[: shard.outputs, : shard.inputs]  # as good as those of the rank's own SP index
+        view = base[: shard.outputs, : shard.inputs]  # a view for another SP index takes as long
         copy = view.contiguous()
         for tokens in steps:
             labels = {
@@ -93,7 +95,7 @@ def measure(
 
 
 def _time(record: Record, labels: dict[str, object], x: torch.Tensor, weight: torch.Tensor) -> float | None:
-    """Seconds of one product; None where it is refused."""
+    """Return the seconds of one product, or None if the kernel refuses it."""
     try:
         seconds = seconds_of(lambda: product(x, weight), x.device)
     except (RuntimeError, ValueError) as error:
@@ -121,7 +123,7 @@ def _check_view(
 
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``x @ weight.T``; of fp8 with one scale for all, which is 1, to bfloat16."""
+    """Return ``x @ weight.T``. An fp8 product is bfloat16, and one scale of 1 is for all elements."""
     if weight.dtype is not FP8:
         return F.linear(x, weight)
     scale = one(x.device)
@@ -130,27 +132,30 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @cache
 def one(device: torch.device) -> torch.Tensor:
-    """The scale."""
+    """Return the scale 1 as a tensor."""
     return torch.ones((), dtype=torch.float32, device=device)
 
 
 def random_weight(matrix: Matrix, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """``[outputs, inputs]``; with random rows its products are about 1."""
+    """Return a random weight ``[outputs, inputs]``. Its products with random rows are about 1."""
     return (torch.randn(matrix.outputs, matrix.inputs, device=device) * matrix.inputs**-0.5).to(dtype)
 
 
 def random_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """``[rows, width]``."""
+    """Return random rows ``[rows, width]``."""
     return torch.randn(rows, width, device=device).to(dtype)
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As in the figures."""
+    """Return the name of a dtype in the figures."""
     return "fp8" if dtype is FP8 else str(dtype).removeprefix("torch.")
 
 
 def verdict(costs: list[Cost], dtype: str) -> list[str]:
-    """Where the view is free and where a copy would pay, in words and as a table of time over a copy's time."""
+    """Say for how many cases a view is free, and in which case a copy would pay most.
+
+    If there are any views, a table has the time with a view over the time with a copy.
+    """
     if not costs:
         return [f"{dtype}: no view was taken: every such shard would need a contiguous copy"]
     slower = [cost for cost in costs if not cost.is_free]

@@ -1,6 +1,6 @@
-"""CUDA graphs of both modes: captured with one pool of memory, replayed in any order, and right.
+"""Checks CUDA graphs of both modes, which are captured in one pool of memory and replayed in any order.
 
-A group that is all alike (:mod:`stack`) stands for the other ranks, so that both modes must also give the same.
+All ranks of the group are alike (:mod:`stack`), so both modes must also give the same result.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from sglang_shift.tools.gpu_check.timing import capture_graph, error_of
 
 LAYERS = 4
 BATCHES = (Batch(64, 1, 512), Batch(16, 1, 512), Batch(8, 1, 512), Batch(8, 64))
-"""The largest first, as SGLang captures: the others find room in its memory."""
+"""The batches to capture. The largest batch is first, as in SGLang, so that the others find room in its memory."""
 
 TOLERANCE = 0.02
-"""Of bfloat16, over the norm: both modes sum the same in another order, layer by layer."""
+"""The largest error in bfloat16, relative to the norm. In each layer the modes sum the same in different orders."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class StepGraph:
 
 
 def check(record: Record) -> None:
-    """Both sets of graphs at each S of a small model on 8 ranks."""
+    """Check the graphs of both modes at each S, for a small model on 8 ranks."""
     device = torch.device("cuda")
     for sp in (2, 4, 8):
         deployment = Deployment("Llama-8B", DEPLOYMENTS[-1].layer, LAYERS, ranks=8, sp=sp)
@@ -52,7 +52,7 @@ def check_modes_agree(
     record: Record, deployment: Deployment, dtype: torch.dtype, device: torch.device, tolerance: float,
     batches: tuple[Batch, ...] = BATCHES, layers: int = LAYERS,
 ) -> None:  # fmt: skip
-    """In a group that is all alike, a rank's rows in SP are the first ones of TP."""
+    """Check that a rank's rows in SP equal the first rows in TP, as they must if all ranks are alike."""
     for batch in batches:
         stack = Stack(deployment, layers, batch, dtype, device)
         x = stack.input(Mode.TP)
@@ -65,7 +65,7 @@ def check_modes_agree(
 
 
 def capture(record: Record, deployment: Deployment, device: torch.device) -> list[StepGraph]:
-    """All batches in TP, then all in SP, in one pool of memory; its growth and the time are recorded."""
+    """Capture all batches in TP, then all in SP, in one pool of memory. Record the growth of the pool and the time."""
     stacks = [Stack(deployment, LAYERS, batch, torch.bfloat16, device) for batch in BATCHES]
     pool, found = torch.cuda.graph_pool_handle(), []
     for mode in Mode:
@@ -83,7 +83,10 @@ def capture(record: Record, deployment: Deployment, device: torch.device) -> lis
 
 
 def check_replays(record: Record, graphs: list[StepGraph]) -> None:
-    """Each graph, in an order that mixes modes and sizes, with new input, against the same step run eagerly."""
+    """Replay each graph with new input, and compare the result with the same step run eagerly.
+
+    The order of the replays mixes modes and sizes.
+    """
     order = [graph for pair in zip(graphs[: len(graphs) // 2], reversed(graphs), strict=False) for graph in pair]
     for one in order + order[::-1]:
         one.input.copy_(one.stack.input(one.mode))

@@ -1,7 +1,8 @@
-"""The pytest plugin that runs each check in a process of its own, so that none can harm another.
+"""The pytest plugin that runs each check in its own process, so that no check can harm another.
 
 A check may crash its process, hang in a kernel that no Python signal interrupts, or leave servers behind that hold the
-GPU. So pytest-forked and pytest-xdist would not do: a fork cannot use CUDA, and neither ends what a test has started.
+GPU. pytest-forked and pytest-xdist are not enough: a forked process cannot use CUDA, and neither plugin ends the
+processes that a test has started.
 """
 
 from __future__ import annotations
@@ -20,16 +21,19 @@ from sglang_shift.tools.gpu_check.catalogue import MARKERS, Check
 from sglang_shift.tools.gpu_check.record import Record, Status, read
 
 LEAST_SECONDS = 30.0
-"""With less time than this no check is begun: SGLang and PyTorch take some of it to be imported."""
+"""If less time than this is left, no check begins. The import of SGLang and PyTorch takes a part of this time."""
 
 MARGIN_SECONDS = 2.0
-"""After a check's time, until this process ends it: pytest-timeout, if it is installed, ends it before."""
+"""Seconds from a check's limit until this process ends the check.
+
+If pytest-timeout is installed, it ends the check before.
+"""
 
 SESSION = ("-c", "/dev/null", "--noconftest", "-p", "no:cacheprovider", "--capture=no")
-"""Of both pytests: nothing of the folder from which the command runs counts."""
+"""Options of both pytest processes. They ignore all files of the folder in which the command runs."""
 
 CRASH = "Fatal Python error"
-"""Begins what pytest's faulthandler prints when the process crashes."""
+"""The first words that pytest's faulthandler prints when the process crashes."""
 
 
 @dataclass
@@ -37,11 +41,11 @@ class CheckResult:
     """How a check ended.
 
     Attributes:
-        name: Its name.
+        name: The name of the check.
         status: ``passed``, ``failed`` or ``skipped``.
-        reason: Why, unless it passed.
-        seconds: How long it took.
-        record: What it found, also where it failed half-way.
+        reason: Why the check failed or was skipped.
+        seconds: How long the check took.
+        record: What the check found, even if it failed half-way.
     """
 
     name: str
@@ -52,13 +56,13 @@ class CheckResult:
 
 
 class Isolation:
-    """Takes the place of pytest's own way to run a test.
+    """The plugin, which replaces pytest's own way to run a test.
 
     Args:
-        gpus: How many there are here.
-        no_gpu: Why there is none, if there is none.
-        seconds: For all checks: what has not begun by then is skipped, what runs is ended.
-        out: A folder, for what each check prints and finds.
+        gpus: Number of GPUs of this machine.
+        no_gpu: Why there is no GPU, if there is none.
+        seconds: The time for all checks. After this time no check begins, and the check that runs is ended.
+        out: A folder for the output and the findings of each check.
     """
 
     def __init__(self, gpus: int, no_gpu: str, seconds: float, out: Path) -> None:
@@ -66,13 +70,13 @@ class Isolation:
         self._deadline = time.monotonic() + seconds - processes.GRACE_SECONDS
 
     def pytest_configure(self, config: pytest.Config) -> None:
-        """Say which markers there are."""
+        """Register the markers."""
         for marker in MARKERS:
             config.addinivalue_line("markers", marker)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Function, nextitem: pytest.Item | None) -> bool | None:
-        """Run a check; pytest itself skips one that cannot run."""
+        """Run a check. If the check cannot run, pytest itself skips it."""
         check, left = Check.of(item.function), self._deadline - time.monotonic()
         if reason := self._obstacle(check, left):
             item.add_marker(pytest.mark.skip(reason=reason))
@@ -96,7 +100,7 @@ class Isolation:
         return ""
 
     def _run(self, item: pytest.Function, name: str, seconds: float, late: str) -> CheckResult:
-        """Run a check for at most so many seconds. What it prints goes to ``<name>.log``."""
+        """Run a check for at most ``seconds``. Its output goes to ``<name>.log``."""
         start, lines, log = time.time(), self._out / f"{name}.jsonl", self._out / f"{name}.log"
         lines.unlink(missing_ok=True)
         command = child_command(item, lines, start + seconds)
@@ -111,14 +115,17 @@ class Isolation:
 
 
 def child_command(item: pytest.Function, lines: Path, until: float) -> Sequence[str]:
-    """The program that runs one check: pytest, with the plugin of its own process."""
+    """Return the command that runs one check: pytest with the plugin for such a process."""
     options = ("-q", "--no-header", "--tb=native", "-p", "sglang_shift.tools.gpu_check.child")
     own = (f"--record={lines}", f"--until={until}", f"--rootdir={item.path.parent}", f"{item.path}::{item.name}")
     return [sys.executable, "-m", "pytest", *SESSION, *options, *own]
 
 
 def reports(item: pytest.Function, result: CheckResult) -> list[pytest.TestReport]:
-    """What pytest makes of a check's result: a call, and the teardown after which junit's XML has all of a test."""
+    """Return the reports that tell pytest a check's result: a call and a teardown.
+
+    After the teardown, junit's XML has all of a test.
+    """
     reason = (str(item.path), item.location[1] or 0, result.reason) if result.status == "skipped" else result.reason
     notes = [("note", note) for note in result.record.notes]
     problems = [("problem", problem) for problem in result.record.problems]
@@ -133,7 +140,7 @@ def reports(item: pytest.Function, result: CheckResult) -> list[pytest.TestRepor
 
 
 def last_line(log: Path) -> str:
-    """The end of what a check printed, that of its crash not counted, and where the rest is."""
+    """Return the last line that a check printed before any report of a crash, and the path of the log."""
     printed = log.read_text(errors="replace").partition(CRASH)[0]
     lines = [line for line in printed.splitlines() if line.strip()]
     return f"{lines[-1].strip()[:200] if lines else 'it printed nothing'} ({log})"

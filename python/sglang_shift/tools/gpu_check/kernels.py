@@ -1,4 +1,4 @@
-"""The kernels that pack and unpack an exchange: right, and their bandwidth beside that of a device copy."""
+"""Checks the kernels that pack and unpack an exchange, and compares their bandwidth with that of a device copy."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sglang_shift.tools.gpu_check.shapes import DEPLOYMENTS
 from sglang_shift.tools.gpu_check.timing import copy_seconds, seconds_of
 
 ROWS = (1, 16, 128, 1024, 4096)
-"""Tokens of a rank."""
+"""Numbers of tokens of a rank."""
 
 PACKAGE = "sglang_shift_kernels"
 
 
 def check(record: Record) -> None:
-    """Every packing and unpacking of a bfloat16 exchange, plain and as fp8."""
+    """Check each operation that packs or unpacks a bfloat16 exchange, plain and as fp8."""
     try:
         import sglang_shift_kernels as kernels
         from sglang_shift_kernels import gpu, operations, reference
@@ -44,7 +44,7 @@ def check(record: Record) -> None:
 
 
 def exchanges() -> dict[tuple[int, int, int], str]:
-    """S, the QKV columns and the O columns of a rank, and the first model that has them."""
+    """Return S, the QKV columns and the O columns of a rank, each with the first model that has these sizes."""
     found: dict[tuple[int, int, int], str] = {}
     for deployment in DEPLOYMENTS:
         found.setdefault((deployment.sp, *deployment.widths), deployment.model)
@@ -54,7 +54,7 @@ def exchanges() -> dict[tuple[int, int, int], str]:
 def measure(
     record: Record, labels: dict[str, Any], operation: Any, modules: tuple[Any, Any, Any], device: torch.device
 ) -> dict[str, Any] | None:
-    """Check one operation, and time it unless its result is a view."""
+    """Check one operation. Time the operation unless its result is a view."""
     gpu, reference, traffic = modules
     result = operation.run(gpu)
     if not torch.equal(result, operation.run(reference)):

@@ -1,7 +1,7 @@
-"""What the links between GPUs do: all-to-all and all-reduce from 8 bytes to 1 GB, as CUDA graphs of them.
+"""Times all-to-all and all-reduce over the links between GPUs, from 8 B to 1 GiB, as CUDA graphs.
 
-NCCL's, and SGLang's custom all-reduce, which its TP groups use up to some megabytes. Bandwidth is the bus
-bandwidth of nccl-tests: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
+Both operations are NCCL's. SGLang's custom all-reduce is timed as well; SGLang's TP groups use it up to some megabytes.
+Bandwidth is the bus bandwidth of nccl-tests: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
 """
 
 from __future__ import annotations
@@ -27,11 +27,14 @@ WORLDS = (2, 4, 8)
 ALL_TO_ALL, SGLANG = "all-to-all", "SGLang's all-reduce"
 OPERATIONS = (ALL_TO_ALL, "all-reduce", SGLANG)
 MANY, FEW, SMALL = 20, 3, 1 << 20
-"""Calls in a graph: many of small ones, so that what a replay takes does not count."""
+"""Calls in a graph: ``MANY`` for buffers of fewer than ``SMALL`` bytes, and ``FEW`` for others.
+
+With many calls, the overhead of a replay does not count.
+"""
 
 
 def check(record: Record) -> None:
-    """Every group of 2, 4 and 8 that there are GPUs for; each operation in ranks of its own."""
+    """Time groups of 2, 4 and 8 GPUs, if there are enough GPUs. Each operation runs in new ranks."""
     for world in (size for size in WORLDS if size <= environment.gpus()):
         measured: list[Row] = []
         for operation in OPERATIONS:
@@ -45,12 +48,12 @@ def check(record: Record) -> None:
 
 
 def sweep(device: torch.device, operation: str) -> list[Row]:
-    """One rank's part: an operation of :data:`OPERATIONS` at every size."""
+    """Run one rank's part: an operation of :data:`OPERATIONS` at every size."""
     if operation != SGLANG:
         return list(_measure(operation, _all_to_all if operation == ALL_TO_ALL else dist.all_reduce, device))
     try:
         custom = custom_all_reduce(device)
-    except Exception as error:  # whatever its libraries raise where they cannot
+    except Exception as error:  # its libraries raise errors of any type
         return [{"skipped": one_line(error)}]
     return list(_measure(operation, custom.custom_all_reduce, device, custom))
 
@@ -76,7 +79,7 @@ def _measure(name: str, call: Callable[[torch.Tensor], Any], device: torch.devic
 
 
 def bus_share(operation: str, world: int) -> float:
-    """Bus bandwidth over that of the buffer, as nccl-tests count: what crosses a rank's link for each byte."""
+    """Return the bytes that cross a rank's link for each byte of its buffer, as nccl-tests count them."""
     return (1 if operation == ALL_TO_ALL else 2) * (world - 1) / world
 
 
@@ -87,7 +90,7 @@ def _all_to_all(x: torch.Tensor) -> torch.Tensor:
 
 
 def custom_all_reduce(device: torch.device) -> Any:
-    """SGLang's communicator over all ranks. Collective."""
+    """Make SGLang's communicator over all ranks. All ranks must call this function."""
     from sglang.srt.distributed.device_communicators.custom_all_reduce import dispatch_custom_allreduce
 
     group = dist.new_group(backend="gloo")
@@ -98,7 +101,7 @@ def custom_all_reduce(device: torch.device) -> Any:
 
 
 def table(world: int, rows: list[Row]) -> str:
-    """Microseconds by size and operation."""
+    """Return a table of microseconds by size and operation."""
     names = list(dict.fromkeys(row["operation"] for row in rows))
     found = {(row["operation"], row["bytes"]): row["us"] for row in rows}
     sizes = sorted({row["bytes"] for row in rows})

@@ -1,4 +1,4 @@
-"""The real SGLang with its memory saver: weights are released, and come back with their values in both modes."""
+"""Checks SGLang's memory saver: it releases the weights, and brings back their values for both modes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from sglang_shift.tools.servers import Server, call, serving
 
 SAVER = ["--enable-memory-saver", "--enable-weights-cpu-backup"]
 TOLERANCE = 1e-3
-"""Of a logprob: the same server, the same steps."""
+"""The largest difference between two logprobs. It is small because the same server runs the same steps."""
 
 
 def check(record: Record) -> None:
-    """Two ranks on one GPU, over gloo.
+    """Check the memory saver with two ranks on one GPU, over gloo.
 
     Raises:
         pytest.skip.Exception: SGLang's memory saver is not installed.
@@ -35,7 +35,7 @@ def check(record: Record) -> None:
         folder = Path(name)
         flags = [*model_flags(folder), "--attention-backend", "triton", "--tp-size", "2"]
         flags += [*SHARING, *EAGER, *SHIFT, *SAVER]
-        # Both ranks hold the whole layers, and half of the rest each: at least one model in all.
+        # Each rank holds all layers and half of the other weights. So both together hold at least one model.
         least = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
         variables = one_gpu.environment("gloo", folder / "gloo")
         log = record.folder / "engine-memory.log"
@@ -44,13 +44,13 @@ def check(record: Record) -> None:
 
 
 def check_release(record: Record, server: Server, free: Callable[[], int], least: int) -> None:
-    """Ask, release, resume and ask again, in either mode.
+    """Ask in each mode, release the memory, resume, and ask again in each mode.
 
     Args:
-        record: Where differences and figures go.
-        server: With a memory saver that backs weights up.
-        free: Bytes of memory that nobody has.
-        least: Bytes that must be freed.
+        record: The record for differences and figures.
+        server: A server whose memory saver backs up the weights.
+        free: Returns the bytes of free memory.
+        least: The least number of bytes that the server must free.
     """
     asked = prompts(VOCABULARY)
     before = {}

@@ -1,7 +1,7 @@
-"""Two ranks of SGLang on one GPU: what their environment must say.
+"""Makes the environment for two ranks of SGLang on one GPU.
 
-The ranks are told of by a platform of ours (:mod:`one_gpu_platform`), which SGLang finds as it finds every
-out-of-tree platform, by an entry point: a folder with one is put on their path.
+Our platform (:mod:`one_gpu_platform`) puts all ranks on one GPU. SGLang finds it by an entry point, as it finds every
+out-of-tree platform. So a folder with such an entry point is put on the path of the ranks.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from sglang_shift.tools.gpu_check.environment import nccl_version
 
 NAME = "sglang_shift_one_gpu"
 BACKEND_VARIABLE = "SGLANG_SHIFT_ONE_GPU_BACKEND"
-"""Environment variable of the ranks: the backend of their process groups."""
+"""The environment variable that holds the backend of the ranks' process groups."""
 
 LEAST_NCCL = (2, 30)
-"""Older ones refuse two ranks on one GPU."""
+"""The oldest NCCL that accepts two ranks on one GPU."""
 
 METADATA = f"Metadata-Version: 2.1\nName: {NAME}\nVersion: 0\n"
 ENTRY_POINT = f"[sglang.srt.platforms]\n{NAME} = sglang_shift.tools.gpu_check.one_gpu_platform:activate\n"
 
 
 def environment(backend: str, folder: Path) -> dict[str, str]:
-    """Environment variables for ranks that share a GPU.
+    """Return environment variables for ranks that share a GPU.
 
     Args:
-        backend: ``gloo``, whose collectives take CUDA tensors by way of the host, or ``nccl``.
-        folder: Where the entry point may be written.
+        backend: ``gloo``, whose collectives copy CUDA tensors through the host, or ``nccl``.
+        folder: The folder for the entry point.
 
     Raises:
-        pytest.skip.Exception: this NCCL cannot.
+        pytest.skip.Exception: this NCCL does not accept two ranks on one GPU.
     """
     info = folder / f"{NAME}-0.dist-info"
     info.mkdir(parents=True, exist_ok=True)
@@ -42,21 +42,21 @@ def environment(backend: str, folder: Path) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))),
         "SGLANG_PLATFORM": NAME,
         BACKEND_VARIABLE: backend,
-        # SGLang then asks the platform for each rank's device.
+        # With this variable, SGLang asks the platform for each rank's device.
         "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS": "1",
         "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
     }
     if backend == "gloo":
-        # Without a library SGLang has no PyNccl, which older NCCLs would refuse.
+        # If SGLang finds no NCCL library, it makes no PyNccl, which older NCCLs would refuse.
         return variables | {"SGLANG_NCCL_SO_PATH": str(folder / "none")}
     return variables | nccl_environment()
 
 
 def nccl_environment() -> dict[str, str]:
-    """What lets NCCL have two ranks on a GPU.
+    """Return the variables with which NCCL accepts two ranks on one GPU.
 
     Raises:
-        pytest.skip.Exception: it is too old.
+        pytest.skip.Exception: this NCCL is too old.
     """
     if (found := nccl_version()) < LEAST_NCCL:
         pytest.skip(

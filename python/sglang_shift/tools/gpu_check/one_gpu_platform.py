@@ -1,4 +1,4 @@
-"""SGLang's CUDA platform with all ranks on the first GPU. Loaded in SGLang's processes."""
+"""SGLang's CUDA platform with all ranks on the first GPU. SGLang's processes load this module."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from sglang_shift.tools.gpu_check.one_gpu import BACKEND_VARIABLE
 
 
 def activate() -> str:
-    """SGLang's platform entry point."""
+    """Return the name of the platform's class to SGLang, which calls this entry point."""
     return "sglang_shift.tools.gpu_check.one_gpu_platform:OneGpuPlatform"
 
 
 class OneGpuPlatform(CudaSRTPlatform):
-    """Every rank's device is the first one."""
+    """A platform on which every rank uses the first GPU."""
 
     @contextmanager
     def reindex_device_id(self, device_id: int) -> Iterator[int]:
-        """Device 0, whichever the rank's would be."""
+        """Yield device 0 for any rank."""
         yield 0
 
     def get_torch_distributed_backend_str(self) -> str:
-        """``gloo`` or ``nccl``."""
+        """Return ``gloo`` or ``nccl``."""
         return os.environ[BACKEND_VARIABLE]

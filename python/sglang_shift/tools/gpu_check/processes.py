@@ -1,4 +1,4 @@
-"""A process that may crash, hang and leave others behind, and is ended with all of them."""
+"""Runs a process that may crash, hang or leave other processes behind, and ends all of them."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pathlib import Path
 import psutil
 
 GRACE_SECONDS = 20.0
-"""For a process that is told to end, until it is killed with all that it started."""
+"""Seconds that a process has to end after a signal. Then it is killed with all processes that it started."""
 
 PR_SET_CHILD_SUBREAPER = 36
-"""Of Linux: ``linux/prctl.h``."""
+"""A constant of Linux, from ``linux/prctl.h``."""
 
 
 def run(command: Sequence[str], seconds: float, log: Path) -> int | None:
-    """Run a command to its end, and end all that it has started.
+    """Run a command to its end, and end all processes that it has started.
 
     Args:
         command: The program and its arguments.
-        seconds: That it may take, :data:`GRACE_SECONDS` not counted.
-        log: Where all that it prints goes.
+        seconds: The most seconds that the command may take, without :data:`GRACE_SECONDS`.
+        log: The file for all that the command prints.
 
     Returns:
-        Its exit code, -N after signal N; None if it had to be ended.
+        The exit code of the command, or -N after signal N. It is None if the command took too long.
     """
     others = children()
     with log.open("wb") as out, adopting_orphans():
@@ -41,11 +41,12 @@ def run(command: Sequence[str], seconds: float, log: Path) -> int | None:
 
 
 def stop(process: subprocess.Popen[bytes], others: set[psutil.Process]) -> None:
-    """End a process, however far it is, and all that it has started: a server would hold the GPU.
+    """End a process in any state, and all processes that it has started. A server that stays would hold the GPU.
 
     Args:
-        process: It has :data:`GRACE_SECONDS` to end by itself, and what it leaves behind as many to be gone.
-        others: Children of this process from before.
+        process: The process to end. It has :data:`GRACE_SECONDS` to end by itself. The processes that it leaves behind
+            are killed for another :data:`GRACE_SECONDS`, until all of them are gone.
+        others: Children that this process had before it started ``process``.
     """
     if process.poll() is None:
         process.terminate()
@@ -58,12 +59,15 @@ def stop(process: subprocess.Popen[bytes], others: set[psutil.Process]) -> None:
         for orphan in left:
             with suppress(psutil.NoSuchProcess):
                 orphan.kill()
-        psutil.wait_procs(left, timeout=1)  # what these have started are then orphans too
+        psutil.wait_procs(left, timeout=1)  # the processes that these have started are now orphans, too
 
 
 @contextmanager
 def adopting_orphans() -> Iterator[None]:
-    """Inside, processes that a child leaves behind become children of this one, whatever their session."""
+    """Make this process the parent of all processes that a child leaves behind, for a ``with`` block.
+
+    This holds for processes of any session.
+    """
     prctl = ctypes.CDLL(None).prctl
     prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
@@ -73,5 +77,5 @@ def adopting_orphans() -> Iterator[None]:
 
 
 def children() -> set[psutil.Process]:
-    """Of this process, theirs not counted."""
+    """Return the children of this process, without their children."""
     return set(psutil.Process().children())

@@ -1,4 +1,4 @@
-"""One process for each rank of a group, without SGLang."""
+"""Runs one process for each rank of a group, without SGLang."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import torch.multiprocessing as mp
 
 
 class RankGroup:
-    """What the exchange needs of SGLang's ``GroupCoordinator``, over PyTorch's default group."""
+    """The parts of SGLang's ``GroupCoordinator`` that the exchange needs, over PyTorch's default group."""
 
     def __init__(self) -> None:
         self.world_size, self.rank_in_group = dist.get_world_size(), dist.get_rank()
         self.device_group = dist.group.WORLD
 
     def all_to_all_single(self, output: torch.Tensor, input: torch.Tensor) -> None:
-        """Block i of ``input`` goes to rank i; block j of ``output`` came from rank j.
+        """Send block i of ``input`` to rank i, and receive block j of ``output`` from rank j.
 
-        In graphs too, where a server has PyNccl's.
+        This is PyTorch's operation in CUDA graphs, too. A server uses PyNccl's operation there.
         """
         dist.all_to_all_single(output, input)
 
@@ -32,16 +32,16 @@ def run_ranks(function: Callable[..., Any], devices: list[str], backend: str, *a
     """Run ``function(device, *args)`` on every rank of a new group.
 
     Args:
-        function: Of a module, so that the processes find it.
-        devices: Of the ranks, in order.
-        backend: Of the group.
-        args: The same for all.
+        function: A function at the top level of a module, so that the processes can import it.
+        devices: The devices of the ranks, in order.
+        backend: The backend of the group.
+        args: Further arguments, which are the same for all ranks.
 
     Returns:
-        What rank 0 returned: a JSON value.
+        The value that rank 0 returned. It must be a JSON value.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: with what a rank raised.
+        torch.multiprocessing.ProcessRaisedException: a rank raised an exception.
     """
     with TemporaryDirectory(prefix="sglang_shift_") as folder:
         given = devices, backend, folder, function, args
@@ -61,5 +61,5 @@ def _main(
     result = function(device, *args)
     if rank == 0:
         Path(folder, "result").write_text(json.dumps(result))
-    # Not after an exception: its traceback keeps CUDA graphs, which NCCL would wait for.
+    # This must not run after an exception. The traceback keeps CUDA graphs alive, and NCCL would wait for them.
     dist.destroy_process_group()

@@ -1,4 +1,7 @@
-"""What a check finds: rows of figures, notes and problems, written line by line so that a crash keeps them."""
+"""Stores what a check finds: rows of figures, notes and problems.
+
+Each finding is written as a line at once, so that it survives a crash.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ class End(msgspec.Struct, omit_defaults=True):
     """How a check ended.
 
     Attributes:
-        status: Its result.
-        reason: Why it failed or was skipped.
-        late: Whether it failed because its time was up.
+        status: The result of the check.
+        reason: Why the check failed or was skipped.
+        late: Whether the check failed because its time was up.
     """
 
     status: Status
@@ -26,7 +29,7 @@ class End(msgspec.Struct, omit_defaults=True):
 
 
 class Line(msgspec.Struct, omit_defaults=True):
-    """One line of the file: it has one of these."""
+    """One line of the file. Exactly one field is set."""
 
     row: Row | None = None
     note: str | None = None
@@ -35,16 +38,16 @@ class Line(msgspec.Struct, omit_defaults=True):
 
 
 class Record:
-    """A check's findings.
+    """The findings of a check.
 
     Args:
-        file: Where each line goes as well, as JSON; None for nowhere.
-        folder: Where a check may leave logs.
+        file: The file to which each finding is also written as a JSON line; None writes to no file.
+        folder: The folder for the logs of a check.
 
     Attributes:
-        rows: Figures.
-        notes: What they say, for the table.
-        problems: What is wrong; a check without any has passed.
+        rows: The figures.
+        notes: Lines for the table that say what the figures mean.
+        problems: What is wrong. A check without problems has passed.
     """
 
     def __init__(self, file: BinaryIO | None = None, folder: Path = Path()) -> None:
@@ -60,17 +63,17 @@ class Record:
         return figures
 
     def note(self, text: str) -> None:
-        """Add a line of what the figures say."""
+        """Add a line that says what the figures mean."""
         self.notes.append(text)
         self._write(Line(note=text))
 
     def problem(self, text: str) -> None:
-        """Add something that is wrong. The check goes on, and has failed."""
+        """Add a problem. The check goes on, but it has failed."""
         self.problems.append(text)
         self._write(Line(problem=text))
 
     def end(self, end: End) -> None:
-        """The last line."""
+        """Write the last line, which says how the check ended."""
         self._write(Line(end=end))
 
     def _write(self, line: Line) -> None:
@@ -80,7 +83,10 @@ class Record:
 
 
 def read(path: Path) -> tuple[Record, End | None]:
-    """What a check wrote, and how it ended; None if it did not get that far. If it says so twice, the first counts."""
+    """Return what a check wrote and how it ended.
+
+    The end is None if the check wrote no end. If the check wrote two ends, the first one counts.
+    """
     record, end = Record(), None
     decoder = msgspec.json.Decoder(Line)
     for text in path.read_bytes().splitlines() if path.exists() else ():
@@ -96,5 +102,5 @@ def read(path: Path) -> tuple[Record, End | None]:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception in one line."""
+    """Return an exception as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

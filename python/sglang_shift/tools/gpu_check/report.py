@@ -1,4 +1,4 @@
-"""The results as lines to read and as JSON to keep, written after every check, so that what is done is kept."""
+"""Prints the results, and writes them as JSON after every check, so that no result is lost."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from sglang_shift.tools.gpu_check.record import Record
 FILE = "gpu_check.json"
 WIDTH = 116
 SHOWN = 5
-"""Problems of a check in the table; the file has all."""
+"""The most problems of a check in the table. The file has all problems."""
 
 PASSED, FAILED, NOTHING_RAN = 0, 1, 2
 
 
 class Reporter:
-    """The pytest plugin that prints and keeps results, in place of pytest's terminal.
+    """The pytest plugin that prints and keeps results, in place of pytest's terminal plugin.
 
     Args:
-        out: A folder, for the JSON.
+        out: The folder for the JSON.
         environment: What the figures depend on.
 
     Attributes:
-        results: Of the checks so far.
+        results: The results of the checks so far.
     """
 
     def __init__(self, out: Path, environment: dict[str, Any]) -> None:
@@ -39,7 +39,7 @@ class Reporter:
         write(out, environment, self.results)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Take a result; a check that is skipped before it begins has no call."""
+        """Keep and print a result. A check that is skipped before it begins has no call."""
         if report.when == "call" or not report.passed:
             self.results.append(result_of(report))
             write(self._out, self._environment, self.results)
@@ -47,21 +47,21 @@ class Reporter:
 
 
 def result_of(report: pytest.TestReport) -> CheckResult:
-    """The check's result in a report of pytest's."""
+    """Return the check's result from a report of pytest."""
     reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else report.longreprtext
     name = name_of(report.nodeid.rpartition("::")[2])
     return CheckResult(name, report.outcome, reason, report.duration, getattr(report, "record", None) or Record())
 
 
 def exit_code(results: Sequence[CheckResult]) -> int:
-    """0: all that ran passed. 1: something failed. 2: nothing could run."""
+    """Return 0 if all checks that ran passed, 1 if a check failed, and 2 if no check could run."""
     if any(result.status == "failed" for result in results):
         return FAILED
     return PASSED if any(result.status == "passed" for result in results) else NOTHING_RAN
 
 
 def line(result: CheckResult) -> str:
-    """A result in the table, with what was found below it."""
+    """Return a result as it stands in the table, with the findings below it."""
     head = f"{result.name:<18} {result.status:<8} {result.seconds:6.1f} s"
     parts = [result.reason] if result.reason else []
     problems = [problem for problem in result.record.problems if not result.reason.startswith(problem)]
@@ -73,14 +73,14 @@ def line(result: CheckResult) -> str:
 
 
 def _indented(text: str) -> str:
-    """Wrapped, but for what is aligned already."""
+    """Indent a text. Wrap it unless it has several lines, which are aligned already."""
     if "\n" in text:
         return textwrap.indent(text, "    ")
     return textwrap.fill(text, WIDTH, initial_indent="    ", subsequent_indent="    ")
 
 
 def totals(results: Sequence[CheckResult]) -> str:
-    """How many passed, failed and were skipped."""
+    """Say how many checks passed, failed and were skipped."""
     counts = {status: sum(r.status == status for r in results) for status in ("passed", "failed", "skipped")}
     return ", ".join(f"{n} {status}" for status, n in counts.items())
 

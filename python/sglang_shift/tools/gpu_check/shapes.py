@@ -1,4 +1,4 @@
-"""Models as they are deployed, and the matrices of one of their ranks."""
+"""Describes how models are deployed, and which matrices one of their ranks has."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sglang_shift.tools.published import TARGETS
 
 PROJECTIONS = tuple(Role)
 ROW_PARALLEL = tuple(role for role in Role if role.row_parallel)
-"""Their TP shards are slices of columns of the base weights; those of the others are slices of rows."""
+"""The projections whose TP shards are slices of columns of the base weights. Other TP shards are slices of rows."""
 
 
 @dataclass(frozen=True)
@@ -24,20 +24,20 @@ class Matrix:
 
     @property
     def is_view(self) -> bool:
-        """Whether it is a slice of columns of a larger one."""
+        """Whether the matrix is a slice of columns of a larger matrix."""
         return self.stride != self.inputs
 
     @property
     def contiguous(self) -> Matrix:
-        """The same without gaps."""
+        """The same matrix without gaps between its rows."""
         return Matrix(self.outputs, self.inputs, self.inputs)
 
     def flops(self, rows: int) -> int:
-        """Of ``rows`` rows times this: a multiplication and an addition for each element and row."""
+        """Return the FLOPs of ``rows`` rows times this matrix: two for each element and row."""
         return 2 * rows * self.outputs * self.inputs
 
     def traffic(self, rows: int, element_bytes: int, output_bytes: int = 2) -> int:
-        """Bytes: the input and the weight read once, the output written once."""
+        """Return the bytes of a product that reads the input and the weight once, and writes the output once."""
         return (rows + self.outputs) * self.inputs * element_bytes + rows * self.outputs * output_bytes
 
 
@@ -46,9 +46,9 @@ class Deployment:
     """A model on P ranks with base weights for S.
 
     Attributes:
-        model: Its name.
-        layer: One of its layers.
-        layers: How many it has.
+        model: The name of the model.
+        layer: One layer of the model.
+        layers: Number of layers of the model.
         ranks: P.
         sp: S.
     """
@@ -61,18 +61,18 @@ class Deployment:
 
     @property
     def name(self) -> str:
-        """In a table."""
+        """The name of the deployment in a table."""
         return f"{self.model}, P={self.ranks}, S={self.sp}"
 
     @property
     def shards(self) -> dict[str, Matrix]:
-        """A rank's full-TP shards, by projection, each as a view of its base weight."""
+        """A rank's full-TP shards by projection. Each shard is a view of its base weight."""
         shapes = self.layer.shards(self.ranks)
         return {name: Matrix(n, k, k * self.sp if name in ROW_PARALLEL else k) for name, (n, k) in shapes.items()}
 
     @property
     def bases(self) -> dict[str, Matrix]:
-        """A rank's base weights: S shards, one above the other or side by side."""
+        """A rank's base weights by projection. Each is S shards, one above the other or side by side."""
         return {
             name: Matrix(m.outputs * (1 if name in ROW_PARALLEL else self.sp), m.stride, m.stride)
             for name, m in self.shards.items()
@@ -80,16 +80,16 @@ class Deployment:
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Columns that a rank's QKV projection gives, and those that its O projection takes."""
+        """The output columns of a rank's QKV projection, and the input columns of its O projection."""
         shards = self.shards
         return shards["qkv"].outputs, shards["o"].inputs
 
     def sent_bytes(self, tokens: int, element_bytes: int) -> dict[str, float]:
-        """What a rank sends to others in one layer of a step, by mode.
+        """Return the bytes that a rank sends to others in one layer of a step, by mode.
 
-        TP: two ring all-reduces over P ranks, each of which sends 2 (P - 1) / P of its input
-        (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md). SP: the exchange around
-        attention, and the same all-reduces of the rank's rows over the P / S ranks of a base-TP group.
+        TP runs two ring all-reduces over P ranks. In each, a rank sends 2 (P - 1) / P of its input
+        (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md). SP runs the exchange around attention.
+        It also runs two all-reduces of the rank's rows over the P / S ranks of a base-TP group.
         """
         rows, base_tp = padded_local_tokens(tokens, self.sp), self.ranks // self.sp
         exchange = (self.sp - 1) * rows * sum(self.widths) * element_bytes
@@ -99,7 +99,7 @@ class Deployment:
 
 
 _LLAMA_70B, _QWEN_32B = (TARGETS[name].layer for name in ("llama-70b", "qwen-32b"))
-# config.json of meta-llama/Llama-3.1-8B.
+# These sizes are from config.json of meta-llama/Llama-3.1-8B.
 _LLAMA_8B = Layer(hidden=4096, intermediate=14336, heads=32, kv_heads=8, head_dim=128)
 
 DEPLOYMENTS = (

@@ -1,11 +1,11 @@
-"""A few decoder layers of one rank in both modes, on one device: the group's other ranks are all like this one.
+"""Runs a few decoder layers of one rank in both modes, on one device. All ranks of its group are alike.
 
-The projections and the exchange are this package's own. If every rank holds the same shards and the same
-tokens, then what comes from rank j is what this rank would send to itself, and a sum over n ranks is n times
-its own part. So the links are replaced by a copy of as many bytes on the device, and yet both modes compute
-what such a group would: the same.
+The projections and the exchange are this package's own. Every rank holds the same shards and the same tokens. So the
+block that comes from rank j equals the block that this rank would send to itself. A sum over n ranks is n times the
+rank's own part. A copy on the device, with the same number of bytes, replaces the links. Both modes compute what such a
+group would compute, so their results are the same.
 
-Left out, as it is the same in both modes: the rotary embedding. Attention is PyTorch's.
+The rotary embedding is left out, because it is the same in both modes. Attention is PyTorch's.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KINDS = {"qkv": QkvProjection, "o": OutputProjection, "gate_up": GateUpProjectio
 
 
 class AlikeGroup:
-    """A group of ranks that all hold the same."""
+    """A group of ranks that all hold the same weights and tokens."""
 
     rank_in_group = 0
     device_group = None
@@ -45,22 +45,22 @@ class AlikeGroup:
         self.world_size = world_size
 
     def all_to_all_single(self, output: torch.Tensor, input: torch.Tensor) -> None:
-        """Every rank sends block 0 to this one."""
+        """Fill the output as if every rank sent its block 0 to this rank."""
         output.view(self.world_size, -1).copy_(input.view(self.world_size, -1)[0])
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """As many times ``x`` as there are ranks."""
+        """Return ``x`` times the number of ranks."""
         return x * self.world_size
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A step.
+    """The batch of a step.
 
     Attributes:
-        requests: A multiple of S: each rank carries 1/S of them, and all ranks' are alike.
-        new: Tokens that each computes.
-        context: Tokens of its KV cache before; a prefill (``new`` > 1) has none.
+        requests: Number of requests, a multiple of S. Each rank carries 1/S of the requests, and all shares are alike.
+        new: Number of tokens that each request computes.
+        context: Number of tokens in each request's KV cache before the step. A prefill (``new`` > 1) has none.
     """
 
     requests: int
@@ -69,7 +69,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Of the step."""
+        """Number of tokens of the step."""
         return self.requests * self.new
 
     @property
@@ -80,7 +80,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer: its linears by projection, and the KV cache of the requests."""
+    """One decoder layer: its linear layers by projection, and the KV cache of the requests."""
 
     linears: dict[str, Any]
     keys: torch.Tensor
@@ -88,14 +88,14 @@ class Layer:
 
 
 class Stack:
-    """Layers of one rank.
+    """Some layers of one rank.
 
     Args:
         deployment: The model, P and S.
-        layers: How many.
-        batch: The step that it runs.
-        dtype: Of weights and activations.
-        device: Where.
+        layers: Number of layers.
+        batch: The batch of the step to run.
+        dtype: The dtype of weights and activations.
+        device: The device on which the layers run.
     """
 
     def __init__(
@@ -114,12 +114,12 @@ class Stack:
         self.layers = [Layer(self._linears(), self._alike(*cache), self._alike(*cache)) for _ in range(layers)]
 
     def input(self, mode: Mode) -> torch.Tensor:
-        """What a step begins with: ``[T, h]`` in TP, ``[T / S, h]`` in SP."""
+        """Return the input of a step: ``[T, h]`` in TP, ``[T / S, h]`` in SP."""
         rows = self._alike(self.batch.tokens, self.deployment.layer.hidden)
         return rows if mode is Mode.TP else rows[: self.batch.tokens // self.deployment.sp].clone()
 
     def run(self, x: torch.Tensor, mode: Mode) -> torch.Tensor:
-        """All layers; the shape of ``x`` stays."""
+        """Run all layers. The result has the shape of ``x``."""
         step = Step(mode, self.topology, None, num_tokens=self.batch.tokens)
         for layer in self.layers:
             x = x + self._project(layer, "o", self._attention(layer, self._project(layer, "qkv", norm(x), step)), step)
@@ -135,7 +135,10 @@ class Stack:
         return self.group.all_reduce(product) if name in ROW_PARALLEL else product
 
     def _attention(self, layer: Layer, qkv: torch.Tensor) -> torch.Tensor:
-        """``[T, (heads + 2 kv_heads) d]`` to ``[T, heads d]``, with the new tokens' keys and values in the cache."""
+        """Compute attention from ``[T, (heads + 2 kv_heads) d]`` to ``[T, heads d]``.
+
+        The keys and values of the new tokens go into the KV cache.
+        """
         batch, heads, kv_heads = self.batch, self.heads, self.kv_heads
         by_head = qkv.view(batch.requests, batch.new, heads + 2 * kv_heads, -1).transpose(1, 2)
         query, key, value = by_head.split((heads, kv_heads, kv_heads), dim=1)
@@ -147,7 +150,7 @@ class Stack:
         return out.transpose(1, 2).reshape(batch.tokens, -1)
 
     def _linears(self) -> dict[str, Any]:
-        """Linears as the model's are: TP weights as views of base weights, S shards of which are the same."""
+        """Make linear layers as a model has them. TP weights are views of base weights, and all S shards are equal."""
         linears, sp = {}, self.deployment.sp
         for name, shard in self.deployment.shards.items():
             weight = self._random(shard.outputs, shard.inputs) * shard.inputs**-0.5
@@ -160,7 +163,7 @@ class Stack:
         return linears
 
     def _alike(self, first: int, *rest: int) -> torch.Tensor:
-        """``first`` random items, of which each rank's are the same."""
+        """Return ``first`` random items. Each of the S ranks has the same items."""
         sp = self.deployment.sp
         return self._random(first // sp, *rest).repeat(sp, *(1 for _ in rest))
 
@@ -169,5 +172,5 @@ class Stack:
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm over the last dimension, with weights of 1."""
+    """Apply RMSNorm over the last dimension, with weights of 1."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-5)

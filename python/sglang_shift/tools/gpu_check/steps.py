@@ -1,7 +1,7 @@
-"""The time of a rank's step in both modes, eager and as a CUDA graph, without the links between ranks.
+"""Times a rank's step in both modes, eager and as a CUDA graph, without the links between ranks.
 
-Some layers are timed, as one rank of a group that is all alike (:mod:`stack`), and the time is said per layer.
-What the links add is to be computed from the bytes that are said with it.
+Some layers of one rank are timed, in a group whose ranks are all alike (:mod:`stack`). The result is the time of a
+layer, with the bytes that a rank sends. The time of the links must be computed from these bytes.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from sglang_shift.tools.gpu_check.timing import capture_graph, seconds_of
 from sglang_shift.tools.tables import text_table
 
 LAYERS = 4
-"""So many that the weights of none are in the L2 cache when its turn comes."""
+"""Number of layers. With so many layers, no layer finds its weights in the L2 cache."""
 
 DECODES, CONTEXT = (8, 64, 256), 1024
 PREFILLS = (1024, 8192)
-"""Tokens, in S prompts: each rank's tokens are then whole prompts."""
+"""Numbers of tokens in S prompts. So each rank's tokens are whole prompts."""
 
 
 def check(record: Record) -> None:
-    """Every deployment that its GPUs could hold in bfloat16."""
+    """Time every deployment that fits into its GPUs in bfloat16."""
     device = torch.device("cuda")
     for deployment in DEPLOYMENTS[1:]:  # Llama-70B in bfloat16 at S=8 would be 140 GB on each rank
         with torch.no_grad():
@@ -36,7 +36,7 @@ def check(record: Record) -> None:
 
 
 def batches(sp: int) -> Iterator[Batch]:
-    """Decodes and prefills that S ranks can share."""
+    """Yield decodes and prefills that S ranks can share."""
     yield from (Batch(requests, 1, CONTEXT) for requests in DECODES)
     yield from (Batch(sp, tokens // sp) for tokens in PREFILLS)
 
@@ -45,7 +45,7 @@ def measure(
     record: Record, deployment: Deployment, batch: Batch, device: torch.device, dtype: torch.dtype = torch.bfloat16,
     layers: int = LAYERS,
 ) -> list[dict[str, object]]:  # fmt: skip
-    """Time one step in both modes; on a GPU also as a CUDA graph."""
+    """Time one step in both modes. On a GPU, time it as a CUDA graph as well."""
     stack = Stack(deployment, layers, batch, dtype, device)
     sent = deployment.sent_bytes(batch.tokens, dtype.itemsize)
     rows = []
@@ -75,7 +75,7 @@ def measure(
 
 
 def table(name: str, rows: list[dict[str, object]]) -> str:
-    """Microseconds of a layer by step, mode and execution."""
+    """Return a table of microseconds per layer by step, mode and execution."""
     columns = ("phase", "tokens", "mode", "eager_us_per_layer", "graph_us_per_layer", "bytes_sent_per_layer")
     heading = (f"{name}:", "tokens", "mode", "eager us/layer", "graph us/layer", "bytes sent/layer")
     return text_table([heading, *([row.get(column, "") for column in columns] for row in rows)])

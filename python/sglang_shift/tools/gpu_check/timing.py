@@ -1,4 +1,4 @@
-"""How long calls take on a device, and CUDA graphs of them."""
+"""Times calls on a device, and captures CUDA graphs of calls."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from triton.testing import do_bench
 Call = Callable[[], Any]
 
 WARM_UP_MS, MEASURE_MS = 5, 20
-"""Of ``do_bench``: hundreds of calls of all sizes are timed, in a minute or two."""
+"""Arguments of ``do_bench``. With these times, a minute or two is enough for hundreds of calls of all sizes."""
 
 WARM_UPS, RUNS = 3, 12
 L2_BYTES = 64 << 20
-"""Where PyTorch does not say how large the L2 cache is."""
+"""The size of the L2 cache if PyTorch does not report it."""
 
 
 def seconds_of(call: Call, device: torch.device) -> float:
-    """The median time of a call: by ``do_bench`` on a GPU, with a cold L2 cache; by the clock on a CPU.
+    """Return the median time of a call. On a GPU ``do_bench`` measures it, on a CPU the clock.
 
-    Weights of a rank may fit the L2 cache, and no step of a model finds them there.
+    On a GPU the L2 cache is cold. The weights of a rank might fit into it, but no step of a model finds them there.
     """
     if device.type == "cuda":
         return do_bench(call, warmup=WARM_UP_MS, rep=MEASURE_MS, return_mode="median") / 1e3
@@ -31,10 +31,11 @@ def seconds_of(call: Call, device: torch.device) -> float:
 
 
 def collective_seconds(call: Call, device: torch.device) -> float:
-    """The same of a call that waits for other ranks.
+    """Return the median time of a call that waits for other ranks.
 
-    ``do_bench`` cannot time it: it takes as many calls as fit a time by its first estimate, which differs from rank to
-    rank, and a rank that calls once more than another waits for ever. Here all ranks make the same number of calls.
+    ``do_bench`` cannot time such a call. It estimates how many calls fit into a given time, and the estimate differs
+    from rank to rank. A rank that calls once more than another rank waits for ever. Here all ranks make the same number
+    of calls.
     """
     if device.type != "cuda":
         return _by_the_clock(call)
@@ -45,7 +46,7 @@ def collective_seconds(call: Call, device: torch.device) -> float:
     laps = []
     for _ in range(RUNS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        cold.zero_()  # so long that the call is queued before it ends
+        cold.zero_()  # this takes so long that the call is queued before it ends
         start.record()
         call()
         end.record()
@@ -66,18 +67,18 @@ def _by_the_clock(call: Call) -> float:
 
 
 def copy_seconds(size: int, device: torch.device) -> float:
-    """A copy on the device that moves ``size`` bytes: half of them read, half written."""
+    """Return the time of a copy on the device that moves ``size`` bytes: it reads one half and writes the other."""
     source = torch.empty(size // 2, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return seconds_of(lambda: target.copy_(source), device)
 
 
 def capture_graph(call: Call, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A CUDA graph of the call, and what it returned; replays write there.
+    """Capture a CUDA graph of a call. Return the graph and the result of the call, which replays overwrite.
 
     Args:
-        call: Run twice before, on a stream of its own, as PyTorch's notes on graphs ask.
-        pool: Memory of another graph, to be shared.
+        call: The call. It runs twice before the capture, on another stream, as PyTorch's notes on graphs ask.
+        pool: The memory pool of another graph, which the graph shares.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -92,6 +93,6 @@ def capture_graph(call: Call, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, A
 
 
 def error_of(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """The norm of the difference over that of ``expected``; NaN where there is one."""
+    """Return the norm of the difference over the norm of ``expected``. It is NaN if a tensor has a NaN."""
     expected = expected.float()
     return float((result.float() - expected).norm() / expected.norm())

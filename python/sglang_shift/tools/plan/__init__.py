@@ -1,4 +1,5 @@
-"""``python -m sglang_shift.plan``: what a model would take on GPUs that are not there, from published figures.
+"""``python -m sglang_shift.plan`` predicts how a model runs on GPUs that are not there, from published figures.
 
-docs/cost-model.md says where each figure is from, how step times follow from them, and how far they are off.
+docs/cost-model.md gives the source of each figure. It says how step times follow from the figures, and how far they are
+off.
 """

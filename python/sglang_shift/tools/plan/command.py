@@ -1,4 +1,4 @@
-"""``python -m sglang_shift.plan``: how to serve a model on GPUs that are not there, or the cost model checked."""
+"""``python -m sglang_shift.plan``: plan how to serve a model on GPUs that are not there, or check the cost model."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from sglang_shift.tools.plan.search import search
 
 MODULE = "sglang_shift.plan"
 WINDOW = 900.0
-"""Seconds of a trace, where none are given: as long a part as the Shift Parallelism paper replays."""
+"""Seconds of a trace to use by default. The Shift Parallelism paper replays a part of this length."""
 
 LEAST, MOST = 1e-6, 1e6
-"""Of rates and paces: with smaller and larger ones the simulator's clock would lose its milliseconds."""
+"""Bounds of rates and paces. With smaller or larger values, the simulator's clock would lose its milliseconds."""
 
 MOST_REQUESTS = 10**6
 
 
 def words_of(found: Lengths) -> str:
-    """Lengths in words."""
+    """Return lengths in words."""
     return f"{found[0]} to {found[1]}" if isinstance(found, tuple) else str(found)
 
 
 def lengths(given: str) -> Lengths:
-    """``N`` or ``LOW-HIGH`` of the command line.
+    """Parse ``N`` or ``LOW-HIGH`` of the command line.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the text is something else.
     """
     low, *rest = (int(part) for part in given.split("-"))
     high = rest[0] if rest else low
@@ -45,10 +45,10 @@ def lengths(given: str) -> Lengths:
 
 
 def factor(given: str) -> float:
-    """A rate or a pace of the command line.
+    """Parse a rate or a pace of the command line.
 
     Raises:
-        argparse.ArgumentTypeError: it is something else.
+        argparse.ArgumentTypeError: the text is something else.
     """
     try:
         found = float(given)
@@ -60,19 +60,19 @@ def factor(given: str) -> float:
 
 
 def request_count(given: str) -> int:
-    """A number of requests of the command line.
+    """Parse a number of requests of the command line.
 
     Raises:
-        argparse.ArgumentTypeError: it is something else.
+        argparse.ArgumentTypeError: the text is something else.
     """
     return _whole(given, 1, MOST_REQUESTS)
 
 
 def context_length(given: str) -> int:
-    """Tokens of a context of the command line, with room for a prompt and an output.
+    """Parse the tokens of a context of the command line. The context must have room for a prompt and an output.
 
     Raises:
-        argparse.ArgumentTypeError: it is something else.
+        argparse.ArgumentTypeError: the text is something else.
     """
     return _whole(given, 2, MOST_TOKENS)
 
@@ -88,7 +88,7 @@ def _whole(given: str, least: int, most: int) -> int:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments of the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
     add = parser.add_argument
     add("--check", action="store_true", help="predict the Shift Parallelism paper's table, and say how far off it is")
@@ -115,10 +115,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def requests_of(args: argparse.Namespace, model: Model) -> tuple[list[Request], str]:
-    """The traffic, and what it is in words.
+    """Return the traffic, and its description in words.
 
     Raises:
-        ShiftError: the trace cannot be read, or has nothing in the window.
+        ShiftError: the trace cannot be read, or has no request in the window.
     """
     if args.rate:
         made = steady(args.rate, prompt=args.prompt, output=args.output, requests=args.requests)
@@ -139,17 +139,17 @@ def requests_of(args: argparse.Namespace, model: Model) -> tuple[list[Request], 
 
 
 def fitted(requests: list[Request], words: str, model: Model) -> tuple[list[Request], str]:
-    """Requests cut to the model's context, and in words how many were."""
+    """Cut requests to the model's context. Return them, and the words with the number of requests that were cut."""
     made = scaled(requests, context=model.context)
     cut = sum(r != given for r, given in zip(made, requests, strict=True))
     return made, f"{words}; {cut} of them cut to the context of {model.context} tokens" if cut else words
 
 
 def plan(args: argparse.Namespace) -> None:
-    """Print the plan that the arguments ask for, as Markdown, and draw it where they say so.
+    """Print the plan that the arguments ask for, as Markdown. Draw it if the arguments ask for that.
 
     Raises:
-        ShiftError: there is none, or no picture of it.
+        ShiftError: there is no plan, or the picture cannot be made.
     """
     if args.plot:
         report.check_plot(args.plot)
@@ -165,7 +165,7 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print a plan or the check; 2 where it is refused."""
+    """Print a plan or the check. Return 0, or 2 if the arguments are refused."""
     args = parse(argv)
     try:
         if args.check:

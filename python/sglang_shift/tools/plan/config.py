@@ -1,4 +1,4 @@
-"""The content of a ``config.json`` as SGLang's server reads it: what it leaves out, and its context."""
+"""Reads the content of a ``config.json`` as SGLang's server does: the defaults of missing fields, and the context."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from sglang_shift.models.decoder_layer import MOST, size_in
 from sglang_shift.models.families import FAMILIES
 
 REQUIRED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-"""Sizes whose defaults, where there are any, are those of another model."""
+"""Sizes that must be given. If they have defaults, these are the sizes of another model."""
 
 INSIDE = ("text_config", "llm_config", "language_config", "thinker_config")
-"""Where models of more than text have their language model's configuration."""
+"""Fields in which models of more than text keep the configuration of their language model."""
 
 APART = ("dtype", "torch_dtype", "quantization_config")
-"""Fields that transformers makes objects of, and that are read as they are here."""
+"""Fields that transformers turns into objects. This package reads them as they are in the file."""
 
 
 def architecture_of(raw: dict[str, Any]) -> str:
-    """The class that serves it.
+    """Return the name of the class that serves the model.
 
     Raises:
-        KeyError, ValueError: there is none, or it is not served here.
+        KeyError, ValueError: the configuration names no class, or a class that this package does not serve.
     """
     names = raw["architectures"] or ["no architecture"]
     if not (isinstance(names, list) and isinstance(names[0], str)):
@@ -39,13 +39,13 @@ def architecture_of(raw: dict[str, Any]) -> str:
 
 
 def completed(raw: dict[str, Any]) -> Any:
-    """Transformers' object: fields that are not there have the defaults of the ``model_type``.
+    """Return transformers' object of the configuration. Missing fields have the defaults of the ``model_type``.
 
-    They differ. Without num_key_value_heads, a Llama has as many as heads and a Mistral 8; without head_dim, a Qwen3
-    has 128.
+    The defaults differ between model types. Without num_key_value_heads, a Llama has one KV head for each head, and a
+    Mistral has 8 KV heads. Without head_dim, a Qwen3 has a head_dim of 128.
 
     Raises:
-        KeyError, ValueError: it misses what no default stands for, or transformers refuses it.
+        KeyError, ValueError: a required field is missing, or transformers refuses the configuration.
     """
     for name in REQUIRED:
         size_in(raw, name)
@@ -53,21 +53,21 @@ def completed(raw: dict[str, Any]) -> Any:
         raise ValueError(f"model_type {raw['model_type']!r}, which is unknown")
     content = {key: value for key, value in raw.items() if key not in APART}
     try:
-        return CONFIG_MAPPING[raw["model_type"]].from_dict(deepcopy(content))  # it changes what is inside
-    except Exception as error:  # whatever transformers raises
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(deepcopy(content))  # from_dict changes nested values
+    except Exception as error:  # transformers raises errors of any type
         raise ValueError(" ".join(str(error.__cause__ or error).split()).rstrip(".")) from error
 
 
 def context_of(config: Any, given: int | None = None) -> int:
-    """Tokens of the longest sequence that a server takes, by SGLang's rule.
+    """Return the tokens of the longest sequence that a server takes, by SGLang's rule.
 
     Args:
-        config: The model's.
-        given: ``--context-length``, if it is given.
+        config: The model's configuration.
+        given: The value of ``--context-length``, if the flag is given.
 
     Raises:
-        ShiftError: more is given than that.
-        ValueError: that is none, or no room for a prompt and an output.
+        ShiftError: ``given`` is more than the model's context.
+        ValueError: the model's context is no number, or has no room for a prompt and an output.
     """
     size_in({"max_position_embeddings": config.max_position_embeddings}, "max_position_embeddings", least=2)
     try:

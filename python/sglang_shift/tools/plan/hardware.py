@@ -1,4 +1,4 @@
-"""GPUs as published figures describe them: what a kernel or a collective of some size takes."""
+"""Describes GPUs by published figures: how long a kernel or a collective of a given size takes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sglang_shift.cost.model import Curve, isotonic
 from sglang_shift.errors import ShiftError
 
 NODE = 8
-"""GPUs of the largest group for which there are figures."""
+"""Number of GPUs of the largest group for which there are figures."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel that takes a time of its own, and time in proportion to its work.
+    """A kernel that takes a fixed time, and a time in proportion to its work.
 
     Attributes:
         latency: Seconds without any work.
@@ -30,7 +30,7 @@ class Kernel:
     rate: float
 
     def seconds(self, work: float) -> float:
-        """For ``work`` bytes or FLOPs."""
+        """Return the seconds for ``work`` bytes or FLOPs."""
         return self.latency + work / self.rate
 
 
@@ -38,14 +38,14 @@ class Kernel:
 class Gemm:
     """Matrix products of one dtype: a roofline whose corner is rounded.
 
-    ``latency + sqrt((bytes / bandwidth)**2 + (FLOPs / flops)**2)``: few rows wait for the weights to be read, many
-    for the arithmetic, and in between for both.
+    The time is ``latency + sqrt((bytes / bandwidth)**2 + (FLOPs / flops)**2)``. Few rows wait for the weights to be
+    read, and many rows wait for the arithmetic. Numbers of rows in between wait for both.
 
     Attributes:
         latency: Seconds without any work.
         bandwidth: Bytes per second.
         flops: FLOP/s.
-        weight_bytes: Of a weight, and of an input's element.
+        weight_bytes: Bytes of an element of the weight, and of an element of the input.
     """
 
     latency: float
@@ -54,7 +54,7 @@ class Gemm:
     weight_bytes: int
 
     def seconds(self, rows: int, outputs: int, inputs: int) -> float:
-        """``[rows, inputs]`` times a weight ``[outputs, inputs]``; what comes out has elements of 2 bytes."""
+        """Return the seconds of ``[rows, inputs]`` times a weight ``[outputs, inputs]``. Outputs have 2 bytes each."""
         moved = (rows + outputs) * inputs * self.weight_bytes + 2 * rows * outputs
         return self.latency + hypot(moved / self.bandwidth, 2 * rows * outputs * inputs / self.flops)
 
@@ -64,13 +64,15 @@ class Gpu:
     """A GPU in a node of its kind.
 
     Attributes:
-        name: As in ``--gpus``.
-        memory_mib: Its memory.
-        hbm: Nominal bytes per second of its memory; nothing is computed from it.
-        gemms: By ``bfloat16``, ``fp8`` (a scale per channel and token) and ``fp8_block`` (per 128 x 128).
-        prefill_attention: By FLOPs, those of the causal half only.
-        decode_attention: By bytes of KV cache read, for a KV cache of ``bfloat16`` or ``fp8``.
-        elementwise: Any kernel that reads and writes once, by bytes.
+        name: The name in ``--gpus``.
+        memory_mib: The memory in MiB.
+        hbm: Nominal bytes per second of its memory. Nothing is computed from it.
+        gemms: Matrix products of ``bfloat16``, ``fp8`` (a scale per channel and token) and ``fp8_block`` (a scale per
+            128 x 128).
+        prefill_attention: The attention of a prefill. Its work is the FLOPs of the causal half only.
+        decode_attention: The attention of a decode, for a KV cache of ``bfloat16`` or ``fp8``. Its work is the bytes of
+            the KV cache that it reads.
+        elementwise: Any kernel that reads and writes each element once. Its work is these bytes.
         all_reduces: Seconds by bytes of the message, for each number of ranks.
         all_to_alls: Seconds by bytes of a rank's buffer, for each number of ranks.
     """
@@ -86,21 +88,22 @@ class Gpu:
     all_to_alls: dict[int, Curve]
 
     def all_reduce(self, ranks: int, size: float) -> float:
-        """Seconds of an all-reduce of ``size`` bytes; none for one rank."""
+        """Return the seconds of an all-reduce of ``size`` bytes. One rank takes no time."""
         return self.all_reduces[ranks](round(size)) if ranks > 1 else 0.0
 
     def all_to_all(self, ranks: int, size: float) -> float:
-        """Seconds of an all-to-all of ``size`` bytes on each rank, its own block included; none for one rank.
+        """Return the seconds of an all-to-all of ``size`` bytes on each rank, with the rank's own block.
 
-        A rank sends, and receives, ``(ranks - 1) / ranks`` of them. An all-gather to ``size`` bytes on each rank
-        receives as much, and is taken for one.
+        One rank takes no time. A rank sends ``(ranks - 1) / ranks`` of the bytes, and receives the same number of
+        bytes. In an all-gather to ``size`` bytes on each rank, a rank receives the same number of bytes. So an
+        all-gather counts as an all-to-all.
         """
         return self.all_to_alls[ranks](round(size)) if ranks > 1 else 0.0
 
 
 @cache
 def gpus() -> dict[str, Gpu]:
-    """All GPUs with figures, by name."""
+    """Return all GPUs for which there are figures, by name."""
     content = json.loads(files("sglang_shift.tools.plan").joinpath("figures.json").read_text())
     sizes = tuple(content["collective_bytes"])
     return {name: _gpu(name, raw, sizes) for name, raw in content["gpus"].items()}
@@ -111,7 +114,7 @@ def _gpu(name: str, raw: dict[str, Any], sizes: tuple[int, ...]) -> Gpu:
         return Kernel(1e-6 * of["latency_us"], of["per_s"])
 
     def collectives(of: dict[str, list[float]]) -> dict[int, Curve]:
-        # Small ones do not always take longer than smaller ones, in measurements.
+        # In measurements, a small message does not always take longer than a smaller message.
         return {int(ranks): Curve(sizes, tuple(isotonic(1e-6 * us for us in times))) for ranks, times in of.items()}
 
     gemms = {
@@ -126,10 +129,10 @@ def _gpu(name: str, raw: dict[str, Any], sizes: tuple[int, ...]) -> Gpu:
 
 
 def parse_gpus(text: str) -> tuple[int, Gpu]:
-    """The number of GPUs and their kind, of ``8xH200``.
+    """Return the number of GPUs and their kind, from a text such as ``8xH200``.
 
     Raises:
-        ShiftError: it is something else, or there are no figures for it.
+        ShiftError: the text is something else, or there are no figures for these GPUs.
     """
     match = re.fullmatch(r"(\d{1,4})\s*[xX]\s*(\S+)", text.strip())
     known = " or ".join(gpus())

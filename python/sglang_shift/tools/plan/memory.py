@@ -1,4 +1,4 @@
-"""What a GPU's memory holds: weights, what Shift needs beyond TP, activations and graphs, and the KV cache."""
+"""Computes what a GPU's memory holds: weights, what Shift needs beyond TP, activations, graphs and KV cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.tools.plan.hardware import Gpu
 from sglang_shift.tools.plan.model import Model
 
-# SGLang's defaults for GPUs of 60 to 160 GiB, handle_gpu_memory_settings in srt/arg_groups/memory_hook.py; in MiB.
+# These are SGLang's defaults for GPUs of 60 to 160 GiB, in MiB. They are from handle_gpu_memory_settings in
+# srt/arg_groups/memory_hook.py.
 LEAST_RESERVE = 10 * 1024
 PER_DECODE_GRAPH_REQUEST, PER_PREFILL_GRAPH = 2, 8
 
@@ -24,11 +25,11 @@ class Memory:
 
     Attributes:
         weights: The full-TP shard.
-        base: The rest of the base weights, which both modes share.
-        graphs: Those of a second mode, which SGLang itself does not reserve memory for.
+        base: The rest of the base weights. Both modes share the base weights.
+        graphs: The graphs of a second mode. SGLang itself does not reserve memory for them.
         reserve: Activations and the graphs of one mode, as SGLang reserves them.
         kv_per_token: K and V of a token.
-        total: All of it.
+        total: The whole memory.
     """
 
     weights: int
@@ -40,27 +41,27 @@ class Memory:
 
     @property
     def pool(self) -> int:
-        """What is left for the KV cache; negative where the rest does not fit."""
+        """What is left for the KV cache. It is negative if the rest does not fit."""
         return self.total - self.weights - self.base - self.graphs - self.reserve
 
     @property
     def tokens(self) -> int:
-        """Tokens that the KV cache holds."""
+        """Number of tokens that the KV cache holds."""
         return max(0, self.pool) // self.kv_per_token
 
 
 def memory(
     model: Model, gpu: Gpu, layout: RankLayout, chunk: int, kv_dtype: str = "bfloat16", *, shifts: bool = False
 ) -> Memory:
-    """A GPU's memory.
+    """Compute what a GPU's memory holds.
 
     Args:
         model: The model.
         gpu: The GPU.
-        layout: Of its replica; S = 1 is TP alone.
-        chunk: Prompt tokens that one step takes.
+        layout: The layout of the GPU's replica. S = 1 is TP alone.
+        chunk: The most prompt tokens that one step computes.
         kv_dtype: ``bfloat16`` or ``fp8``.
-        shifts: Whether both modes run, each with graphs of its own.
+        shifts: Whether both modes run. Each mode then has its own graphs.
     """
     ranks = layout.world_size
     weights = _weights(model, ranks, 1)
@@ -68,7 +69,7 @@ def memory(
     prefills = len(generate_prefill_cuda_graph_batch_sizes(chunk))
     graphs = PER_DECODE_GRAPH_REQUEST * batch + PER_PREFILL_GRAPH * prefills
     settings = SimpleNamespace(disaggregation_mode="null", chunked_prefill_size=chunk, tp_size=ranks, pp_size=1)
-    # No GPU: its least would be for the activations alone, and here it is for all.
+    # No GPU is passed. SGLang's minimum for a GPU is for the activations alone, and the minimum here is for everything.
     reserve = max(LEAST_RESERVE, pre_capture_activation_reserve_mb_of(settings, None) + graphs)
     return Memory(
         weights,
@@ -81,7 +82,7 @@ def memory(
 
 
 def _weights(model: Model, ranks: int, sp: int) -> int:
-    """Bytes of the base weights of S = ``sp``; embeddings and LM head are never quantized."""
+    """Return the bytes of the base weights of S = ``sp``. Embeddings and LM head are never quantized."""
     if not model.quantized:
         return model.sizes.weight_bytes(ranks, sp, 2)
     return model.sizes.weight_bytes(ranks, sp, 1) + model.sizes.embedding_elements(ranks)

@@ -1,4 +1,4 @@
-"""A model as its ``config.json`` describes it: what step times and memory are computed from."""
+"""Describes a model by its ``config.json``. Step times and memory are computed from this description."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sglang_shift.models.sizes import ModelSizes
 from sglang_shift.tools.plan.config import architecture_of, completed, context_of
 
 BESIDE = "hf_quant_config.json"
-"""The file in which NVIDIA's checkpoints say how they are quantized."""
+"""The file that says how a checkpoint of NVIDIA is quantized."""
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,17 @@ class Model:
     """A dense decoder.
 
     Attributes:
-        name: In words.
+        name: The name of the model, in words.
         layer: One of its layers.
-        layers: How many it has.
-        vocabulary: Tokens that it knows.
+        layers: Number of its layers.
+        vocabulary: Number of tokens in its vocabulary.
         context: Tokens of the longest sequence.
-        weights: What its layers' matrices are: ``bfloat16``, ``fp8`` (a scale per channel and token) or
-            ``fp8_block`` (per 128 x 128). Embeddings and LM head are bfloat16.
+        weights: The format of its layers' matrices: ``bfloat16``, ``fp8`` (a scale per channel and token) or
+            ``fp8_block`` (a scale per 128 x 128). Embeddings and LM head are bfloat16.
         tied: Whether the LM head is the embedding.
-        architecture: As in its configuration.
-        path: What ``--model-path`` would be, where that is known.
-        shortened: Whether the context is one that was asked for, which a server must be told.
+        architecture: The name of its class in its configuration.
+        path: The value for ``--model-path``, if it is known.
+        shortened: Whether the user asked for this context. Then a server needs ``--context-length``.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Model:
 
     @property
     def family(self) -> Family:
-        """The record of its architecture."""
+        """The record of the model's architecture."""
         return FAMILIES[self.architecture]
 
     @property
@@ -59,25 +59,25 @@ class Model:
 
     @property
     def quantized(self) -> bool:
-        """Whether the layers' inputs are quantized, each before its matrix."""
+        """Whether the input of each matrix of the layers is quantized."""
         return self.weights != "bfloat16"
 
     @property
     def sizes(self) -> ModelSizes:
-        """What its weights and its KV cache are computed from. Biases that not every model has are left out."""
+        """The sizes of the weights and of the KV cache. Biases that only some models have are left out."""
         biased = frozenset(linear.role for linear in self.family.linears if linear.bias is True)
         return ModelSizes(self.family, self.layer, self.layers, self.vocabulary, self.tied, biased)
 
 
 def read_model(path: str | Path, context_length: int | None = None) -> Model:
-    """The model of a ``config.json``, or of the folder that has one.
+    """Read the model of a ``config.json``, or of the folder that has this file.
 
     Args:
-        path: Of the file or the folder.
-        context_length: As the server's flag; None for the model's own.
+        path: The file or the folder.
+        context_length: The value of the server's flag. None means the model's own context.
 
     Raises:
-        ShiftError: there is none, or it is not a dense decoder that is served here.
+        ShiftError: there is no such file, or the model is not a dense decoder that this package serves.
     """
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
@@ -93,7 +93,7 @@ def _model(file: Path, raw: Any, context_length: int | None) -> Model:
         raise ValueError("it is not a JSON object")
     check_dense(raw)
     architecture, config = architecture_of(raw), completed(raw)
-    # Served in 16 bits, as SGLang does with --dtype auto, where it is float32 or none is given.
+    # With --dtype auto, SGLang serves a model in 16 bits if its dtype is float32 or missing.
     layer, _ = layer_of({**config.to_dict(), "dtype": raw.get("dtype") or raw.get("torch_dtype") or "float32"})
     context = context_of(config, context_length)
     check_fields(config, context)
@@ -105,9 +105,9 @@ def _model(file: Path, raw: Any, context_length: int | None) -> Model:
 
 
 def _name(file: Path) -> tuple[str, str]:
-    """What to call a model, and the path to it: as on the hub, where the file is in its cache.
+    """Return the name of a model and its path. If the file is in the hub's cache, both are the name on the hub.
 
-    Not ``_name_or_path`` of the configuration: in a fine-tuned model's, that is often the model before.
+    ``_name_or_path`` of the configuration is not used. In a fine-tuned model it often names the original model.
     """
     cached = next((part for part in file.absolute().parts if part.startswith("models--")), None)
     if cached:
@@ -118,7 +118,7 @@ def _name(file: Path) -> tuple[str, str]:
 
 
 def _weights(file: Path, raw: dict[str, Any]) -> str:
-    """What the weights are, from the places where SGLang looks for a quantization."""
+    """Return the format of the weights. SGLang looks for a quantization in the same places."""
     key = "quantization_config" if raw.get("quantization_config") else "compression_config"
     quantization = raw.get(key)
     if not quantization:

@@ -1,7 +1,7 @@
-"""The cost model beside the Shift Parallelism paper's table, to which nothing in it is fitted.
+"""Compares the cost model with the Shift Parallelism paper's table. Nothing in the model is fitted to this table.
 
-The table (arXiv 2509.16495): 8 x H200, FP8, prompts of 4k tokens, 250 tokens out. Its engine is vLLM 0.10.1, its models
-are RedHatAI/Llama-3.3-70B-Instruct-FP8-dynamic and Qwen/Qwen3-32B-FP8:
+The table (arXiv 2509.16495) is for 8 x H200, FP8, prompts of 4k tokens and outputs of 250 tokens. Its engine is vLLM
+0.10.1. Its models are RedHatAI/Llama-3.3-70B-Instruct-FP8-dynamic and Qwen/Qwen3-32B-FP8:
 https://github.com/snowflakedb/ArcticInference/blob/main/benchmark/reproducibility/server.sh
 """
 
@@ -23,7 +23,7 @@ from sglang_shift.tools.published import TARGETS
 
 PROMPT, OUTPUT = 4096, 250
 FLOOD = 2000
-"""Requests that are there at once, for the peak."""
+"""Number of requests that come at once, to measure the peak."""
 
 GOAL = 0.15
 
@@ -59,22 +59,25 @@ PUBLISHED: dict[str, dict[str, tuple[float, float, float]]] = {
 }
 
 VLLM_STEP, VLLM_REQUEST = 0.0012, 0.0182
-"""What vLLM V1 takes besides the GPU, per step and before a request's first token: docs/cost-model.md."""
+"""Seconds that vLLM V1 adds to the GPU's time, per step and before a request's first token: docs/cost-model.md."""
 
 CUTLASS_BLOCK = {1: 1.25, 512: 1.41}
-"""vLLM 0.10.1's block-wise FP8 products over DeepGEMM's, of which the figures are: docs/cost-model.md."""
+"""Time of block-wise FP8 products in vLLM 0.10.1 over their time in DeepGEMM, by the least number of rows.
+
+The figures are DeepGEMM's: docs/cost-model.md.
+"""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One of the table's.
+    """One cell of the table.
 
     Attributes:
-        model: Its name.
+        model: The name of the model.
         configuration: ``DP``, ``TP``, ``SP`` or ``Shift``.
         metric: One of :data:`METRICS`.
-        predicted: By the cost model.
-        published: By the paper.
+        predicted: The value of the cost model.
+        published: The value of the paper.
     """
 
     model: str
@@ -85,18 +88,18 @@ class Cell:
 
     @property
     def error(self) -> float:
-        """Relative to what was published."""
+        """The error of the prediction, relative to the published value."""
         return self.predicted / self.published - 1
 
 
 def engine_of(model: Model) -> Engine:
-    """The paper's engine."""
+    """Return the paper's engine for a model."""
     factor = CUTLASS_BLOCK if model.weights == "fp8_block" else {1: 1.0}
     return Engine(VLLM_STEP, VLLM_REQUEST, factor)
 
 
 def predict(name: str, configuration: str, engine: Engine) -> tuple[float, float, float]:
-    """TTFT and TPOT of a request that is alone, in ms, and tokens per second of many at once."""
+    """Predict TTFT and TPOT of a single request, in ms, and the tokens per second of many requests at once."""
     model, candidate, gpu = MODELS[name], CONFIGURATIONS[configuration], gpus()["H200"]
     kv_dtype = KV_DTYPES[name]
     costs = StepTimes(model, gpu, candidate.layout, kv_dtype, engine).cost_model()
@@ -107,7 +110,7 @@ def predict(name: str, configuration: str, engine: Engine) -> tuple[float, float
 
 
 def check(engine: Callable[[Model], Engine] = engine_of) -> list[Cell]:
-    """Every cell of the table, with the figures of each model's engine."""
+    """Predict every cell of the table, with the figures of each model's engine."""
     return [
         Cell(name, configuration, *numbers)
         for name, rows in PUBLISHED.items()
@@ -117,9 +120,10 @@ def check(engine: Callable[[Model], Engine] = engine_of) -> list[Cell]:
 
 
 def compared(cells: list[Cell]) -> list[float]:
-    """How far off the ratio of each two configurations of a model is, in the end-to-end time of a request alone.
+    """Return the errors of the ratio between two configurations of a model, for each pair.
 
-    That is what plans rank by. What slows all configurations down alike is not in it.
+    The ratio is between the end-to-end times of a single request. Plans are ranked by such ratios. A factor that slows
+    down all configurations alike does not change them.
     """
     by = {(c.model, c.configuration, c.metric): c for c in cells}
     found = []
@@ -134,7 +138,7 @@ def compared(cells: list[Cell]) -> list[float]:
 
 
 def table(cells: list[Cell]) -> str:
-    """The cells as a Markdown table."""
+    """Return the cells as a Markdown table."""
     lines = ["| Model | | Metric | Predicted | Published | Error |", "|---|---|---|--:|--:|--:|"]
     for c in cells:
         numbers = [f"{n:,.0f}" if n >= 1000 else f"{n:.3g}" for n in (c.predicted, c.published)]
@@ -143,7 +147,7 @@ def table(cells: list[Cell]) -> str:
 
 
 def summary(cells: list[Cell]) -> str:
-    """How many cells are as near as they should be, and how far off they and their ratios are."""
+    """Say how many cells meet the goal, and how far off the cells and their ratios are."""
     errors, ratios = [abs(c.error) for c in cells], compared(cells)
     near = sum(error <= GOAL for error in errors)
     return (
@@ -153,6 +157,9 @@ def summary(cells: list[Cell]) -> str:
 
 
 def report() -> str:
-    """The check as Markdown: with the figures of the paper's engine, and in a line without, as plans are made."""
+    """Return the check as Markdown, with the figures of the paper's engine.
+
+    The last line is without these figures, as in plans.
+    """
     cells, plain = check(), check(lambda _: Engine())
     return f"{table(cells)}\n\n{summary(cells)}\n\nWithout the engine's figures, as in plans: {summary(plain)}"

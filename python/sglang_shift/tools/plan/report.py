@@ -1,4 +1,4 @@
-"""A plan in words, as tables and as a picture."""
+"""Presents a plan in words, as tables and as a picture."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ HEADINGS = (
 )  # fmt: skip
 
 OFF = 0.25
-"""How far off such predictions are on average, beside the paper's table: docs/cost-model.md."""
+"""The average error of such predictions, compared with the paper's table: docs/cost-model.md."""
 
 KINDS = {"stock-tp": "TP alone", "sp": "SP alone", "shift": "shift"}
-"""What a picture tells apart, by the names of the benchmark's styles."""
+"""The kinds of candidates that a picture shows, by the names of the benchmark's styles."""
 
 
 def text(plan: Plan, model: Model, gpus: str, traffic: str) -> str:
-    """The whole plan, as Markdown.
+    """Return the whole plan as Markdown.
 
     Args:
         plan: The plan.
-        model: Of what.
-        gpus: As given.
-        traffic: What it is for, in words.
+        model: The model that the plan is for.
+        gpus: The GPUs as the user gave them.
+        traffic: The traffic in words.
     """
     best = plan.best.candidate
     command = ["python", "-m", "sglang_shift.launch_server", *flags(best, plan.best.memory, model.path, plan.kv_dtype)]
@@ -68,13 +68,13 @@ def text(plan: Plan, model: Model, gpus: str, traffic: str) -> str:
 
 
 def flags(candidate: Candidate, held: Memory, path: str, kv_dtype: str) -> list[str]:
-    """A replica's, for ``python -m sglang_shift.launch_server``: with them, it is what was simulated."""
+    """Return the flags with which ``python -m sglang_shift.launch_server`` starts the simulated replica."""
     layout = candidate.layout
     given = ["--model-path", path, "--tp-size", str(layout.world_size), "--chunked-prefill-size", str(candidate.chunk)]
     if kv_dtype == "fp8":
         given += ["--kv-cache-dtype", "fp8_e4m3"]
     if held.graphs:
-        # The server lowers SGLang's default for a second mode's graphs, too (graph_memory); this is what was tried.
+        # The server also lowers SGLang's default for a second mode's graphs (graph_memory). This value was simulated.
         given += ["--mem-fraction-static", f"{(held.total - held.reserve - held.graphs) / held.total:.3f}"]
     if layout.sp_size > 1:
         given += ["--sp-size", str(layout.sp_size)]
@@ -119,7 +119,7 @@ def _crossovers(costs: CostModel) -> str:
 
 
 def table(trials: Sequence[Trial], plan: Plan) -> str:
-    """One row each; the best's is bold."""
+    """Return a table with one row for each trial. The row of the best trial is bold."""
     lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "--:|" * len(HEADINGS)]
     for trial in trials:
         cells = _cells(trial, plan.gpus)
@@ -142,7 +142,7 @@ def _cells(trial: Trial, gpus: int) -> list[str]:
 
 
 def check_plot(path: Path) -> None:
-    """What can be known of :func:`plot` before a search.
+    """Check before a search that :func:`plot` can work.
 
     Raises:
         ShiftError: matplotlib is not installed, or the folder is not there.
@@ -153,7 +153,7 @@ def check_plot(path: Path) -> None:
 
 
 def plot(plan: Plan, title: str, path: Path) -> None:
-    """Latency against peak throughput of all that was tried, as a PNG.
+    """Draw latency against peak throughput of all candidates that were tried, as a PNG.
 
     Raises:
         ShiftError: matplotlib is not installed, or the file cannot be written.

@@ -1,8 +1,9 @@
-"""Which layout, chunk and policy serve some traffic best: each is tried in the step simulator.
+"""Finds the layout, chunk and policy that serve some traffic best. The step simulator tries each candidate.
 
-Two rounds: every layout with one chunk and one policy; then every chunk and policy with the best layout. What is
-best has the lowest mean end-to-end time, which holds the queue, the first token and all others; under more traffic
-than any layout serves, where that time only says how long the traffic lasts, the highest peak.
+There are two rounds. The first round tries every layout with one chunk and one policy. The second round tries every
+chunk and policy with the best layout. The best candidate has the lowest mean end-to-end time, which includes the queue,
+the first token and all other tokens. If the traffic is more than any layout serves, this time only says how long the
+traffic lasts. Then the best candidate has the highest peak.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ CHUNK = 8192
 
 CHUNKS = (2048, 4096, CHUNK, 16384)
 GROUPS = (1, 2, 4, 8)
-"""Ranks of a replica for which there are figures."""
+"""Numbers of ranks of a replica for which there are figures."""
 
 PEAK_REQUESTS = 2000
-"""Of the traffic, over again where it has fewer: all at once, they show what a candidate serves at most."""
+"""Number of requests that come at once, to measure the most that a candidate serves. Short traffic is repeated."""
 
 COMPARED = 0.15
-"""How far off the ratio of two end-to-end times is on average, beside the paper's table: docs/cost-model.md."""
+"""The average error of the ratio of two end-to-end times, compared with the paper's table: docs/cost-model.md."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Candidate:
     """A way to serve.
 
     Attributes:
-        layout: Of each replica.
-        replicas: How many.
+        layout: The layout of each replica.
+        replicas: Number of replicas.
         chunk: ``--chunked-prefill-size``.
         policy: ``tp``, ``sp``, ``calibrated`` or ``tokens N``.
     """
@@ -55,20 +56,20 @@ class Candidate:
 
     @property
     def shifts(self) -> bool:
-        """Whether its steps may differ in mode."""
+        """Whether its steps may run in different modes."""
         return self.policy not in MODES
 
 
 @dataclass(frozen=True)
 class Trial:
-    """How a candidate did.
+    """The simulation of a candidate.
 
     Attributes:
         candidate: The candidate.
-        memory: Of one GPU.
+        memory: The memory of one GPU.
         costs: Step times of a replica.
-        metrics: As of :meth:`Result.metrics`; empty where the KV cache is too small for the traffic.
-        peak: Prompt and output tokens per second when all requests are there at once; 0 likewise.
+        metrics: The result of :meth:`Result.metrics`; empty if the KV cache is too small for the traffic.
+        peak: Prompt and output tokens per second when all requests come at once; 0 if the KV cache is too small.
     """
 
     candidate: Candidate
@@ -80,16 +81,16 @@ class Trial:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do.
+    """The result of a search.
 
     Attributes:
         best: The recommendation.
-        layouts: Every layout with the default chunk, TP alone or the ``calibrated`` policy.
+        layouts: Every layout with the default chunk, and with TP alone or the ``calibrated`` policy.
         settings: Chunks and policies of the best layout.
-        gpus: How many there are.
-        kv_dtype: Of the KV cache: ``bfloat16`` or ``fp8``.
-        offered: Prompt and output tokens per second that the traffic brings; 0 where all of it comes at once.
-        overloaded: Whether that is more than any layout serves.
+        gpus: Number of GPUs.
+        kv_dtype: The dtype of the KV cache: ``bfloat16`` or ``fp8``.
+        offered: Prompt and output tokens per second that the traffic brings; 0 if all requests come at once.
+        overloaded: Whether the traffic is more than any layout serves.
     """
 
     best: Trial
@@ -107,12 +108,12 @@ class Plan:
 
     @property
     def tried(self) -> dict[Candidate, Trial]:
-        """All that were served, each once."""
+        """All trials that served the traffic, each candidate once."""
         return {o.candidate: o for o in (*self.layouts, *self.settings) if o.metrics}
 
     @property
     def near(self) -> dict[Candidate, float]:
-        """What the cost model cannot tell from the best, the nearest first, and how much worse it is to be."""
+        """Candidates that the cost model cannot tell from the best one, with their loss; the nearest is first."""
         best = cost(self.best, self.overloaded)
         worse = {candidate: cost(o, self.overloaded) / best - 1 for candidate, o in self.tried.items()}
         del worse[self.best.candidate]
@@ -120,19 +121,19 @@ class Plan:
 
 
 def cost(trial: Trial, overloaded: bool) -> float:
-    """What the best has least of: the mean end-to-end time, or the time per token at the peak; in seconds."""
+    """Return what the search minimizes, in seconds: the mean end-to-end time, or the time per token at the peak."""
     return 1 / trial.peak if overloaded else trial.metrics["mean_e2e"]
 
 
 def offered(requests: Sequence[Request]) -> float:
-    """Prompt and output tokens per second, from the first arrival to the last; 0 where all come at once."""
+    """Return prompt and output tokens per second, from the first arrival to the last; 0 if all come at once."""
     times = [r.time for r in requests]
     seconds = max(times) - min(times)
     return sum(r.prompt + r.output for r in requests) / seconds if seconds else 0.0
 
 
 def layouts(model: Model, gpus: int) -> Iterator[tuple[RankLayout, int]]:
-    """All (P, S) by which the model can be divided, and as many replicas as there are GPUs for."""
+    """Yield all (P, S) by which the model can be divided, with the most replicas that fit on the GPUs."""
     for ranks in GROUPS:
         if ranks > gpus:
             continue
@@ -146,7 +147,7 @@ def layouts(model: Model, gpus: int) -> Iterator[tuple[RankLayout, int]]:
 
 
 def policy_of(name: str, costs: CostModel, chunk: int) -> ShiftPolicy:
-    """The policy that a candidate names."""
+    """Return the policy that a candidate names."""
     if name == "calibrated":
         return Calibrated(costs, chunk)
     if name.startswith("tokens "):
@@ -155,13 +156,13 @@ def policy_of(name: str, costs: CostModel, chunk: int) -> ShiftPolicy:
 
 
 def thresholds(costs: CostModel) -> list[int]:
-    """Where a threshold on a step's tokens may lie: below the first number from which on SP is faster, by phase."""
+    """Return the thresholds on a step's tokens to try. SP becomes faster one token above each, in one of the phases."""
     found = {tokens - 1 for phase in PHASES for tokens, mode in costs.crossovers(phase) if mode is Mode.SP}
     return sorted(found)
 
 
 def serve(requests: Sequence[Request], candidate: Candidate, costs: CostModel, pool: int) -> Result:
-    """Requests spread over the replicas in turn, each served by the simulator, and all taken together."""
+    """Spread requests over the replicas in turn, simulate each replica, and combine the results."""
     server = Server(chunk=candidate.chunk, pool=pool)
     ordered = sorted(requests, key=lambda r: r.time)
     shares = [part for i in range(candidate.replicas) if (part := ordered[i :: candidate.replicas])]
@@ -190,10 +191,10 @@ def search(
     Args:
         model: The model.
         gpu: The kind of the GPUs.
-        gpus: How many.
-        requests: The traffic, at least one.
-        kv_dtype: Of the KV cache: ``bfloat16`` or ``fp8``.
-        progress: Told what is tried next.
+        gpus: Number of GPUs.
+        requests: The traffic, at least one request.
+        kv_dtype: The dtype of the KV cache: ``bfloat16`` or ``fp8``.
+        progress: Called with the description of each candidate before it is tried.
 
     Raises:
         ShiftError: no layout fits.
@@ -236,18 +237,18 @@ def search(
 
 
 def policies(best: Trial) -> list[Candidate]:
-    """The same with other policies, where it may shift. TP alone needs no base weights."""
+    """Return the best candidate with other policies, if it may shift. TP alone needs no base weights."""
     shifting = best.candidate
     if not shifting.shifts:
         return []
     tp = replace(shifting, layout=RankLayout(shifting.layout.world_size, 1), policy="tp")
-    # A threshold of no tokens is SP throughout, which is tried anyway.
+    # A threshold of 0 tokens means SP for every step, which is tried anyway.
     names = ["sp", *(f"tokens {n}" for n in thresholds(best.costs) if n)]
     return [tp, *(replace(shifting, policy=name) for name in names)]
 
 
 def describe(candidate: Candidate) -> str:
-    """In a few words."""
+    """Describe a candidate in a few words."""
     layout = candidate.layout
     return (
         f"{candidate.replicas} x (P={layout.world_size}, S={layout.sp_size}), chunk {candidate.chunk}, "

@@ -1,7 +1,7 @@
-"""What a step takes in each mode: the layer as SGLang and this package run it, priced kernel by kernel.
+"""Computes how long a step takes in each mode, kernel by kernel, as SGLang and this package run it.
 
-Assumed: kernels run one after the other, in CUDA graphs in both modes, so that the CPU adds nothing but an engine's
-own time between steps; a chunk's requests need one row of the LM head together.
+The model assumes that kernels run one after the other. They run in CUDA graphs in both modes, so the CPU adds only an
+engine's own time between steps. All requests of a chunk together need one row of the LM head.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ ELEMENT = 2
 """Bytes of an activation."""
 
 TOKENS = tuple(sorted({1, *(n * 2**i for i in range(14) for n in (2, 3))}))
-"""Steps for which times are computed; in between they are interpolated."""
+"""Numbers of tokens for which step times are computed. Times in between are interpolated."""
 
 Parts = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What an engine adds to the GPU's time.
+    """The time that an engine adds to the GPU's time.
 
     Attributes:
         step: Seconds between two steps.
         request: Seconds of a request outside its steps, before its first token.
-        gemm_factor: Its matrix products' times over those of the figures, by number of rows from which on.
+        gemm_factor: Time of its matrix products over the time in the figures, by the least number of rows.
     """
 
     step: float = 0.0
@@ -40,22 +40,22 @@ class Engine:
     gemm_factor: Mapping[int, float] = field(default_factory=lambda: {1: 1.0})
 
     def factor(self, rows: int) -> float:
-        """That of a product of so many rows."""
+        """Return the factor for a product of ``rows`` rows."""
         return self.gemm_factor[max(start for start in self.gemm_factor if start <= max(1, rows))]
 
 
 class StepTimes:
-    """Step times of a model on GPUs of a kind.
+    """Step times of a model on GPUs of one kind.
 
     Args:
         model: The model.
         gpu: The kind of all GPUs.
-        layout: How many, and in which groups; S = 1 is TP alone.
-        kv_dtype: Of the KV cache: ``bfloat16`` or ``fp8``.
-        engine: Its own times; None for SGLang, whose scheduler works while the GPU does.
+        layout: The number of GPUs and their groups. S = 1 is TP alone.
+        kv_dtype: The dtype of the KV cache: ``bfloat16`` or ``fp8``.
+        engine: The engine's own times. None means SGLang, whose scheduler works while the GPU does.
 
     Raises:
-        ShiftError: the model cannot be divided so.
+        ShiftError: the model cannot be divided in this way.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class StepTimes:
         self.query_width, self.kv_width = heads.query * layer.head_dim, heads.kv * layer.head_dim
 
     def seconds(self, mode: Mode, phase: str, tokens: int) -> float:
-        """A step of ``tokens`` without its attention to other tokens."""
+        """Return the seconds of a step of ``tokens``, without its attention to other tokens."""
         return sum(self.parts(mode, phase, tokens).values()) + self.engine.step
 
     def attention(self, phase: str) -> float:
-        """Seconds per pair of a query token and a KV-cache token, in all layers: the same in both modes.
+        """Return the seconds per pair of a query token and a KV-cache token, in all layers. Both modes take the same.
 
-        In a prefill it is arithmetic: two products of a head's size for each head of the rank. In a decode it is
-        reading: K and V of the rank's heads.
+        In a prefill this is the time of arithmetic: two products of a head's size for each head of the rank. In a
+        decode it is the time to read K and V of the rank's heads.
         """
         if phase == "prefill":
             return 4 * self.query_width * self.model.layers / self.gpu.prefill_attention.rate
@@ -84,12 +84,12 @@ class StepTimes:
         return 2 * self.kv_width * size * self.model.layers / self.gpu.decode_attention[self.kv_dtype].rate
 
     def parts(self, mode: Mode, phase: str, tokens: int) -> Parts:
-        """Seconds by kind of work, in all layers, embedding and LM head.
+        """Return the seconds by kind of work, in all layers, embedding and LM head.
 
         Args:
             mode: The mode.
             phase: ``prefill`` or ``decode``.
-            tokens: Of the whole step.
+            tokens: Number of tokens of the whole step.
         """
         sp = self.layout.sp_size if mode is Mode.SP else 1
         rows = padded_local_tokens(tokens, sp)
@@ -104,7 +104,7 @@ class StepTimes:
         }
 
     def _gemms(self, rows: int, sp: int) -> float:
-        """Of a layer. Base weights are the shards of S ranks, side by side."""
+        """Return the seconds of a layer's GEMMs. Base weights are the shards of S ranks, side by side."""
         gemm, (qkv, out, gate_up, down) = self.gpu.gemms[self.model.weights], self.shards.values()
         seconds = (
             gemm.seconds(rows, sp * qkv[0], qkv[1])
@@ -119,15 +119,15 @@ class StepTimes:
         return self.gpu.gemms["bfloat16"].seconds(rows, vocabulary, self.model.layer.hidden)
 
     def _elementwise(self, tokens: int, rows: int, sp: int) -> float:
-        """Of a layer: all that reads and writes its elements once. Bytes per row are those of docs/cost-model.md."""
+        """Return the seconds of a layer's elementwise kernels. docs/cost-model.md has their bytes per row."""
         hidden, queries, values = self.model.layer.hidden, self.query_width, self.kv_width
         inner = sp * self.shards[Role.DOWN][1]
         width = queries + 2 * values
         work = [
-            # Residual and norm, twice.
+            # The residual and the norm occur twice.
             rows * 4 * hidden * ELEMENT,
             rows * 4 * hidden * ELEMENT,
-            # Rotary embedding; K and V into the cache; the activation between gate and up.
+            # These are the rotary embedding, the copy of K and V into the cache, and the activation of gate and up.
             tokens * 2 * (queries + values) * ELEMENT,
             tokens * 4 * values * ELEMENT,
             rows * 3 * inner * ELEMENT,
@@ -137,7 +137,7 @@ class StepTimes:
         if self.model.quantized:
             work += [rows * (ELEMENT + 1) * size for size in (hidden, sp * queries, hidden, inner)]
         if sp > 1:
-            # Packed and unpacked, both ways.
+            # Each exchange packs and unpacks its data.
             work += 2 * [rows * 2 * sp * width * ELEMENT, rows * 2 * sp * queries * ELEMENT]
         return sum(self.gpu.elementwise.seconds(size) for size in work)
 
@@ -145,7 +145,7 @@ class StepTimes:
         return self.gpu.elementwise.seconds(2 * tokens * width * ELEMENT)
 
     def _layer_communication(self, rows: int, sp: int) -> float:
-        """Two all-reduces of what the ranks of a base-TP group carry; in SP the two exchanges besides."""
+        """Return the seconds of two all-reduces in a base-TP group and, in SP, of the two exchanges."""
         reduced = self.gpu.all_reduce(self.layout.world_size // sp, rows * self.model.layer.hidden * ELEMENT)
         width = sp * (self.query_width + 2 * self.kv_width)
         exchanged = self.gpu.all_to_all(sp, rows * width * ELEMENT)
@@ -153,14 +153,14 @@ class StepTimes:
         return 2 * reduced + exchanged + back
 
     def _ends(self, tokens: int, rows: int, outputs: int, sp: int) -> float:
-        """Embedding, the gather before the LM head, and that of the logits."""
+        """Return the seconds of the embedding, of the gather before the LM head, and of the gather of the logits."""
         ranks, row = self.layout.world_size, self.model.layer.hidden * ELEMENT
         embedding = self.gpu.all_reduce(ranks // sp, rows * row) + self.gpu.all_to_all(sp, sp * rows * row)
         logits = self.gpu.all_to_all(ranks, outputs * self.model.vocabulary * ELEMENT)
         return embedding + self.gpu.all_to_all(sp, outputs * row) + logits
 
     def cost_model(self) -> CostModel:
-        """Curves through these times, for the simulator and the policies."""
+        """Return curves through these times, for the simulator and the policies."""
         curves = {
             phase: {
                 mode: Curve(TOKENS, tuple(isotonic(self.seconds(mode, phase, n) for n in TOKENS))) for mode in MODES
