@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measure Shift Parallelism beside stock SGLang: python -m sglang_shift.tools.benchmark. Sets up what is missing.
+# Measure Shift Parallelism beside stock SGLang with python -m sglang_shift.benchmark, and set up what is missing.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

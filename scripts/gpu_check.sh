@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Check on this machine's GPUs what can be checked there: python -m sglang_shift.gpu_check.
+# Run all checks that this machine's GPUs allow, with python -m sglang_shift.gpu_check.
 #
-# Uses $PYTHON, else python3, if that has SGLang and a PyTorch that finds a GPU. Otherwise it sets up .venv, which takes
-# a network.
+# The script uses $PYTHON, or else python3, if this Python has SGLang and a PyTorch that finds a GPU. Otherwise the
+# script sets up .venv, which needs a network.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Style, types and the directions of imports; both tiers of scripts/test.sh begin with them.
+# Check style, types and the directions of imports. Both tiers of scripts/test.sh begin with this script.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

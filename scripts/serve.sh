@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Serve, setting up what is missing. Without flags: the demo model, in shift mode, on 2 ranks.
+# Start a server, and set up what is missing. Without flags it serves the demo model in shift mode on 2 ranks.
 #
 #   scripts/serve.sh [flags of SGLang's server and of sglang_shift]
 #
-# Adds --tp-size 2 unless you give a size, and --enable-shift-parallel unless you give --sp-size.
-# Adds neither if you give --config. For stock SGLang: python -m sglang_shift.launch_server.
+# It adds --tp-size 2 unless you give a size, and --enable-shift-parallel unless you give --sp-size.
+# It adds neither if you give --config. For stock SGLang, run python -m sglang_shift.launch_server.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -18,7 +18,7 @@ add_size=true
 add_shift=true
 previous=
 for arg in "$@"; do
-    # Both `--flag value` and `--flag=value`: look at the flag once its value is known.
+    # A flag is `--flag value` or `--flag=value`. Look at the flag once its value is known.
     case $arg in
         --*=*) flag=${arg%%=*} value=${arg#*=} ;;
         *) flag=$previous value=$arg ;;
@@ -31,7 +31,7 @@ for arg in "$@"; do
         --api-key) auth=' -H "Authorization: Bearer YOUR_API_KEY"' ;;
         --ssl-certfile) scheme=https ;;
     esac
-    case ${arg%%=*} in # abbreviated as well, as the parser accepts them
+    case ${arg%%=*} in # also abbreviations, because the parser accepts them
         --tp | --tp-* | --te*) add_size=false ;;
         --sp-s | --sp-si* | --seq* | --enable-shi*) add_shift=false ;;
         --conf*) add_size=false add_shift=false ;;
@@ -41,7 +41,7 @@ done
 if $add_shift; then set -- "$@" --enable-shift-parallel; fi
 if $add_size; then set -- "$@" --tp-size 2; fi
 
-# An address to listen on is not always one to connect to.
+# A client cannot connect to every address on which a server can listen.
 case $host in
     0.0.0.0 | "") host=127.0.0.1 ;;
     ::) host='[::1]' ;;
@@ -50,7 +50,7 @@ esac
 url=$scheme://$host:$port
 
 # Wait for the server, then print requests to paste. Standard input is a pipe that the server holds
-# open: its end means that the server is gone.
+# open. If the pipe ends, the server is gone.
 announce() {
     local status
     while true; do
@@ -78,6 +78,6 @@ END
 "$root/scripts/setup.sh"
 if [[ $node == 0 ]] && command -v curl >/dev/null; then
     exec 3> >(announce <&0 &)
-    wait "$!" 2>/dev/null || true # for the shell that started it, not for `announce`
+    wait "$!" 2>/dev/null || true # waits for the shell that started it, not for `announce`
 fi
 exec "$root/.venv/bin/python" -m sglang_shift.launch_server "$@"

@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# Make .venv in the repository root and install sglang_shift into it; at once where that is done.
+# Make .venv in the repository root and install sglang_shift into it. If this is done already, end at once.
 #
-#   scripts/setup.sh             what serving needs
-#   scripts/setup.sh benchmark   and what the benchmark's plots need
-#   scripts/setup.sh gpu-check   and what the GPU checks need
-#   scripts/setup.sh test        and what the tests need, all of the above among it
+#   scripts/setup.sh             installs what serving needs
+#   scripts/setup.sh benchmark   also installs what the benchmark's plots need
+#   scripts/setup.sh gpu-check   also installs what the GPU checks need
+#   scripts/setup.sh test        also installs what the tests, the plots and the GPU checks need
 #
-# Uses $PYTHON, else python3. Prints nothing when there is nothing to do, and needs no network then.
+# The script uses $PYTHON, or else python3. If there is nothing to do, it prints nothing and needs no network.
 set -euo pipefail
 
 extras=${1:-}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
-stamp=$venv/sglang_shift.stamp            # what was installed; written last
-unfinished=$venv/sglang_shift.unfinished  # there while an installation runs
+stamp=$venv/sglang_shift.stamp            # says what is installed; is written last
+unfinished=$venv/sglang_shift.unfinished  # exists while an installation runs
 
 say() { echo "sglang_shift: $*" >&2; }
 die() { say "error: $*"; exit 2; }
 
-# What a complete install leaves behind: Python, folder and pyproject.toml it was made for.
-# Empty where .venv cannot run the package.
+# Print the stamp of a complete installation: its Python, the digest of its pyproject.toml, and its folder.
+# Print nothing if .venv cannot run the package.
 installed() {
     "$venv/bin/python" - "$root" 2>/dev/null <<'PYTHON' || true
 import hashlib, importlib.metadata, pathlib, sys
@@ -31,10 +31,10 @@ print(f"{sys.version_info[0]}.{sys.version_info[1]} {digest} {root}")
 PYTHON
 }
 
-# The extras that .venv has, separated by commas.
+# Print the extras that .venv has, separated by commas.
 present() { [[ -f $stamp ]] && sed 's/.* //' "$stamp" || true; }
 
-# Is .venv complete? The test extras include all others, and all include what serving needs.
+# Succeed if .venv is complete. The test extras include all other extras, and all extras include what serving needs.
 ready() {
     local found has
     [[ -f $stamp && ! -e $unfinished ]] || return 1
@@ -48,8 +48,8 @@ pip_install() { "$venv/bin/python" -m pip install --disable-pip-version-check --
 
 install_all() { pip_install -e ".${extras:+[$extras]}"; }
 
-# SGLang pins an outlines whose core has no wheel for Python 3.13 (it would be compiled, with Rust). It is one of
-# several grammar backends and not the default, so there it is left out and all else installed.
+# SGLang pins a version of outlines whose core has no wheel for Python 3.13, so Rust would have to compile it. outlines
+# is one of several grammar backends and not the default. So on Python 3.13 everything except outlines is installed.
 install_without_outlines() {
     local needs=$venv/sglang_shift.requirements
     say "Python 3.13: leaving out outlines, which has no wheel for it; --grammar-backend outlines will not work"
@@ -59,7 +59,7 @@ install_without_outlines() {
         pip_install -r "$needs"
 }
 
-# requirements PACKAGE [EXTRA...]: what an installed package needs in this environment, a line each.
+# requirements PACKAGE [EXTRA...]: print what an installed package needs in this environment, one requirement per line.
 requirements() {
     "$venv/bin/python" - "$@" <<'PYTHON'
 import importlib.metadata, sys
@@ -75,7 +75,7 @@ PYTHON
 
 minor_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true; }
 
-# The interpreter to build .venv with: there, of the right age, able to make environments.
+# Check the Python that makes .venv. It must exist, have the right version, and be able to make environments.
 check_python() {
     local hint="set PYTHON to one that is, for example PYTHON=python3.12"
     command -v "$python" >/dev/null || die "$python was not found; sglang_shift needs Python 3.11 to 3.13; install it, or name another: PYTHON=python3.12"
@@ -92,14 +92,14 @@ check_python() {
 
 python=${PYTHON:-python3}
 version=
-if [[ -n ${PYTHON:-} ]]; then # asked for by name: check it even where .venv exists
+if [[ -n ${PYTHON:-} ]]; then # the user names it, so it is checked even if .venv exists
     check_python
 fi
 if ready && [[ -z $version || $(minor_of "$venv/bin/python") == "$version" ]]; then
     exit 0
 fi
 
-# One set-up at a time; a second one waits, and then finds the work done.
+# Only one set-up runs at a time. A second set-up waits, and then finds the work done.
 if command -v flock >/dev/null; then
     exec 9<"$root/pyproject.toml"
     if ! flock --nonblock 9; then
@@ -118,7 +118,7 @@ if [[ ! -e $venv ]]; then
 elif [[ ! $current =~ ^3\.1[123]$ || $current != "${version:-$current}" ]]; then
     why="the one there has ${current:+Python }${current:-no Python that runs}"
 elif [[ -e $unfinished && $venv/lib/python$current/site-packages -nt $unfinished ]]; then
-    why="its last installation was interrupted" # half-installed packages look installed to pip
+    why="its last installation was interrupted" # pip takes half-installed packages for installed ones
 elif ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     why="the one there has no pip"
 fi
@@ -138,7 +138,7 @@ if [[ -d $venv/lib/python$current/site-packages/sglang ]]; then
 else
     say "installing sglang_shift, SGLang and PyTorch: 3 to 4 minutes and about 11 GB, the first time only"
 fi
-extras=$({ present; echo "$extras"; } | tr , '\n' | sed '/^$/d' | sort -u | paste -sd , -) # what it has, it keeps
+extras=$({ present; echo "$extras"; } | tr , '\n' | sed '/^$/d' | sort -u | paste -sd , -) # keeps the extras of .venv
 rm -f "$stamp"
 touch "$unfinished"
 if [[ $current == 3.13 ]]; then install=install_without_outlines; else install=install_all; fi

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Run the tests. Sets up what is missing.
+# Run the tests, and set up what is missing.
 #
-#   scripts/test.sh              lint, types and the fast tier: at most 15 minutes on two cores
-#   scripts/test.sh --all        lint, types and every test: at most 60 minutes on two cores
-#   scripts/test.sh ARGUMENTS    what the arguments (pytest's) say: scripts/test.sh test/unit -k refusal
+#   scripts/test.sh              runs lint, types and the fast tier, in at most 15 minutes on two cores
+#   scripts/test.sh --all        runs lint, types and every test, in at most 60 minutes on two cores
+#   scripts/test.sh ARGUMENTS    runs pytest with these arguments, for example: scripts/test.sh test/unit -k refusal
 #
-# Arguments of pytest may follow --all, too.
+# Arguments of pytest may also follow --all.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
