@@ -56,8 +56,8 @@ class Target:
 
 
 # The value is for Llama 70B's up projection at TP=8, with row-wise scales, on an H100 that is limited to 500 W. The low
-# value includes the quantisation of the activations. The high value is the best one of the kernel that SGLang uses for
-# large shapes.
+# value includes the quantisation of the activations. The high value is the best figure of the kernel that SGLang uses
+# for large shapes.
 _FP8 = Figure(
     1141.38e12,
     876.66e12,
@@ -65,8 +65,8 @@ _FP8 = Figure(
     "Add fp8 row/block-wise scaled GEMMs, https://github.com/pytorch/FBGEMM/pull/2546; high: Route large SM90 "
     "row/column-scaled FP8 GEMMs to Torch, https://github.com/sgl-project/sglang/pull/34318",
 )
-# These are from the table's PyTorch column, for 8 x H200. The sizes are the nearest ones to chunks of 4096 tokens (the
-# value), and of 2048 and 8192 tokens (low and high).
+# These are from the table's PyTorch column, for 8 x H200. The value is for the size nearest to a chunk of 4096 tokens.
+# Low and high are for the sizes nearest to 2048 and 8192 tokens.
 _ALL_REDUCE = (
     "Networking Benchmarks, How the calls are timed, "
     "https://github.com/stas00/ml-engineering/blob/master/network/benchmarks/README.md"

@@ -57,7 +57,7 @@ def view(data: dict[str, Any], url: str, problem: str = "", switches: int = 8, u
         data: The server's snapshot.
         url: The server's address.
         problem: Why ``data`` is old; empty if it is not old.
-        switches: The most switches to show. The last ones are shown.
+        switches: How many of the last switches to show.
         unicode: Whether the terminal can show block characters.
     """
     base = data["world_size"] // data["sp_size"]

@@ -191,7 +191,7 @@ class Comparison:
         """
         if len(others) > 1 and best_of(metric) is None:
             raise ValueError(f"{metric} has no best: compare with one contender")
-        best = best_of(metric) or max  # of a single contender
+        best = best_of(metric) or max  # of a single value, both give the value
         mine = self.values(contender, workload, metric)
         theirs = [values for other in others if (values := self.values(other, workload, metric))]
         rounds = [r for r in mine if theirs and all(r in values for values in theirs)]

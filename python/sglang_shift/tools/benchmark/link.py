@@ -211,7 +211,10 @@ def leftovers() -> list[str]:
 
 
 def remove(names: Iterable[str]) -> None:
-    """Kill all processes in the namespaces, and remove these. The kernel removes their interfaces a moment later."""
+    """Kill all processes in the namespaces, and remove the namespaces.
+
+    The kernel removes their interfaces a moment later.
+    """
     for name in names:
         deadline = time.monotonic() + EXIT_SECONDS
         while (pids := _pids(name)) and time.monotonic() < deadline:

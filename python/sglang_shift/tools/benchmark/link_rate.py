@@ -79,7 +79,7 @@ def most_gain(layer: Layer, ranks: int, rho: float) -> float:
 
 
 def gemm_flops(shards: list[tuple[int, int]], dtype: str, ranks: int) -> float:
-    """Measure a layer's GEMMs in ``ranks`` processes of one thread at once. Return the slowest one's FLOP/s."""
+    """Run a layer's GEMMs in ``ranks`` processes of one thread at once. Return the FLOP/s of the slowest process."""
     context = get_context("spawn")
     with context.Manager() as manager, ProcessPoolExecutor(ranks, context) as pool:
         start = manager.Barrier(ranks)

@@ -78,7 +78,7 @@ def _visits_to_watch(comparison: Comparison, workload: str) -> tuple[Visit, Visi
 
 
 def styles(contenders: Sequence[str]) -> dict[str, Style]:
-    """Return a colour and a marker for each contender. All plots of these contenders use the same ones."""
+    """Return a colour and a marker for each contender. They are the same in all plots of these contenders."""
     others = [c for c in contenders if c not in KNOWN]
     return {c: KNOWN[c] if c in KNOWN else OTHERS[others.index(c) % len(OTHERS)] for c in contenders}
 

@@ -95,7 +95,7 @@ class Verdict:
         target: The target in words.
         workload: The name of the workload, or the kind of workload if none was measured.
         got: The ratio, or None if there is no ratio.
-        met: Whether the target is met, or None if this cannot be said.
+        met: Whether the target is met, or None if this cannot be judged.
         note: Why there is no ratio, or what else a reader should know.
     """
 

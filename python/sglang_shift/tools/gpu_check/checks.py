@@ -14,7 +14,7 @@ from sglang_shift.tools.gpu_check.record import Record
 
 @pytest.mark.timeout(60)
 def test_kernels(record: Record) -> None:
-    """Our pack and unpack kernels are right. Their bandwidth is compared with that of a copy."""
+    """Our pack and unpack kernels are right. Their bandwidth is compared with a copy's bandwidth."""
     from sglang_shift.tools.gpu_check import kernels
 
     kernels.check(record)
@@ -105,7 +105,7 @@ def test_engine_memory(record: Record) -> None:
 
 @pytest.mark.timeout(100)
 def test_gemms(record: Record) -> None:
-    """A rank's GEMMs are timed in both modes. The time with a view is compared with that of a copy."""
+    """A rank's GEMMs are timed in both modes. A view's time is compared with a copy's time."""
     from sglang_shift.tools.gpu_check import gemms
 
     gemms.check(record)

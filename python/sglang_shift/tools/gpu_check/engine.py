@@ -36,7 +36,7 @@ TOLERANCE = 0.3
 """The largest difference between two logprobs in bfloat16 that rounding explains.
 
 The rounding of two ranks moves a logprob by 0.15. An error in one layer's attention beyond 512 tokens moves it by 0.6
-or more. Logits spread over 1.6, and swapped heads move a logprob by as much.
+or more. Logits spread over 1.6. Swapped heads move a logprob by a similar amount.
 """
 
 COMMON = [

@@ -123,7 +123,7 @@ class Trip:
         self.sent.copy_(torch.randn(self.sent.shape, generator=generator, device=self.sent.device))
 
     def run(self) -> None:
-        """Exchange there and back.
+        """Send the rows there and back.
 
         The way there gives a rank its QKV columns of all tokens. The way back gives it the O columns of all ranks for
         its own tokens.

@@ -1,4 +1,4 @@
-"""Checks the kernels that pack and unpack an exchange, and compares their bandwidth with that of a device copy."""
+"""Checks the kernels that pack and unpack an exchange, and compares their bandwidth with a device copy's bandwidth."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def check(record: Record) -> None:
         folder = Path(name)
         flags = [*model_flags(folder), "--attention-backend", "triton", "--tp-size", "2"]
         flags += [*SHARING, *EAGER, *SHIFT, *SAVER]
-        # Each rank holds all layers and half of the other weights. So both together hold at least one model.
+        # Each rank holds all layers and half of the other weights. So the two ranks hold at least one model together.
         least = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
         variables = one_gpu.environment("gloo", folder / "gloo")
         log = record.folder / "engine-memory.log"

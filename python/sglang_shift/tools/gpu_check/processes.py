@@ -59,7 +59,7 @@ def stop(process: subprocess.Popen[bytes], others: set[psutil.Process]) -> None:
         for orphan in left:
             with suppress(psutil.NoSuchProcess):
                 orphan.kill()
-        psutil.wait_procs(left, timeout=1)  # the processes that these have started are now orphans, too
+        psutil.wait_procs(left, timeout=1)  # their own children are now orphans, too
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from sglang_shift.tools.gpu_check.timing import capture_graph, seconds_of
 from sglang_shift.tools.tables import text_table
 
 LAYERS = 4
-"""Number of layers. With so many layers, no layer finds its weights in the L2 cache."""
+"""Number of layers. It is large enough that no layer finds its weights in the L2 cache."""
 
 DECODES, CONTEXT = (8, 64, 256), 1024
 PREFILLS = (1024, 8192)

@@ -139,7 +139,7 @@ def requests_of(args: argparse.Namespace, model: Model) -> tuple[list[Request], 
 
 
 def fitted(requests: list[Request], words: str, model: Model) -> tuple[list[Request], str]:
-    """Cut requests to the model's context. Return them, and the words with the number of requests that were cut."""
+    """Cut requests to the model's context. If some requests were cut, the words say how many."""
     made = scaled(requests, context=model.context)
     cut = sum(r != given for r, given in zip(made, requests, strict=True))
     return made, f"{words}; {cut} of them cut to the context of {model.context} tokens" if cut else words

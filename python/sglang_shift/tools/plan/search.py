@@ -113,7 +113,10 @@ class Plan:
 
     @property
     def near(self) -> dict[Candidate, float]:
-        """Candidates that the cost model cannot tell from the best one, with their loss; the nearest is first."""
+        """Candidates that the cost model cannot tell from the best candidate, the nearest first.
+
+        The value of each is how much worse it is predicted to be, relative to the best candidate.
+        """
         best = cost(self.best, self.overloaded)
         worse = {candidate: cost(o, self.overloaded) / best - 1 for candidate, o in self.tried.items()}
         del worse[self.best.candidate]
