@@ -41,7 +41,7 @@ SLEEPS = "import time; time.sleep(1000)"
 
 
 def server() -> int:
-    """Start two processes, each in its own session like a server and its ranks. Return the second one's id."""
+    """Start two processes, each in its own session, like a server and its rank. Return the id of the second process."""
     second = f"subprocess.Popen([sys.executable, '-c', {SLEEPS!r}], start_new_session=True)"
     program = f"import subprocess, sys; print({second}.pid, flush=True); {SLEEPS}"
     first = subprocess.Popen(

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 WEIGHTS = "weights"
-PER_LAYER = 4  # projections
+PER_LAYER = 4  # projections of a layer
 GARBAGE = 255  # a float whose bytes all have this value is not a number
 run_rank = scheduler.run_scheduler_process
 

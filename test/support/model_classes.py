@@ -1,4 +1,4 @@
-"""Compares SGLang's model classes with those of transformers in one process, without a server and a KV pool.
+"""Compares SGLang's model classes with transformers' classes in one process, without a server and a KV pool.
 
 A model takes a fifth of a second.
 """

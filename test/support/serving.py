@@ -9,7 +9,7 @@ from typing import Any
 
 
 def serve(run_scheduler_process: Callable[..., Any]) -> None:
-    """Serve with the flags of the command line until a signal comes. At exit no process is left behind.
+    """Serve with the flags of the command line until the server is stopped. At exit no process is left behind.
 
     Args:
         run_scheduler_process: The function that each rank's process runs.
