@@ -7,6 +7,7 @@ stock SGLang.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -19,6 +20,8 @@ from sglang_shift.start_up_log import LAUNCHER_MESSAGES, leave_out
 if TYPE_CHECKING:
     from sglang_shift.args.server_args import ShiftServerArgs
 
+logger = logging.getLogger(__name__)
+
 
 def run_server(server_args: ShiftServerArgs) -> None:
     """Serve until the server is stopped.
@@ -30,6 +33,7 @@ def run_server(server_args: ShiftServerArgs) -> None:
     from sglang.srt.entrypoints.http_server import launch_server
 
     from sglang_shift import seams
+    from sglang_shift.platforms import cpu
     from sglang_shift.resolution import shift_config_of
     from sglang_shift.runtime.scheduler import run_scheduler_process
 
@@ -42,6 +46,8 @@ def run_server(server_args: ShiftServerArgs) -> None:
 
         seams.check_sources()
         leave_out(LAUNCHER_MESSAGES)
+        if cpu.is_active():
+            logger.info("sglang_shift: PyTorch sees no accelerator, so this server runs on the CPU.")
         if server_args.node_rank == 0:
             observe(server_args)
         launch_server(

@@ -40,7 +40,7 @@ LAUNCHER_MESSAGES = {"sglang.srt.entrypoints.engine": "server_args="}
 # SGLang cannot import these models on a CPU, and Shift Parallelism refuses them anyway.
 NOT_ON_CPU = ("falcon_mamba", "mamba")
 # The start-up messages of these loggers are the same on all ranks.
-SAME_ON_ALL_RANKS = ("sglang", "sglang_shift.parallel.exchange")
+SAME_ON_ALL_RANKS = ("sglang",)
 
 
 class LeaveOut(logging.Filter):

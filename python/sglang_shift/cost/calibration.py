@@ -22,7 +22,7 @@ from sglang_shift.cost.model import CostModel, Measurement, NotNegative, fit
 from sglang_shift.modes import Mode
 
 FORMAT = 2
-"""Format of a file. If a file has another format, the step times are measured again."""
+"""Format of a file. A saved file of another format is measured again; one that the user names is left as it is."""
 CACHE_VARIABLE = "SGLANG_SHIFT_CACHE_DIR"
 """Environment variable that names the folder of saved calibrations."""
 

@@ -48,7 +48,7 @@ class SpDecodeGraphRunner(DecodeCudaGraphRunner):
         super().capture_one_shape(size, in_sp, *args, **kwargs)
 
 
-def captures_sp(model_runner: Any) -> bool:
+def captures_sp(model_runner: Any = None) -> bool:
     """Whether SGLang builds graph runners of SP for ``model_runner`` now."""
     return getattr(model_runner, "capture_mode", Mode.TP) is Mode.SP
 
@@ -57,6 +57,7 @@ def captures_sp(model_runner: Any) -> bool:
     "sglang.srt.model_executor.runner.prefill_cuda_graph_runner:PrefillCudaGraphRunner",
     "SGLang builds its prefill graph runner by this name",
     when=captures_sp,
+    exclusive=True,
 )
 class SpPrefillGraphRunner(PrefillCudaGraphRunner):
     """Prefill graphs in SP. A graph has only the layers. Exit from the region and LM head run after a replay."""

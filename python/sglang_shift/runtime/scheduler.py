@@ -44,7 +44,9 @@ logger = logging.getLogger(__name__)
 
 
 @substitutes_for(
-    "sglang.srt.managers.scheduler:Scheduler", "SGLang's run_scheduler_process builds the class of this name"
+    "sglang.srt.managers.scheduler:Scheduler",
+    "SGLang's run_scheduler_process builds the class of this name",
+    exclusive=True,
 )
 class ShiftScheduler(Scheduler):
     """SGLang's scheduler, which also chooses a mode for each step."""
@@ -309,6 +311,7 @@ def run_scheduler_process(server_args: Any, *args: Any, **kwargs: Any) -> None:
     Without our flags, nothing of SGLang is replaced.
     """
     if shift_config_of(server_args) is not None:
-        os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", ",".join(NOT_ON_CPU))
+        if cpu.is_active():
+            os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", ",".join(NOT_ON_CPU))
         seams.install()
     sglang_scheduler.run_scheduler_process(server_args, *args, **kwargs)

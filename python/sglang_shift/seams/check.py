@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -16,6 +15,7 @@ from sglang_shift.errors import SeamError
 from sglang_shift.seams import digests
 from sglang_shift.seams.registry import Kind, Seam, replacement_by, resolve, seams
 
+REMOVE = "remove the plugin that changes it"
 _replaced: dict[str, Any] = {}  # the functions of SGLang that we replaced, by target
 
 
@@ -66,8 +66,11 @@ def check_sources() -> None:
             found, expected = source_of(seam), digests.DIGESTS.get(seam.target)
             if found != expected:
                 raise SeamError(_changed(seam, f"has source {found} instead of {expected}"))
-        elif seam.kind is Kind.SUBSTITUTES_FOR and _constructor(seam) not in (object.__new__, seam.ours):
-            raise SeamError(_changed(seam, "has another constructor"))
+        elif seam.kind is Kind.SUBSTITUTES_FOR:
+            if not _is_base(seam):
+                raise SeamError(_changed(seam, "is another class"))
+            if _constructor(seam) not in (object.__new__, seam.ours):
+                raise SeamError(_changed(seam, "has another constructor"))
 
 
 def _changed(seam: Seam, how: str) -> str:
@@ -89,7 +92,7 @@ def install() -> None:
         if seam.kind is Kind.REPLACES and seam.condition():
             put_in_place(seam.ours)
         elif seam.kind is Kind.SUBSTITUTES_FOR:
-            _substitute(resolve(seam.target), seam.ours, seam.condition)
+            _substitute(resolve(seam.target), seam)
     verify()
 
 
@@ -103,13 +106,20 @@ def put_in_place(function: Any) -> None:
         setattr(resolve(module), name, function)
 
 
-def _substitute(stock: type, ours: type, when: Callable[..., bool]) -> None:
-    """Make ``stock(...)`` create an object of ``ours``. Python then calls the ``__init__`` of that object's class."""
+def _substitute(stock: type, seam: Seam) -> None:
+    """Make ``stock(...)`` create an object of our class. Python then calls the ``__init__`` of that object's class."""
 
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return object.__new__(ours if cls is stock and when(*args, **kwargs) else cls)
+        if issubclass(cls, seam.ours) or not seam.condition(*args, **kwargs):
+            return object.__new__(cls)
+        if cls is stock:
+            return object.__new__(seam.ours)
+        if seam.exclusive:
+            other = f"{cls.__module__}:{cls.__qualname__}"
+            raise SeamError(f"{other} takes the place of {seam.target}, which {seam.place} must have; {REMOVE}")
+        return object.__new__(cls)
 
-    new.substitute = ours  # type: ignore[attr-defined]
+    new.substitute = seam.ours  # type: ignore[attr-defined]
     stock.__new__ = staticmethod(new)  # type: ignore[assignment]
 
 
@@ -129,15 +139,20 @@ def verify() -> None:
         if not _in_place(seam):
             raise SeamError(
                 f"{seam.target} is not served by {seam.place} in this process: something replaced it after "
-                "sglang_shift did; remove the plugin that changes it"
+                f"sglang_shift did; {REMOVE}"
             )
+
+
+def _is_base(seam: Seam) -> bool:
+    """Whether SGLang's name still has the class that ours derives from: a plugin may put a subclass there."""
+    return resolve(seam.target) in seam.ours.__bases__
 
 
 def _in_place(seam: Seam) -> bool:
     if seam.kind is Kind.REPLACES:
         return not seam.condition() or resolve(seam.target) is seam.ours
     if seam.kind is Kind.SUBSTITUTES_FOR:
-        return _constructor(seam) is seam.ours
+        return _is_base(seam) and _constructor(seam) is seam.ours
     if seam.kind is Kind.OVERRIDES:
         owner, _, name = seam.place.rpartition(".")
         return name in vars(resolve(owner))

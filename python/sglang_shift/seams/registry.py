@@ -70,6 +70,7 @@ class Seam:
         why: The reason for the seam.
         condition: For a replacement, says whether it applies in this process. For a substitute, it gets the arguments
             of a constructor call, and says whether this call makes an object of the substitute.
+        exclusive: For a substitute, whether an object of another subclass is an error when it would be ours.
     """
 
     kind: Kind
@@ -77,6 +78,7 @@ class Seam:
     ours: Any
     why: str
     condition: Callable[..., bool] = lambda *args, **kwargs: True
+    exclusive: bool = False
 
     @property
     def place(self) -> str:
@@ -104,7 +106,9 @@ def replaces(target: str, why: str, *, where: Callable[[], bool] = lambda: True)
     return _declare(Kind.REPLACES, target, why, where)
 
 
-def substitutes_for(target: str, why: str, *, when: Callable[..., bool] = lambda *a, **k: True) -> Callable[[T], T]:
+def substitutes_for(
+    target: str, why: str, *, when: Callable[..., bool] = lambda *a, **k: True, exclusive: bool = False
+) -> Callable[[T], T]:
     """Declare that SGLang's class makes objects of the decorated class, which is a subclass of it.
 
     SGLang's class itself stays, under every name that a module imported it by. So ``isinstance`` and ``issubclass``
@@ -114,8 +118,9 @@ def substitutes_for(target: str, why: str, *, when: Callable[..., bool] = lambda
         target: ``module:Class``.
         why: The reason.
         when: Gets the arguments of the constructor. If it returns False, SGLang's class makes its own object.
+        exclusive: Whether an object of another subclass, such as a plugin's, is an error when it would be ours.
     """
-    return _declare(Kind.SUBSTITUTES_FOR, target, why, when)
+    return _declare(Kind.SUBSTITUTES_FOR, target, why, when, exclusive)
 
 
 def relies_on(target: str, why: str) -> Callable[[T], T]:
@@ -141,9 +146,9 @@ def overrides(why: str) -> Callable[[T], T]:
     return declare
 
 
-def _declare(kind: Kind, target: str, why: str, *condition: Callable[..., bool]) -> Callable[[T], T]:
+def _declare(kind: Kind, target: str, why: str, *options: Any) -> Callable[[T], T]:
     def declare(ours: T) -> T:
-        _seams.append(Seam(kind, target, ours, why, *condition))
+        _seams.append(Seam(kind, target, ours, why, *options))
         return ours
 
     return declare

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sglang_shift.errors import SeamError
 from sglang_shift.seams import check, digests, registry
-from sglang_shift.seams.registry import Kind
+from sglang_shift.seams.registry import Kind, Seam
 
 
 def test_sources_are_those_this_package_was_written_against():
@@ -88,16 +88,18 @@ from sglang.srt.model_executor.model_runner_components import cuda_graph_setup
 from sglang_shift.modes import Mode
 from sglang_shift.seams.registry import Kind, resolve, seams as all_seams
 
-pairs = [(resolve(s.target), s.ours) for s in all_seams() if s.kind is Kind.SUBSTITUTES_FOR]
-assert len(pairs) == 3
-for stock, ours in pairs:
+substitutes = [(resolve(s.target), s.ours, s) for s in all_seams() if s.kind is Kind.SUBSTITUTES_FOR]
+assert len(substitutes) == 3
+for stock, ours, seam in substitutes:
     class Theirs(stock): ...
 
-    of_stock, of_ours, of_theirs = object.__new__(stock), object.__new__(ours), Theirs.__new__(Theirs)
+    of_stock, of_ours, of_theirs = object.__new__(stock), object.__new__(ours), object.__new__(Theirs)
     assert isinstance(of_stock, stock) and isinstance(of_ours, stock) and isinstance(of_theirs, stock)
     assert not isinstance(object(), stock) and not isinstance(of_stock, ours)
     assert issubclass(stock, stock) and issubclass(ours, stock) and not issubclass(object, stock)
-    assert type(of_theirs) is Theirs and type(ours.__new__(ours)) is ours
+    assert type(ours.__new__(ours)) is ours
+    if not seam.exclusive:
+        assert type(Theirs.__new__(Theirs)) is Theirs
 
 assert type(UnquantizedLinearMethod()).__name__ == "BaseLinearMethod"
 runner = cuda_graph_setup.PrefillCudaGraphRunner
@@ -107,7 +109,7 @@ assert type(made).__name__ == "SpPrefillGraphRunner" and isinstance(made, runner
 assert type(runner.__new__(runner, SimpleNamespace(capture_mode=Mode.TP))) is runner
 assert type(runner.__new__(runner, SimpleNamespace())) is runner, "SGLang's own model runner"
 
-class Marked(pairs[1][0]):
+class Marked(UnquantizedLinearMethod):
     def __init__(self, *args): self.args = args
 
 assert Marked(1, 2).args == (1, 2)
@@ -193,3 +195,51 @@ def test_the_cpu_platform_replaces_only_on_itself():
     )
     done = run(code)
     assert done.stdout.strip().endswith("as elsewhere"), done.stderr
+
+
+class Stock:
+    def __init__(self, size=0):
+        self.size = size
+
+
+class Ours(Stock):
+    pass
+
+
+class Theirs(Stock):
+    pass
+
+
+@pytest.fixture
+def substituted(monkeypatch):
+    """A function that substitutes ``Ours`` for ``Stock``, and returns the seam."""
+    target = f"{__name__}:Stock"
+
+    def substitute(exclusive: bool, when=lambda size=0: size > 0):
+        seam = Seam(Kind.SUBSTITUTES_FOR, target, Ours, "a test", when, exclusive)
+        monkeypatch.setattr(Stock, "__new__", Stock.__new__, raising=False)
+        check._substitute(Stock, seam)
+        return seam
+
+    return substitute
+
+
+def test_a_class_of_another_may_not_take_the_place_of_an_exclusive_one(substituted):
+    """SGLang's plugins may put a subclass in the place of a class: without a word, ours would not be used."""
+    substituted(exclusive=True)
+    assert [type(Stock(1)), type(Stock(0)), type(Ours(1))] == [Ours, Stock, Ours] and Stock(1).size == 1
+    assert type(Theirs(0)) is Theirs, "ours would not be made here either"
+    with pytest.raises(SeamError, match=r"test_seams:Theirs takes the place of .*:Stock, which .*:Ours must have"):
+        Theirs(1)
+
+
+def test_other_subclasses_of_a_class_that_is_not_exclusive_are_made(substituted):
+    substituted(exclusive=False)
+    assert [type(Stock(1)), type(Theirs(1))] == [Ours, Theirs]
+
+
+def test_a_name_that_a_plugin_gave_to_its_own_subclass_is_not_ours(substituted, monkeypatch):
+    seam = substituted(exclusive=True)
+    assert check._in_place(seam)
+    monkeypatch.setattr(sys.modules[__name__], "Stock", Theirs)
+    assert not check._in_place(seam)

@@ -51,7 +51,7 @@ class RequestRecord(msgspec.Struct, frozen=True):
         return (self.latency - self.ttft) / (self.output - 1) if self.output > 1 else None
 
 
-class Sample(msgspec.Struct, frozen=True):
+class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The server's state at a moment. If a server does not report a value, it is None.
 
     Attributes:
@@ -69,7 +69,7 @@ class Sample(msgspec.Struct, frozen=True):
     steps: dict[Mode, int] = msgspec.field(default_factory=dict)
 
 
-class Visit(msgspec.Struct, frozen=True):
+class Visit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One workload, sent to one contender once.
 
     Attributes:
