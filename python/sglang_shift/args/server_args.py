@@ -152,13 +152,13 @@ def prepare_server_args(argv: list[str], prog: str = "python -m sglang_shift.lau
     actions["model_path"].required = False
     files: list[str] = []
 
-    def note(path: str) -> str:
+    def record_file(path: str) -> str:
         files.append(path)
         return path
 
-    actions["config"].type = note  # of two files, argparse would silently keep the last one
+    actions["config"].type = record_file  # of two files, argparse would silently keep the last one
 
-    raw, words = parser.parse_args(argv), list(argv)
+    namespace, command_line = parser.parse_args(argv), list(argv)
     if len(files) > 1:
         raise ShiftError(f"--config is given twice ({' and '.join(files)}); give one file")
     if files:
@@ -166,20 +166,22 @@ def prepare_server_args(argv: list[str], prog: str = "python -m sglang_shift.lau
         from_file = config_file.arguments(parser.file, parser)
         values = parser.parse_args(from_file)
         parser.file = ""
-        raw, words = parser.parse_args(argv, namespace=values), [*from_file, *argv]
+        namespace, command_line = parser.parse_args(argv, namespace=values), [*from_file, *argv]
 
-    level = getattr(logging, raw.log_level.upper(), None)
+    level = getattr(logging, namespace.log_level.upper(), None)
     if not isinstance(level, int):
-        raise ShiftError(f"--log-level {raw.log_level} is unknown; choose debug, info, warning, error or critical")
+        raise ShiftError(
+            f"--log-level {namespace.log_level} is unknown; choose debug, info, warning, error or critical"
+        )
     logging.basicConfig(level=level, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S", force=True)
-    if raw.model_path is None:
-        raw.model_path = demo_model_path()
+    if namespace.model_path is None:
+        namespace.model_path = demo_model_path()
         logger.warning("sglang_shift: No model is named, so the demo model is served. For yours, give --model-path.")
-    raw._radix_eviction_policy_explicitly_set = raw.radix_eviction_policy is not None
-    if raw.radix_eviction_policy is None:
-        raw.radix_eviction_policy = eviction_policy
-    server_args = ShiftServerArgs.from_cli_args(raw)
+    namespace._radix_eviction_policy_explicitly_set = namespace.radix_eviction_policy is not None
+    if namespace.radix_eviction_policy is None:
+        namespace.radix_eviction_policy = eviction_policy
+    server_args = ShiftServerArgs.from_cli_args(namespace)
     from sglang.srt.sampling.watermarking.core import redact_watermark_command_line
 
-    server_args._launch_command = redact_watermark_command_line(words, raw.watermark_config)
+    server_args._launch_command = redact_watermark_command_line(command_line, namespace.watermark_config)
     return server_args

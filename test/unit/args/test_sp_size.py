@@ -164,7 +164,7 @@ def model(context=131072):
 def test_pool_that_was_asked_for():
     pool = pool_of(settings(max_total_tokens=1000), model(), 64 * GIB)
     assert pool.minimum == pool.target == 1000 * 40960
-    assert "1000 tokens" in pool.words
+    assert "1000 tokens" in pool.description
 
 
 def test_pool_by_default_is_half_of_the_memory_or_one_request():
@@ -209,7 +209,7 @@ def test_llama_70b_on_eight_gpus_of_80_gib(monkeypatch):
 
 def on_gpus(monkeypatch, gib):
     for module in (sp_size, chunk_size_module):
-        monkeypatch.setattr(module, "on_our_cpu_platform", lambda: False)
+        monkeypatch.setattr(module, "uses_shift_cpu_platform", lambda: False)
         monkeypatch.setattr(module, "get_device_memory_capacity", lambda device: gib * 1024)
 
 
