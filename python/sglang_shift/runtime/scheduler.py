@@ -106,10 +106,10 @@ class ShiftScheduler(Scheduler):
     def set_policy(self, config: ShiftConfig) -> None:
         """Use the policy of ``config`` from the next step on."""
         self.shift_config = config
-        selector, broken = self.shift_selector, self.shift_calibrator.broken
+        selector, failed_mode = self.shift_selector, self.shift_calibrator.failed_mode
         costs = None if selector.calibration is None else selector.calibration.costs
-        if broken is not None and config.policy == "calibrated":
-            selector.policy = FixedMode(next(mode for mode in MODES if mode is not broken))
+        if failed_mode is not None and config.policy == "calibrated":
+            selector.policy = FixedMode(next(mode for mode in MODES if mode is not failed_mode))
         else:
             policy = make_policy(config, costs, self.shift_chunk)
             if config.policy not in POLICIES:  # the policy is a class of the user
@@ -140,7 +140,7 @@ class ShiftScheduler(Scheduler):
         if step.num_tokens == 0:
             return None
         decision = self.shift_selector.choose(step)
-        self.shift_watch.note(step.num_tokens, step.num_prefill_tokens, decision.mode)
+        self.shift_watch.record(step.num_tokens, step.num_prefill_tokens, decision.mode)
         if self.shift_selector.asks_for_drift:
             self._agree_on_drift()
         rank_consensus_checker.assert_same("sglang_shift step %s in %s", decision.step, decision.mode)
