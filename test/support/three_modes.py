@@ -35,7 +35,7 @@ from sglang_shift.policy.builtin import Calibrated, FixedMode
 from sglang_shift.policy.probes import EVERY
 from sglang_shift.policy.selector import DOUBTS, DRIFT_STEPS, Drift, ModeSelector, make_policy
 from sglang_shift.runtime.agreement import StepWatch
-from sglang_shift.runtime.reporter import ShiftOutputStreamer, finished_in
+from sglang_shift.runtime.reporter import ShiftOutputStreamer, finished_requests
 from sglang_shift.simulate.simulator import Server, simulate
 from sglang_shift.simulate.traffic import Request
 from sglang_shift.tools.benchmark.watch import Watch, read_metrics
@@ -197,7 +197,7 @@ def test_the_counters_of_a_request():
     req = SimpleNamespace(
         finished=lambda: True, time_stats=times, output_ids=[1, 2], origin_input_ids=[1], shift_steps=steps
     )
-    [finished] = finished_in(SimpleNamespace(reqs=[req]))
+    [finished] = finished_requests(SimpleNamespace(reqs=[req]))
     assert finished.steps == steps
     info = ShiftOutputStreamer.build_additional_customized_info(None, [req])
     assert info == {"shift_steps": [[{"tp": 1, "sp": 0, "third": 4}]]}

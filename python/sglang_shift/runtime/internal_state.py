@@ -36,7 +36,7 @@ class ShiftInternalState(SchedulerInternalStateController):
         self.request_values = recv_req.server_args
         output = super().set_internal_state(recv_req)
         if output.updated and self.scheduler.shift_reporter is not None:
-            self.scheduler.shift_reporter.changed()
+            self.scheduler.shift_reporter.publish_state()
         return output
 
     @overrides("policy and thresholds can be set at run time")

@@ -31,7 +31,7 @@ from sglang_shift.policy.builtin import FixedMode, LedPolicy
 from sglang_shift.policy.selector import DOUBTS, Decision, ModeSelector, make_policy
 from sglang_shift.resolution import shift_config_of
 from sglang_shift.runtime import agreement
-from sglang_shift.runtime.admission import NO_TOKENS, as_overrides
+from sglang_shift.runtime.admission import NO_TOKENS, replace_input_embeds
 from sglang_shift.runtime.calibrator import Calibrator
 from sglang_shift.runtime.internal_state import ShiftInternalState
 from sglang_shift.runtime.rank_consensus import same_everywhere
@@ -63,11 +63,13 @@ class ShiftScheduler(Scheduler):
         self.shift_calibrator = Calibrator(self, self.shift_config, self.shift_chunk)
         self.shift_selector.calibration = self.shift_calibrator.start()
         self.set_policy(self.shift_config)
-        self.shift_exchanged = ExchangeCounter(self.tp_worker.model_runner.exchange_volume)
+        self.shift_exchange_counter = ExchangeCounter(self.tp_worker.model_runner.exchange_volume)
         self.shift_reporter: StepReporter | None = None
         if parallel.tp_rank == 0:
             publisher = Publisher(parallel.dp_rank or 0)
-            self.shift_reporter = StepReporter(self.shift_selector, publisher, self.shift_event, self.shift_exchanged)
+            self.shift_reporter = StepReporter(
+                self.shift_selector, publisher, self.shift_event, self.shift_exchange_counter
+            )
             logger.info("sglang_shift: The policy is: %s.", self.shift_selector.policy_text)
             logger.debug("sglang_shift: %s", self.shift_config)
         self.shift_watch = agreement.StepWatch.of_replica()
@@ -129,9 +131,9 @@ class ShiftScheduler(Scheduler):
         step, mode = decision.step, decision.mode
         replayed = runner.graphs.of(step.num_prefill_tokens > 0).count(mode, result.can_run_cuda_graph)
         if mode is Mode.SP:
-            self.shift_exchanged.count(step.padded[mode] if replayed else step.num_tokens)
+            self.shift_exchange_counter.count(step.padded[mode] if replayed else step.num_tokens)
         if self.shift_reporter is not None:
-            self.shift_reporter.launched(batch.forward_iter, decision, self.tp_worker.last_lap, replayed)
+            self.shift_reporter.on_launch(batch.forward_iter, decision, self.tp_worker.last_lap, replayed)
         return result
 
     def choose_mode(self, batch: ScheduleBatch) -> Decision | None:
@@ -155,8 +157,8 @@ class ShiftScheduler(Scheduler):
 
         Only rank 0 measures these doubts, with its clock.
         """
-        found = {} if self.shift_reporter is None else self.shift_reporter.drift.doubts
-        shared = agreement.from_rank_0([found.get(doubt, 0.0) for doubt in DOUBTS])
+        doubts = {} if self.shift_reporter is None else self.shift_reporter.drift.doubts
+        shared = agreement.from_rank_0([doubts.get(doubt, 0.0) for doubt in DOUBTS])
         self.shift_selector.doubt({doubt: share for doubt, share in zip(DOUBTS, shared, strict=True) if share})
 
     def step_state(self, batch: ScheduleBatch) -> StepState:
@@ -196,7 +198,7 @@ class ShiftScheduler(Scheduler):
         Every rank has the same requests in the same state, so every rank refuses the request.
         """
         try:
-            as_overrides(recv_req)
+            replace_input_embeds(recv_req)
             super().handle_generate_request(recv_req, **kwargs)
         except Exception as error:
             logger.exception("sglang_shift: the request %s is refused", recv_req.rid)
@@ -216,9 +218,9 @@ class ShiftScheduler(Scheduler):
         reporter = self.shift_reporter
         if reporter is None:
             return super().process_batch_result(batch, result)
-        reporter.processing(batch)
+        reporter.before_result(batch)
         super().process_batch_result(batch, result)
-        return reporter.processed(batch)
+        return reporter.after_result(batch)
 
     @overrides("renews a calibration that has drifted")
     def on_idle(self) -> None:
@@ -230,7 +232,7 @@ class ShiftScheduler(Scheduler):
                 selector.calibration = calibration
                 self.set_policy(self.shift_config)
                 if reporter is not None:
-                    reporter.recalibrated()
+                    reporter.on_calibration()
         if reporter is not None:
             reporter.tick()
         super().on_idle()
@@ -280,7 +282,7 @@ class ShiftScheduler(Scheduler):
 
     def shift_state(self) -> dict[str, Any]:
         """Live counters of this rank, for ``/server_info``."""
-        selector, runner, exchanged = self.shift_selector, self.tp_worker.model_runner, self.shift_exchanged
+        selector, runner = self.shift_selector, self.tp_worker.model_runner
         report, calibration = runner.weight_report, selector.calibration
         return {
             "sp_size": self.shift_config.sp_size,
@@ -290,8 +292,8 @@ class ShiftScheduler(Scheduler):
             "costs": None if calibration is None else msgspec.to_builtins(calibration.costs),
             **selector.counters(),
             "exchange": runner.topology.exchange.text,
-            "exchanges": exchanged.calls,
-            "exchanged_bytes": exchanged.bytes_sent,
+            "exchanges": self.shift_exchange_counter.calls,
+            "exchanged_bytes": self.shift_exchange_counter.bytes_sent,
             "weight_bytes": report.total,
             "weight_bytes_beyond_base": report.beyond_base,
             "graphs": runner.graphs.report(),
