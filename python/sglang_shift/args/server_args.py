@@ -21,7 +21,7 @@ from sglang_shift.args.refusals import check_flags
 from sglang_shift.args.sp_size import auto_sp_size, check_sp_size
 from sglang_shift.errors import ShiftError
 from sglang_shift.flags import AUTO, BY_NAME, FLAGS, Flag
-from sglang_shift.graphs.plan import price_of_no_graphs
+from sglang_shift.graphs.plan import warning_without_graphs
 from sglang_shift.models.demo import demo_model_path
 from sglang_shift.parallel.exchange.choose import check_exchange
 from sglang_shift.resolution import shift_config_of
@@ -113,8 +113,8 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
     if adjustment.fields:
         declare_resolution(server_args, "sglang_shift", **adjustment.fields)
         logger.info("sglang_shift: %s", adjustment.reason)
-    if price := price_of_no_graphs(config, settings):
-        logger.warning("sglang_shift: %s", price)
+    if warning := warning_without_graphs(config, settings):
+        logger.warning("sglang_shift: %s", warning)
     declare_resolution(
         server_args,
         "sglang_shift",

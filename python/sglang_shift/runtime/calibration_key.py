@@ -55,8 +55,8 @@ def settings_of(scheduler: Any, chunk: int, places: Sequence[str]) -> dict[str, 
         "environment": communication_environment(),
         **{name: resolution_result(scheduler.server_args, name) for name in SERVER_ARGS},
     }
-    if captured := runner.graphs.captured():
-        settings["graphs"] = captured
+    if sizes := runner.graphs.captured_sizes():
+        settings["graphs"] = sizes
     return settings
 
 

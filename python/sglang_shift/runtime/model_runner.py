@@ -176,7 +176,7 @@ class ShiftModelRunner(ModelRunner):
             return super().forward(forward_batch, *args, **kwargs)
 
     def _graphs_of(self, mode: Mode) -> AbstractContextManager[None]:
-        return self.graphs.used(mode) if mode is not Mode.TP else nullcontext()  # SGLang installs TP's graphs itself
+        return self.graphs.install(mode) if mode is not Mode.TP else nullcontext()  # SGLang installs TP's graphs itself
 
 
 def most_tokens() -> int:

@@ -129,7 +129,7 @@ class ShiftScheduler(Scheduler):
         with runner.running_in(decision.mode):
             result = super().run_batch(batch, *args, **kwargs)
         step, mode = decision.step, decision.mode
-        replayed = runner.graphs.of(step.num_prefill_tokens > 0).count(mode, result.can_run_cuda_graph)
+        replayed = runner.graphs.for_phase(step.num_prefill_tokens > 0).count(mode, result.can_run_cuda_graph)
         if mode is Mode.SP:
             self.shift_exchange_counter.count(step.padded[mode] if replayed else step.num_tokens)
         if self.shift_reporter is not None:
@@ -187,7 +187,7 @@ class ShiftScheduler(Scheduler):
             num_running=running,
             num_waiting=len(self.waiting_queue),
             pending_prefill_tokens=pending,
-            padded=self.tp_worker.model_runner.graphs.of(prefill > 0).padded(tokens),
+            padded=self.tp_worker.model_runner.graphs.for_phase(prefill > 0).padded(tokens),
             kv_reads=reads,
         )
 

@@ -212,7 +212,7 @@ class FakeScheduler:
     token_to_kv_pool_allocator = SimpleNamespace(available_size=lambda: 20_000)
     tp_worker = SimpleNamespace(
         model_runner=SimpleNamespace(
-            attn_backend=object(), kv_cache_dtype="float32", graphs=SimpleNamespace(captured=dict)
+            attn_backend=object(), kv_cache_dtype="float32", graphs=SimpleNamespace(captured_sizes=dict)
         )
     )
 
