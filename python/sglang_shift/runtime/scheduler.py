@@ -38,7 +38,7 @@ from sglang_shift.runtime.rank_consensus import same_everywhere
 from sglang_shift.runtime.reporter import ShiftOutputStreamer, StepReporter
 from sglang_shift.runtime.tp_worker import EXPORT_REFUSED, ShiftTpModelWorker
 from sglang_shift.seams import extends, overrides, relies_on, substitutes_for
-from sglang_shift.start_up_log import NOT_ON_CPU, one_rank_speaks
+from sglang_shift.start_up_log import NOT_ON_CPU, quiet_other_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,8 @@ class ShiftScheduler(Scheduler):
     @overrides("calibrates once everything is built")
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         parallel = get_parallel()
-        # The first rank of each node speaks.
-        with one_rank_speaks(parallel.tp_rank % max(1, parallel.tp_size // parallel.nnodes) == 0):
+        # The first rank of each node logs.
+        with quiet_other_ranks(parallel.tp_rank % max(1, parallel.tp_size // parallel.nnodes) == 0):
             super().__init__(*args, **kwargs)
         self.shift_chunk = min(
             self.chunked_prefill_size or self.max_prefill_tokens, self.max_prefill_tokens, self.max_total_num_tokens
