@@ -41,7 +41,7 @@ def watched(watch: agreement.StepWatch) -> float:
     """Return the time to tell or compare once after a step. All ranks do it together, so each finds something new."""
     times = []
     for _ in range(200):
-        watch.note(64, 0, Mode.TP)
+        watch.record(64, 0, Mode.TP)
         dist.barrier()
         if watch._rank == 0:
             start = perf_counter_ns()
@@ -63,7 +63,7 @@ def measure(rank: int, size: int, port: int) -> None:
     watch = agreement.StepWatch(rank, dist.PrefixStore("watch", dist.distributed_c10d._get_default_store()))
     answer = microseconds(lambda: agreement.from_rank_0([1.0]))
     requests = microseconds(lambda: broadcast_pyobj([], rank, dist.group.WORLD, src=0))
-    note = microseconds(lambda: watch.note(64, 0, Mode.TP), 20_000)
+    note = microseconds(lambda: watch.record(64, 0, Mode.TP), 20_000)
     told: list[float | None] = [None] * size
     dist.all_gather_object(told, watched(watch))
     if rank == 0:

@@ -68,7 +68,7 @@ def whole_choice(policy: ShiftPolicy) -> float:
     scheduler.running_batch = SimpleNamespace(batch_size=lambda: 64)
     scheduler.waiting_queue = [SimpleNamespace(seqlen=700) for _ in range(1000)]
     scheduler.chunked_req = None
-    graphs = SimpleNamespace(of=lambda prefill: PhaseGraphs())
+    graphs = SimpleNamespace(for_phase=lambda prefill: PhaseGraphs())
     scheduler.tp_worker = SimpleNamespace(model_runner=SimpleNamespace(graphs=graphs))
     lengths = torch.full((64,), 900)
     batch = SimpleNamespace(forward_mode=ForwardMode.DECODE, batch_size=lambda: 64, seq_lens_cpu=lengths)

@@ -59,9 +59,11 @@ class StepState:
     steps_since_switch: int = 0
 
     def __post_init__(self) -> None:
-        tokens, given = self.num_tokens, self.padded
-        whole = {mode: max(tokens, given.get(mode, 0)) for mode in MODES} if given else dict.fromkeys(MODES, tokens)
-        object.__setattr__(self, "padded", whole)
+        tokens, by_mode = self.num_tokens, self.padded
+        complete = (
+            {mode: max(tokens, by_mode.get(mode, 0)) for mode in MODES} if by_mode else dict.fromkeys(MODES, tokens)
+        )
+        object.__setattr__(self, "padded", complete)
 
     @property
     def padded_tokens(self) -> int:

@@ -17,14 +17,14 @@ OURS = frozenset(option for flag in FLAGS for option in flag.options)
 CONFIG = "--config"
 
 
-def asks_for_us(argv: tuple[str, ...]) -> bool:
+def has_shift_flag(argv: tuple[str, ...]) -> bool:
     """Whether a command line has one of our flags, abbreviated or not, or names a ``--config`` file that has one."""
     for i, word in enumerate(argv):
         name, equals, value = word.partition("=")
         flags = flags_of(name)
         if flags and flags <= OURS:
             return True
-        if flags == {CONFIG} and file_asks_for_us(value if equals else "".join(argv[i + 1 : i + 2])):
+        if flags == {CONFIG} and file_has_shift_flag(value if equals else "".join(argv[i + 1 : i + 2])):
             return True
     return False
 
@@ -45,7 +45,7 @@ def flags_of(word: str) -> set[str]:
     return {word} if word in known else {flag for flag in known if flag.startswith(word)}
 
 
-def file_asks_for_us(path: str) -> bool:
+def file_has_shift_flag(path: str) -> bool:
     """Whether a file has one of our flags. If it cannot be read: no, and SGLang's own parser reports the mistake."""
     try:
         entries = config_file.read(path)
@@ -58,7 +58,7 @@ def detect(request: ServeRequest) -> ServeBackendDetection:
     """Take a request if it has one of our flags. SGLang serves all other requests."""
     from sglang.cli.serve_backends import ServeBackendDetection
 
-    return ServeBackendDetection.MATCH if asks_for_us(request.argv) else ServeBackendDetection.NO_MATCH
+    return ServeBackendDetection.MATCH if has_shift_flag(request.argv) else ServeBackendDetection.NO_MATCH
 
 
 def run(request: ServeRequest) -> None:

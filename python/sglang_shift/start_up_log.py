@@ -82,9 +82,13 @@ def leave_out_cpu() -> None:
 
 
 @contextlib.contextmanager
-def one_rank_speaks(speaks: bool) -> Iterator[None]:
-    """Inside of this context, a rank that does not speak only logs warnings and errors of :data:`SAME_ON_ALL_RANKS`."""
-    loggers = [] if speaks or shows_everything() else [logging.getLogger(name) for name in SAME_ON_ALL_RANKS]
+def quiet_other_ranks(logs: bool) -> Iterator[None]:
+    """Inside of this context, the loggers of :data:`SAME_ON_ALL_RANKS` only log warnings and errors.
+
+    Args:
+        logs: Whether this rank logs for its node. Its loggers stay as they are.
+    """
+    loggers = [] if logs or shows_everything() else [logging.getLogger(name) for name in SAME_ON_ALL_RANKS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(max(logger.getEffectiveLevel(), logging.WARNING))

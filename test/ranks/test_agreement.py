@@ -8,7 +8,7 @@ import random
 import pytest
 from harness import run_ranks
 from sglang_shift.modes import Mode
-from sglang_shift.runtime.agreement import KEPT_STEPS, StepWatch
+from sglang_shift.runtime.agreement import STEP_HISTORY, StepWatch
 
 
 class Store:
@@ -40,7 +40,7 @@ def steps(count: int, seed: int = 0) -> list[tuple[int, int, Mode]]:
 
 def run(watch: StepWatch, made) -> None:
     for step in made:
-        watch.note(*step)
+        watch.record(*step)
 
 
 def test_the_same_steps_are_no_problem_wherever_the_ranks_are(pair):
@@ -72,7 +72,7 @@ def test_another_step_or_mode_is_noticed(pair, other_step):
 
 def test_a_difference_long_ago_is_still_one(pair):
     first, other = pair
-    made = steps(3 * KEPT_STEPS)
+    made = steps(3 * STEP_HISTORY)
     run(first, made)
     run(other, [(1, 0, Mode.SP if made[0][2] is Mode.TP else Mode.TP), *made[1:]])
     first.compare()
@@ -85,7 +85,7 @@ def test_a_rank_that_is_not_there_yet_compares_later(pair):
     run(other, [(1, 0, Mode.TP)] * 2)
     first.compare()
     assert other.compare() is None
-    other.note(1, 0, Mode.SP)
+    other.record(1, 0, Mode.SP)
     assert "differ" in other.compare()
 
 
@@ -97,9 +97,9 @@ def hang_in_different_modes(rank, size, noticed):
     watch = StepWatch(rank, dist.PrefixStore("w", dist.distributed_c10d._get_default_store()), noticed.set, 0.05)
     watch.start()
     for _ in range(20):
-        watch.note(4, 0, Mode.TP)
+        watch.record(4, 0, Mode.TP)
         dist.all_reduce(torch.ones(8))
-    watch.note(4, 0, mode)
+    watch.record(4, 0, mode)
     ones, other = torch.ones(8), torch.empty(8)
     work = (
         dist.all_reduce(ones, async_op=True) if mode is Mode.TP else dist.all_to_all_single(other, ones, async_op=True)

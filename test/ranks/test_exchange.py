@@ -13,12 +13,12 @@ from sglang_shift.modes import Mode
 from sglang_shift.parallel.exchange import gloo
 from sglang_shift.parallel.exchange.base import ExchangeCounter, ExchangeVolume
 from sglang_shift.parallel.exchange.collective import CollectiveExchange
-from sglang_shift.parallel.exchange.gloo import MOST_PARTS, PART_BYTES, GlooExchange
+from sglang_shift.parallel.exchange.gloo import MAX_PARTS, PART_BYTES, GlooExchange
 from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.parallel.region import scatter_tokens
 from sglang_shift.parallel.step import Step
 from sglang_shift.parallel.topology import Topology
-from sglang_shift.weights.base_weights import BaseLinearMethod, _gather_into, _grown, loading_for
+from sglang_shift.weights.base_weights import BaseLinearMethod, _gather_base, _gather_into, loading_for
 from sglang_shift.weights.projections import BaseWeight, OutputProjection, QkvProjection
 from sglang_shift_kernels import reference
 
@@ -142,7 +142,7 @@ def test_small_exchanges_have_one_part():
     exchange = GlooExchange(SimpleNamespace(world_size=2))  # type: ignore[arg-type]
     width = PART_BYTES // 64  # elements of 4 bytes, half of which stay
     rows = {n: exchange._parts(n * width * 4) for n in (32, 63, 64, 95, 96, 10**6)}
-    assert rows == {32: 1, 63: 1, 64: 2, 95: 2, 96: 3, 10**6: MOST_PARTS}
+    assert rows == {32: 1, 63: 1, 64: 2, 95: 2, 96: 3, 10**6: MAX_PARTS}
 
 
 def test_exchanges_are_counted_by_steps():
@@ -175,7 +175,7 @@ def check_projections(rank: int, world: int, sp: int, tokens: int) -> None:
     o_base = BaseWeight(torch.cat(list(weights[1][members]), 1), biases[1])
     for gloo.PART_BYTES in (1 << 30, 64):
         topology = Topology(layout, rank, group, base_group, GlooExchange(group))  # type: ignore[arg-type]
-        step, before = Step(Mode.SP, topology, None, exits=False), group.sent
+        step, before = Step(Mode.SP, topology, None, has_exit=False), group.sent
         local = scatter_tokens(step, x)
         my_heads = QkvProjection(linear, qkv_base).forward(local, step)
         assert torch.allclose(my_heads, heads[rank], atol=1e-5)
@@ -216,7 +216,7 @@ def check_assembly(rank: int, world: int, sp: int) -> None:
     for dim in (0, 1):
         group.outputs.clear()
         param = torch.nn.Parameter(shard_of(rank), requires_grad=False)
-        base = _grown(param, topology, dim)
+        base = _gather_base(param, topology, dim)
         assert torch.equal(base, torch.cat([shard_of(r) for r in members], dim))
         assert torch.equal(param.data, shard_of(rank))
         beside = [output.numel() for output in group.outputs if output.data_ptr() != base.data_ptr()]
@@ -252,12 +252,12 @@ def test_a_weight_is_created_as_a_view_of_its_base_weight():
             BaseLinearMethod().create_weights(layer, 5, [3], 5, 3, torch.bfloat16, weight_loader=len)
         weight = layer.weight
         assert weight.shape == (3, 5) and weight.weight_loader is len and not weight.requires_grad
-        assert weight.ulysses_base.shape == shape and weight.ulysses_base.dtype == torch.bfloat16
-        mine = weight.ulysses_base[3:] if kind is ColumnParallelLinear else weight.ulysses_base[:, 5:]
+        assert weight.shift_base.shape == shape and weight.shift_base.dtype == torch.bfloat16
+        mine = weight.shift_base[3:] if kind is ColumnParallelLinear else weight.shift_base[:, 5:]
         weight.data.copy_(torch.arange(15.0).view(3, 5))
         assert torch.equal(mine, weight.data), "rank 2 of 4 is the second of its SP group"
     replicated = ReplicatedLinear.__new__(ReplicatedLinear)
     torch.nn.Module.__init__(replicated)
     with loading_for(topology):
         BaseLinearMethod().create_weights(replicated, 5, [3], 5, 3, torch.bfloat16)
-    assert not hasattr(replicated.weight, "ulysses_base")
+    assert not hasattr(replicated.weight, "shift_base")

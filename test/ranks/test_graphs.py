@@ -75,7 +75,7 @@ def same(some, others):
 
 
 def check_replays(runner):
-    assert runner.graphs.captured() == {
+    assert runner.graphs.captured_sizes() == {
         "decode": {"tp": [1, 2, 3, 4, 6], "sp": [2, 4, 6]},
         "prefill": {"tp": [4, 8, 13, 24], "sp": [4, 8, 14, 24]},
     }
@@ -104,7 +104,7 @@ def check_replays(runner):
         assert same(
             run(runner, runner.running_in(Mode.SP), lengths)[0], run(runner, eager(runner, Mode.TP), lengths)[0]
         )
-    assert runner.decode_cuda_graph_runner is not runner.graphs.of(False).sets[Mode.SP].runner, (
+    assert runner.decode_cuda_graph_runner is not runner.graphs.for_phase(False).sets[Mode.SP].runner, (
         "TP's again, outside of a step"
     )
     check_bytes(runner)
@@ -148,8 +148,8 @@ def check_verify_steps(runner):
     runner.spec_algorithm = SpeculativeAlgorithm.NGRAM
     get_context().override("test", speculative_num_draft_tokens=width)
     runner.recapture_decode_cuda_graph()
-    assert runner.graphs.captured()["decode"] == {"tp": [1, 2, 3, 4, 6], "sp": [2, 4, 6]}
-    sp_runner = runner.graphs.of(False).sets[Mode.SP].runner
+    assert runner.graphs.captured_sizes()["decode"] == {"tp": [1, 2, 3, 4, 6], "sp": [2, 4, 6]}
+    sp_runner = runner.graphs.for_phase(False).sets[Mode.SP].runner
     assert sp_runner.capture_forward_mode is ForwardMode.TARGET_VERIFY
     assert sp_runner.captured_req_width == width and sp_runner.attn_backend.graph_state == (6, 18)
     for lengths in ([4], [5, 2, 3], [1, 2, 3, 4, 5, 6, 7]):
@@ -233,11 +233,11 @@ def test_graphs_of_both_modes_give_the_eager_results():
 
 def check_threshold(runner):
     """No size is captured twice; what the threshold would not ask for runs eagerly, or padded."""
-    assert runner.graphs.captured() == {
+    assert runner.graphs.captured_sizes() == {
         "decode": {"tp": [1, 2, 3], "sp": [4, 6]},
         "prefill": {"tp": [], "sp": [4, 8, 14, 24]},
     }
-    decodes, prefills = runner.graphs.of(False), runner.graphs.of(True)
+    decodes, prefills = runner.graphs.for_phase(False), runner.graphs.for_phase(True)
     assert [tuple(decodes.padded(n).values()) for n in (3, 5, 7)] == [(3, 4), (6, 6), (7, 7)]
     assert [tuple(prefills.padded(n).values()) for n in (1, 13, 24, 25)] == [(1, 1), (13, 14), (24, 24), (25, 25)]
     for lengths, mode, expected in (
@@ -257,11 +257,11 @@ def test_a_threshold_divides_the_graphs():
 
 
 def check_sp_alone(runner):
-    assert runner.graphs.captured() == {
+    assert runner.graphs.captured_sizes() == {
         "decode": {"tp": [], "sp": [2, 6]},
         "prefill": {"tp": [], "sp": [14, 24]},
     }
-    sp_runner = runner.graphs.of(False).sets[Mode.SP].runner
+    sp_runner = runner.graphs.for_phase(False).sets[Mode.SP].runner
     assert runner.decode_cuda_graph_runner is None and isinstance(runner.prefill_cuda_graph_runner, EagerRunner)
     assert type(sp_runner) is SpDecodeGraphRunner and sp_runner.attn_backend is runner.attn_backend
     for mode, expected in ((Mode.SP, [True, True]), (Mode.TP, [False, False])):
@@ -269,7 +269,7 @@ def check_sp_alone(runner):
         assert replayed == expected
         assert same(logits, run(runner, eager(runner, Mode.TP), [4, 4], 1)[0])
     runner.recapture_decode_cuda_graph()
-    assert runner.graphs.of(False).sets[Mode.SP].runner is not sp_runner
+    assert runner.graphs.for_phase(False).sets[Mode.SP].runner is not sp_runner
     assert run(runner, runner.running_in(Mode.SP), [4, 4], 1)[1] == [True, True]
 
 
@@ -279,7 +279,7 @@ def test_sp_alone_and_bounded():
 
 
 def check_none(runner):
-    assert runner.graphs.captured() == {} and set(runner.graphs.of(False).padded(3).values()) == {3}
+    assert runner.graphs.captured_sizes() == {} and set(runner.graphs.for_phase(False).padded(3).values()) == {3}
     logits, replayed = run(runner, runner.running_in(Mode.SP), [4, 2], 1)
     assert replayed == [False, False]
     assert same(logits, run(runner, runner.running_in(Mode.TP), [4, 2], 1)[0])

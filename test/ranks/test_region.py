@@ -18,14 +18,14 @@ from sglang_shift.modes import Mode
 from sglang_shift.parallel.exchange.gloo import GlooExchange
 from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.parallel.region import (
+    copy_to_device,
     exit_gather,
-    on_device,
     padded_local_tokens,
     plan_exit,
     rows_read,
     scatter_tokens,
 )
-from sglang_shift.parallel.step import Step, current, running
+from sglang_shift.parallel.step import Step, current, run_step
 from sglang_shift.parallel.topology import Topology
 from sglang_shift.runtime import vocab_parallel_embedding
 from sglang_shift.runtime.layernorm_sp import maybe_exit_gather, runs_sp, sp_entry_scatter
@@ -116,7 +116,7 @@ def check_entry_and_exit(rank: int, world: int, sp: int) -> None:
             [0, tokens - 1][:tokens],
             some,
         ):
-            step.exit = plan_exit(torch.tensor(wanted, dtype=torch.int64), tokens, topology, full.device)
+            step.exit_plan = plan_exit(torch.tensor(wanted, dtype=torch.int64), tokens, topology, full.device)
             got = exit_gather(step, local)
             assert torch.equal(got[wanted], full[wanted])
             others = [i for i in range(tokens) if i not in wanted]
@@ -143,9 +143,9 @@ def check_exit_sends_wanted_rows_only(rank: int, world: int) -> None:
     topology = Topology(layout, rank, spy, None, GlooExchange(spy))  # type: ignore[arg-type]
     step = Step(Mode.SP, topology, decode())
     local = scatter_tokens(step, torch.arange(100.0)[:, None])
-    step.exit = plan_exit(torch.tensor([9, 99]), 100, topology, local.device)
+    step.exit_plan = plan_exit(torch.tensor([9, 99]), 100, topology, local.device)
     exit_gather(step, local)
-    step.exit = None
+    step.exit_plan = None
     exit_gather(step, local)
     assert sent == [1, 50]
 
@@ -183,7 +183,7 @@ def leave(hidden_states, forward_mode=ForwardMode.EXTEND):
 
 def test_the_rows_that_leave_are_on_the_device_before_the_first_layer_runs():
     step = Step(Mode.SP, meta_topology(), batch(extend_seq_lens_cpu=[30, 1, 40]))
-    with running(step), Uploads() as uploads:
+    with run_step(step), Uploads() as uploads:
         local = sp_entry_scatter(torch.empty(71, WIDTH, device="meta"))
         assert uploads.count == 1, "all that the exit needs goes in one copy"
         gathered, before_norm = leave(local)
@@ -214,7 +214,7 @@ def test_the_exit_behind_a_graph_copies_nothing_either(monkeypatch):
     monkeypatch.setattr(PrefillCudaGraphRunner, "_run_forward", capture)
     monkeypatch.setattr(PrefillCudaGraphRunner, "_execute_body_capture", replay)
     assert runner._run_forward(batch(extend_seq_lens_cpu=[80]), 80).shape[0] == 20
-    with running(Step(Mode.SP, topology, step)), Uploads() as uploads:
+    with run_step(Step(Mode.SP, topology, step)), Uploads() as uploads:
         assert runner._execute_body_capture(step, step, 80).shape[0] == 80
         assert uploads.count == 1
     assert counts == [0, 0]
@@ -226,14 +226,14 @@ def test_nothing_waits_for_a_copy_to_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: calls.append("pinned") or x)
     monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **kwargs: calls.append((*args, kwargs)) or x)
     rows = torch.arange(3)
-    assert on_device(rows, torch.device("cuda")) is rows
+    assert copy_to_device(rows, torch.device("cuda")) is rows
     assert calls == ["pinned", (torch.device("cuda"), {"non_blocking": True})]
 
 
 def test_a_cpu_copies_and_pins_nothing(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", None)
     rows = torch.arange(3)
-    assert on_device(rows, rows.device) is rows
+    assert copy_to_device(rows, rows.device) is rows
 
 
 def test_forwards_outside_of_a_step_are_tp():
@@ -246,10 +246,10 @@ def test_forwards_outside_of_a_step_are_tp():
 @pytest.mark.parametrize("inner", Mode)
 def test_a_step_inside_of_another_is_an_error(outer, inner):
     step = Step(outer, meta_topology(), decode())
-    with running(step):
+    with run_step(step):
         with (
             pytest.raises(RuntimeError, match=f"a step in {inner} begins inside of a step in {outer}"),
-            running(Step(inner, meta_topology(), decode())),
+            run_step(Step(inner, meta_topology(), decode())),
         ):
             pass
         assert current() is step, "the outer one goes on as it was"
@@ -258,7 +258,7 @@ def test_a_step_inside_of_another_is_an_error(outer, inner):
 
 
 def test_a_step_that_fails_leaves_nothing_behind():
-    with pytest.raises(ZeroDivisionError), running(Step(Mode.SP, meta_topology(), decode())):
+    with pytest.raises(ZeroDivisionError), run_step(Step(Mode.SP, meta_topology(), decode())):
         get_forward().set("sp_active", True)
         raise ZeroDivisionError
     assert current() is None and not get_forward().sp_active
@@ -271,7 +271,7 @@ def check_topologies(rank: int, world: int) -> None:
     for size, group in groups:
         layout = RankLayout(world, size)
         topology = Topology(layout, rank, group, None, GlooExchange(group))  # type: ignore[arg-type]
-        with running(Step(Mode.SP, topology, decode())):
+        with run_step(Step(Mode.SP, topology, decode())):
             local = sp_entry_scatter(full)
             assert local.shape[0] == padded_local_tokens(11, size)
             get_forward().set("sp_active", True)
@@ -299,12 +299,12 @@ def check_embedding(rank: int, world: int, sp: int, dtype: torch.dtype) -> None:
         def looked_up(ids: torch.Tensor = ids, mine: torch.Tensor = mine) -> torch.Tensor:
             return table[ids] * mine[:, None].to(dtype)
 
-        with running(Step(Mode.TP, topology, SimpleNamespace())):
+        with run_step(Step(Mode.TP, topology, SimpleNamespace())):
             full = reduce_embedding(looked_up())
         assert torch.equal(full, table[ids])
-        with running(Step(Mode.SP, topology, decode())):
+        with run_step(Step(Mode.SP, topology, decode())):
             given = sp_entry_scatter(full)  # as with a request's own embeddings: whole on every rank
-        with running(Step(Mode.SP, topology, decode())) as step:
+        with run_step(Step(Mode.SP, topology, decode())) as step:
             rows = reduce_embedding(looked_up())
             assert step.num_tokens == tokens
             assert torch.equal(rows, given)
@@ -330,7 +330,7 @@ def check_bytes(rank: int, world: int) -> None:
     spy = Recording(group.ranks, group.group)
     topology = Topology(RankLayout(world, world), rank, spy, None, GlooExchange(spy))  # type: ignore[arg-type]
     for tokens in (8, 9):
-        with running(Step(Mode.SP, topology, decode())):
+        with run_step(Step(Mode.SP, topology, decode())):
             reduce_embedding(torch.ones(tokens, WIDTH))
     assert sent == [4 * WIDTH, 5 * WIDTH]
 
@@ -349,14 +349,14 @@ def stock(monkeypatch):
 def test_all_rows_are_summed_where_a_request_replaces_some(stock):
     x = torch.ones(4, WIDTH)
     replaced = SimpleNamespace(replace_embeds=torch.ones(1, WIDTH))
-    with running(Step(Mode.SP, meta_topology(), replaced)) as step:
+    with run_step(Step(Mode.SP, meta_topology(), replaced)) as step:
         assert reduce_embedding(x) == stock(x)
-        assert not step.entered, "the entry keeps this rank's rows"
+        assert not step.scattered_by_embedding, "the entry keeps this rank's rows"
 
 
 def test_inside_of_the_region_and_outside_of_steps_nothing_changes(stock):
     x = torch.ones(4, WIDTH)
     assert reduce_embedding(x) == stock(x)
-    with running(Step(Mode.SP, meta_topology(), decode())):
+    with run_step(Step(Mode.SP, meta_topology(), decode())):
         get_forward().set("sp_active", True)
         assert reduce_embedding(x) == stock(x)

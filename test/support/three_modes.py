@@ -35,7 +35,7 @@ from sglang_shift.policy.builtin import Calibrated, FixedMode
 from sglang_shift.policy.probes import EVERY
 from sglang_shift.policy.selector import DOUBTS, DRIFT_STEPS, Drift, ModeSelector, make_policy
 from sglang_shift.runtime.agreement import StepWatch
-from sglang_shift.runtime.reporter import ShiftOutputStreamer, finished_in
+from sglang_shift.runtime.reporter import ShiftOutputStreamer, finished_requests
 from sglang_shift.simulate.simulator import Server, simulate
 from sglang_shift.simulate.traffic import Request
 from sglang_shift.tools.benchmark.watch import Watch, read_metrics
@@ -96,23 +96,23 @@ def test_curves_that_cross_between_two_points():
 
 def test_all_modes_are_measured_and_all_changes_between_them():
     class Bench:
-        prepared, now, changes = None, 0.0, set()
+        prepared_shape, now, changes = None, 0.0, set()
 
         def make_room(self, shape):
             return True
 
         def prepare(self, shape):
-            self.prepared = shape
+            self.prepared_shape = shape
 
         def run(self, mode, after=None):
             if after not in (None, mode):
                 self.changes.add((after, mode))
-            took = 1e-2 * seconds(mode, self.prepared.tokens) + 1e-3 * (after not in (None, mode))
+            took = 1e-2 * seconds(mode, self.prepared_shape.tokens) + 1e-3 * (after not in (None, mode))
             self.now += took
             return took
 
         def release(self):
-            self.prepared = None
+            self.prepared_shape = None
 
         def agree(self, numbers, failure=""):
             return list(numbers)
@@ -181,8 +181,8 @@ def test_ranks_in_different_modes_are_noticed():
     said = {}
     store = SimpleNamespace(set=said.__setitem__, get=said.__getitem__, check=lambda keys: keys[0] in said)
     first, other = (StepWatch(rank, store) for rank in range(2))
-    first.note(4, 0, SP)
-    other.note(4, 0, THIRD)
+    first.record(4, 0, SP)
+    other.record(4, 0, THIRD)
     assert first.compare() is None and "in SP on rank 0" in (problem := other.compare()) and "in THIRD" in problem
 
 
@@ -197,7 +197,7 @@ def test_the_counters_of_a_request():
     req = SimpleNamespace(
         finished=lambda: True, time_stats=times, output_ids=[1, 2], origin_input_ids=[1], shift_steps=steps
     )
-    [finished] = finished_in(SimpleNamespace(reqs=[req]))
+    [finished] = finished_requests(SimpleNamespace(reqs=[req]))
     assert finished.steps == steps
     info = ShiftOutputStreamer.build_additional_customized_info(None, [req])
     assert info == {"shift_steps": [[{"tp": 1, "sp": 0, "third": 4}]]}

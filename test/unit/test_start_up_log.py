@@ -19,7 +19,7 @@ from sglang_shift.start_up_log import (
     SAME_ON_ALL_RANKS,
     leave_out,
     leave_out_cpu,
-    one_rank_speaks,
+    quiet_other_ranks,
 )
 
 SOURCES = Path(sglang.__file__).parent.parent
@@ -69,7 +69,7 @@ def test_nothing_is_left_out_if_the_user_says_so(how, caplog, monkeypatch):
         monkeypatch.setenv("SGLANG_LOGGING_CONFIG_PATH", "mine.json")
     for module, beginning in ALL_MESSAGES.items():
         logging.getLogger(module).warning(beginning)
-    with one_rank_speaks(False):
+    with quiet_other_ranks(False):
         logging.getLogger("sglang.srt").info("a message")
     assert len(caplog.records) == len(ALL_MESSAGES) + 1
 
@@ -106,10 +106,10 @@ def test_the_users_filters_of_warnings_come_first(monkeypatch):
     assert warned(module, text, os.environ["PYTHONWARNINGS"])
 
 
-@pytest.mark.parametrize("speaks", [True, False])
-def test_a_rank_that_does_not_speak_still_warns(speaks, caplog):
+@pytest.mark.parametrize("logs", [True, False])
+def test_a_quiet_rank_still_warns(logs, caplog):
     loggers = [logging.getLogger(name + ".part") for name in SAME_ON_ALL_RANKS]
-    with one_rank_speaks(speaks):
+    with quiet_other_ranks(logs):
         for logger in loggers:
             logger.info("the same on all ranks")
             logger.warning("a warning")
@@ -117,6 +117,6 @@ def test_a_rank_that_does_not_speak_still_warns(speaks, caplog):
     for logger in loggers:
         logger.info("after the start")
     count = len(loggers)
-    expected = ["the same on all ranks"] * count * speaks + ["a warning"] * count
+    expected = ["the same on all ranks"] * count * logs + ["a warning"] * count
     expected += ["of this rank"] + ["after the start"] * count
     assert sorted(record.message for record in caplog.records) == sorted(expected)

@@ -14,7 +14,7 @@ from sglang.srt.arg_groups.overrides import (
 )
 from sglang.srt.utils import get_device_memory_capacity
 
-from sglang_shift.args.sp_size import on_our_cpu_platform, pool_of, rank_memory_bytes
+from sglang_shift.args.sp_size import pool_of, rank_memory_bytes, uses_shift_cpu_platform
 from sglang_shift.models.sizes import ModelSizes
 
 # With at least this many rows, arithmetic limits a bfloat16 GEMM. With fewer rows, reading the weights limits it.
@@ -84,7 +84,7 @@ def _reason_to_keep(server_args: Any, settings: Any) -> str | None:
     reasons = (
         (server_args.chunked_prefill_size is not None, "as given"),
         ((settings.chunked_prefill_size or -1) < 1, "because SGLang does not chunk prefills here"),
-        (on_our_cpu_platform(), "SGLang's default for a CPU"),
+        (uses_shift_cpu_platform(), "SGLang's default for a CPU"),
         (
             # With post-capture sizing, SGLang has reserved nothing for steps larger than its graphs.
             server_args.mem_fraction_static is not None or post_capture_kv_sizing_planned(server_args),
@@ -110,8 +110,7 @@ def fraction_for_chunk(settings: Any, chunk: int, capacity: float) -> float:
         capacity: The memory of the device in MiB.
     """
     names = ("disaggregation_mode", "max_prefill_tokens", "tp_size", "pp_size")
-    larger = SimpleNamespace(chunked_prefill_size=chunk, **{name: getattr(settings, name) for name in names})
-    more = pre_capture_activation_reserve_mb_of(larger, capacity)
-    return round(
-        settings.mem_fraction_static - (more - pre_capture_activation_reserve_mb_of(settings, capacity)) / capacity, 3
-    )
+    larger_settings = SimpleNamespace(chunked_prefill_size=chunk, **{name: getattr(settings, name) for name in names})
+    larger_reserve = pre_capture_activation_reserve_mb_of(larger_settings, capacity)
+    reserve = pre_capture_activation_reserve_mb_of(settings, capacity)
+    return round(settings.mem_fraction_static - (larger_reserve - reserve) / capacity, 3)

@@ -78,46 +78,48 @@ def arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
     for action in parser._actions:
         by_name |= {option[2:].replace("-", "_"): action for option in action.option_strings if len(option) > 2}
     words: list[str] = []
-    seen: list[argparse.Action] = []
+    actions_so_far: list[argparse.Action] = []
     for entry in read(path):
-        where = f"--config {path}: {entry.name}"
+        entry_label = f"--config {path}: {entry.name}"
         if entry.key not in by_name:
-            raise ShiftError(f"{where} is not the name of a flag; correct it there, without dashes before it")
+            raise ShiftError(f"{entry_label} is not the name of a flag; correct it there, without dashes before it")
         action = by_name[entry.key]
-        if action in seen:
-            raise ShiftError(f"{where} is given twice, by one name or by two; keep one of them")
-        seen.append(action)
-        words += _words(entry, action, where)
+        if action in actions_so_far:
+            raise ShiftError(f"{entry_label} is given twice, by one name or by two; keep one of them")
+        actions_so_far.append(action)
+        words += _entry_arguments(entry, action, entry_label)
     return words
 
 
-def _words(entry: Entry, action: argparse.Action, where: str) -> list[str]:
+def _entry_arguments(entry: Entry, action: argparse.Action, entry_label: str) -> list[str]:
     flag, value = action.option_strings[0], entry.value
     if isinstance(action, argparse._StoreTrueAction):
         if not isinstance(value, bool):
-            raise ShiftError(f"{where} is true or false, without quotes, and here it is neither")
+            raise ShiftError(f"{entry_label} is true or false, without quotes, and here it is neither")
         return [flag] if value else []
     if not (isinstance(action, argparse._StoreAction) or action.nargs is None) or action.dest == "config":
-        raise ShiftError(f"{where} cannot be given in a file; give {flag} on the command line")
+        raise ShiftError(f"{entry_label} cannot be given in a file; give {flag} on the command line")
     if value is None and entry.text not in (action.choices or ()):  # null is a choice of --disaggregation-mode
-        raise ShiftError(f"{where} has no value; give it one, or take the line out")
+        raise ShiftError(f"{entry_label} has no value; give it one, or take the line out")
     if isinstance(value, list):
         if action.nargs is None:
-            raise ShiftError(f"{where} takes one value, and here it has a list; give it one")
+            raise ShiftError(f"{entry_label} takes one value, and here it has a list; give it one")
         if any(item is None or isinstance(item, (list, dict)) for item in value):
-            raise ShiftError(f"{where} has a list in its list, a map or nothing; give it plain values")
+            raise ShiftError(f"{entry_label} has a list in its list, a map or nothing; give it plain values")
         return [flag, *map(str, value)] if value else []
     # Flag and value are one word. Otherwise argparse would take a value that begins with a dash for a flag.
-    return [f"{flag}={_written(entry, action, where)}"]
+    return [f"{flag}={_value_text(entry, action, entry_label)}"]
 
 
-def _written(entry: Entry, action: argparse.Action, where: str) -> str:
+def _value_text(entry: Entry, action: argparse.Action, entry_label: str) -> str:
     """A value as a command line has it. A text stays as the file has it, so an ``--api-key`` of 0123 is not 83."""
     if isinstance(entry.value, dict):
         try:
             return json.dumps(entry.value)
         except (TypeError, ValueError, RecursionError) as error:
-            raise ShiftError(f"{where} is no JSON ({error}), as which a map is passed; correct it there") from error
+            raise ShiftError(
+                f"{entry_label} is no JSON ({error}), as which a map is passed; correct it there"
+            ) from error
     text = str(entry.value)
     if isinstance(entry.value, bool):
         text = text.lower()

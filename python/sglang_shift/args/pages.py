@@ -64,7 +64,7 @@ REFUSAL_SECTIONS: dict[str, tuple[ModuleType, ...]] = {
 
 VALUES = "|".join((AUTO, "off", *POLICIES, *EXCHANGES, *EXCHANGE_DTYPES, "[A-Z]", r"\d+"))
 CODE = re.compile(
-    r"(?P<kept>\[[^]]*\]\([^)]*\)|`[^`]*`)"
+    r"(?P<verbatim>\[[^]]*\]\([^)]*\)|`[^`]*`)"
     rf"|--[a-z][\w-]*(?: (?:{VALUES})\b(?!:))?|\bSGLANG_\w+|\b\w+ForCausalLM\b|module:Class"
 )
 """Flags, variables and classes. Links, and text that is code already, stay."""
@@ -95,10 +95,11 @@ def refusals_page() -> str:
     features = [(code(feature.name), code(feature.why)) for feature in refusals.FEATURES]
     sections = []
     for title, modules in REFUSAL_SECTIONS.items():
-        rows = [(message_of(r), code(r.why)) for m in modules for r in refusals_of(m) if r is not refusals.FEATURE]
+        declared = [refusal for module in modules for refusal in refusals_of(module)]
+        rows = [(message_of(r), code(r.why)) for r in declared if r is not refusals.FEATURE_CONFLICT]
         sections.append(f"## {title}\n\n{table(('Message', 'Why'), rows)}")
     return REFUSALS_PAGE.format(
-        message=message_of(refusals.FEATURE),
+        message=message_of(refusals.FEATURE_CONFLICT),
         features=table(("Feature", "Reason"), features),
         sections="\n\n".join(sections),
     )
@@ -117,7 +118,7 @@ def message_of(refusal: Refusal) -> str:
 
 def code(text: str) -> str:
     """Plain text with each flag, variable and class marked as code."""
-    return CODE.sub(lambda match: match[0] if match["kept"] else f"`{match[0]}`", text)
+    return CODE.sub(lambda match: match[0] if match["verbatim"] else f"`{match[0]}`", text)
 
 
 def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -19,12 +19,12 @@ class Feature(NamedTuple):
 
     Attributes:
         name: What the user asks for.
-        asked: Whether the settings ask for the feature.
+        is_requested: Whether the settings ask for the feature.
         why: Why we cannot serve it.
     """
 
     name: str
-    asked: Callable[[Any], bool]
+    is_requested: Callable[[Any], bool]
     why: str
 
 
@@ -90,7 +90,7 @@ FEATURES = (
     Feature("megakernels", lambda a: a.enable_nvidia_megakernel or a.enable_amd_monokernel,
      "they replace the linears that SP mode runs through"),
 )  # fmt: skip
-FEATURE = Refusal(
+FEATURE_CONFLICT = Refusal(
     "{feature} cannot be combined with sequence parallelism: {reason}; leave one of them out",
     "Each of these features has its own reason.",
 )
@@ -148,12 +148,13 @@ def check_flags(settings: Any) -> None:
         Refused: two flags do not combine, or a value is not possible; the error has the reason.
     """
     switching, sp_size, world_size = settings.enable_shift_parallel, settings.sp_size, settings.tp_size
-    given = [(flag, getattr(settings, flag.name)) for flag in FLAGS if getattr(settings, flag.name) is not None]
-    for flag, value in given:
+    values = [(flag, getattr(settings, flag.name)) for flag in FLAGS]
+    flags_with_value = [(flag, value) for flag, value in values if value is not None]
+    for flag, value in flags_with_value:
         if flag.need is Need.SWITCHING and not switching:
             raise NEEDS_SWITCHING(flag=flag.option, value=value)
     if not switching and sp_size is None:
-        for flag, value in given:
+        for flag, value in flags_with_value:
             if flag.need is Need.SP:
                 raise NEEDS_SP(flag=flag.option, value=value, reason=flag.without)
         return
@@ -167,8 +168,8 @@ def check_flags(settings: Any) -> None:
     if sp_size is not None and world_size % sp_size:
         raise NOT_A_DIVISOR(S=sp_size, P=world_size)
     for feature in FEATURES:
-        if feature.asked(settings):
-            raise FEATURE(feature=feature.name, reason=feature.why)
+        if feature.is_requested(settings):
+            raise FEATURE_CONFLICT(feature=feature.name, reason=feature.why)
 
 
 def check_policy(settings: Any) -> None:

@@ -21,7 +21,7 @@ from sglang_shift.args.refusals import check_flags
 from sglang_shift.args.sp_size import auto_sp_size, check_sp_size
 from sglang_shift.errors import ShiftError
 from sglang_shift.flags import AUTO, BY_NAME, FLAGS, Flag
-from sglang_shift.graphs.plan import price_of_no_graphs
+from sglang_shift.graphs.plan import warning_without_graphs
 from sglang_shift.models.demo import demo_model_path
 from sglang_shift.parallel.exchange.choose import check_exchange
 from sglang_shift.resolution import shift_config_of
@@ -113,8 +113,8 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
     if adjustment.fields:
         declare_resolution(server_args, "sglang_shift", **adjustment.fields)
         logger.info("sglang_shift: %s", adjustment.reason)
-    if price := price_of_no_graphs(config, settings):
-        logger.warning("sglang_shift: %s", price)
+    if warning := warning_without_graphs(config, settings):
+        logger.warning("sglang_shift: %s", warning)
     declare_resolution(
         server_args,
         "sglang_shift",
@@ -152,13 +152,13 @@ def prepare_server_args(argv: list[str], prog: str = "python -m sglang_shift.lau
     actions["model_path"].required = False
     files: list[str] = []
 
-    def note(path: str) -> str:
+    def record_file(path: str) -> str:
         files.append(path)
         return path
 
-    actions["config"].type = note  # of two files, argparse would silently keep the last one
+    actions["config"].type = record_file  # of two files, argparse would silently keep the last one
 
-    raw, words = parser.parse_args(argv), list(argv)
+    namespace, command_line = parser.parse_args(argv), list(argv)
     if len(files) > 1:
         raise ShiftError(f"--config is given twice ({' and '.join(files)}); give one file")
     if files:
@@ -166,20 +166,22 @@ def prepare_server_args(argv: list[str], prog: str = "python -m sglang_shift.lau
         from_file = config_file.arguments(parser.file, parser)
         values = parser.parse_args(from_file)
         parser.file = ""
-        raw, words = parser.parse_args(argv, namespace=values), [*from_file, *argv]
+        namespace, command_line = parser.parse_args(argv, namespace=values), [*from_file, *argv]
 
-    level = getattr(logging, raw.log_level.upper(), None)
+    level = getattr(logging, namespace.log_level.upper(), None)
     if not isinstance(level, int):
-        raise ShiftError(f"--log-level {raw.log_level} is unknown; choose debug, info, warning, error or critical")
+        raise ShiftError(
+            f"--log-level {namespace.log_level} is unknown; choose debug, info, warning, error or critical"
+        )
     logging.basicConfig(level=level, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S", force=True)
-    if raw.model_path is None:
-        raw.model_path = demo_model_path()
+    if namespace.model_path is None:
+        namespace.model_path = demo_model_path()
         logger.warning("sglang_shift: No model is named, so the demo model is served. For yours, give --model-path.")
-    raw._radix_eviction_policy_explicitly_set = raw.radix_eviction_policy is not None
-    if raw.radix_eviction_policy is None:
-        raw.radix_eviction_policy = eviction_policy
-    server_args = ShiftServerArgs.from_cli_args(raw)
+    namespace._radix_eviction_policy_explicitly_set = namespace.radix_eviction_policy is not None
+    if namespace.radix_eviction_policy is None:
+        namespace.radix_eviction_policy = eviction_policy
+    server_args = ShiftServerArgs.from_cli_args(namespace)
     from sglang.srt.sampling.watermarking.core import redact_watermark_command_line
 
-    server_args._launch_command = redact_watermark_command_line(words, raw.watermark_config)
+    server_args._launch_command = redact_watermark_command_line(command_line, namespace.watermark_config)
     return server_args

@@ -65,12 +65,12 @@ class Pool:
     Attributes:
         minimum: Bytes. If no S leaves this much, the server refuses to start.
         target: Bytes, ``minimum`` or more. The choice is the largest S that leaves this much.
-        words: A text that says how ``minimum`` and ``target`` follow from the settings.
+        description: A text that says how ``minimum`` and ``target`` follow from the settings.
     """
 
     minimum: int
     target: int
-    words: str
+    description: str
 
 
 def check_sp_size(value: Any) -> None:
@@ -84,7 +84,7 @@ def check_sp_size(value: Any) -> None:
     raise NOT_A_SIZE(value=repr(value))
 
 
-def on_our_cpu_platform() -> bool:
+def uses_shift_cpu_platform() -> bool:
     """Whether SGLang's platform on this machine is :class:`sglang_shift.platforms.cpu.ShiftCpuPlatform`."""
     from sglang.srt.platforms import current_platform
 
@@ -104,7 +104,7 @@ def rank_memory_bytes(settings: Any) -> int:
     Raises:
         Refused: the capacity cannot be read.
     """
-    if on_our_cpu_platform():
+    if uses_shift_cpu_platform():
         return int(psutil.virtual_memory().available * CPU_FRACTION / local_ranks(settings))
     capacity = get_device_memory_capacity(settings.device)  # MiB
     if not capacity:
@@ -112,7 +112,7 @@ def rank_memory_bytes(settings: Any) -> int:
     return int(capacity * MIB * settings.mem_fraction_static)
 
 
-LEAST_SHARE = 8
+MIN_POOL_DIVISOR = 8
 """If the user gave no size of the KV pool, the pool needs 1/8 of the memory, or room for the longest request."""
 
 
@@ -139,8 +139,8 @@ def pool_of(settings: Any, model_config: Any, memory: int) -> Pool:
     longest = context * per_token
     target = max(longest, memory // 2)
     what = f"half of the memory, {size_text(target)}" if target > longest else f"{size_text(target)}"
-    words = f"a KV pool of {what} (one request of {context} tokens needs {size_text(longest)})"
-    return Pool(min(longest, memory // LEAST_SHARE), target, words)
+    description = f"a KV pool of {what} (one request of {context} tokens needs {size_text(longest)})"
+    return Pool(min(longest, memory // MIN_POOL_DIVISOR), target, description)
 
 
 def choose_sp_size(weights: Mapping[int, int], memory: int, pool: Pool) -> SpSizeDecision:
@@ -161,14 +161,14 @@ def choose_sp_size(weights: Mapping[int, int], memory: int, pool: Pool) -> SpSiz
     if fitting := [s for s in weights if weights[s] + pool.target <= memory]:
         s = max(fitting)
         which = "the largest candidate, and its weights fit" if s == max(weights) else "the largest that fits"
-        return SpSizeDecision(s, f"S={s} is {which} beside {pool.words}; {numbers}")
+        return SpSizeDecision(s, f"S={s} is {which} beside {pool.description}; {numbers}")
     s = min(weights)
     if weights[s] + pool.minimum <= memory:
         left = size_text(memory - weights[s])
-        return SpSizeDecision(s, f"no S fits beside {pool.words}; S={s} leaves the most, {left}; {numbers}")
+        return SpSizeDecision(s, f"no S fits beside {pool.description}; S={s} leaves the most, {left}; {numbers}")
     if weights[s] < memory:
-        raise NO_ROOM_FOR_THE_POOL(pool=pool.words, numbers=numbers, S=s)
-    raise NO_ROOM_FOR_THE_WEIGHTS(pool=pool.words, numbers=numbers)
+        raise NO_ROOM_FOR_THE_POOL(pool=pool.description, numbers=numbers, S=s)
+    raise NO_ROOM_FOR_THE_WEIGHTS(pool=pool.description, numbers=numbers)
 
 
 def auto_sp_size(server_args: Any) -> SpSizeDecision:

@@ -100,7 +100,7 @@ def powers(last: int) -> list[int]:
 class Bench(Protocol):
     """Runs steps of a shape. ``runtime.calibration_steps`` has the bench of a server."""
 
-    prepared: StepShape | None
+    prepared_shape: StepShape | None
     """The shape whose steps can run now."""
 
     def make_room(self, shape: StepShape) -> bool:
@@ -212,7 +212,7 @@ class _Laps:
     def run(self, mode: Mode, after: Mode | None = None) -> Generator[None, None, float]:
         """Run one lap, and return its seconds as agreed. Prepare the shape first if the bench was released."""
         started = self.clock()
-        if self.bench.prepared is not self.shape:
+        if self.bench.prepared_shape is not self.shape:
             self._prepare()
         seconds, failure = math.inf, ""
         try:

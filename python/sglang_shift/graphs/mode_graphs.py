@@ -33,7 +33,7 @@ RUNNERS = {Phase.DECODE: "decode_cuda_graph_runner", Phase.PREFILL: "prefill_cud
 """The attribute of SGLang's model runner that holds the graph runner of each phase."""
 SIZES = {Phase.DECODE: "capture_bs", Phase.PREFILL: "capture_num_tokens"}
 """The attribute of a graph runner that holds the sizes it captured."""
-OURS = tuple(mode for mode in MODES if mode is not Mode.TP)
+SHIFT_MODES = tuple(mode for mode in MODES if mode is not Mode.TP)
 """The modes that we capture graphs for. SGLang captures the graphs of TP."""
 
 
@@ -46,20 +46,20 @@ class GraphSet:
         runner: The graph runner. It is None if steps run eagerly, and for TP, because SGLang keeps TP's runner.
         gib: Device memory of the graphs, in GiB; None for TP, because SGLang reports it.
         seconds: How long the capture took; None for TP.
-        replayed: Number of steps that replayed a graph.
-        missed: Number of steps that found no graph and ran eagerly.
+        replay_steps: Number of steps that replayed a graph.
+        eager_steps: Number of steps that found no graph and ran eagerly.
     """
 
     sizes: tuple[int, ...] = ()
     runner: Any = None
     gib: float | None = None
     seconds: float | None = None
-    replayed: int = 0
-    missed: int = 0
+    replay_steps: int = 0
+    eager_steps: int = 0
 
     def report(self) -> dict[str, Any]:
         """The set as a JSON value, for ``/server_info``."""
-        value: dict[str, Any] = {"sizes": list(self.sizes), "replayed": self.replayed, "missed": self.missed}
+        value: dict[str, Any] = {"sizes": list(self.sizes), "replayed": self.replay_steps, "missed": self.eager_steps}
         if self.gib is not None and self.seconds is not None:
             value |= {"gib": round(self.gib, 3), "seconds": round(self.seconds, 2)}
         return value
@@ -92,7 +92,7 @@ class PhaseGraphs:
 
         For TP this is the next of SGLang's sizes, whether or not TP has a graph of that size.
         """
-        sizes = {mode: self.plan.ladder if mode is Mode.TP else found.sizes for mode, found in self.sets.items()}
+        sizes = {mode: graph_set.sizes for mode, graph_set in self.sets.items()} | {Mode.TP: self.plan.sglang_sizes}
         return {mode: padded(tokens, of_mode, self.factor) for mode, of_mode in sizes.items()}
 
     def count(self, mode: Mode, replayed: bool) -> bool | None:
@@ -102,17 +102,17 @@ class PhaseGraphs:
             mode: The mode of the step.
             replayed: Whether the step replayed a graph; False if it ran eagerly.
         """
-        if not any(found.sizes for found in self.sets.values()):
+        if not any(graph_set.sizes for graph_set in self.sets.values()):
             return None
         if replayed:
-            self.sets[mode].replayed += 1
+            self.sets[mode].replay_steps += 1
         else:
-            self.sets[mode].missed += 1
+            self.sets[mode].eager_steps += 1
         return replayed
 
     def report(self) -> dict[str, Any]:
         """The sets by mode as a JSON value, for ``/server_info``."""
-        return {mode.value: found.report() for mode, found in self.sets.items()}
+        return {mode.value: graph_set.report() for mode, graph_set in self.sets.items()}
 
 
 class ModeGraphs:
@@ -135,14 +135,15 @@ class ModeGraphs:
         self.runner = runner
         exact = get_exec().graph.disable_cuda_graph_padding
         factors = {Phase.DECODE: 1.0 if exact else math.inf, Phase.PREFILL: _MAX_PREFILL_CUDA_GRAPH_PADDING_FACTOR}
-        plans = {phase: plan_graphs(ladder, config, exact, factors[phase]) for phase, ladder in ladders(runner).items()}
+        sizes_by_phase = sglang_sizes_by_phase(runner)
+        plans = {phase: plan_graphs(sizes, config, exact, factors[phase]) for phase, sizes in sizes_by_phase.items()}
         if get_observability().forward_hooks:
             # SGLang registers the hooks after its own capture, so its graphs do not have them. A later capture would.
-            none: dict[Mode, tuple[int, ...]] = dict.fromkeys(OURS, ())
+            none: dict[Mode, tuple[int, ...]] = dict.fromkeys(SHIFT_MODES, ())
             plans = {phase: replace(plan, sizes=plan.sizes | none) for phase, plan in plans.items()}
         self.phases = {phase: PhaseGraphs(plan, factors[phase]) for phase, plan in plans.items()}
 
-    def of(self, prefill: bool) -> PhaseGraphs:
+    def for_phase(self, prefill: bool) -> PhaseGraphs:
         """The graphs for prefill steps, or for decode steps. A step with prompt tokens is a prefill step."""
         return self.phases[Phase.PREFILL if prefill else Phase.DECODE]
 
@@ -153,25 +154,25 @@ class ModeGraphs:
             capture_tp: SGLang's own capture of all ``phases``.
             phases: The phases to capture.
         """
-        if not any(self.phases[phase].plan.ladder for phase in phases):
+        if not any(self.phases[phase].plan.sglang_sizes for phase in phases):
             capture_tp()
             return
         runner, plans = self.runner, {phase: self.phases[phase].plan for phase in phases}
         for phase in phases:
-            for mode in OURS:
+            for mode in SHIFT_MODES:
                 self.phases[phase].sets[mode].runner = None  # the new capture needs the memory of the old graphs
         # All sets share one buffer for logits. It must fit the largest graph of any set.
-        with limited({phase: tuple(chain(*plan.sizes.values())) for phase, plan in plans.items()}):
+        with limit_sizes({phase: tuple(chain(*plan.sizes.values())) for phase, plan in plans.items()}):
             logits = runner.graph_shared_output = GraphSharedOutput.create_for_model_runner(runner)
-        with limited({phase: plan.sizes[Mode.TP] for phase, plan in plans.items()}):
+        with limit_sizes({phase: plan.sizes[Mode.TP] for phase, plan in plans.items()}):
             capture_tp()
         runner.graph_shared_output = logits
-        for mode in OURS:
-            with limited({phase: plan.sizes[mode] for phase, plan in plans.items()}), capturing(runner, mode):
+        for mode in SHIFT_MODES:
+            with limit_sizes({phase: plan.sizes[mode] for phase, plan in plans.items()}), capturing(runner, mode):
                 for phase in reversed(phases):  # SGLang, too, captures prefills first
                     self._capture(phase, mode)
         for phase in phases:
-            self._take_stock(phase)
+            self._record_sizes(phase)
 
     @relies_on(
         "sglang.srt.model_executor.model_runner_components.cuda_graph_setup:capture_decode_graph",
@@ -191,22 +192,22 @@ class ModeGraphs:
         else:
             captured = capture_decode_graph(model_runner=runner)
         # If SGLang captures no graphs of this phase, it returns None or its eager runner.
-        found = graphs.sets[mode]
-        found.runner = captured.runner if hasattr(captured.runner, SIZES[phase]) else None
-        found.gib, found.seconds = captured.memory_usage_gb, captured.capture_time
+        graph_set = graphs.sets[mode]
+        graph_set.runner = captured.runner if hasattr(captured.runner, SIZES[phase]) else None
+        graph_set.gib, graph_set.seconds = captured.memory_usage_gb, captured.capture_time
         runner.graph_memory_usage = merge_graph_memory_usage(runner.graph_memory_usage, captured.memory_usage)
         runner.graph_time_usage = merge_graph_time_usage(runner.graph_time_usage, captured.time_usage)
 
-    def _take_stock(self, phase: str) -> None:
+    def _record_sizes(self, phase: str) -> None:
         sets = self.phases[phase].sets
-        for mode, found in sets.items():
-            runner = getattr(self.runner, RUNNERS[phase]) if mode is Mode.TP else found.runner
-            found.sizes = tuple(getattr(runner, SIZES[phase], ()))
-        text = "; ".join(f"{mode.name} {found}" for mode, found in sets.items())
+        for mode, graph_set in sets.items():
+            runner = getattr(self.runner, RUNNERS[phase]) if mode is Mode.TP else graph_set.runner
+            graph_set.sizes = tuple(getattr(runner, SIZES[phase], ()))
+        text = "; ".join(f"{mode.name} {graph_set}" for mode, graph_set in sets.items())
         logger.info("sglang_shift: CUDA graphs (%s): %s", phase, text)
 
     @contextmanager
-    def used(self, mode: Mode) -> Iterator[None]:
+    def install(self, mode: Mode) -> Iterator[None]:
         """Inside of this context, the model runner has the graphs of ``mode``, and no others."""
         if mode is Mode.TP:
             yield
@@ -220,13 +221,13 @@ class ModeGraphs:
             for name, runner in tp.items():
                 setattr(self.runner, name, runner)
 
-    def captured(self) -> dict[str, dict[str, list[int]]]:
+    def captured_sizes(self) -> dict[str, dict[str, list[int]]]:
         """The captured sizes, by phase and mode; empty if there are none at all."""
-        captured = {
-            phase: {mode.value: list(found.sizes) for mode, found in graphs.sets.items()}
+        captured_sizes = {
+            phase: {mode.value: list(graph_set.sizes) for mode, graph_set in graphs.sets.items()}
             for phase, graphs in self.phases.items()
         }
-        return captured if any(any(by_mode.values()) for by_mode in captured.values()) else {}
+        return captured_sizes if any(any(by_mode.values()) for by_mode in captured_sizes.values()) else {}
 
     def report(self) -> dict[str, Any]:
         """The sets by phase and mode as a JSON value, for ``/server_info``."""
@@ -237,7 +238,7 @@ class ModeGraphs:
     "sglang.srt.model_executor.runner.base_cuda_graph_runner:get_batch_sizes_to_capture",
     "it says which batch sizes are captured",
 )
-def ladders(runner: Any) -> dict[str, list[int]]:
+def sglang_sizes_by_phase(runner: Any) -> dict[str, list[int]]:
     """The sizes that SGLang would capture, by phase."""
     sizes: dict[str, list[int]] = {phase: [] for phase in Phase.ALL}
     if not current_platform.capabilities.graph_capture:
@@ -251,13 +252,13 @@ def ladders(runner: Any) -> dict[str, list[int]]:
     if not check_cuda_graph_backend(Phase.PREFILL, Backend.DISABLED):
         # The dummy batch of capture_prefill_graph cannot have more tokens than this.
         most = runner.req_to_token_pool.size * runner.model_config.context_len
-        wanted = get_exec().graph.cuda_graph_config.prefill.bs or []
-        sizes[Phase.PREFILL] = sorted(size for size in wanted if size <= most)
+        sglang_sizes = get_exec().graph.cuda_graph_config.prefill.bs or []
+        sizes[Phase.PREFILL] = sorted(size for size in sglang_sizes if size <= most)
     return sizes
 
 
 @contextmanager
-def limited(sizes: dict[str, tuple[int, ...]]) -> Iterator[None]:
+def limit_sizes(sizes: dict[str, tuple[int, ...]]) -> Iterator[None]:
     """Inside of this context, SGLang captures only these sizes, by phase. Without sizes, it captures nothing."""
     config = get_exec().graph.cuda_graph_config
     before = {phase: (config[phase].bs, config[phase].backend) for phase in sizes}

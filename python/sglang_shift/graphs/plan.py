@@ -20,31 +20,33 @@ class GraphPlan:
     """The sizes of the graphs of one phase, ascending. They are requests of a decode step, or tokens of a prefill.
 
     Attributes:
-        ladder: SGLang's sizes. A step is padded to one of them, and this padded size can decide its mode.
+        sglang_sizes: SGLang's sizes. A step is padded to one of them, and this padded size can decide its mode.
         sizes: The sizes to capture in each mode.
     """
 
-    ladder: tuple[int, ...] = ()
+    sglang_sizes: tuple[int, ...] = ()
     sizes: dict[Mode, tuple[int, ...]] = field(default_factory=lambda: dict.fromkeys(MODES, ()))
 
 
-def plan_graphs(ladder: Sequence[int], config: ShiftConfig, exact: bool = False, factor: float = math.inf) -> GraphPlan:
+def plan_graphs(
+    sglang_sizes: Sequence[int], config: ShiftConfig, exact: bool = False, factor: float = math.inf
+) -> GraphPlan:
     """Capture each size in the modes that the policy may choose for it, and in no other.
 
     In SP, sizes are rounded up to multiples of S. A rank then has the same number of rows, and there are fewer graphs.
     ``--shift-graph-buckets`` limits the number of these graphs.
 
     Args:
-        ladder: SGLang's sizes, ascending.
+        sglang_sizes: SGLang's sizes, ascending.
         config: It has the policy, its threshold, S, and the largest number of graphs in SP. If the policy or the
             threshold changes at run time, a step may find no graph.
         exact: Whether a graph only serves steps of its own size (``--disable-cuda-graph-padding``).
         factor: A step may be padded to at most ``factor`` times its tokens.
     """
-    sizes = {mode: tuple(size for size in ladder if mode in modes_of(size, config)) for mode in MODES}
-    sp = graph_batch_sizes_suit(sizes[Mode.SP], 1 if exact else config.sp_size)
-    sizes[Mode.SP] = tuple(sp if config.graph_buckets is None else thinned(sp, config.graph_buckets, factor))
-    return GraphPlan(tuple(ladder), sizes)
+    sizes = {mode: tuple(size for size in sglang_sizes if mode in modes_of(size, config)) for mode in MODES}
+    sp = round_up_sizes(sizes[Mode.SP], 1 if exact else config.sp_size)
+    sizes[Mode.SP] = tuple(sp if config.graph_buckets is None else select_sizes(sp, config.graph_buckets, factor))
+    return GraphPlan(tuple(sglang_sizes), sizes)
 
 
 def modes_of(size: int, config: ShiftConfig) -> tuple[Mode, ...]:
@@ -60,7 +62,7 @@ def modes_of(size: int, config: ShiftConfig) -> tuple[Mode, ...]:
     return MODES
 
 
-def price_of_no_graphs(config: ShiftConfig, settings: Any) -> str | None:
+def warning_without_graphs(config: ShiftConfig, settings: Any) -> str | None:
     """One sentence for the log about the cost of no graphs in SP; None if the user has not asked for that.
 
     It is also None if that costs nothing: SGLang captures no graphs, the device is not a GPU, or no step runs in SP.
@@ -81,7 +83,7 @@ def price_of_no_graphs(config: ShiftConfig, settings: Any) -> str | None:
     )
 
 
-def thinned(sizes: Sequence[int], most: int, factor: float = math.inf) -> list[int]:
+def select_sizes(sizes: Sequence[int], most: int, factor: float = math.inf) -> list[int]:
     """Choose at most ``most`` of the ascending ``sizes``: the largest, and from there down by a constant ratio.
 
     The ratio is such that the last size is the smallest of ``sizes``, but it is at most ``factor``. A step between two
@@ -90,15 +92,15 @@ def thinned(sizes: Sequence[int], most: int, factor: float = math.inf) -> list[i
     if most >= len(sizes):
         return list(sizes)
     ratio = min(factor, (sizes[-1] / sizes[0]) ** (1 / (most - 1))) if most > 1 else factor
-    kept: list[int] = []
+    selection: list[int] = []
     end = len(sizes)
     for i in range(most):
-        wanted = max(sizes[-1] / ratio**i, kept[-1] / factor) if kept else sizes[-1]
-        end = min(bisect_left(sizes, wanted), end - 1)  # below the last size, even if the next size is nearer than this
+        target = max(sizes[-1] / ratio**i, selection[-1] / factor) if selection else sizes[-1]
+        end = min(bisect_left(sizes, target), end - 1)  # below the last size, even if the next size is nearer than this
         if end < 0:
             break
-        kept.append(sizes[end])
-    return kept[::-1]
+        selection.append(sizes[end])
+    return selection[::-1]
 
 
 def padded(tokens: int, sizes: Sequence[int], factor: float = math.inf) -> int:
@@ -111,7 +113,7 @@ def padded(tokens: int, sizes: Sequence[int], factor: float = math.inf) -> int:
     return sizes[i] if i < len(sizes) and sizes[i] <= factor * tokens else tokens
 
 
-def graph_batch_sizes_suit(sizes: Sequence[int], sp_size: int) -> list[int]:
+def round_up_sizes(sizes: Sequence[int], sp_size: int) -> list[int]:
     """Sizes for graphs of SP steps: multiples of S, so that a full graph has no rank with rows of padding.
 
     A size that is not a multiple of S is rounded up, so a graph still covers the largest batch. For S = 2 and 4,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch
 
 from sglang_shift.parallel.layout import padded_local_tokens
-from sglang_shift.parallel.step import Exit, Step
+from sglang_shift.parallel.step import ExitPlan, Step
 from sglang_shift.parallel.topology import Topology
 from sglang_shift.seams import relies_on
 
@@ -28,7 +28,7 @@ def enter(step: Step, num_tokens: int, device: torch.device) -> None:
         device: The device of the layers.
     """
     step.num_tokens = num_tokens
-    step.exit = plan_exit(rows_read(step.batch), num_tokens, step.topology, device) if step.exits else None
+    step.exit_plan = plan_exit(rows_read(step.batch), num_tokens, step.topology, device) if step.has_exit else None
 
 
 def scatter_tokens(step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ def scatter_tokens(step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
     enter(step, hidden_states.shape[0], hidden_states.device)
     local = padded_local_tokens(step.num_tokens, step.topology.layout.sp_size)
     start = step.topology.sp_index * local
-    return padded(hidden_states[start : start + local], local).contiguous()
+    return pad_rows(hidden_states[start : start + local], local).contiguous()
 
 
 def scatter_sum(step: Step, partial: torch.Tensor) -> torch.Tensor:
@@ -64,13 +64,13 @@ def scatter_sum(step: Step, partial: torch.Tensor) -> torch.Tensor:
         ``[ceil(T / S), h]``: the rows that :func:`scatter_tokens` would keep of the sum.
     """
     enter(step, partial.shape[0], partial.device)
-    step.entered = True
+    step.scattered_by_embedding = True
     topology = step.topology
     received = topology.exchange.all_to_all(kernels.pack_tokens(partial, topology.layout.sp_size))
     return topology.base_all_reduce(received.sum(0))
 
 
-def padded(x: torch.Tensor, rows: int) -> torch.Tensor:
+def pad_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
     """Pad ``x``, ``[n, h]``, with zeros to ``rows`` rows. If it has ``rows`` rows, return ``x`` itself."""
     return x if x.shape[0] == rows else F.pad(x, (0, 0, 0, rows - x.shape[0]))
 
@@ -109,7 +109,7 @@ def rows_read(batch: ForwardBatch) -> torch.Tensor | None:
     return torch.arange(int(counts.sum())) + (ends - counts.cumsum(0)).repeat_interleave(counts)
 
 
-def plan_exit(rows: torch.Tensor | None, num_tokens: int, topology: Topology, device: torch.device) -> Exit | None:
+def plan_exit(rows: torch.Tensor | None, num_tokens: int, topology: Topology, device: torch.device) -> ExitPlan | None:
     """Plan how ``rows`` leave the region.
 
     Args:
@@ -127,17 +127,17 @@ def plan_exit(rows: torch.Tensor | None, num_tokens: int, topology: Topology, de
     width = padded_local_tokens(num_tokens, size)
     owners = rows // width
     counts = owners.bincount(minlength=size)
-    most = int(counts.max())
-    if most == width:
+    rows_per_rank = int(counts.max())
+    if rows_per_rank == width:
         return None
     firsts = counts.cumsum(0) - counts
-    places = torch.arange(len(rows)) + (torch.arange(size) * most - firsts)[owners]
-    mine = rows[owners == me] - me * width
-    indices = on_device(torch.cat((mine, rows, places)), device)  # the one copy to the device
-    return Exit(most, *indices.split((len(mine), len(rows), len(rows))))
+    places = torch.arange(len(rows)) + (torch.arange(size) * rows_per_rank - firsts)[owners]
+    local_rows = rows[owners == me] - me * width
+    indices = copy_to_device(torch.cat((local_rows, rows, places)), device)  # the one copy to the device
+    return ExitPlan(rows_per_rank, *indices.split((len(local_rows), len(rows), len(rows))))
 
 
-def on_device(indices: torch.Tensor, device: torch.device) -> torch.Tensor:
+def copy_to_device(indices: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy ``indices`` from the CPU to ``device``. For a GPU the copy is asynchronous, in the order of its stream."""
     return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices.to(device)
 
@@ -152,15 +152,15 @@ def exit_gather(step: Step, local: torch.Tensor) -> torch.Tensor:
     Returns:
         ``[T, h]``: the rows that leave, in their places. All other rows are zeros.
     """
-    size, group, way = step.topology.layout.sp_size, step.topology.sp_group, step.exit
-    if way is None:
+    size, group, plan = step.topology.layout.sp_size, step.topology.sp_group, step.exit_plan
+    if plan is None:
         full = local.new_empty((size * local.shape[0], *local.shape[1:]))
         group.all_gather_into_tensor(full, local.contiguous())
         return full[: step.num_tokens]
-    sent = local.new_zeros((way.most, *local.shape[1:]))
-    sent[: len(way.mine)] = local[way.mine]
-    received = local.new_empty((size * way.most, *local.shape[1:]))
+    sent = local.new_zeros((plan.rows_per_rank, *local.shape[1:]))
+    sent[: len(plan.local_rows)] = local[plan.local_rows]
+    received = local.new_empty((size * plan.rows_per_rank, *local.shape[1:]))
     group.all_gather_into_tensor(received, sent)
     out = local.new_zeros((step.num_tokens, *local.shape[1:]))
-    out[way.rows] = received[way.places]
+    out[plan.rows] = received[plan.places]
     return out

@@ -20,21 +20,22 @@ from sglang_shift.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
-class Exit:
+class ExitPlan:
     """The plan of an exit: which rows leave the region, and their places in the all-gather.
 
     All indices are on the device.
 
     Attributes:
-        most: The number of rows that each rank sends. An all-gather has equal parts, so this is the largest number of
-            rows that leave on any rank.
-        mine: The rows that leave on this rank, ``most`` or fewer. They are counted from the first row of this rank.
+        rows_per_rank: The number of rows that each rank sends. An all-gather has equal parts, so this is the largest
+            number of rows that leave on any rank.
+        local_rows: The rows that leave on this rank, ``rows_per_rank`` or fewer. They are counted from the first row
+            of this rank.
         rows: The rows that leave on all ranks, as numbers from 0 to T - 1.
         places: The index of each of ``rows`` in the result of the all-gather.
     """
 
-    most: int
-    mine: torch.Tensor
+    rows_per_rank: int
+    local_rows: torch.Tensor
     rows: torch.Tensor
     places: torch.Tensor
 
@@ -47,19 +48,19 @@ class Step:
         mode: The mode of the step.
         topology: The topology of the step.
         batch: SGLang's forward batch.
-        exits: Whether the step leaves the token-sharded region. It is False for a graph of the layers alone.
+        has_exit: Whether the step leaves the token-sharded region. It is False for a graph of the layers alone.
         num_tokens: Rows that entered the region, with rows that pad the step to the size of a graph. The entry sets it.
-        entered: Whether the embedding has already kept only this rank's rows.
-        exit: The plan of the exit; None if all rows leave. The entry sets it.
+        scattered_by_embedding: Whether the embedding has already kept only this rank's rows.
+        exit_plan: The plan of the exit; None if all rows leave. The entry sets it.
     """
 
     mode: Mode
     topology: Topology
     batch: Any
-    exits: bool = True
+    has_exit: bool = True
     num_tokens: int = 0
-    entered: bool = False
-    exit: Exit | None = None
+    scattered_by_embedding: bool = False
+    exit_plan: ExitPlan | None = None
 
     @property
     def sharded(self) -> bool:
@@ -76,7 +77,7 @@ def current() -> Step | None:
 
 
 @contextmanager
-def running(step: Step) -> Iterator[Step]:
+def run_step(step: Step) -> Iterator[Step]:
     """Inside of this context, ``step`` is the step that runs.
 
     Raises:

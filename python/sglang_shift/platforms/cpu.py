@@ -109,7 +109,7 @@ def verify() -> None:
 @replaces(
     "sglang.srt.model_executor.model_runner:adjust_config_with_unaligned_cpu_tp",
     "KV heads are replicated as on GPUs; SGLang would pad them up to the TP size, and then fail to load",
-    where=is_active,
+    when=is_active,
 )
 def keep_config(model_config: Any, load_config: Any, tp_size: int) -> Any:
     """Return the model's configuration without a change, in place of ``adjust_config_with_unaligned_cpu_tp``."""

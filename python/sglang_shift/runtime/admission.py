@@ -30,8 +30,15 @@ MAX_TOP_K = 2**31 - 1
 """The largest top_k. It must fit the int32 tensor that holds it."""
 
 
-UNTYPED = ("input_ids", "input_embeds", "mm_inputs", "positional_embed_overrides", "time_stats", "sampling_params")
-"""Fields of a request that :func:`fit_types` does not check: they may be large, or SGLang itself makes them."""
+UNCHECKED_FIELDS = (
+    "input_ids",
+    "input_embeds",
+    "mm_inputs",
+    "positional_embed_overrides",
+    "time_stats",
+    "sampling_params",
+)
+"""Fields of a request that :func:`convert_types` does not check: they may be large, or SGLang itself makes them."""
 
 
 def check_samples(request: Any) -> None:
@@ -65,7 +72,7 @@ def check_labels(labels: Any) -> None:
             )
 
 
-def fit_types(request: Any) -> None:
+def convert_types(request: Any) -> None:
     """Convert each value of a tokenized request to the type of its field: 4.0 becomes 4.
 
     SGLang's ranks check types only with ``SGLANG_USE_PICKLE_IPC=0``. The route ``/generate`` checks types earlier. The
@@ -74,13 +81,13 @@ def fit_types(request: Any) -> None:
     Raises:
         ValueError: a value has another type.
     """
-    _fit(request, UNTYPED)
-    _fit(request.sampling_params, ("custom_params",))  # custom_params may hold any values, for custom processors
+    _convert(request, UNCHECKED_FIELDS)
+    _convert(request.sampling_params, ("custom_params",))  # custom_params may hold any values, for custom processors
 
 
-def _fit(struct: msgspec.Struct, untyped: Collection[str]) -> None:
+def _convert(struct: msgspec.Struct, unchecked: Collection[str]) -> None:
     for name, kind in _types(type(struct)).items():
-        if name not in untyped:
+        if name not in unchecked:
             try:
                 setattr(struct, name, msgspec.convert(getattr(struct, name), kind, strict=False))
             except msgspec.ValidationError as error:
@@ -113,7 +120,7 @@ def check_values(request: Any, model: Any) -> None:
     if request.input_embeds is not None:
         check_rows(request.input_embeds, model)
     if request.token_indices_to_pool is not None:
-        check_pooled(request)
+        check_logprob_positions(request)
     if (start := request.logprob_start_len) < -1:
         raise ValueError(f"logprob_start_len is {start} and must be at least -1; give -1 for the new tokens only")
     if not 0 <= (top := request.top_logprobs_num) <= vocab_size:
@@ -131,7 +138,7 @@ def check_rows(rows: Any, model: Any) -> None:
             raise ValueError(f"input_embeds has a row of {len(row)}, but the model's have {model.hidden_size} numbers")
 
 
-def check_pooled(request: Any) -> None:
+def check_logprob_positions(request: Any) -> None:
     """Check positions at which SGLang reads logprobs. ``/v1/score`` uses them for ``score_extraction_token_id``.
 
     Raises:
@@ -153,7 +160,7 @@ def check_pooled(request: Any) -> None:
     "sglang.srt.managers.schedule_batch:ScheduleBatch.prepare_for_extend",
     "it puts together which rows the requests of a step replace",
 )
-def as_overrides(request: Any) -> None:
+def replace_input_embeds(request: Any) -> None:
     """Turn ``input_embeds`` into tokens whose embeddings SGLang replaces by these rows. The answer is the same.
 
     In one step, SGLang concatenates only the rows of ``input_embeds``. If another request of the step has token ids,

@@ -28,7 +28,7 @@ WAIT = datetime.timedelta(seconds=120)
 """How long a rank waits for the statement of another rank."""
 WATCH_S = 1.0
 """Seconds between comparisons of the steps that the ranks ran."""
-KEPT_STEPS = 4096
+STEP_HISTORY = 4096
 """Steps that a rank remembers. A rank is never that many steps ahead of rank 0's last message."""
 
 
@@ -55,26 +55,28 @@ def check(config: ShiftConfig) -> None:
     """
     group = get_parallel().tp_group
     store = dist.PrefixStore("sglang_shift/agreement", dist.distributed_c10d._get_default_store())
-    mine = statement(config)
-    store.set(str(group.rank_in_group), json.dumps(mine))
+    own = statement(config)
+    store.set(str(group.rank_in_group), json.dumps(own))
     for other in range(group.world_size):
         try:
             store.wait([str(other)], WAIT)
         except (dist.DistStoreError, RuntimeError):
-            raise _logged(
+            raise _log_error(
                 f"rank {other} was started without sglang_shift: rank {group.rank_in_group} has "
                 f"--sp-size {config.sp_size} and waited {WAIT.seconds} s for it; start every node with the same command"
             ) from None
-        if problem := difference(group.rank_in_group, mine, other, json.loads(store.get(str(other)))):
-            raise _logged(problem)
+        if problem := difference(group.rank_in_group, own, other, json.loads(store.get(str(other)))):
+            raise _log_error(problem)
 
 
-def difference(rank: int, mine: dict[str, Any], other: int, theirs: dict[str, Any]) -> str | None:
+def difference(rank: int, own: dict[str, Any], other: int, other_statement: dict[str, Any]) -> str | None:
     """One sentence that names both ranks and both values, or None if the statements agree."""
-    differing = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+    differing = [key for key in {**own, **other_statement} if own.get(key) != other_statement.get(key)]
     if not differing:
         return None
-    pairs = ", ".join(f"{k} is {mine.get(k)} on rank {rank} and {theirs.get(k)} on rank {other}" for k in differing)
+    pairs = ", ".join(
+        f"{k} is {own.get(k)} on rank {rank} and {other_statement.get(k)} on rank {other}" for k in differing
+    )
     return f"ranks were started differently: {pairs}; start every node with the same command and versions"
 
 
@@ -108,9 +110,9 @@ class StepWatch:
         self._rank, self._store, self._end, self._period = rank, store, end or _end_server, period
         self._count = self._digest = 0
         self._last = (0, 0, (0, 0, MODES[0]))
-        self._kept = [self._last] * KEPT_STEPS
-        self._said = self._heard = 0
-        self._stopped = threading.Event()
+        self._history = [self._last] * STEP_HISTORY
+        self._last_sent = self._last_compared = 0
+        self._stop_event = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sglang_shift_watch", daemon=True)
 
     @classmethod
@@ -126,42 +128,42 @@ class StepWatch:
         self._thread.start()
 
     def stop(self) -> None:
-        self._stopped.set()
+        self._stop_event.set()
         self._thread.join(2 * self._period)
 
-    def note(self, tokens: int, prefill_tokens: int, mode: Mode) -> None:
+    def record(self, tokens: int, prefill_tokens: int, mode: Mode) -> None:
         """Record a step that is about to run. Its collectives depend on these arguments."""
         step = (tokens * 1_000_003 + prefill_tokens) * len(MODES) + MODES.index(mode)
         self._count = count = self._count + 1
         self._digest = digest = (self._digest * 1_000_003 + step + 1) % ((1 << 61) - 1)
         # This is one assignment, so the other thread sees the whole tuple or the one before.
-        self._kept[count % KEPT_STEPS] = self._last = (count, digest, (tokens, prefill_tokens, mode))
+        self._history[count % STEP_HISTORY] = self._last = (count, digest, (tokens, prefill_tokens, mode))
 
     def compare(self) -> str | None:
         """On rank 0, write to the store. On other ranks, compare, and return one sentence if the steps differ."""
         count, digest, step = self._last
         if self._rank == 0:
-            if count != self._said:
-                self._said = count
-                self._store.set("0", json.dumps([count, digest, _in_words(step)]))
+            if count != self._last_sent:
+                self._last_sent = count
+                self._store.set("0", json.dumps([count, digest, _describe(step)]))
             return None
         if not self._store.check(["0"]):
             return None
-        theirs, their_digest, their_step = json.loads(self._store.get("0"))
-        mine, my_digest, my_step = self._kept[theirs % KEPT_STEPS]
-        if theirs == self._heard or mine != theirs:  # this rank has compared that step, or has not run it yet
-            return None
-        self._heard = theirs
-        if my_digest == their_digest:
+        rank_0_count, rank_0_digest, rank_0_step = json.loads(self._store.get("0"))
+        own_count, own_digest, own_step = self._history[rank_0_count % STEP_HISTORY]
+        if rank_0_count == self._last_compared or own_count != rank_0_count:
+            return None  # this rank has compared that step, or has not run it yet
+        self._last_compared = rank_0_count
+        if own_digest == rank_0_digest:
             return None
         return (
-            f"ranks do not run the same steps: the steps up to number {theirs} differ, that one is "
-            f"{their_step} on rank 0 and {_in_words(my_step)} on rank {self._rank}; this rank ends, as the others "
+            f"ranks do not run the same steps: the steps up to number {rank_0_count} differ, that one is "
+            f"{rank_0_step} on rank 0 and {_describe(own_step)} on rank {self._rank}; this rank ends, as the others "
             "would wait for it without end (a policy must follow from what is the same on every rank)"
         )
 
     def _run(self) -> None:
-        while not self._stopped.wait(self._period):
+        while not self._stop_event.wait(self._period):
             try:
                 problem = self.compare()
             except Exception:  # the store is gone, so rank 0's node has ended, and this server ends with it
@@ -178,11 +180,11 @@ def _end_server() -> None:
     os._exit(1)
 
 
-def _in_words(step: tuple[int, int, Mode]) -> str:
+def _describe(step: tuple[int, int, Mode]) -> str:
     tokens, prefill_tokens, mode = step
     return f"{tokens} tokens, {prefill_tokens} of them of prompts, in {mode.name}"
 
 
-def _logged(message: str) -> ShiftError:
+def _log_error(message: str) -> ShiftError:
     logger.error("sglang_shift: %s", message)
     return ShiftError(message)

@@ -28,7 +28,7 @@ SERVER_ARGS = (
 
 VARIABLES = re.compile(r"NCCL_|GLOO_|SGLANG_\w*ALL_?REDUCE")
 """Environment variables with such a name change these times, too."""
-NO_MATTER = ("NCCL_COMM_ID", "NCCL_DEBUG", "NCCL_DEBUG_FILE", "NCCL_DEBUG_SUBSYS")
+IGNORED_VARIABLES = ("NCCL_COMM_ID", "NCCL_DEBUG", "NCCL_DEBUG_FILE", "NCCL_DEBUG_SUBSYS")
 """Variables with such a name that do not change these times."""
 
 
@@ -38,7 +38,7 @@ def settings_of(scheduler: Any, chunk: int, places: Sequence[str]) -> dict[str, 
     Args:
         scheduler: A :class:`sglang_shift.runtime.scheduler.ShiftScheduler` that is built.
         chunk: Prompt tokens of the largest step.
-        places: The result of :func:`place` on each rank.
+        places: The result of :func:`host_and_links` on each rank.
     """
     runner = scheduler.tp_worker.model_runner
     settings = {
@@ -55,12 +55,12 @@ def settings_of(scheduler: Any, chunk: int, places: Sequence[str]) -> dict[str, 
         "environment": communication_environment(),
         **{name: resolution_result(scheduler.server_args, name) for name in SERVER_ARGS},
     }
-    if captured := runner.graphs.captured():
-        settings["graphs"] = captured
+    if sizes := runner.graphs.captured_sizes():
+        settings["graphs"] = sizes
     return settings
 
 
-def place() -> str:
+def host_and_links() -> str:
     """Where this rank runs: its host, and how many NVLinks its GPU has."""
     return f"{socket.gethostname()} {nvlinks()}"
 
@@ -106,5 +106,5 @@ def flashinfer_version() -> str:
 
 def communication_environment() -> dict[str, str]:
     """The environment variables that configure the communication libraries."""
-    names = sorted(name for name in os.environ if VARIABLES.match(name) and name not in NO_MATTER)
+    names = sorted(name for name in os.environ if VARIABLES.match(name) and name not in IGNORED_VARIABLES)
     return {name: os.environ[name] for name in names}

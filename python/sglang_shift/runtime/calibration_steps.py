@@ -20,7 +20,7 @@ from sglang_shift.modes import Mode
 
 WAIT = datetime.timedelta(seconds=60)
 """How long a rank with a failed step waits for the results of the other ranks."""
-EVICTED_SHARE = 4
+EVICTION_DIVISOR = 4
 """During serving, a measured step may evict 1/4 of the KV pool from the prefix cache, oldest entries first."""
 
 
@@ -34,12 +34,12 @@ class SchedulerBench:
         scheduler: A :class:`sglang_shift.runtime.scheduler.ShiftScheduler` that is built and idle.
 
     Attributes:
-        prepared: The shape that :meth:`run` runs; None if no shape is prepared.
+        prepared_shape: The shape that :meth:`run` runs; None if no shape is prepared.
     """
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
-        self.prepared: StepShape | None = None
+        self.prepared_shape: StepShape | None = None
         self._reqs: list[Any] = []
         self._batch: Any = None
         self._input_ids: torch.Tensor | None = None
@@ -54,14 +54,16 @@ class SchedulerBench:
         scheduler = self.scheduler
         allocator, cache = scheduler.token_to_kv_pool_allocator, scheduler.tree_cache
         needed = shape.slots + 2 * scheduler.page_size * len(shape.requests)
-        short = max(0, needed - allocator.available_size())
-        rows = len(shape.requests) - scheduler.req_to_token_pool.available_size()
-        evictable = min(cache.evictable_size(), scheduler.max_total_num_tokens // EVICTED_SHARE)
-        most_short, too_short, rows_short = self.agree([short, short - evictable, rows])
-        if too_short > 0 or rows_short > 0:
+        missing_slots = max(0, needed - allocator.available_size())
+        missing_rows = len(shape.requests) - scheduler.req_to_token_pool.available_size()
+        evictable = min(cache.evictable_size(), scheduler.max_total_num_tokens // EVICTION_DIVISOR)
+        most_missing_slots, unevictable_slots, most_missing_rows = self.agree(
+            [missing_slots, missing_slots - evictable, missing_rows]
+        )
+        if unevictable_slots > 0 or most_missing_rows > 0:
             return False
-        if most_short > 0:
-            cache.evict(EvictParams(num_tokens=int(most_short)))
+        if most_missing_slots > 0:
+            cache.evict(EvictParams(num_tokens=int(most_missing_slots)))
         return not self.agree([max(0, needed - allocator.available_size())])[0]
 
     def prepare(self, shape: StepShape) -> None:
@@ -87,7 +89,7 @@ class SchedulerBench:
         else:
             input_ids = batch.prefill_input_ids_cpu.to(batch.device)
         batch.prefill_input_ids_cpu = None
-        self._batch, self._input_ids, self.prepared = batch, input_ids, shape
+        self._batch, self._input_ids, self.prepared_shape = batch, input_ids, shape
 
     def run(self, mode: Mode, after: Mode | None = None) -> float:
         """Run one step as serving does, and return its seconds.
@@ -141,7 +143,7 @@ class SchedulerBench:
             if req.kv.holds_kv:
                 allocator.free(pool.req_to_token[req.kv.req_pool_idx, : req.kv.kv_allocated_len].long())
                 pool.free(req)
-        self._reqs, self._batch, self._input_ids, self.prepared = [], None, None, None
+        self._reqs, self._batch, self._input_ids, self.prepared_shape = [], None, None, None
 
     def agree(self, numbers: Sequence[float], failure: str = "") -> list[float]:
         """Reduce each number to its largest value over all ranks. Collective.

@@ -18,7 +18,7 @@ from sglang_shift.cost.calibration import Calibration, CalibrationError, cache_f
 from sglang_shift.cost.measure import BUDGET_CPU, BUDGET_GPU, Measured, StepShape, grid, measure
 from sglang_shift.modes import MODES, Mode
 from sglang_shift.policy.selector import DRIFT_STEPS
-from sglang_shift.runtime.calibration_key import place, settings_of
+from sglang_shift.runtime.calibration_key import host_and_links, settings_of
 from sglang_shift.runtime.calibration_steps import SchedulerBench
 from sglang_shift.seams import relies_on
 
@@ -40,28 +40,28 @@ class Calibrator:
 
     Attributes:
         text: The source of the calibration, or the reason why there is none.
-        broken: A mode that failed during the measurement, or None.
+        failed_mode: A mode that failed during the measurement, or None.
     """
 
     def __init__(self, scheduler: Any, config: ShiftConfig, chunk: int) -> None:
         self.scheduler, self.config, self.chunk = scheduler, config, chunk
         self.bench = SchedulerBench(scheduler)
         self.text = "off"
-        self.broken: Mode | None = None
-        self._leads = get_parallel().tp_rank == 0
+        self.failed_mode: Mode | None = None
+        self._is_rank_0 = get_parallel().tp_rank == 0
         self._path: Path | None = None
         self._calibration: Calibration | None = None  # the one in use
-        self._running: Generator[None, None, None] | None = None
+        self._measurement_run: Generator[None, None, None] | None = None
         self._interval = 2 * DRIFT_STEPS
         self._next_check = self._interval
-        self._found = Measured()
+        self._results = Measured()
 
     def start(self) -> Calibration | None:
         """Load the saved calibration, or measure a new one. If neither works, log why and return None."""
         if self.config.calibration == "off":
             return None
         self._shapes = self._agreed_grid()
-        self._places = self.scheduler.tp_group.all_gather_object(place())
+        self._places = self.scheduler.tp_group.all_gather_object(host_and_links())
         self._calibration, self.text, measure_now = self._from_rank_0(self._load)
         if self._calibration is not None:
             self._log("sglang_shift: %s", self.text)
@@ -81,7 +81,7 @@ class Calibrator:
             steps: Steps so far. They tell every rank at the same point when to check for drift; a clock would not.
             drifted: Whether this rank has found drift. Only rank 0 measures drift.
         """
-        if self._running is None:
+        if self._measurement_run is None:
             if self._calibration is None or steps < self._next_check:
                 return None
             self._next_check = steps + self._interval
@@ -90,29 +90,29 @@ class Calibrator:
         any_drifted, any_hindered, any_busy = self.bench.agree([float(drifted), float(bool(hindrance)), float(busy)])
         if any_hindered:
             self._stop(hindrance)
-        elif self._running is None and any_drifted:
+        elif self._measurement_run is None and any_drifted:
             # If new calibrations do not end the drift, they are not the remedy. So wait longer before the next one.
             self._interval *= 2
             self._next_check = steps + self._interval
             self._log("sglang_shift: calibrating again, as step times have drifted")
-            self._running = self._measure()
-        if self._running is None or any_busy:
+            self._measurement_run = self._measure()
+        if self._measurement_run is None or any_busy:
             return None
         try:
-            return self._turn(self._running)
+            return self._run_turn(self._measurement_run)
         except CalibrationError as error:
-            self._running = None
+            self._measurement_run = None
             self._log("sglang_shift: the new calibration failed, the old one stays: %s", error)
             return None
 
-    def _turn(self, running: Iterator[None]) -> Calibration | None:
+    def _run_turn(self, measurement_run: Iterator[None]) -> Calibration | None:
         """Run some laps. Return the calibration if they were the last laps. At the end all slots are free again."""
-        end = self._found.seconds + TURN_SECONDS
+        end = self._results.seconds + TURN_SECONDS
         try:
-            while self._found.seconds < end:
-                next(running)
+            while self._results.seconds < end:
+                next(measurement_run)
         except StopIteration:
-            self._running = None
+            self._measurement_run = None
             return self._finish(self._renew)
         finally:
             self.bench.release()
@@ -135,9 +135,9 @@ class Calibrator:
 
     def _stop(self, why: str) -> None:
         """Stop the calibration that is running, if there is one."""
-        if self._running is not None:
-            self._running.close()
-            self._running = None
+        if self._measurement_run is not None:
+            self._measurement_run.close()
+            self._measurement_run = None
             self._log("sglang_shift: stopped calibrating, because %s; the old calibration stays", why)
 
     def _agreed_grid(self) -> list[StepShape]:
@@ -167,20 +167,20 @@ class Calibrator:
         try:
             title = f"Calibrating {' and '.join(mode.name for mode in MODES)}"
             layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
-            with tqdm(total=1.0, desc=title, bar_format=layout, disable=not self._leads) as bar:
+            with tqdm(total=1.0, desc=title, bar_format=layout, disable=not self._is_rank_0) as bar:
                 for _ in self._measure():
-                    bar.update(self._found.part - bar.n)
+                    bar.update(self._results.part - bar.n)
                 bar.update(1 - bar.n)
             return self._finish(self._fit)
         except CalibrationError as error:  # every rank raises it
-            self.text, self.broken = str(error), error.broken
+            self.text, self.failed_mode = str(error), error.broken
             self._warn(self.text)
         return None
 
     def _measure(self) -> Generator[None, None, None]:
-        self._found = Measured()
+        self._results = Measured()
         budget = BUDGET_GPU if torch.cuda.is_available() else BUDGET_CPU
-        return measure(self.bench, self._shapes, budget, self._found)
+        return measure(self.bench, self._shapes, budget, self._results)
 
     def _finish(self, make: Callable[[], Calibration]) -> Calibration:
         """Fit and save the calibration on rank 0, so that all ranks have the same floating-point numbers.
@@ -188,7 +188,7 @@ class Calibrator:
         Raises:
             CalibrationError: there are too few measurements. Every rank raises it.
         """
-        calibration, text, _ = self._from_rank_0(partial(self._kept, make))
+        calibration, text, _ = self._from_rank_0(partial(self._make_and_save, make))
         if calibration is None:
             raise CalibrationError(text)
         self.text, self._calibration = text, calibration
@@ -196,24 +196,24 @@ class Calibrator:
         return calibration
 
     def _fit(self) -> Calibration:
-        return Calibration.of(self._key, self._found.seconds, self._found.steps, self._switch_seconds() or 0.0)
+        return Calibration.of(self._key, self._results.seconds, self._results.steps, self._switch_seconds() or 0.0)
 
     def _renew(self) -> Calibration:
         assert self._calibration is not None
-        return self._calibration.renewed(self._found.seconds, self._found.steps, self._switch_seconds())
+        return self._calibration.renewed(self._results.seconds, self._results.steps, self._switch_seconds())
 
     def _switch_seconds(self) -> float | None:
-        return median(self._found.switches) if self._found.switches else None
+        return median(self._results.switches) if self._results.switches else None
 
-    def _kept(self, make: Callable[[], Calibration]) -> tuple[Calibration | None, str, bool]:
+    def _make_and_save(self, make: Callable[[], Calibration]) -> tuple[Calibration | None, str, bool]:
         """Make the calibration and save it. The result has the form that :meth:`_from_rank_0` needs."""
         assert self._path is not None
-        found = self._found
+        results = self._results
         try:
             calibration = make()
         except CalibrationError as error:
             return None, str(error), False
-        text = f"calibrated in {found.seconds:.1f} s ({len(found.steps)} measurements)"
+        text = f"calibrated in {results.seconds:.1f} s ({len(results.steps)} measurements)"
         try:
             save(self._path, calibration)
         except CalibrationError as error:
@@ -223,7 +223,7 @@ class Calibrator:
     def _from_rank_0(self, make: Any) -> Any:
         """Call ``make`` on rank 0, and return its result on every rank."""
         outcome = None
-        if self._leads:
+        if self._is_rank_0:
             try:
                 outcome = make()
             except Exception as error:  # the other ranks wait for an answer
@@ -232,9 +232,9 @@ class Calibrator:
         return self.scheduler.tp_group.broadcast_object(outcome, src=0)
 
     def _log(self, message: str, *args: Any) -> None:
-        if self._leads:
+        if self._is_rank_0:
             logger.info(message, *args)
 
     def _warn(self, message: str) -> None:
-        if self._leads:
+        if self._is_rank_0:
             logger.warning("sglang_shift: %s", message)

@@ -22,7 +22,7 @@ class ShiftInternalState(SchedulerInternalStateController):
     (:mod:`sglang_shift.observe.routes`) takes names.
     """
 
-    requested: dict[str, Any]
+    request_values: dict[str, Any]
 
     @overrides("adds live counters to /server_info")
     def get_internal_state(self, recv_req: GetInternalStateReq) -> GetInternalStateReqOutput:
@@ -33,10 +33,10 @@ class ShiftInternalState(SchedulerInternalStateController):
     @overrides("policy and thresholds change together")
     def set_internal_state(self, recv_req: SetInternalStateReq) -> Any:
         """Update all values of the request, or none. Every rank handles the request in the same iteration."""
-        self.requested = recv_req.server_args
+        self.request_values = recv_req.server_args
         output = super().set_internal_state(recv_req)
         if output.updated and self.scheduler.shift_reporter is not None:
-            self.scheduler.shift_reporter.changed()
+            self.scheduler.shift_reporter.publish_state()
         return output
 
     @overrides("policy and thresholds can be set at run time")
@@ -48,13 +48,14 @@ class ShiftInternalState(SchedulerInternalStateController):
             handlers[flag.name] = internal_state._UpdateHandler(self._validate_number, apply)
         return handlers
 
-    def _wanted(self) -> ShiftConfig:
+    def _config_after_request(self) -> ShiftConfig:
         """The configuration after the whole request is applied."""
         config: ShiftConfig = self.scheduler.shift_config
-        index = self.requested.get("shift_policy", -1)
+        values = self.request_values
+        index = values.get("shift_policy", -1)
         if index in range(len(POLICIES)):
             config = replace(config, policy=POLICIES[int(index)])
-        numbers = {flag.setting: self.requested[flag.name] for flag in LIVE_NUMBERS if flag.name in self.requested}
+        numbers = {flag.setting: values[flag.name] for flag in LIVE_NUMBERS if flag.name in values}
         return replace(config, **numbers)
 
     def _validate_policy(self, key: str, value: Any) -> None:
@@ -70,13 +71,13 @@ class ShiftInternalState(SchedulerInternalStateController):
     def _validate_number(self, key: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise internal_state.UpdateRejected(f"{key} must be 0 or more, got {value!r}.")
-        wanted = self._wanted()
+        new_config = self._config_after_request()
         policies = BY_NAME[key].policies
-        if wanted.policy not in policies:
+        if new_config.policy not in policies:
             raise internal_state.UpdateRejected(
-                f"Updating {key} needs the policy {' or '.join(policies)}; it is {wanted.policy}."
+                f"Updating {key} needs the policy {' or '.join(policies)}; it is {new_config.policy}."
             )
-        if wanted.leave_requests > wanted.enter_requests or wanted.leave_tokens > wanted.enter_tokens:
+        if new_config.leave_requests > new_config.enter_requests or new_config.leave_tokens > new_config.enter_tokens:
             raise internal_state.UpdateRejected("A queue cannot be short again above where it becomes deep.")
 
     def _apply_policy(self, key: str, value: Any) -> dict[str, Any]:

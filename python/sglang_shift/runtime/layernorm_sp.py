@@ -40,7 +40,7 @@ def sp_entry_scatter(hidden_states: torch.Tensor) -> torch.Tensor:
         ``[ceil(T / S), h]``.
     """
     step = _step()
-    return hidden_states if step.entered else scatter_tokens(step, hidden_states)
+    return hidden_states if step.scattered_by_embedding else scatter_tokens(step, hidden_states)
 
 
 @replaces(
@@ -86,7 +86,7 @@ def column_parallel_g_matmul(linear: Any, input_parallel: torch.Tensor, bias: An
 
     ``bias`` is unused, because it is this rank's TP shard. The base weight has its own bias.
     """
-    return linear.ulysses.forward(input_parallel, _step())
+    return linear.shift_projection.forward(input_parallel, _step())
 
 
 @replaces(
@@ -100,7 +100,7 @@ def row_parallel_gbar_matmul(linear: Any, input_: torch.Tensor, bias: Any) -> to
     ``bias`` is unused, because it follows the rule of full TP: rank 0 adds it. :class:`RowProjection` has the rule of
     SP mode.
     """
-    return linear.ulysses.forward(input_, _step())
+    return linear.shift_projection.forward(input_, _step())
 
 
 def _step() -> Step:

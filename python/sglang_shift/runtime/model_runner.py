@@ -28,7 +28,7 @@ from sglang_shift.modes import Mode
 from sglang_shift.parallel.exchange.base import ExchangeVolume, SequenceExchange
 from sglang_shift.parallel.exchange.choose import Operands, make_exchange
 from sglang_shift.parallel.layout import RankLayout
-from sglang_shift.parallel.step import Step, running
+from sglang_shift.parallel.step import Step, run_step
 from sglang_shift.parallel.topology import Topology, build_topology
 from sglang_shift.resolution import shift_config_of
 from sglang_shift.runtime.weight_updater import ShiftWeightUpdater
@@ -172,11 +172,11 @@ class ShiftModelRunner(ModelRunner):
         if step.sharded and self.base_weights.stale:
             self.base_weights.refresh()  # the refresh must run on the forward's stream, as it does here
         span = torch.profiler.record_function(f"sglang_shift {step.mode.value} step")
-        with span, running(step), self._graphs_of(step.mode):
+        with span, run_step(step), self._graphs_of(step.mode):
             return super().forward(forward_batch, *args, **kwargs)
 
     def _graphs_of(self, mode: Mode) -> AbstractContextManager[None]:
-        return self.graphs.used(mode) if mode is not Mode.TP else nullcontext()  # SGLang installs TP's graphs itself
+        return self.graphs.install(mode) if mode is not Mode.TP else nullcontext()  # SGLang installs TP's graphs itself
 
 
 def most_tokens() -> int:

@@ -24,12 +24,12 @@ SWITCH_LOG_S = 5.0
 """Seconds between log lines about switches."""
 STATE_S = 1.0
 """Seconds between state events."""
-IN_FLIGHT = 8
+MAX_IN_FLIGHT = 8
 """The most steps that may wait for their results. With overlap scheduling, two steps wait."""
 
 
 @dataclass
-class _Running:
+class _StepInFlight:
     decision: Decision
     predicted: dict[Mode, float]
     lap: Lap | None
@@ -50,25 +50,25 @@ class StepReporter:
         self.selector, self.publisher, self.state, self.exchange = selector, publisher, state, exchange
         self.drift = Drift()
         self.batch_lines = BatchLines()
-        self._running: dict[int, _Running] = {}
+        self._in_flight: dict[int, _StepInFlight] = {}
         self._steps = 0
         self._state_due = 0.0
         self._switch_log_due = 0.0
         self._switches_unlogged = 0
         self._drift_logged = False
 
-    def launched(self, forward_iter: int, decision: Decision, lap: Lap | None, replayed: bool | None) -> None:
+    def on_launch(self, forward_iter: int, decision: Decision, lap: Lap | None, replayed: bool | None) -> None:
         """Record that a step was launched. ``replayed`` is the field of :class:`StepEvent`."""
-        if len(self._running) >= IN_FLIGHT:
-            self._running.pop(next(iter(self._running)))  # the result of this step never came
-        self._running[forward_iter] = _Running(decision, self.selector.predict(decision.step), lap, replayed)
+        if len(self._in_flight) >= MAX_IN_FLIGHT:
+            self._in_flight.pop(next(iter(self._in_flight)))  # the result of this step never came
+        self._in_flight[forward_iter] = _StepInFlight(decision, self.selector.predict(decision.step), lap, replayed)
 
-    def processing(self, batch: Any) -> None:
+    def before_result(self, batch: Any) -> None:
         """Count the step for its requests, before SGLang processes its result and sends the new tokens."""
-        running = self._running.get(batch.forward_iter)
-        if running is None:
+        in_flight = self._in_flight.get(batch.forward_iter)
+        if in_flight is None:
             return
-        mode = running.decision.mode
+        mode = in_flight.decision.mode
         self.batch_lines.mode = mode
         for req in batch.reqs:
             if not req.finished():
@@ -76,20 +76,20 @@ class StepReporter:
                     req.shift_steps = dict.fromkeys(MODES, 0)
                 req.shift_steps[mode] += 1
 
-    def processed(self, batch: Any) -> None:
+    def after_result(self, batch: Any) -> None:
         """Publish the step, after SGLang has processed its result."""
-        running = self._running.pop(batch.forward_iter, None)
-        if running is None:
+        in_flight = self._in_flight.pop(batch.forward_iter, None)
+        if in_flight is None:
             return
-        decision = running.decision
+        decision = in_flight.decision
         step, mode = decision.step, decision.mode
         if decision.probe:
             reason = f"a probe: what {mode.name} takes, beside the predicted time"
         else:
             reason = self._explain(decision) if decision.switched else ""
-        seconds = running.lap.seconds if running.lap is not None else None
-        if seconds is not None and running.predicted:
-            self.drift.add(mode, running.predicted[mode], seconds, step.phase)
+        seconds = in_flight.lap.seconds if in_flight.lap is not None else None
+        if seconds is not None and in_flight.predicted:
+            self.drift.add(mode, in_flight.predicted[mode], seconds, step.phase)
         self._steps += 1
         if self._steps % DRIFT_LOG_STEPS == 0:
             self._log_drift()
@@ -105,13 +105,13 @@ class StepReporter:
                 waiting=step.num_waiting,
                 pending_tokens=step.pending_prefill_tokens,
                 seconds=seconds,
-                predicted=running.predicted,
+                predicted=in_flight.predicted,
                 switched=decision.switched,
                 reason=reason,
                 exchanged_bytes=self.exchange.bytes_sent,
                 exchanges=self.exchange.calls,
-                finished=finished_in(batch),
-                replayed=running.replayed,
+                finished=finished_requests(batch),
+                replayed=in_flight.replayed,
                 replica=self.publisher.replica,
             )
         )
@@ -123,13 +123,13 @@ class StepReporter:
             self._state_due = now + STATE_S
             self.publisher.send(self.state())
 
-    def recalibrated(self) -> None:
+    def on_calibration(self) -> None:
         """Forget the measured drift, because a new calibration makes the predictions."""
         self.drift.clear()
         self._drift_logged = False
-        self.changed()
+        self.publish_state()
 
-    def changed(self) -> None:
+    def publish_state(self) -> None:
         """Publish the state at once, because the policy or the calibration has changed."""
         self._state_due = 0.0
         self.tick()
@@ -158,7 +158,7 @@ class StepReporter:
             logger.info("Step times have drifted from the predicted ones (median of the last steps): %s", text)
 
 
-def finished_in(batch: Any) -> list[Finished]:
+def finished_requests(batch: Any) -> list[Finished]:
     """The requests that finished with this step. Their times come from SGLang's time stamps."""
     finished = []
     for req in batch.reqs:

@@ -31,14 +31,14 @@ from sglang_shift.policy.builtin import FixedMode, LedPolicy
 from sglang_shift.policy.selector import DOUBTS, Decision, ModeSelector, make_policy
 from sglang_shift.resolution import shift_config_of
 from sglang_shift.runtime import agreement
-from sglang_shift.runtime.admission import NO_TOKENS, as_overrides
+from sglang_shift.runtime.admission import NO_TOKENS, replace_input_embeds
 from sglang_shift.runtime.calibrator import Calibrator
 from sglang_shift.runtime.internal_state import ShiftInternalState
 from sglang_shift.runtime.rank_consensus import same_everywhere
 from sglang_shift.runtime.reporter import ShiftOutputStreamer, StepReporter
 from sglang_shift.runtime.tp_worker import EXPORT_REFUSED, ShiftTpModelWorker
 from sglang_shift.seams import extends, overrides, relies_on, substitutes_for
-from sglang_shift.start_up_log import NOT_ON_CPU, one_rank_speaks
+from sglang_shift.start_up_log import NOT_ON_CPU, quiet_other_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,8 @@ class ShiftScheduler(Scheduler):
     @overrides("calibrates once everything is built")
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         parallel = get_parallel()
-        # The first rank of each node speaks.
-        with one_rank_speaks(parallel.tp_rank % max(1, parallel.tp_size // parallel.nnodes) == 0):
+        # The first rank of each node logs.
+        with quiet_other_ranks(parallel.tp_rank % max(1, parallel.tp_size // parallel.nnodes) == 0):
             super().__init__(*args, **kwargs)
         self.shift_chunk = min(
             self.chunked_prefill_size or self.max_prefill_tokens, self.max_prefill_tokens, self.max_total_num_tokens
@@ -65,11 +65,13 @@ class ShiftScheduler(Scheduler):
         self.shift_calibrator = Calibrator(self, self.shift_config, self.shift_chunk)
         self.shift_selector.calibration = self.shift_calibrator.start()
         self.set_policy(self.shift_config)
-        self.shift_exchanged = ExchangeCounter(self.tp_worker.model_runner.exchange_volume)
+        self.shift_exchange_counter = ExchangeCounter(self.tp_worker.model_runner.exchange_volume)
         self.shift_reporter: StepReporter | None = None
         if parallel.tp_rank == 0:
             publisher = Publisher(parallel.dp_rank or 0)
-            self.shift_reporter = StepReporter(self.shift_selector, publisher, self.shift_event, self.shift_exchanged)
+            self.shift_reporter = StepReporter(
+                self.shift_selector, publisher, self.shift_event, self.shift_exchange_counter
+            )
             logger.info("sglang_shift: The policy is: %s.", self.shift_selector.policy_text)
             logger.debug("sglang_shift: %s", self.shift_config)
         self.shift_watch = agreement.StepWatch.of_replica()
@@ -108,10 +110,10 @@ class ShiftScheduler(Scheduler):
     def set_policy(self, config: ShiftConfig) -> None:
         """Use the policy of ``config`` from the next step on."""
         self.shift_config = config
-        selector, broken = self.shift_selector, self.shift_calibrator.broken
+        selector, failed_mode = self.shift_selector, self.shift_calibrator.failed_mode
         costs = None if selector.calibration is None else selector.calibration.costs
-        if broken is not None and config.policy == "calibrated":
-            selector.policy = FixedMode(next(mode for mode in MODES if mode is not broken))
+        if failed_mode is not None and config.policy == "calibrated":
+            selector.policy = FixedMode(next(mode for mode in MODES if mode is not failed_mode))
         else:
             policy = make_policy(config, costs, self.shift_chunk)
             if config.policy not in POLICIES:  # the policy is a class of the user
@@ -129,11 +131,11 @@ class ShiftScheduler(Scheduler):
         with runner.running_in(decision.mode):
             result = super().run_batch(batch, *args, **kwargs)
         step, mode = decision.step, decision.mode
-        replayed = runner.graphs.of(step.num_prefill_tokens > 0).count(mode, result.can_run_cuda_graph)
+        replayed = runner.graphs.for_phase(step.num_prefill_tokens > 0).count(mode, result.can_run_cuda_graph)
         if mode is Mode.SP:
-            self.shift_exchanged.count(step.padded[mode] if replayed else step.num_tokens)
+            self.shift_exchange_counter.count(step.padded[mode] if replayed else step.num_tokens)
         if self.shift_reporter is not None:
-            self.shift_reporter.launched(batch.forward_iter, decision, self.tp_worker.last_lap, replayed)
+            self.shift_reporter.on_launch(batch.forward_iter, decision, self.tp_worker.last_lap, replayed)
         return result
 
     def choose_mode(self, batch: ScheduleBatch) -> Decision | None:
@@ -142,7 +144,7 @@ class ShiftScheduler(Scheduler):
         if step.num_tokens == 0:
             return None
         decision = self.shift_selector.choose(step)
-        self.shift_watch.note(step.num_tokens, step.num_prefill_tokens, decision.mode)
+        self.shift_watch.record(step.num_tokens, step.num_prefill_tokens, decision.mode)
         if self.shift_selector.asks_for_drift:
             self._agree_on_drift()
         rank_consensus_checker.assert_same("sglang_shift step %s in %s", decision.step, decision.mode)
@@ -157,8 +159,8 @@ class ShiftScheduler(Scheduler):
 
         Only rank 0 measures these doubts, with its clock.
         """
-        found = {} if self.shift_reporter is None else self.shift_reporter.drift.doubts
-        shared = agreement.from_rank_0([found.get(doubt, 0.0) for doubt in DOUBTS])
+        doubts = {} if self.shift_reporter is None else self.shift_reporter.drift.doubts
+        shared = agreement.from_rank_0([doubts.get(doubt, 0.0) for doubt in DOUBTS])
         self.shift_selector.doubt({doubt: share for doubt, share in zip(DOUBTS, shared, strict=True) if share})
 
     def step_state(self, batch: ScheduleBatch) -> StepState:
@@ -187,7 +189,7 @@ class ShiftScheduler(Scheduler):
             num_running=running,
             num_waiting=len(self.waiting_queue),
             pending_prefill_tokens=pending,
-            padded=self.tp_worker.model_runner.graphs.of(prefill > 0).padded(tokens),
+            padded=self.tp_worker.model_runner.graphs.for_phase(prefill > 0).padded(tokens),
             kv_reads=reads,
         )
 
@@ -198,7 +200,7 @@ class ShiftScheduler(Scheduler):
         Every rank has the same requests in the same state, so every rank refuses the request.
         """
         try:
-            as_overrides(recv_req)
+            replace_input_embeds(recv_req)
             super().handle_generate_request(recv_req, **kwargs)
         except Exception as error:
             logger.exception("sglang_shift: the request %s is refused", recv_req.rid)
@@ -218,9 +220,9 @@ class ShiftScheduler(Scheduler):
         reporter = self.shift_reporter
         if reporter is None:
             return super().process_batch_result(batch, result)
-        reporter.processing(batch)
+        reporter.before_result(batch)
         super().process_batch_result(batch, result)
-        return reporter.processed(batch)
+        return reporter.after_result(batch)
 
     @overrides("renews a calibration that has drifted")
     def on_idle(self) -> None:
@@ -232,7 +234,7 @@ class ShiftScheduler(Scheduler):
                 selector.calibration = calibration
                 self.set_policy(self.shift_config)
                 if reporter is not None:
-                    reporter.recalibrated()
+                    reporter.on_calibration()
         if reporter is not None:
             reporter.tick()
         super().on_idle()
@@ -282,7 +284,7 @@ class ShiftScheduler(Scheduler):
 
     def shift_state(self) -> dict[str, Any]:
         """Live counters of this rank, for ``/server_info``."""
-        selector, runner, exchanged = self.shift_selector, self.tp_worker.model_runner, self.shift_exchanged
+        selector, runner = self.shift_selector, self.tp_worker.model_runner
         report, calibration = runner.weight_report, selector.calibration
         return {
             "sp_size": self.shift_config.sp_size,
@@ -292,8 +294,8 @@ class ShiftScheduler(Scheduler):
             "costs": None if calibration is None else msgspec.to_builtins(calibration.costs),
             **selector.counters(),
             "exchange": runner.topology.exchange.text,
-            "exchanges": exchanged.calls,
-            "exchanged_bytes": exchanged.bytes_sent,
+            "exchanges": self.shift_exchange_counter.calls,
+            "exchanged_bytes": self.shift_exchange_counter.bytes_sent,
             "weight_bytes": report.total,
             "weight_bytes_beyond_base": report.beyond_base,
             "graphs": runner.graphs.report(),

@@ -19,7 +19,7 @@ from sglang_shift.runtime.admission import (
     check_message,
     check_samples,
     check_values,
-    fit_types,
+    convert_types,
 )
 from sglang_shift.seams import overrides
 
@@ -41,7 +41,7 @@ class ShiftSteps(TokenizerManager):
             meta_info[KEY] = steps[0]
 
 
-class CheckedRequests(TokenizerManager):
+class RequestChecks(TokenizerManager):
     """Answers a request that would end a rank with an error, and sends it to no rank.
 
     The checks are in :mod:`sglang_shift.runtime.admission`.
@@ -58,14 +58,14 @@ class CheckedRequests(TokenizerManager):
         super()._validate_one_request(obj, input_ids)
         rows = getattr(obj, "input_embeds", None)
         # A session may have tokens of earlier requests. A multimodal model's processor may make tokens later.
-        later = getattr(obj, "session_params", None) or obj.contains_mm_input()
-        if not (input_ids if rows is None else rows) and not later:
+        may_get_tokens = getattr(obj, "session_params", None) or obj.contains_mm_input()
+        if not (input_ids if rows is None else rows) and not may_get_tokens:
             raise ValueError(NO_TOKENS)
 
     @overrides("refuses values of another type, and those that fit no tensor")
     def _create_tokenized_object(self, *args: Any, **kwargs: Any) -> Any:
         tokenized = super()._create_tokenized_object(*args, **kwargs)
-        fit_types(tokenized)
+        convert_types(tokenized)
         check_values(tokenized, self.model_config)
         return tokenized
 
@@ -90,11 +90,11 @@ class CheckedRequests(TokenizerManager):
         await super()._async_dispatch_to_scheduler(obj)
 
 
-class ShiftTokenizerManager(ShiftSteps, CheckedRequests):
+class ShiftTokenizerManager(ShiftSteps, RequestChecks):
     """SGLang's tokenizer manager with both additions, for the main process."""
 
 
-class ShiftTokenizerWorker(ShiftSteps, CheckedRequests, TokenizerWorker):
+class ShiftTokenizerWorker(ShiftSteps, RequestChecks, TokenizerWorker):
     """SGLang's tokenizer worker with both additions. If ``--tokenizer-worker-num`` is above 1, each process has one."""
 
 

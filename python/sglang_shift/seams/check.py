@@ -16,7 +16,7 @@ from sglang_shift.seams import digests
 from sglang_shift.seams.registry import Kind, Seam, replacement_by, resolve, seams
 
 REMOVE = "remove the plugin that changes it"
-_replaced: dict[str, Any] = {}  # the functions of SGLang that we replaced, by target
+_originals: dict[str, Any] = {}  # the functions of SGLang that we replaced, by target
 
 
 def digest_of(obj: Any) -> str:
@@ -32,9 +32,9 @@ def source_of(seam: Seam) -> str:
     """
     try:
         target = resolve(seam.target)
-        return digest_of(_replaced.get(seam.target, target) if target is seam.ours else target)
+        return digest_of(_originals.get(seam.target, target) if target is seam.ours else target)
     except (ImportError, AttributeError, OSError, TypeError) as error:
-        raise SeamError(_changed(seam, f"cannot be read ({error})")) from error
+        raise SeamError(_source_message(seam, f"cannot be read ({error})")) from error
 
 
 def check_version() -> None:
@@ -63,17 +63,17 @@ def check_sources() -> None:
     check_version()
     for seam in seams():
         if seam.has_digest:
-            found, expected = source_of(seam), digests.DIGESTS.get(seam.target)
-            if found != expected:
-                raise SeamError(_changed(seam, f"has source {found} instead of {expected}"))
+            digest, expected = source_of(seam), digests.DIGESTS.get(seam.target)
+            if digest != expected:
+                raise SeamError(_source_message(seam, f"has source {digest} instead of {expected}"))
         elif seam.kind is Kind.SUBSTITUTES_FOR:
             if not _is_base(seam):
-                raise SeamError(_changed(seam, "is another class"))
+                raise SeamError(_source_message(seam, "is another class"))
             if _constructor(seam) not in (object.__new__, seam.ours):
-                raise SeamError(_changed(seam, "has another constructor"))
+                raise SeamError(_source_message(seam, "has another constructor"))
 
 
-def _changed(seam: Seam, how: str) -> str:
+def _source_message(seam: Seam, how: str) -> str:
     return (
         f"{seam.target} of the installed sglang {how}, so sglang_shift cannot trust it; "
         f"reinstall it (pip install --force-reinstall --no-deps sglang=={digests.SGLANG_VERSION}) "
@@ -101,7 +101,7 @@ def put_in_place(function: Any) -> None:
     target = replacement_by(function).target
     original = resolve(target)
     if original is not function:
-        _replaced[target] = original
+        _originals[target] = original
         module, _, name = target.partition(":")
         setattr(resolve(module), name, function)
 

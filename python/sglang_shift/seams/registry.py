@@ -92,18 +92,18 @@ class Seam:
 
 
 _seams: list[Seam] = []
-_overriding: list[tuple[Any, str]] = []  # methods of classes that do not exist yet, and why they override
+_overrides: list[tuple[Any, str]] = []  # methods of classes that do not exist yet, and why they override
 
 
-def replaces(target: str, why: str, *, where: Callable[[], bool] = lambda: True) -> Callable[[T], T]:
+def replaces(target: str, why: str, *, when: Callable[[], bool] = lambda: True) -> Callable[[T], T]:
     """Declare that a function replaces ``target``.
 
     Args:
         target: ``module:name``, in the module that SGLang's callers get it from.
         why: The reason.
-        where: Returns whether this process needs the replacement.
+        when: Returns whether this process needs the replacement.
     """
-    return _declare(Kind.REPLACES, target, why, where)
+    return _declare(Kind.REPLACES, target, why, when)
 
 
 def substitutes_for(
@@ -140,7 +140,7 @@ def overrides(why: str) -> Callable[[T], T]:
     """Declare that a method overrides SGLang's method of the same name. It goes below ``@property`` and the like."""
 
     def declare(method: T) -> T:
-        _overriding.append((method, why))
+        _overrides.append((method, why))
         return method
 
     return declare
@@ -163,8 +163,8 @@ def seams() -> list[Seam]:
     for module in MODULES:
         importlib.import_module(module)
     kinds = list(Kind)
-    overriding = [Seam(Kind.OVERRIDES, target, m, why) for m, why in _overriding for target in overridden_by(m)]
-    return sorted(_seams + overriding, key=lambda seam: (kinds.index(seam.kind), seam.target, seam.place))
+    override_seams = [Seam(Kind.OVERRIDES, target, m, why) for m, why in _overrides for target in targets_of(m)]
+    return sorted(_seams + override_seams, key=lambda seam: (kinds.index(seam.kind), seam.target, seam.place))
 
 
 def replacement_by(function: Any) -> Seam:
@@ -172,7 +172,7 @@ def replacement_by(function: Any) -> Seam:
     return next(seam for seam in _seams if seam.kind is Kind.REPLACES and seam.ours is function)
 
 
-def overridden_by(method: Any) -> list[str]:
+def targets_of(method: Any) -> list[str]:
     """The methods of SGLang that our method overrides. A method of a mixin can override methods of several classes.
 
     Raises:

@@ -94,8 +94,8 @@ class BaseWeights:
         family = family_of(model)
         for linear, kind in find_projections(model, family.linears if family else ()):
             base = _assemble(linear, topology)
-            linear.ulysses = kind(linear, base)
-            self.projections.append(linear.ulysses)
+            linear.shift_projection = kind(linear, base)
+            self.projections.append(linear.shift_projection)
 
     def refresh(self) -> None:
         """All-gather again, in place, after SGLang has written new values into this rank's shards.
@@ -149,7 +149,9 @@ def find_projections(model: torch.nn.Module, linears: Iterable[Linear]) -> Itera
     for name, module in model.named_modules():
         linear = isinstance(module, ColumnParallelLinear | RowParallelLinear)
         kind = _kind_of(name, module, linears) if linear else None
-        problem = _problem_with(module, known=kind is not None) if linear else _stranger(module)
+        problem = (
+            _problem_with_linear(module, in_family=kind is not None) if linear else _problem_with_other_module(module)
+        )
         if problem:
             raise UNKNOWN_LAYER(model=type(model).__name__, layer=name, problem=problem)
         if kind:
@@ -196,7 +198,7 @@ def loading_for(topology: Topology) -> Iterator[None]:
 
 
 def reserve(param: torch.nn.Parameter, topology: Topology, dim: int) -> None:
-    """Allocate the base tensor of ``param``, as ``param.ulysses_base``, and make ``param`` this rank's slice of it.
+    """Allocate the base tensor of ``param``, as ``param.shift_base``, and make ``param`` this rank's slice of it.
 
     Args:
         param: A stock full-TP shard. It keeps its values.
@@ -208,11 +210,11 @@ def reserve(param: torch.nn.Parameter, topology: Topology, dim: int) -> None:
     shape[dim] *= topology.layout.sp_size
     base = shard.new_empty(shape)
     param.data = base.narrow(dim, topology.sp_index * shard.shape[dim], shard.shape[dim]).copy_(shard)
-    param.ulysses_base = base
+    param.shift_base = base
 
 
-def _problem_with(linear: Any, *, known: bool) -> str | None:
-    if not known:
+def _problem_with_linear(linear: Any, *, in_family: bool) -> str | None:
+    if not in_family:
         return "is neither of a QKV/output pair nor of a gate_up/down pair"
     if not isinstance(linear.quant_method, UnquantizedLinearMethod):
         return f"is quantized ({type(linear.quant_method).__name__})"
@@ -221,7 +223,7 @@ def _problem_with(linear: Any, *, known: bool) -> str | None:
     return "returns its bias instead of adding it" if linear.skip_bias_add else None
 
 
-def _stranger(module: torch.nn.Module) -> str | None:
+def _problem_with_other_module(module: torch.nn.Module) -> str | None:
     """The problem of a module that is not a parallel linear. Experts, for example, divide and sum in their own way."""
     if isinstance(module, VocabParallelEmbedding | RMSNorm) or next(module.parameters(recurse=False), None) is None:
         return None
@@ -235,18 +237,18 @@ def _shard_dim(linear: Any) -> int:
 def _assemble(linear: Any, topology: Topology) -> BaseWeight:
     """Build the base weight and bias of a linear, and make its parameters views of them."""
     dim = _shard_dim(linear)
-    weight = _grown(linear.weight, topology, dim)
+    weight = _gather_base(linear.weight, topology, dim)
     if linear.bias is None or dim == 1:  # every rank has the whole bias of a row-parallel linear
         return BaseWeight(weight, None if linear.bias is None else linear.bias.data)
-    return BaseWeight(weight, _grown(linear.bias, topology, 0))
+    return BaseWeight(weight, _gather_base(linear.bias, topology, 0))
 
 
-def _grown(param: torch.nn.Parameter, topology: Topology, dim: int) -> torch.Tensor:
+def _gather_base(param: torch.nn.Parameter, topology: Topology, dim: int) -> torch.Tensor:
     """The base tensor of ``param``, with the values of all ranks' shards."""
-    if not hasattr(param, "ulysses_base"):  # this is a bias; BaseLinearMethod creates weights only
+    if not hasattr(param, "shift_base"):  # this is a bias; BaseLinearMethod creates weights only
         reserve(param, topology, dim)
-    _gather_into(param.ulysses_base, param.data, topology, dim)
-    return param.ulysses_base
+    _gather_into(param.shift_base, param.data, topology, dim)
+    return param.shift_base
 
 
 def _gather_into(base: torch.Tensor, shard: torch.Tensor, topology: Topology, dim: int) -> None:

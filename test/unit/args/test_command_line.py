@@ -15,7 +15,7 @@ from sglang_shift.args.config_file import arguments
 from sglang_shift.args.server_args import ShiftServerArgs, prepare_server_args
 from sglang_shift.errors import ShiftError
 from sglang_shift.models.demo import demo_model_path
-from sglang_shift.serve_backend import asks_for_us
+from sglang_shift.serve_backend import has_shift_flag
 
 ROOT = REPO
 FILE = "model-path: there\ntp-size: 4\nsp-size: 2\napi-key: secret\n"
@@ -277,20 +277,20 @@ def test_an_unknown_log_level_is_one_sentence(level):
     ],
 )  # fmt: skip
 def test_sglang_serve_finds_our_flags_abbreviated(argv, ours):
-    assert asks_for_us(tuple(argv.split())) is ours
+    assert has_shift_flag(tuple(argv.split())) is ours
 
 
 @pytest.mark.parametrize("flag", ["--config {}", "--config={}", "--conf {}", "--confi={}"])
 def test_sglang_serve_finds_our_flags_in_the_file(config, flag):
     def asked(content: str | bytes) -> bool:
-        return asks_for_us(("m", *flag.format(config(content)).split(), "--tp-size", "2"))
+        return has_shift_flag(("m", *flag.format(config(content)).split(), "--tp-size", "2"))
 
     for name in ("sp-size", "sp_size", "enable_shift_parallel", "sequence_parallel_size", "shift-policy"):
         assert asked(f"tp-size: 2\n{name}: 2\n")
     for stock in ("tp-size: 2\n", "", "- sp-size\n", "sp-size\n", "7\n", "a: [", b"\xff\xfe\x00", "8: 1\n"):
         assert not asked(stock)
-    assert not asks_for_us(tuple(flag.format("/missing.yaml").split()))
-    assert not asks_for_us(("m", "--config")) and not asks_for_us(("m", "--con", config("sp-size: 2\n")))
+    assert not has_shift_flag(tuple(flag.format("/missing.yaml").split()))
+    assert not has_shift_flag(("m", "--config")) and not has_shift_flag(("m", "--con", config("sp-size: 2\n")))
 
 
 # scripts/serve.sh

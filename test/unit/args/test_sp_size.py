@@ -22,7 +22,7 @@ from sglang_shift.args.server_args import ShiftServerArgs, prepare_server_args, 
 from sglang_shift.args.sp_size import Pool, choose_sp_size, pool_of
 from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refused, ShiftError
-from sglang_shift.graphs.plan import graph_batch_sizes_suit
+from sglang_shift.graphs.plan import round_up_sizes
 from sglang_shift.launch_server import resolve
 from sglang_shift.models.demo import demo_model_path
 from sglang_shift.models.families import FAMILIES
@@ -164,7 +164,7 @@ def model(context=131072):
 def test_pool_that_was_asked_for():
     pool = pool_of(settings(max_total_tokens=1000), model(), 64 * GIB)
     assert pool.minimum == pool.target == 1000 * 40960
-    assert "1000 tokens" in pool.words
+    assert "1000 tokens" in pool.description
 
 
 def test_pool_by_default_is_half_of_the_memory_or_one_request():
@@ -209,7 +209,7 @@ def test_llama_70b_on_eight_gpus_of_80_gib(monkeypatch):
 
 def on_gpus(monkeypatch, gib):
     for module in (sp_size, chunk_size_module):
-        monkeypatch.setattr(module, "on_our_cpu_platform", lambda: False)
+        monkeypatch.setattr(module, "uses_shift_cpu_platform", lambda: False)
         monkeypatch.setattr(module, "get_device_memory_capacity", lambda device: gib * 1024)
 
 
@@ -464,12 +464,12 @@ def test_sglangs_graph_batch_sizes_above_s(sp, changed):
     """Which of SGLang's default sizes between S and 32 are no multiples of S."""
     default = generate_decode_cuda_graph_batch_sizes(resolved(tp_size=2), 512)
     assert [size for size in default if sp < size <= 32 and size % sp] == changed
-    adjustment = graph_batch_sizes_suit(default, sp)
+    adjustment = round_up_sizes(default, sp)
     assert all(size % sp == 0 for size in adjustment)
     assert adjustment == sorted(set(adjustment))
     assert adjustment[-1] == 512
 
 
 def test_graph_batch_sizes_that_suit_are_kept():
-    assert graph_batch_sizes_suit([2, 4, 8], 2) == [2, 4, 8]
-    assert graph_batch_sizes_suit([1, 2, 10, 12], 4) == [4, 12]
+    assert round_up_sizes([2, 4, 8], 2) == [2, 4, 8]
+    assert round_up_sizes([1, 2, 10, 12], 4) == [4, 12]

@@ -18,7 +18,7 @@ from sglang_shift.flags import FLAGS
 from sglang_shift.platforms import cpu
 from sglang_shift.runtime import agreement
 from sglang_shift.runtime.agreement import difference
-from sglang_shift.serve_backend import asks_for_us, backend
+from sglang_shift.serve_backend import backend, has_shift_flag
 
 
 def test_ranks_that_agree():
@@ -51,7 +51,7 @@ def test_every_flag_of_ours_is_a_field_and_is_routed_to_us():
         action = ours[flag.options]
         assert (action.dest, action.help, action.choices) == (flag.name, flag.help, list(flag.choices) or None)
         assert action.default is (False if flag.type is bool else None)
-        assert all(asks_for_us((option,)) for option in flag.options)
+        assert all(has_shift_flag((option,)) for option in flag.options)
     assert set(ShiftServerArgs.__struct_fields__) - set(ServerArgs.__struct_fields__) == {flag.name for flag in FLAGS}
 
 
@@ -70,7 +70,7 @@ def test_the_arguments_reach_a_spawned_rank():
 def test_the_flags_are_known_without_sglang():
     """`sglang serve` looks at them at every start, also for stock SGLang."""
     program = (
-        "import sys, sglang_shift.serve_backend as b; b.asks_for_us(('m', '--tp-size', '2')); "
+        "import sys, sglang_shift.serve_backend as b; b.has_shift_flag(('m', '--tp-size', '2')); "
         "print([m for m in sys.modules if m.split('.')[0] in ('sglang', 'torch')])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -88,16 +88,16 @@ def test_the_flags_are_known_without_sglang():
     ],
 )
 def test_sglang_serve_routes_our_flags_to_us(argv, ours):
-    assert asks_for_us(argv) is ours
+    assert has_shift_flag(argv) is ours
 
 
 def test_sglang_serve_routes_a_config_file_with_our_flags_to_us(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("tp-size: 2\nsp-size: 2\n")
-    assert asks_for_us(("--config", str(config)))
+    assert has_shift_flag(("--config", str(config)))
     config.write_text("tp-size: 2\n")
-    assert not asks_for_us(("--config", str(config)))
-    assert not asks_for_us(("--config", str(tmp_path / "missing.yaml")))
+    assert not has_shift_flag(("--config", str(config)))
+    assert not has_shift_flag(("--config", str(tmp_path / "missing.yaml")))
 
 
 def test_the_backend_is_registered():

@@ -11,7 +11,7 @@ from sglang_shift.config import ShiftConfig
 from sglang_shift.cost.model import fit
 from sglang_shift.errors import Refused
 from sglang_shift.graphs.mode_graphs import GraphSet, PhaseGraphs
-from sglang_shift.graphs.plan import GraphPlan, modes_of, padded, plan_graphs, price_of_no_graphs, thinned
+from sglang_shift.graphs.plan import GraphPlan, modes_of, padded, plan_graphs, select_sizes, warning_without_graphs
 from sglang_shift.launch_server import resolve
 from sglang_shift.modes import Mode, StepState
 from sglang_shift.policy.builtin import TokenThreshold
@@ -23,8 +23,8 @@ def config(policy="calibrated", sp_size=8, **more):
     return ShiftConfig(world_size=8, sp_size=sp_size, switching=policy != "sp", policy=policy, **more)
 
 
-def plan(ladder, tp, sp):
-    return GraphPlan(ladder, {Mode.TP: tp, Mode.SP: sp})
+def plan(sglang_sizes, tp, sp):
+    return GraphPlan(sglang_sizes, {Mode.TP: tp, Mode.SP: sp})
 
 
 def test_both_modes_where_the_size_alone_does_not_decide():
@@ -47,7 +47,7 @@ def test_a_threshold_divides_the_sizes(threshold, sp_size):
     wanted_in_sp = [size for size in LADDER if size not in tp]
     assert sp == tuple(sorted({-(-size // sp_size) * sp_size for size in wanted_in_sp}))
     for tokens in range(1, 33):
-        bucket = padded(tokens, made.ladder)
+        bucket = padded(tokens, made.sglang_sizes)
         if policy.choose(StepState(tokens, padded={Mode.TP: bucket})) is Mode.TP:
             assert bucket in tp
         else:
@@ -62,7 +62,7 @@ def test_sizes_that_fit_exactly_are_not_rounded():
 @pytest.mark.parametrize(("most", "kept"), [(0, []), (1, [8]), (2, [1, 8]), (4, [1, 2, 4, 8]), (8, None), (99, None)])
 def test_a_bound_keeps_sizes_of_one_ratio(most, kept):
     sizes = list(range(1, 9))
-    assert thinned(sizes, most) == (sizes if kept is None else kept)
+    assert select_sizes(sizes, most) == (sizes if kept is None else kept)
 
 
 @pytest.mark.parametrize("most", range(1, 30))
@@ -75,7 +75,7 @@ def test_a_bound_leaves_no_holes_where_padding_is_limited(most):
         *range(640, 2049, 128),
         *range(2304, 8193, 256),
     ]
-    kept = thinned(sizes, most, factor=2)
+    kept = select_sizes(sizes, most, factor=2)
     assert len(kept) == len(set(kept)) <= most and kept[-1] == 8192 and set(kept) <= set(sizes)
     assert all(padded(n, kept, 2) in kept for n in range(kept[0], 8193))
     # As far down as so many reach, but for what the sizes that there are do not allow.
@@ -89,7 +89,7 @@ def test_the_bound_is_for_sp_alone():
 
 def test_nothing_to_capture():
     assert plan_graphs((), config()) == GraphPlan()
-    assert thinned([], 3) == []
+    assert select_sizes([], 3) == []
 
 
 def test_padding():
@@ -125,8 +125,8 @@ def settings(device="cuda", decode="full", prefill="disabled"):
     ],
 )
 def test_what_no_graphs_in_sp_cost_is_said(bound, policy, machine, said):
-    price = price_of_no_graphs(config(policy, graph_buckets=bound), settings(**machine))
-    assert price is None if said is None else said in price
+    warning = warning_without_graphs(config(policy, graph_buckets=bound), settings(**machine))
+    assert warning is None if said is None else said in warning
 
 
 def test_each_mode_is_predicted_at_its_own_padding():
@@ -150,7 +150,8 @@ def test_buckets_of_a_phase():
 
 def test_counts_of_a_phase():
     graphs = PhaseGraphs(plan((1, 2), (1, 2), ()))
-    assert graphs.count(Mode.SP, False) is None and not any(s.missed for s in graphs.sets.values()), "nothing missed"
+    assert graphs.count(Mode.SP, False) is None, "nothing missed"
+    assert not any(s.eager_steps for s in graphs.sets.values()), "nothing missed"
     graphs.sets[Mode.TP].sizes = (1, 2)
     assert [graphs.count(Mode.TP, True), graphs.count(Mode.SP, False)] == [True, False]
     assert graphs.report() == {

@@ -180,13 +180,13 @@ def test_sampling_parameters_of_another_type(values, reason):
     """SGLang pickles requests, so that no rank checks them."""
     assert io_struct._USE_PICKLE_IPC
     with pytest.raises(ValueError, match=reason):
-        admission.fit_types(Wanted(SamplingParams(**values)))
+        admission.convert_types(Wanted(SamplingParams(**values)))
 
 
 @pytest.mark.parametrize("values", [{"return_logprob": [True]}, {"custom_logit_processor": ["x"]}])
 def test_a_list_for_a_single_request(values):
     with pytest.raises(ValueError, match=f"{next(iter(values))} has a value of another type"):
-        admission.fit_types(Wanted(SamplingParams(), **values))
+        admission.convert_types(Wanted(SamplingParams(), **values))
 
 
 def test_values_that_only_look_different():
@@ -194,7 +194,7 @@ def test_values_that_only_look_different():
     params = {"max_new_tokens": 4.0, "skip_special_tokens": 1, "ignore_eos": 0, "stop_token_ids": [5, 6.0]}
     deep = {"a": {"b": [1, {"c": 2}]}}
     request = Wanted(SamplingParams(**params, logit_bias={"1": 2}, custom_params=deep), input_ids=array("q", [1]))
-    admission.fit_types(request)
+    admission.convert_types(request)
     seen = request.sampling_params
     assert (seen.max_new_tokens, seen.skip_special_tokens, seen.ignore_eos) == (4, True, False)
     assert type(seen.max_new_tokens) is int and seen.stop_token_ids == {5, 6} and seen.logit_bias == {"1": 2.0}
@@ -204,7 +204,7 @@ def test_values_that_only_look_different():
 def test_all_fields_of_a_request_have_types_that_are_known():
     for kind in (io_struct.TokenizedGenerateReqInput, io_struct.TokenizedEmbeddingReqInput, SamplingParams):
         assert admission._types(kind).keys() == set(kind.__struct_fields__)
-    assert set(admission.UNTYPED) <= admission._types(io_struct.TokenizedGenerateReqInput).keys()
+    assert set(admission.UNCHECKED_FIELDS) <= admission._types(io_struct.TokenizedGenerateReqInput).keys()
 
 
 def test_labels_that_no_metric_has(monkeypatch):
@@ -249,7 +249,7 @@ def test_positions_to_read_logprobs_at(monkeypatch, flags, values, reason):
 def test_embeddings_become_those_of_tokens():
     request = SimpleNamespace(input_embeds=[[0.1, 0.2], [0.3, 0.4]], input_ids=None, session_params=None)
     request.positional_embed_overrides = None
-    admission.as_overrides(request)
+    admission.replace_input_embeds(request)
     assert request.input_embeds is None and len(request.input_ids) == 2
     overrides = request.positional_embed_overrides
     assert overrides.positions == [0, 1] and torch.equal(overrides.embeds, torch.tensor([[0.1, 0.2], [0.3, 0.4]]))

@@ -40,26 +40,26 @@ class FakeBench:
 
     def __init__(self, scheduler=None, fails: Mode | None = None, slow: float = 1.0, room: int = 100_000) -> None:
         self.fails, self.slow, self.room = fails, slow, room
-        self.now, self.prepared, self.laps, self.last = 0.0, None, [], None
+        self.now, self.prepared_shape, self.laps, self.last = 0.0, None, [], None
 
     def make_room(self, shape):
         return shape.slots <= self.room
 
     def prepare(self, shape):
-        assert self.prepared is None, "the shape before was not released"
-        self.prepared = shape
+        assert self.prepared_shape is None, "the shape before was not released"
+        self.prepared_shape = shape
 
     def run(self, mode, after=None):
         if mode is self.fails:
             raise MemoryError("no room")
         switched = (after or mode) is not mode
-        took = self.slow * seconds(mode, self.prepared) + SWITCH * switched
+        took = self.slow * seconds(mode, self.prepared_shape) + SWITCH * switched
         self.now += took
-        self.laps.append((self.prepared, mode))
+        self.laps.append((self.prepared_shape, mode))
         return took
 
     def release(self):
-        self.prepared = None
+        self.prepared_shape = None
 
     def agree(self, numbers, failure=""):
         return list(numbers)
@@ -114,7 +114,7 @@ def test_measuring_finds_the_crossover():
     (start, _), (crossover, mode) = costs.crossovers("prefill")
     assert (start, mode) == (1, Mode.SP)
     assert 95 < crossover < 105
-    assert bench.prepared is None
+    assert bench.prepared_shape is None
 
 
 def test_modes_take_turns():
@@ -139,7 +139,7 @@ def test_a_mode_that_fails_is_named(mode):
     with pytest.raises(CalibrationError, match=f"{mode.value.upper()} failed.*no room") as error:
         list(measure(bench, shapes_of(), 60, Measured()))
     assert error.value.broken is mode
-    assert bench.prepared is None, "its slots were given back"
+    assert bench.prepared_shape is None, "its slots were given back"
 
 
 def measured() -> Calibration:
@@ -212,7 +212,7 @@ class FakeScheduler:
     token_to_kv_pool_allocator = SimpleNamespace(available_size=lambda: 20_000)
     tp_worker = SimpleNamespace(
         model_runner=SimpleNamespace(
-            attn_backend=object(), kv_cache_dtype="float32", graphs=SimpleNamespace(captured=dict)
+            attn_backend=object(), kv_cache_dtype="float32", graphs=SimpleNamespace(captured_sizes=dict)
         )
     )
 
@@ -316,7 +316,7 @@ def test_off(make):
 def test_a_mode_that_cannot_run_does_not_stop_the_start(make, tmp_path, caplog):
     mine = make(fails=Mode.SP)
     assert mine.start() is None
-    assert mine.broken is Mode.SP
+    assert mine.failed_mode is Mode.SP
     assert "SP failed" in caplog.text
     assert not list(tmp_path.iterdir())
 
@@ -326,17 +326,17 @@ def test_drift_is_followed_by_a_new_calibration_while_idle(make):
     old = mine.start()
     assert mine.idle(10, drifted=True) is None, "too early"
     assert mine.idle(2 * DRIFT_STEPS, drifted=False) is None
-    assert mine._running is None
+    assert mine._measurement_run is None
     mine.bench.slow = 2.0
     steps, new, turns = 4 * DRIFT_STEPS, None, 0
     while new is None and turns < 1000:
         new = mine.idle(steps, drifted=turns == 0)
-        assert mine.bench.prepared is None, "between turns all slots are free"
+        assert mine.bench.prepared_shape is None, "between turns all slots are free"
         turns += 1
     assert turns > 10
     assert new.costs.curves["decode"][Mode.TP](8) == pytest.approx(2 * old.costs.curves["decode"][Mode.TP](8))
     assert mine.idle(steps + 2 * DRIFT_STEPS, drifted=True) is None
-    assert mine._running is None, "the next look at drift is later than the first was"
+    assert mine._measurement_run is None, "the next look at drift is later than the first was"
 
 
 def renewed(mine, turns=1000):
@@ -344,7 +344,7 @@ def renewed(mine, turns=1000):
     for turn in range(turns):
         if new := mine.idle(10**6, drifted=turn == 0):
             return new
-        if mine._running is None:
+        if mine._measurement_run is None:
             break
     return None
 
@@ -437,7 +437,7 @@ def test_no_forward_runs_while_memory_is_released_or_weights_are_updated(make, h
     for turn in range(5):
         assert mine.idle((turn + 1) * 10**6, drifted=True) is None
     assert len(mine.bench.laps) == laps
-    assert mine._running is None
+    assert mine._measurement_run is None
 
 
 @pytest.mark.parametrize("how", ["released", "updating"])
@@ -446,11 +446,11 @@ def test_a_calibration_that_runs_stops_for_them(make, how, caplog):
     mine = make()
     old = mine.start()
     mine.idle(10**6, drifted=True)
-    assert mine._running is not None
+    assert mine._measurement_run is not None
     laps = len(mine.bench.laps)
     hinder(mine.scheduler, how)
     assert mine.idle(10**6, drifted=True) is None
-    assert mine._running is None
+    assert mine._measurement_run is None
     assert len(mine.bench.laps) == laps
     assert mine._calibration is old
     assert "stopped calibrating" in caplog.text
@@ -475,7 +475,7 @@ def test_a_lap_is_what_a_request_waits_for(make):
     mine.bench.slow = 100.0  # 100 ms and more
     mine.idle(10**6, drifted=True)
     seen = []
-    while mine._running is not None:
+    while mine._measurement_run is not None:
         laps = len(mine.bench.laps)
         mine.idle(10**6, drifted=False)
         seen.append(len(mine.bench.laps) - laps)
@@ -543,7 +543,7 @@ def test_a_failing_recalibration_keeps_the_old_one(make, caplog):
     mine.start()
     mine.bench.fails = Mode.TP
     assert mine.idle(10**6, drifted=True) is None
-    assert mine._running is None
+    assert mine._measurement_run is None
     assert "the old one stays" in caplog.text
 
 
@@ -658,8 +658,8 @@ def a_step_that_fails(rank, size, alone):
     module.WAIT = datetime.timedelta(seconds=2)
     group_of_steps = dist.new_group()
     bench, _ = bench_of(rank, free=4000, cached=0)
-    bench.prepare = lambda shape: setattr(bench, "prepared", shape)
-    bench.release = lambda: setattr(bench, "prepared", None)
+    bench.prepare = lambda shape: setattr(bench, "prepared_shape", shape)
+    bench.release = lambda: setattr(bench, "prepared_shape", None)
 
     def run(mode, after=None):
         if not alone or rank == 1:
@@ -687,7 +687,7 @@ def a_preparation_that_fails_on_one_rank(rank, size):
     def prepare(shape):
         if rank == 1:
             raise RuntimeError("no slots")
-        bench.prepared = shape
+        bench.prepared_shape = shape
 
     bench.prepare = prepare
     where = "RuntimeError: no slots" if rank == 1 else "on another rank"

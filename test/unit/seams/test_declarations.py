@@ -174,7 +174,7 @@ def test_undeclared_overrides_are_found(monkeypatch):
 
 def test_a_declaration_that_overrides_nothing_is_an_error():
     with pytest.raises(SeamError, match=r"Planted\.of_its_own overrides nothing"):
-        registry.overridden_by(Planted.of_its_own)
+        registry.targets_of(Planted.of_its_own)
 
 
 # No attribute of SGLang's is assigned without a declaration

@@ -52,7 +52,7 @@ def test_a_plugin_that_makes_the_objects_of_a_class_is_fatal(monkeypatch):
 
 def test_a_declaration_does_not_change_what_it_decorates(monkeypatch):
     monkeypatch.setattr(registry, "_seams", [])
-    monkeypatch.setattr(registry, "_overriding", [])
+    monkeypatch.setattr(registry, "_overrides", [])
     function, target = len, "sglang.srt.layers.layernorm_sp:runs_sp"
     for declare in (registry.replaces, registry.substitutes_for, registry.relies_on, registry.extends):
         assert declare(target, "why")(function) is function

@@ -14,7 +14,7 @@ from sglang_shift.parallel.exchange.collective import CollectiveExchange
 
 PART_BYTES = 256 << 10
 """The least bytes to other ranks in one part. A smaller part takes more time to handle than it hides."""
-MOST_PARTS = 4
+MAX_PARTS = 4
 """The most parts. Each part has its own matmul, and a matmul of few rows is slow."""
 MESSAGE_BYTES = 16 << 10
 """The least bytes of a block for an all-to-all of single messages. Smaller blocks use gloo's all-to-all."""
@@ -44,12 +44,12 @@ class GlooExchange(CollectiveExchange):
             self._start(kernels.pack_heads(project(part), size, fp8=self.fp8))
             for part in x.tensor_split(self._parts(x.shape[0] * size * row_bytes))
         ]
-        return kernels.unpack_tokens(_joined([p.wait() for p in pending], dim=1), x.dtype)
+        return kernels.unpack_tokens(_concatenate([p.wait() for p in pending], dim=1), x.dtype)
 
     def gather_heads(self, x: torch.Tensor, project: Matmul) -> torch.Tensor:
         blocks = kernels.pack_tokens(x, self.group.world_size, fp8=self.fp8)
         pending = [self._start(part.contiguous()) for part in blocks.tensor_split(self._parts(blocks.nbytes), dim=1)]
-        return _joined([project(kernels.unpack_heads(p.wait(), x.dtype)) for p in pending])
+        return _concatenate([project(kernels.unpack_heads(p.wait(), x.dtype)) for p in pending])
 
     def all_to_all(self, blocks: torch.Tensor) -> torch.Tensor:
         return self._start(blocks).wait()
@@ -57,7 +57,7 @@ class GlooExchange(CollectiveExchange):
     def _parts(self, size: int) -> int:
         """The number of parts for blocks of ``size`` bytes in total. It is equal on every rank."""
         to_others = size * (self.group.world_size - 1) // self.group.world_size
-        return max(1, min(MOST_PARTS, to_others // PART_BYTES))
+        return max(1, min(MAX_PARTS, to_others // PART_BYTES))
 
     def _start(self, blocks: torch.Tensor) -> Pending:
         if blocks.nbytes < MESSAGE_BYTES * len(blocks):
@@ -78,6 +78,6 @@ class GlooExchange(CollectiveExchange):
         return works
 
 
-def _joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+def _concatenate(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
     """Concatenate the parts on ``dim``. A single part is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

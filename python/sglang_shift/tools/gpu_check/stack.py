@@ -130,7 +130,7 @@ class Stack:
     def _project(self, layer: Layer, name: str, x: torch.Tensor, step: Step) -> torch.Tensor:
         linear = layer.linears[name]
         if step.sharded:
-            return linear.ulysses.forward(x, step)
+            return linear.shift_projection.forward(x, step)
         product = linear.quant_method.apply(linear, x)
         return self.group.all_reduce(product) if name in ROW_PARALLEL else product
 
@@ -158,7 +158,7 @@ class Stack:
             linear = SimpleNamespace(
                 weight=base[: shard.outputs, : shard.inputs], bias=None, quant_method=UnquantizedLinearMethod()
             )
-            linear.ulysses = KINDS[name](linear, BaseWeight(base, None))
+            linear.shift_projection = KINDS[name](linear, BaseWeight(base, None))
             linears[name] = linear
         return linears
 
