@@ -32,7 +32,7 @@ from sglang_shift.observe.events import Finished, StateEvent, StepEvent
 from sglang_shift.observe.hub import Hub
 from sglang_shift.observe.metrics import Metrics
 from sglang_shift.policy.builtin import Calibrated, FixedMode
-from sglang_shift.policy.probes import EVERY
+from sglang_shift.policy.probes import PROBE_INTERVAL
 from sglang_shift.policy.selector import DOUBTS, DRIFT_STEPS, Drift, ModeSelector, make_policy
 from sglang_shift.runtime.agreement import StepWatch
 from sglang_shift.runtime.reporter import ShiftOutputStreamer, finished_in
@@ -141,7 +141,7 @@ def test_a_file_of_fewer_modes_is_none(tmp_path):
 
 def test_both_other_modes_are_probed():
     selector = ModeSelector(Calibrated(constant(tp=0.01, sp=0.0101, third=0.0102), 512))
-    decisions = [selector.choose(StepState(4)) for _ in range(100 * EVERY)]
+    decisions = [selector.choose(StepState(4)) for _ in range(100 * PROBE_INTERVAL)]
     probes = {mode: sum(d.probe and d.mode is mode for d in decisions) for mode in MODES}
     assert probes[TP] == 0 and probes[SP] > 50 and probes[THIRD] > 50
     assert selector.counters()["steps"] == {
@@ -164,7 +164,7 @@ def test_drift_names_the_mode_that_has_become_slower():
 def test_a_tie_with_the_fastest_mode_goes_by_the_queue():
     """The third mode should be the fastest, but SP may be faster. TP is far slower."""
     selector = ModeSelector(Calibrated(constant(tp=0.1, sp=0.011, third=0.01), 512))
-    selector.doubt({("decode", THIRD, SP): 1.0})
+    selector.set_doubts({("decode", THIRD, SP): 1.0})
     assert [selector.choose(StepState(4, num_waiting=n)).mode for n in (0, 99)] == [THIRD, SP]
 
 
