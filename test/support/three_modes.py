@@ -21,7 +21,7 @@ from fastapi import FastAPI
 from rich.console import Console
 from sglang_shift.config import ShiftConfig
 from sglang_shift.cost.calibration import Calibration, CalibrationError, load, save
-from sglang_shift.cost.measure import Measured, StepShape, measure
+from sglang_shift.cost.measure import Results, StepShape, measure
 from sglang_shift.cost.model import PHASES, CostModel, Curve, Measurement, fit
 from sglang_shift.flags import POLICIES
 from sglang_shift.graphs.mode_graphs import PhaseGraphs
@@ -117,7 +117,7 @@ def test_all_modes_are_measured_and_all_changes_between_them():
         def agree(self, numbers, failure=""):
             return list(numbers)
 
-    bench, found = Bench(), Measured()
+    bench, found = Bench(), Results()
     shapes = [StepShape(phase, n, 0, 9999) for phase in PHASES for n in (1, 8, 512, 4096)]
     list(measure(bench, shapes, 1e9, found, clock=lambda: bench.now))
     assert bench.changes == {(a, b) for a in MODES for b in MODES if a is not b}
@@ -128,7 +128,7 @@ def test_all_modes_are_measured_and_all_changes_between_them():
 
 
 def test_a_file_of_fewer_modes_is_none(tmp_path):
-    made = Calibration.of({"a": 1}, 1.0, measurements(), 0.0)
+    made = Calibration.from_measurements({"a": 1}, 1.0, measurements(), 0.0)
     save(tmp_path / "c.json", made)
     assert load(tmp_path / "c.json", {"a": 1}) == made
     content = json.loads((tmp_path / "c.json").read_text())
@@ -206,7 +206,7 @@ def test_the_counters_of_a_request():
 def fed(hub: Hub) -> Hub:
     """Return a hub that has received steps in each mode over the wire format."""
     now, costs = time.time(), fit(measurements())
-    calibration = msgspec.to_builtins(Calibration.of({}, 1.0, measurements(), 0.0))
+    calibration = msgspec.to_builtins(Calibration.from_measurements({}, 1.0, measurements(), 0.0))
     events: list[StateEvent | StepEvent] = [
         StateEvent(
             now, 4, 2, "demo", "calibrated", "the fastest mode", calibration, "made up", {mode: 1.5 for mode in MODES},

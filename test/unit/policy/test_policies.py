@@ -22,9 +22,9 @@ from sglang_shift.cost.model import (
     CostModel,
     Curve,
     Measurement,
-    beyond_noise,
     fit,
     isotonic,
+    remove_noise,
     running_median,
 )
 from sglang_shift.errors import Refused
@@ -411,9 +411,9 @@ class TestFit:
         assert fit(level + prefill).crossovers("decode") == [(1, TP)]
         clear = [replace(m, seconds=1.1 * m.seconds) if m.mode is TP else m for m in level]
         assert fit(clear + prefill).crossovers("decode")[-1][1] is SP
-        assert beyond_noise([-0.1, 0.02, 0.03, 0.03], 0.01) == [-0.1, 0.02, 0.03, 0.03]
-        assert beyond_noise([-0.1, 0.02, 0.03, 0.03], 0.02) == [-0.1, 0.0, 0.03, 0.03]
-        assert beyond_noise([0.03, 0.03, 0.04], 0.021) == [0.03, 0.03, 0.03], "a lead does not shrink with the tokens"
+        assert remove_noise([-0.1, 0.02, 0.03, 0.03], 0.01) == [-0.1, 0.02, 0.03, 0.03]
+        assert remove_noise([-0.1, 0.02, 0.03, 0.03], 0.02) == [-0.1, 0.0, 0.03, 0.03]
+        assert remove_noise([0.03, 0.03, 0.04], 0.021) == [0.03, 0.03, 0.03], "a lead does not shrink with the tokens"
 
     def test_running_median(self):
         assert running_median([]) == []
