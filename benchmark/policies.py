@@ -30,7 +30,7 @@ from sglang_shift.modes import Mode, ShiftPolicy
 from sglang_shift.policy.builtin import Calibrated, FixedMode, QueueDepth, TokenThreshold
 from sglang_shift.simulate.simulator import Server, simulate
 from sglang_shift.simulate.traces import read_trace
-from sglang_shift.simulate.traffic import Lengths, Request, bursty, ramp, scaled, steady, window
+from sglang_shift.simulate.traffic import Lengths, Request, bursty, cut_window, ramp, scale, steady
 
 THRESHOLDS = (0, *(2**i for i in range(14)))
 LOWER_IS_BETTER = {"mean_ttft": True, "mean_tpot": True, "throughput": False, "mean_e2e": True, "p99_e2e": True}
@@ -82,7 +82,7 @@ class Traffic:
 
 def capacity(requests: Sequence[Request], costs: CostModel, server: Server) -> tuple[float, Mode]:
     """Return the requests per second of the better fixed mode if all ``requests`` are there at once, and this mode."""
-    at_once = scaled(requests, time=0.0)
+    at_once = scale(requests, time=0.0)
     return max((len(at_once) / simulate(at_once, FixedMode(mode), costs, server).makespan, mode) for mode in Mode)
 
 
@@ -116,14 +116,14 @@ def made_up(costs: CostModel, server: Server, shape: Shape) -> list[Traffic]:
 def from_trace(path: Path, costs: CostModel, server: Server, part: tuple[float, float], context: int) -> Traffic:
     """Take a window of a trace, at a pace that keeps the better fixed mode busy half of the time."""
     start, seconds = part
-    requests = scaled(window(read_trace(path), start, seconds), context=context)
+    requests = scale(cut_window(read_trace(path), start, seconds), context=context)
     most, mode = capacity(requests, costs, server)
     pace = len(requests) / seconds / (TRACE * most)
     text = (
         f"{len(requests)} requests of {path.name} from second {start:g} to {start + seconds:g}, in {pace:.4g} times "
         f"their time: {TRACE:.0%} of the capacity of {mode.value.upper()}, {most:.4g} requests/s"
     )
-    return Traffic("bursty (trace)", text, [scaled(requests, time=pace)])
+    return Traffic("bursty (trace)", text, [scale(requests, time=pace)])
 
 
 def policies(believed: CostModel, server: Server) -> dict[str, ShiftPolicy]:
