@@ -221,7 +221,7 @@ def fed(hub: Hub) -> Hub:
             finished=done,
         ))  # fmt: skip
     for event in events:
-        hub.feed(msgspec.msgpack.decode(msgspec.msgpack.encode(event), type=type(event)))
+        hub.take(msgspec.msgpack.decode(msgspec.msgpack.encode(event), type=type(event)))
     return hub
 
 
