@@ -86,7 +86,7 @@ def capacity(requests: Sequence[Request], costs: CostModel, server: Server) -> t
     return max((len(at_once) / simulate(at_once, FixedMode(mode), costs, server).makespan, mode) for mode in Mode)
 
 
-def made_up(costs: CostModel, server: Server, shape: Shape) -> list[Traffic]:
+def synthetic_traffic(costs: CostModel, server: Server, shape: Shape) -> list[Traffic]:
     """Make steady low, steady high, ramp and bursty traffic for a server of these costs."""
     lengths: dict[str, Any] = {"prompt": shape.prompt, "output": shape.output}
     seeds = range(shape.seed, shape.seed + shape.seeds)
@@ -126,20 +126,20 @@ def from_trace(path: Path, costs: CostModel, server: Server, part: tuple[float, 
     return Traffic("bursty (trace)", text, [scale(requests, time=pace)])
 
 
-def policies(believed: CostModel, server: Server) -> dict[str, ShiftPolicy]:
+def policies(policy_costs: CostModel, server: Server) -> dict[str, ShiftPolicy]:
     """Return all policies by name: fixed modes, fixed thresholds, queue depth, calibrated."""
     return {
         **{mode.value: FixedMode(mode) for mode in Mode},
         **{f"tokens {n}": TokenThreshold(n) for n in THRESHOLDS},
         "queue-depth": QueueDepth(),
-        "calibrated": Calibrated(believed, server.chunk),
+        "calibrated": Calibrated(policy_costs, server.chunk),
     }
 
 
-def compare(traffic: Traffic, costs: CostModel, believed: CostModel, server: Server) -> dict[str, Metrics]:
+def compare(traffic: Traffic, costs: CostModel, policy_costs: CostModel, server: Server) -> dict[str, Metrics]:
     """Return the metrics of each policy on this traffic."""
     results = {}
-    for name, policy in policies(believed, server).items():
+    for name, policy in policies(policy_costs, server).items():
         runs = [simulate(requests, policy, costs, server).metrics() for requests in traffic.samples]
         results[name] = {metric: fmean(run[metric] for run in runs) for metric in runs[0]}
     return results
@@ -177,7 +177,7 @@ def table(results: dict[str, Metrics]) -> str:
     return "\n".join(lines)
 
 
-class Recorded(msgspec.Struct):
+class CalibrationPart(msgspec.Struct):
     """The part of a calibration that is read: the step times, and the cost model if there is one."""
 
     measurements: list[Measurement]
@@ -192,12 +192,12 @@ def read_calibration(path: Path, noise: float = 0.0, seed: int = 0) -> tuple[Cos
         noise: Standard deviation of the logarithm of the error, for each measurement that the policy believes.
         seed: Seed of the noise.
     """
-    found = msgspec.json.decode(path.read_bytes(), type=Recorded)
-    costs = found.costs or fit(found.measurements)
+    calibration = msgspec.json.decode(path.read_bytes(), type=CalibrationPart)
+    costs = calibration.costs or fit(calibration.measurements)
     if not noise:
         return costs, costs
     rng = random.Random(seed)
-    wrong = [replace(m, seconds=m.seconds * rng.lognormvariate(0.0, noise)) for m in found.measurements]
+    wrong = [replace(m, seconds=m.seconds * rng.lognormvariate(0.0, noise)) for m in calibration.measurements]
     return costs, fit(wrong, costs.switch_seconds)
 
 
@@ -246,29 +246,29 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
-    costs, believed = read_calibration(arguments.calibration, arguments.noise, arguments.seed)
+    costs, policy_costs = read_calibration(arguments.calibration, arguments.noise, arguments.seed)
     server = server_of(arguments)
     shape = Shape(**{name: getattr(arguments, name) for name in asdict(Shape())})
-    traffics = made_up(costs, server, shape)
+    traffics = synthetic_traffic(costs, server, shape)
     if arguments.trace is not None:
         traffics.append(from_trace(arguments.trace, costs, server, tuple(arguments.window), arguments.context))
     text = [
         f"# Policies on {arguments.calibration.name}\n",
         f"Faster mode: {crossovers(costs)} tokens on. A switch costs {1e3 * costs.switch_seconds:g} ms.",
-        f"The policy believes: {crossovers(believed)} (noise {arguments.noise:g}).",
+        f"The policy believes: {crossovers(policy_costs)} (noise {arguments.noise:g}).",
         f"Server: {asdict(server)}. Made-up requests: {asdict(shape)}.",
     ]
     print("\n".join(text), flush=True)
     report: dict[str, Any] = {}
     for traffic in traffics:
-        results = compare(traffic, costs, believed, server)
+        results = compare(traffic, costs, policy_costs, server)
         report[traffic.name] = {"text": traffic.text, "policies": results, "ratios": best_ratios(results)}
         text.append(f"\n## {traffic.name}\n\n{traffic.text}\n\n{table(results)}")
         print(text[-1], flush=True)
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
-        content = {"settings": settings, "costs": costs, "believed": believed, "traffics": report}
+        content = {"settings": settings, "costs": costs, "believed": policy_costs, "traffics": report}
         encoded = msgspec.json.format(msgspec.json.encode(content), indent=1)
         (arguments.out / "policies.json").write_bytes(encoded + b"\n")
         (arguments.out / "policies.md").write_text("\n".join(text) + "\n")
