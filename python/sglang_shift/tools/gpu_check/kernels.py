@@ -39,16 +39,16 @@ def check(record: Record) -> None:
                     row = measure(record, labels, operation, (gpu, reference, operations.traffic), device)
                     if row and rows == ROWS[-1]:
                         shares[operation.name].append(row["share of a copy"])
-    for name, found in shares.items():
-        record.note(f"{name}: {min(found):.2f} to {max(found):.2f} of a copy's bandwidth at {ROWS[-1]} rows")
+    for name, values in shares.items():
+        record.note(f"{name}: {min(values):.2f} to {max(values):.2f} of a copy's bandwidth at {ROWS[-1]} rows")
 
 
 def exchanges() -> dict[tuple[int, int, int], str]:
     """Return S, the QKV columns and the O columns of a rank, each with the first model that has these sizes."""
-    found: dict[tuple[int, int, int], str] = {}
+    models: dict[tuple[int, int, int], str] = {}
     for deployment in DEPLOYMENTS:
-        found.setdefault((deployment.sp, *deployment.widths), deployment.model)
-    return found
+        models.setdefault((deployment.sp, *deployment.widths), deployment.model)
+    return models
 
 
 def measure(
