@@ -37,7 +37,7 @@ def microseconds(run: Callable[[], object], laps: int = LAPS) -> float:
     return median(times) / 1e3
 
 
-def watched(watch: agreement.StepWatch) -> float:
+def time_watch(watch: agreement.StepWatch) -> float:
     """Return the time to tell or compare once after a step. All ranks do it together, so each finds something new."""
     times = []
     for _ in range(200):
@@ -64,10 +64,10 @@ def measure(rank: int, size: int, port: int) -> None:
     answer = microseconds(lambda: agreement.from_rank_0([1.0]))
     requests = microseconds(lambda: broadcast_pyobj([], rank, dist.group.WORLD, src=0))
     note = microseconds(lambda: watch.record(64, 0, Mode.TP), 20_000)
-    told: list[float | None] = [None] * size
-    dist.all_gather_object(told, watched(watch))
+    times_by_rank: list[float | None] = [None] * size
+    dist.all_gather_object(times_by_rank, time_watch(watch))
     if rank == 0:
-        print(f"{size:5d} {answer:17.0f} {requests:16.0f} {note:14.2f} {told[0]:6.0f} {told[1]:9.0f}")
+        print(f"{size:5d} {answer:17.0f} {requests:16.0f} {note:14.2f} {times_by_rank[0]:6.0f} {times_by_rank[1]:9.0f}")
     dist.destroy_process_group()
 
 

@@ -42,8 +42,8 @@ def examples(device: str, dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[dic
                 for operation in operations(ExchangeShape(size, rows, qkv, o), dtype, device):
                     if "fp8" in operation.name and not fp8_supported(torch.device(device)):
                         continue
-                    said = {"model": model, "rows": rows, "dtype": str(dtype).removeprefix("torch.")}
-                    yield {**said, "operation": operation.name}, operation
+                    labels = {"model": model, "rows": rows, "dtype": str(dtype).removeprefix("torch.")}
+                    yield {**labels, "operation": operation.name}, operation
 
 
 def on_gpu() -> Iterator[dict[str, Any]]:
@@ -53,35 +53,35 @@ def on_gpu() -> Iterator[dict[str, Any]]:
     def milliseconds(call: Callable[[], Any]) -> float:
         return do_bench(call, return_mode="median")
 
-    for said, operation in examples("cuda", (torch.bfloat16,)):
+    for labels, operation in examples("cuda", (torch.bfloat16,)):
         result, source = operation.run(gpu), operation.arguments[0]
         if not torch.equal(result, operation.run(reference)):
-            raise SystemExit(f"{said}: not what the reference gives")
-        if not (moved := traffic(source, result)).moved:
+            raise SystemExit(f"{labels}: not what the reference gives")
+        if not (kernel_traffic := traffic(source, result)).total_bytes:
             continue  # a view
-        copied = torch.empty(moved.moved // 2, dtype=torch.uint8, device="cuda")
+        copied = torch.empty(kernel_traffic.total_bytes // 2, dtype=torch.uint8, device="cuda")
         kernel = milliseconds(lambda o=operation: o.run(gpu))
         copy = milliseconds(partial(torch.empty_like(copied).copy_, copied))
         yield {
-            **said,
+            **labels,
             "us": round(1e3 * kernel, 1),
-            "GB/s": round(moved.moved / kernel / 1e6),
+            "GB/s": round(kernel_traffic.total_bytes / kernel / 1e6),
             "of a copy": round(copy / kernel, 2),
-            "of the minimum": round(moved.moved / moved.minimum, 3),
+            "of the minimum": round(kernel_traffic.total_bytes / kernel_traffic.minimum, 3),
             "PyTorch, us": round(1e3 * milliseconds(lambda o=operation: o.run(reference)), 1),
         }
 
 
 def on_cpu() -> Iterator[dict[str, Any]]:
     torch.set_num_threads(1)
-    for said, operation in examples("cpu", (torch.bfloat16, torch.float32)):
+    for labels, operation in examples("cpu", (torch.bfloat16, torch.float32)):
         expected = operation.run(cpu)
         ways = {"ours": partial(operation.run, cpu)}
         for name, way in WAYS[operation.name].items():
             ways[name] = partial(way, *operation.arguments)
             if not torch.equal(ways[name](), expected):
-                raise SystemExit(f"{said}: {name} gives something else")
-        yield {**said, **{name: round(us, 1) for name, us in in_turns(ways).items()}}
+                raise SystemExit(f"{labels}: {name} gives something else")
+        yield {**labels, **{name: round(us, 1) for name, us in in_turns(ways).items()}}
 
 
 def in_turns(ways: dict[str, Callable[[], Any]]) -> dict[str, float]:

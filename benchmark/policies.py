@@ -30,7 +30,7 @@ from sglang_shift.modes import Mode, ShiftPolicy
 from sglang_shift.policy.builtin import Calibrated, FixedMode, QueueDepth, TokenThreshold
 from sglang_shift.simulate.simulator import Server, simulate
 from sglang_shift.simulate.traces import read_trace
-from sglang_shift.simulate.traffic import Lengths, Request, bursty, ramp, scaled, steady, window
+from sglang_shift.simulate.traffic import Lengths, Request, bursty, cut_window, ramp, scale, steady
 
 THRESHOLDS = (0, *(2**i for i in range(14)))
 LOWER_IS_BETTER = {"mean_ttft": True, "mean_tpot": True, "throughput": False, "mean_e2e": True, "p99_e2e": True}
@@ -82,11 +82,11 @@ class Traffic:
 
 def capacity(requests: Sequence[Request], costs: CostModel, server: Server) -> tuple[float, Mode]:
     """Return the requests per second of the better fixed mode if all ``requests`` are there at once, and this mode."""
-    at_once = scaled(requests, time=0.0)
+    at_once = scale(requests, time=0.0)
     return max((len(at_once) / simulate(at_once, FixedMode(mode), costs, server).makespan, mode) for mode in Mode)
 
 
-def made_up(costs: CostModel, server: Server, shape: Shape) -> list[Traffic]:
+def synthetic_traffic(costs: CostModel, server: Server, shape: Shape) -> list[Traffic]:
     """Make steady low, steady high, ramp and bursty traffic for a server of these costs."""
     lengths: dict[str, Any] = {"prompt": shape.prompt, "output": shape.output}
     seeds = range(shape.seed, shape.seed + shape.seeds)
@@ -116,30 +116,30 @@ def made_up(costs: CostModel, server: Server, shape: Shape) -> list[Traffic]:
 def from_trace(path: Path, costs: CostModel, server: Server, part: tuple[float, float], context: int) -> Traffic:
     """Take a window of a trace, at a pace that keeps the better fixed mode busy half of the time."""
     start, seconds = part
-    requests = scaled(window(read_trace(path), start, seconds), context=context)
+    requests = scale(cut_window(read_trace(path), start, seconds), context=context)
     most, mode = capacity(requests, costs, server)
     pace = len(requests) / seconds / (TRACE * most)
     text = (
         f"{len(requests)} requests of {path.name} from second {start:g} to {start + seconds:g}, in {pace:.4g} times "
         f"their time: {TRACE:.0%} of the capacity of {mode.value.upper()}, {most:.4g} requests/s"
     )
-    return Traffic("bursty (trace)", text, [scaled(requests, time=pace)])
+    return Traffic("bursty (trace)", text, [scale(requests, time=pace)])
 
 
-def policies(believed: CostModel, server: Server) -> dict[str, ShiftPolicy]:
+def policies(policy_costs: CostModel, server: Server) -> dict[str, ShiftPolicy]:
     """Return all policies by name: fixed modes, fixed thresholds, queue depth, calibrated."""
     return {
         **{mode.value: FixedMode(mode) for mode in Mode},
         **{f"tokens {n}": TokenThreshold(n) for n in THRESHOLDS},
         "queue-depth": QueueDepth(),
-        "calibrated": Calibrated(believed, server.chunk),
+        "calibrated": Calibrated(policy_costs, server.chunk),
     }
 
 
-def compare(traffic: Traffic, costs: CostModel, believed: CostModel, server: Server) -> dict[str, Metrics]:
+def compare(traffic: Traffic, costs: CostModel, policy_costs: CostModel, server: Server) -> dict[str, Metrics]:
     """Return the metrics of each policy on this traffic."""
     results = {}
-    for name, policy in policies(believed, server).items():
+    for name, policy in policies(policy_costs, server).items():
         runs = [simulate(requests, policy, costs, server).metrics() for requests in traffic.samples]
         results[name] = {metric: fmean(run[metric] for run in runs) for metric in runs[0]}
     return results
@@ -177,7 +177,7 @@ def table(results: dict[str, Metrics]) -> str:
     return "\n".join(lines)
 
 
-class Recorded(msgspec.Struct):
+class CalibrationPart(msgspec.Struct):
     """The part of a calibration that is read: the step times, and the cost model if there is one."""
 
     measurements: list[Measurement]
@@ -192,12 +192,12 @@ def read_calibration(path: Path, noise: float = 0.0, seed: int = 0) -> tuple[Cos
         noise: Standard deviation of the logarithm of the error, for each measurement that the policy believes.
         seed: Seed of the noise.
     """
-    found = msgspec.json.decode(path.read_bytes(), type=Recorded)
-    costs = found.costs or fit(found.measurements)
+    calibration = msgspec.json.decode(path.read_bytes(), type=CalibrationPart)
+    costs = calibration.costs or fit(calibration.measurements)
     if not noise:
         return costs, costs
     rng = random.Random(seed)
-    wrong = [replace(m, seconds=m.seconds * rng.lognormvariate(0.0, noise)) for m in found.measurements]
+    wrong = [replace(m, seconds=m.seconds * rng.lognormvariate(0.0, noise)) for m in calibration.measurements]
     return costs, fit(wrong, costs.switch_seconds)
 
 
@@ -246,29 +246,29 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
-    costs, believed = read_calibration(arguments.calibration, arguments.noise, arguments.seed)
+    costs, policy_costs = read_calibration(arguments.calibration, arguments.noise, arguments.seed)
     server = server_of(arguments)
     shape = Shape(**{name: getattr(arguments, name) for name in asdict(Shape())})
-    traffics = made_up(costs, server, shape)
+    traffics = synthetic_traffic(costs, server, shape)
     if arguments.trace is not None:
         traffics.append(from_trace(arguments.trace, costs, server, tuple(arguments.window), arguments.context))
     text = [
         f"# Policies on {arguments.calibration.name}\n",
         f"Faster mode: {crossovers(costs)} tokens on. A switch costs {1e3 * costs.switch_seconds:g} ms.",
-        f"The policy believes: {crossovers(believed)} (noise {arguments.noise:g}).",
+        f"The policy believes: {crossovers(policy_costs)} (noise {arguments.noise:g}).",
         f"Server: {asdict(server)}. Made-up requests: {asdict(shape)}.",
     ]
     print("\n".join(text), flush=True)
     report: dict[str, Any] = {}
     for traffic in traffics:
-        results = compare(traffic, costs, believed, server)
+        results = compare(traffic, costs, policy_costs, server)
         report[traffic.name] = {"text": traffic.text, "policies": results, "ratios": best_ratios(results)}
         text.append(f"\n## {traffic.name}\n\n{traffic.text}\n\n{table(results)}")
         print(text[-1], flush=True)
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
-        content = {"settings": settings, "costs": costs, "believed": believed, "traffics": report}
+        content = {"settings": settings, "costs": costs, "believed": policy_costs, "traffics": report}
         encoded = msgspec.json.format(msgspec.json.encode(content), indent=1)
         (arguments.out / "policies.json").write_bytes(encoded + b"\n")
         (arguments.out / "policies.md").write_text("\n".join(text) + "\n")

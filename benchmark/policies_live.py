@@ -26,7 +26,7 @@ from typing import Any
 
 import aiohttp
 from sglang_shift.simulate.traces import read_trace
-from sglang_shift.simulate.traffic import Request, bursty, ramp, scaled, steady, window
+from sglang_shift.simulate.traffic import Request, bursty, cut_window, ramp, scale, steady
 from sglang_shift.tools.benchmark.environment import describe_machine
 from sglang_shift.tools.servers import Failure, call, serving
 
@@ -98,7 +98,7 @@ class Client:
 def traffics(client: Client, args: argparse.Namespace) -> dict[str, list[Request]]:
     """Return the loads by name, at rates that suit this server."""
     batch = steady(1.0, prompt=PROMPT, output=OUTPUT, requests=48)
-    client.replay(scaled(batch, time=0.0), POLICIES["calibrated"])  # warm-up
+    client.replay(scale(batch, time=0.0), POLICIES["calibrated"])  # warm-up
     capacity = max(_rate(client, batch, policy) for policy in FIXED)
     print(f"capacity: {capacity:.2f} requests/s of the better fixed mode", file=sys.stderr, flush=True)
     lengths: dict[str, Any] = {"prompt": PROMPT, "output": OUTPUT}
@@ -116,15 +116,15 @@ def traffics(client: Client, args: argparse.Namespace) -> dict[str, list[Request
     }
     if args.trace:
         start, seconds = args.window
-        part = scaled(window(read_trace(args.trace), start, seconds), length=args.length, context=4096)
+        part = scale(cut_window(read_trace(args.trace), start, seconds), length=args.length, context=4096)
         share = _rate(client, part[:48], "sp")
-        made["Azure code"] = scaled(part, time=len(part) / (0.6 * share) / seconds)
+        made["Azure code"] = scale(part, time=len(part) / (0.6 * share) / seconds)
     return {name: r for name, r in made.items() if name in (args.traffic or made)}
 
 
 def _rate(client: Client, requests: Sequence[Request], policy: str) -> float:
     started = time.perf_counter()
-    client.replay(scaled(requests, time=0.0), POLICIES[policy])
+    client.replay(scale(requests, time=0.0), POLICIES[policy])
     return len(requests) / (time.perf_counter() - started)
 
 

@@ -18,7 +18,7 @@ from statistics import median
 from time import perf_counter_ns
 from types import SimpleNamespace
 
-from policies import Shape, add_server_arguments, made_up, policies, read_calibration, server_of
+from policies import Shape, add_server_arguments, policies, read_calibration, server_of, synthetic_traffic
 from sglang_shift.cost.model import CostModel
 from sglang_shift.modes import ShiftPolicy, StepState
 from sglang_shift.simulate.simulator import Server, simulate
@@ -44,10 +44,10 @@ def microseconds(policy: ShiftPolicy, steps: Sequence[StepState], repeats: int =
     return times[len(times) // 2], times[int(0.99 * len(times))]
 
 
-def met(policy: ShiftPolicy, costs: CostModel, server: Server, most: int) -> list[StepState]:
+def steps_of(policy: ShiftPolicy, costs: CostModel, server: Server, most: int) -> list[StepState]:
     """Return steps that the policy meets in bursty traffic, evenly spread over the run."""
     steps: list[StepState] = []
-    [bursty] = [t for t in made_up(costs, server, Shape(requests=1000, seeds=1)) if t.name == "bursty"]
+    [bursty] = [t for t in synthetic_traffic(costs, server, Shape(requests=1000, seeds=1)) if t.name == "bursty"]
     simulate(bursty.samples[0], policy, costs, server, lambda step, _mode, _seconds: steps.append(step))
     return steps[:: max(1, len(steps) // most)]
 
@@ -92,7 +92,7 @@ def main() -> int:
     for name, policy in policies(costs, server).items():
         if name.startswith("tokens ") and name != "tokens 256":
             continue  # the threshold makes no difference
-        middle, high = microseconds(policy, met(policy, costs, server, arguments.steps))
+        middle, high = microseconds(policy, steps_of(policy, costs, server, arguments.steps))
         slowest = max(slowest, middle)
         print(f"| {name} | {middle:.2f} | {high:.2f} |", flush=True)
     whole = whole_choice(policies(costs, server)["calibrated"])

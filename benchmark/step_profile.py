@@ -105,32 +105,32 @@ def gaps(events: list[dict[str, Any]], least: float) -> list[str]:
     return found
 
 
-def profile(whom: Contender, args: argparse.Namespace, folder: Path) -> None:
+def profile(contender: Contender, args: argparse.Namespace, folder: Path) -> None:
     """Print one contender's times.
 
     Raises:
         ShiftError: the contender does not start, or gives no trace.
     """
-    flags = [*whom.flags, "--model-path", args.model_path, "--sleep-on-idle", *args.flags]
+    flags = [*contender.flags, "--model-path", args.model_path, "--sleep-on-idle", *args.flags]
     shape = (16, 1 + DECODES // PREFILLS) if args.decode else (args.tokens, 1)
     steps = DECODES if args.decode else PREFILLS
-    with Link(args.tp_size, args.link_rate) if args.link_rate and whom.ranks > 1 else nullcontext() as link:
-        log = folder / f"{whom.name}.log"
+    with Link(args.tp_size, args.link_rate) if args.link_rate and contender.ranks > 1 else nullcontext() as link:
+        log = folder / f"{contender.name}.log"
         server = start_on(link, flags, 0, log) if link else servers.start(flags, 0, log)
         try:
             server.wait_until_healthy(args.timeout)
             times = [generate(server, *shape) for _ in range(7)][2:]
-            what = {"output_dir": str(folder / whom.name), "activities": ["CPU"]}
+            what = {"output_dir": str(folder / contender.name), "activities": ["CPU"]}
             servers.call(server.url + "/start_profile", body=what, text=True)
             for _ in range(PREFILLS):
                 generate(server, *shape)
             servers.call(server.url + "/stop_profile", body={}, text=True, timeout=300)
-            events = read_trace(folder / whom.name)
+            events = read_trace(folder / contender.name)
         finally:
             server.stop()
     own, calls = self_times(events)
     kind = f"decoding {shape[1] - 1} tokens" if args.decode else f"a prompt of {args.tokens}"
-    print(f"{whom.name}: {kind} takes {1e3 * median(times):.0f} ms (median of 5, not profiled); profiled, a step:")
+    print(f"{contender.name}: {kind} takes {1e3 * median(times):.0f} ms (median of 5, not profiled); profiled, a step:")
     print(f"    {'ms':>8} {'calls':>7}  operator, without those inside it")
     for name, microseconds in own.most_common(args.rows):
         print(f"    {microseconds / steps / 1e3:8.2f} {calls[name] / steps:7.1f}  {name}")
@@ -154,8 +154,8 @@ def main() -> int:
     args = parser.parse_args()
     try:
         with TemporaryDirectory(prefix="sglang_shift_profile_") as folder:
-            for whom in contenders(args.contenders, args.tp_size):
-                profile(whom, args, Path(folder))
+            for contender in contenders(args.contenders, args.tp_size):
+                profile(contender, args, Path(folder))
     except ShiftError as error:
         print(f"step_profile: error: {error}", file=sys.stderr)
         return 1

@@ -24,12 +24,12 @@ def pack_tokens(x: torch.Tensor, size: int, quantize: bool = False) -> torch.Ten
     if not layout.is_view:
         x = torch.cat((x, x.new_zeros(size * layout.rows - layout.tokens, layout.width)))
     blocks = x.view(layout.shape)
-    return reference.quantized(blocks, layout) if quantize else blocks
+    return reference.quantize_blocks(blocks, layout) if quantize else blocks
 
 
 def unpack_heads(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """See :func:`sglang_shift_kernels.unpack_heads`."""
-    blocks = reference.plain(blocks, dtype)
+    blocks = reference.dequantize_if_needed(blocks, dtype)
     if blocks.shape[1] <= FEW_ROWS:
         return blocks.transpose(0, 1).flatten(1)
     return torch.cat(blocks.unbind(), 1)

@@ -96,7 +96,7 @@ def dequantize_kernel(
     tl.store(x, value.to(x.dtype.element_ty), in_x)
 
 
-def quantized(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+def quantize_blocks(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Quantize ``x`` to blocks of bytes.
 
     Returns:
@@ -108,7 +108,7 @@ def quantized(x: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def dequantize(blocks: torch.Tensor, x: torch.Tensor, layout: Layout) -> None:
-    """Dequantize blocks ``[S, rows, width + 16]`` of :func:`quantized` to their places in ``x``."""
+    """Dequantize blocks ``[S, rows, width + 16]`` of :func:`quantize_blocks` to their places in ``x``."""
     _launch(dequantize_kernel, x, blocks, layout)
 
 

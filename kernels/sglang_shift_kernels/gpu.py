@@ -42,5 +42,5 @@ def unpack_heads(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _pack(x: torch.Tensor, layout: Layout, quantize: bool) -> torch.Tensor:
     if quantize:
         check_quantizable(x, layout)
-        return fp8.quantized(x, layout)
+        return fp8.quantize_blocks(x, layout)
     return x.view(layout.shape) if layout.is_view else copies.to_blocks(x, layout)

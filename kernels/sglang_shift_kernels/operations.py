@@ -19,11 +19,11 @@ class Traffic:
     """Bytes between a kernel and memory.
 
     Attributes:
-        moved: Bytes that the kernel loads and stores.
+        total_bytes: Bytes that the kernel loads and stores.
         minimum: Bytes that it must load and store: each byte that it needs once, and each byte of the result once.
     """
 
-    moved: int
+    total_bytes: int
     minimum: int
 
 

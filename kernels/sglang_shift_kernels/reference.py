@@ -19,27 +19,27 @@ def pack_heads(x: torch.Tensor, size: int, quantize: bool = False) -> torch.Tens
     """``[n, S * D]`` to ``[S, n, D]``."""
     layout = Layout.by_heads(x, size)
     blocks = x.view(layout.rows, size, layout.width).transpose(0, 1)
-    return quantized(blocks, layout) if quantize else blocks.contiguous()
+    return quantize_blocks(blocks, layout) if quantize else blocks.contiguous()
 
 
 def unpack_tokens(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``[S, n, D]`` to ``[S * n, D]``."""
-    return plain(blocks, dtype).flatten(0, 1)
+    return dequantize_if_needed(blocks, dtype).flatten(0, 1)
 
 
 def pack_tokens(x: torch.Tensor, size: int, quantize: bool = False) -> torch.Tensor:
     """``[T, D]`` to ``[S, ceil(T / S), D]``, with zeros at the end."""
     layout = Layout.by_tokens(x, size)
     blocks = F.pad(x, (0, 0, 0, size * layout.rows - layout.tokens)).reshape(layout.shape)
-    return quantized(blocks, layout) if quantize else blocks.contiguous()
+    return quantize_blocks(blocks, layout) if quantize else blocks.contiguous()
 
 
 def unpack_heads(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``[S, n, D]`` to ``[n, S * D]``."""
-    return plain(blocks, dtype).transpose(0, 1).flatten(1)
+    return dequantize_if_needed(blocks, dtype).transpose(0, 1).flatten(1)
 
 
-def quantized(blocks: torch.Tensor, layout: Layout) -> torch.Tensor:
+def quantize_blocks(blocks: torch.Tensor, layout: Layout) -> torch.Tensor:
     """``[S, n, D]``, any strides, to ``[S, n, D + 16]`` bytes (:mod:`sglang_shift_kernels.fp8`)."""
     check_quantizable(blocks, layout)
     x = blocks.float()
@@ -50,8 +50,8 @@ def quantized(blocks: torch.Tensor, layout: Layout) -> torch.Tensor:
     return torch.cat([elements.view(torch.uint8), scales.view(torch.uint8)], -1)
 
 
-def plain(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Undo :func:`quantized`, except for its error. Other blocks do not change."""
+def dequantize_if_needed(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Undo :func:`quantize_blocks`, except for its error. Other blocks do not change."""
     if not is_quantized(blocks, dtype):
         return blocks
     elements = blocks[..., :-SCALE_BYTES].view(torch.float8_e4m3fn)

@@ -16,12 +16,19 @@ from sglang_shift.policy.builtin import TokenThreshold
 from sglang_shift.tools import servers as processes
 from sglang_shift.tools.gpu_check import comparison, engine, one_gpu
 from sglang_shift.tools.gpu_check.answers import prompts
-from sglang_shift.tools.gpu_check.comparison import EXPECTED, REQUESTS, THRESHOLDS, Comparison, Contender, explain
+from sglang_shift.tools.gpu_check.comparison import (
+    EXPECTED,
+    REQUESTS,
+    THRESHOLDS,
+    ServerComparison,
+    ServerSetup,
+    explain,
+)
 from sglang_shift.tools.gpu_check.record import Record
 from sglang_shift.tools.servers import Server
 
-ONE = Contender("TP=1", ["--tp-size", "1"])
-TWO = Contender("two ranks", ["--tp-size", "2"])
+ONE = ServerSetup("TP=1", ["--tp-size", "1"])
+TWO = ServerSetup("two ranks", ["--tp-size", "2"])
 
 
 @pytest.fixture
@@ -51,7 +58,7 @@ def test_two_ranks_answer_as_one(servers, kept, tmp_path):
     record = Record(folder=tmp_path)
     flags = ["--model-path", demo_model_path(), "--dtype", "float32", "--max-total-tokens", "16384"]
     flags += ["--chunked-prefill-size", "512", "--max-running-requests", str(REQUESTS)]
-    compared = Comparison(record, "cpu", flags, vocabulary=4096, tolerance=1e-4)
+    compared = ServerComparison(record, "cpu", flags, vocabulary=4096, tolerance=1e-4)
     compared.run(ONE, [TWO])
     assert record.problems == []
     waits, rows = [row for row in record.rows if "mode" not in row], [row for row in record.rows if "mode" in row]
@@ -63,7 +70,7 @@ def test_two_ranks_answer_as_one(servers, kept, tmp_path):
     # Answers that are another's are told apart, and that there are no graphs is one more problem.
     compared.reference = compared.reference[::-1]
     compared.tolerance = 0.1
-    compared.compare(Contender("two", TWO.flags, graphs=True), kept["engine-cpu-two-ranks.log"])
+    compared.compare(ServerSetup("two", TWO.flags, graphs=True), kept["engine-cpu-two-ranks.log"])
     assert record.problems and "two, tp: " in record.problems[0]
     assert "two, sp: there are no graphs of a decode in sp" in record.problems
 
@@ -73,9 +80,9 @@ def test_two_ranks_answer_as_one(servers, kept, tmp_path):
 def test_a_server_that_does_not_start(servers, tmp_path):
     servers.stop()
     record = Record(folder=tmp_path)
-    compared = Comparison(record, "cpu", ["--model-path", demo_model_path()], vocabulary=4096, tolerance=1e-4)
+    compared = ServerComparison(record, "cpu", ["--model-path", demo_model_path()], vocabulary=4096, tolerance=1e-4)
     compared.take_reference = lambda *_: None
-    compared.run(ONE, [Contender("three ranks", ["--tp-size", "3"])], at_once=True)
+    compared.run(ONE, [ServerSetup("three ranks", ["--tp-size", "3"])], at_once=True)
     (problem,) = record.problems
     assert problem.startswith("three ranks: the server ended with exit code 2")
     assert "--tp-size 3 does not divide" in problem
@@ -95,15 +102,15 @@ class TestOrder:
             return SimpleNamespace(stop=lambda: self.events.append(f"stop {name}"), flags=flags)
 
         monkeypatch.setattr(comparison, "start", starting)
-        compared = Comparison(Record(folder=tmp_path), "made-up", ["--all"], vocabulary=10, tolerance=0.1)
-        compared.take_reference = lambda contender, server: self.events.append(f"ask {contender.label}")
-        compared.compare = lambda contender, server: self.events.append(f"compare {contender.label}")
+        compared = ServerComparison(Record(folder=tmp_path), "made-up", ["--all"], vocabulary=10, tolerance=0.1)
+        compared.take_reference = lambda setup, server: self.events.append(f"ask {setup.label}")
+        compared.compare = lambda setup, server: self.events.append(f"compare {setup.label}")
         return compared
 
-    others = (Contender("a", []), Contender("b", []))
+    others = (ServerSetup("a", []), ServerSetup("b", []))
 
     def test_one_after_the_other(self, compared):
-        compared.run(Contender("one", []), self.others)
+        compared.run(ServerSetup("one", []), self.others)
         assert self.events == [
             *("start one", "ask one", "stop one"),
             *("start a", "compare a", "stop a"),
@@ -111,7 +118,7 @@ class TestOrder:
         ]
 
     def test_all_at_once(self, compared):
-        compared.run(Contender("one", []), self.others, at_once=True)
+        compared.run(ServerSetup("one", []), self.others, at_once=True)
         assert self.events == [
             *("start one", "start a", "start b"),
             *("ask one", "compare a", "compare b"),
@@ -124,15 +131,13 @@ class TestOrder:
 
         compared.take_reference = fails
         with pytest.raises(OSError, match="no answer"):
-            compared.run(Contender("one", []), self.others, at_once=True)
+            compared.run(ServerSetup("one", []), self.others, at_once=True)
         assert self.events[3:] == ["stop b", "stop a", "stop one"]
 
     def test_only_the_others_shift(self, compared):
         flags = {}
-        compared.take_reference = compared.compare = lambda contender, server: flags.update(
-            {contender.label: server.flags}
-        )
-        compared.run(Contender("one", ["--x"]), self.others)
+        compared.take_reference = compared.compare = lambda setup, server: flags.update({setup.label: server.flags})
+        compared.run(ServerSetup("one", ["--x"]), self.others)
         assert flags["one"] == ["--all", "--x"] and flags["a"] == ["--all", *comparison.SHIFT]
 
 

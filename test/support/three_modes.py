@@ -21,7 +21,7 @@ from fastapi import FastAPI
 from rich.console import Console
 from sglang_shift.config import ShiftConfig
 from sglang_shift.cost.calibration import Calibration, CalibrationError, load, save
-from sglang_shift.cost.measure import Measured, StepShape, measure
+from sglang_shift.cost.measure import Results, StepShape, measure
 from sglang_shift.cost.model import PHASES, CostModel, Curve, Measurement, fit
 from sglang_shift.flags import POLICIES
 from sglang_shift.graphs.mode_graphs import PhaseGraphs
@@ -32,7 +32,7 @@ from sglang_shift.observe.events import Finished, StateEvent, StepEvent
 from sglang_shift.observe.hub import Hub
 from sglang_shift.observe.metrics import Metrics
 from sglang_shift.policy.builtin import Calibrated, FixedMode
-from sglang_shift.policy.probes import EVERY
+from sglang_shift.policy.probes import PROBE_INTERVAL
 from sglang_shift.policy.selector import DOUBTS, DRIFT_STEPS, Drift, ModeSelector, make_policy
 from sglang_shift.runtime.agreement import StepWatch
 from sglang_shift.runtime.reporter import ShiftOutputStreamer, finished_requests
@@ -117,7 +117,7 @@ def test_all_modes_are_measured_and_all_changes_between_them():
         def agree(self, numbers, failure=""):
             return list(numbers)
 
-    bench, found = Bench(), Measured()
+    bench, found = Bench(), Results()
     shapes = [StepShape(phase, n, 0, 9999) for phase in PHASES for n in (1, 8, 512, 4096)]
     list(measure(bench, shapes, 1e9, found, clock=lambda: bench.now))
     assert bench.changes == {(a, b) for a in MODES for b in MODES if a is not b}
@@ -128,7 +128,7 @@ def test_all_modes_are_measured_and_all_changes_between_them():
 
 
 def test_a_file_of_fewer_modes_is_none(tmp_path):
-    made = Calibration.of({"a": 1}, 1.0, measurements(), 0.0)
+    made = Calibration.from_measurements({"a": 1}, 1.0, measurements(), 0.0)
     save(tmp_path / "c.json", made)
     assert load(tmp_path / "c.json", {"a": 1}) == made
     content = json.loads((tmp_path / "c.json").read_text())
@@ -141,7 +141,7 @@ def test_a_file_of_fewer_modes_is_none(tmp_path):
 
 def test_both_other_modes_are_probed():
     selector = ModeSelector(Calibrated(constant(tp=0.01, sp=0.0101, third=0.0102), 512))
-    decisions = [selector.choose(StepState(4)) for _ in range(100 * EVERY)]
+    decisions = [selector.choose(StepState(4)) for _ in range(100 * PROBE_INTERVAL)]
     probes = {mode: sum(d.probe and d.mode is mode for d in decisions) for mode in MODES}
     assert probes[TP] == 0 and probes[SP] > 50 and probes[THIRD] > 50
     assert selector.counters()["steps"] == {
@@ -164,7 +164,7 @@ def test_drift_names_the_mode_that_has_become_slower():
 def test_a_tie_with_the_fastest_mode_goes_by_the_queue():
     """The third mode should be the fastest, but SP may be faster. TP is far slower."""
     selector = ModeSelector(Calibrated(constant(tp=0.1, sp=0.011, third=0.01), 512))
-    selector.doubt({("decode", THIRD, SP): 1.0})
+    selector.set_doubts({("decode", THIRD, SP): 1.0})
     assert [selector.choose(StepState(4, num_waiting=n)).mode for n in (0, 99)] == [THIRD, SP]
 
 
@@ -206,7 +206,7 @@ def test_the_counters_of_a_request():
 def fed(hub: Hub) -> Hub:
     """Return a hub that has received steps in each mode over the wire format."""
     now, costs = time.time(), fit(measurements())
-    calibration = msgspec.to_builtins(Calibration.of({}, 1.0, measurements(), 0.0))
+    calibration = msgspec.to_builtins(Calibration.from_measurements({}, 1.0, measurements(), 0.0))
     events: list[StateEvent | StepEvent] = [
         StateEvent(
             now, 4, 2, "demo", "calibrated", "the fastest mode", calibration, "made up", {mode: 1.5 for mode in MODES},
@@ -221,7 +221,7 @@ def fed(hub: Hub) -> Hub:
             finished=done,
         ))  # fmt: skip
     for event in events:
-        hub.feed(msgspec.msgpack.decode(msgspec.msgpack.encode(event), type=type(event)))
+        hub.take(msgspec.msgpack.decode(msgspec.msgpack.encode(event), type=type(event)))
     return hub
 
 

@@ -34,13 +34,13 @@ def snapshot(**changes) -> dict:
     now = time.time()
     clock = iter([now, now, now, now, now + 1])
     hub = Hub(clock=lambda: next(clock))
-    hub.feed(StateEvent(
+    hub.take(StateEvent(
         now, 4, 2, MARKUP, "calibrated", "the [bold]faster[/bold] mode", None, "", {}, 10, 0, {"tp": 5, "sp": 2},
         {"tp": 5, "sp": 600}, 3, running=6, waiting=2,
     ))  # fmt: skip
     done = [Finished(10, 5, 0.125, None, 2.5, {Mode.TP: 4, Mode.SP: 1})]
-    hub.feed(StepEvent(now, 1, "tp", "decode", 6, 0, 6, 2, 0, seconds=0.01, predicted={Mode.TP: 0.02, Mode.SP: 0.5}))
-    hub.feed(StepEvent(now, 2, "sp", "prefill", 600, 600, 6, 2, 50, 0.03, switched=True, reason=MARKUP, finished=done))
+    hub.take(StepEvent(now, 1, "tp", "decode", 6, 0, 6, 2, 0, seconds=0.01, predicted={Mode.TP: 0.02, Mode.SP: 0.5}))
+    hub.take(StepEvent(now, 2, "sp", "prefill", 600, 600, 6, 2, 50, 0.03, switched=True, reason=MARKUP, finished=done))
     return {**hub.snapshot(), **changes}
 
 
@@ -125,7 +125,7 @@ def test_the_key_and_the_path(server, capsys):
 def test_keys_as_sglang_checks_them(capsys, configured, right):
     """By SGLang's middleware, over our routes."""
     app, hub = FastAPI(), Hub()
-    hub.feed(StateEvent(time.time(), 2, 2, "m", "p", "t", None, "", {}, 1, 0, {}, {}, 0))
+    hub.take(StateEvent(time.time(), 2, 2, "m", "p", "t", None, "", {}, 1, 0, {}, {}, 0))
     routes.install(hub, app)
     add_api_key_middleware(app, **configured)
     with socket.socket() as listening:
@@ -294,7 +294,7 @@ def test_the_view_fits(width):
 
 def test_the_view_without_anything():
     hub = Hub()
-    hub.feed(StateEvent(time.time(), 2, 2, "m", "p", "t", None, "", {}, 1, 0, {}, {}, 0))
+    hub.take(StateEvent(time.time(), 2, 2, "m", "p", "t", None, "", {}, 1, 0, {}, {}, 0))
     console = Console(file=io.StringIO(), width=80)
     console.print(view(hub.snapshot(), "http://a"))
     for part in (

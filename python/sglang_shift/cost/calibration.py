@@ -26,7 +26,7 @@ FORMAT = 2
 CACHE_VARIABLE = "SGLANG_SHIFT_CACHE_DIR"
 """Environment variable that names the folder of saved calibrations."""
 
-MOST_BYTES, MOST_MEASUREMENTS = 4 << 20, 10_000
+MAX_BYTES, MAX_MEASUREMENTS = 4 << 20, 10_000
 """Limits of a file: its bytes and its measurements. A usual file has some tens of KiB and hundreds of measurements."""
 
 
@@ -58,11 +58,13 @@ class Calibration:
     key: dict[str, Any]
     made: str
     took: NotNegative
-    measurements: Annotated[tuple[Measurement, ...], msgspec.Meta(max_length=MOST_MEASUREMENTS)]
+    measurements: Annotated[tuple[Measurement, ...], msgspec.Meta(max_length=MAX_MEASUREMENTS)]
     costs: CostModel
     format: int = FORMAT
 
-    def renewed(self, took: float, measurements: Sequence[Measurement], switch_seconds: float | None) -> Calibration:
+    def with_measurements(
+        self, took: float, measurements: Sequence[Measurement], switch_seconds: float | None
+    ) -> Calibration:
         """Return this calibration with new measurements.
 
         Beyond the range of the new measurements, the old measurements and the old ratios of the modes' times stay.
@@ -85,12 +87,14 @@ class Calibration:
         switch = self.costs.switch_seconds if switch_seconds is None else switch_seconds
         phases = {m.phase for m in measurements}
         others = [m for m in self.measurements if m.phase not in phases]
-        new = Calibration.of(self.key, took, [*others, *measurements], switch)
-        costs = new.costs.continued(self.costs, measurements)
+        new = Calibration.from_measurements(self.key, took, [*others, *measurements], switch)
+        costs = new.costs.extended_by(self.costs, measurements)
         return replace(new, measurements=(*kept, *measurements), costs=costs)
 
     @staticmethod
-    def of(key: dict[str, Any], took: float, measurements: Sequence[Measurement], switch_seconds: float) -> Calibration:
+    def from_measurements(
+        key: dict[str, Any], took: float, measurements: Sequence[Measurement], switch_seconds: float
+    ) -> Calibration:
         """Fit a cost model to measurements, and date the calibration.
 
         Raises:
@@ -103,7 +107,7 @@ class Calibration:
         return Calibration(key, datetime.now(UTC).isoformat(timespec="seconds"), took, tuple(measurements), costs)
 
 
-class _Versioned(msgspec.Struct):
+class _FileHeader(msgspec.Struct):
     """The part that a calibration file of any format has."""
 
     format: int
@@ -168,14 +172,14 @@ def load(path: Path, key: dict[str, Any]) -> Calibration:
     """
     try:
         with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
+            content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise CalibrationError(f"the calibration {path} cannot be read: {error}") from error
-    if len(content) > MOST_BYTES:
+    if len(content) > MAX_BYTES:
         raise CalibrationError(f"the calibration {path} cannot be read: it is larger than a calibration")
-    calibration = _decoded(path, content)
+    calibration = _decode(path, content)
     theirs = calibration.key
     if differing := [name for name in {**key, **theirs} if key.get(name) != theirs.get(name)]:
         pairs = ", ".join(f"{name} is {theirs.get(name)} there and {key.get(name)} here" for name in differing)
@@ -183,11 +187,11 @@ def load(path: Path, key: dict[str, Any]) -> Calibration:
     return calibration
 
 
-def _decoded(path: Path, content: bytes) -> Calibration:
+def _decode(path: Path, content: bytes) -> Calibration:
     try:
-        found = msgspec.json.decode(content, type=_Versioned).format
-        if found != FORMAT:
-            raise CalibrationError(f"the calibration {path} cannot be used: it has format {found}, not {FORMAT}")
+        file_format = msgspec.json.decode(content, type=_FileHeader).format
+        if file_format != FORMAT:
+            raise CalibrationError(f"the calibration {path} cannot be used: it has format {file_format}, not {FORMAT}")
         return msgspec.json.decode(content, type=Calibration)
     except msgspec.ValidationError as error:
         raise CalibrationError(f"the calibration {path} cannot be used: it is not a calibration ({error})") from error

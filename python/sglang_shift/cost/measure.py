@@ -136,20 +136,20 @@ class Bench(Protocol):
 
 
 @dataclass
-class Measured:
+class Results:
     """The results of :func:`measure` so far; the same on every rank.
 
     Attributes:
         steps: Step times.
         switches: How many seconds longer a step took after a step in another mode than after a step in its own mode.
         seconds: Seconds that the measurement took on the slowest rank.
-        part: Share of the shapes that is done, up to 1.
+        progress: Share of the shapes that is done, up to 1.
     """
 
     steps: list[Measurement] = field(default_factory=list)
     switches: list[float] = field(default_factory=list)
     seconds: float = 0.0
-    part: float = 0.0
+    progress: float = 0.0
 
 
 class _NoRoomError(Exception):
@@ -160,7 +160,7 @@ def measure(
     bench: Bench,
     shapes: Sequence[StepShape],
     budget: float,
-    found: Measured,
+    results: Results,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Generator[None, None, None]:
     """Time all shapes in every mode. This is a generator, which yields after each lap.
@@ -173,31 +173,33 @@ def measure(
         bench: Runs the steps.
         shapes: The shapes from small to large; the same on every rank.
         budget: Seconds. Shapes that would exceed the budget are left out, except the first shape of each phase.
-        found: The results are added to it.
+        results: The results are added to it.
         clock: Returns monotonic seconds.
 
     Raises:
         CalibrationError: a step failed on every rank, or some rank could not prepare a step.
         ShiftError: a step failed on this rank alone.
     """
-    before: dict[str, tuple[int, float]] = {}
+    last_shapes: dict[str, tuple[int, float]] = {}
     for done, shape in enumerate(shapes, 1):
-        tokens, took = before.get(shape.phase, (shape.tokens, 0.0))
-        affordable = found.seconds + took * max(1.0, shape.tokens / tokens) <= budget or shape.phase not in before
+        tokens, took = last_shapes.get(shape.phase, (shape.tokens, 0.0))
+        affordable = (
+            results.seconds + took * max(1.0, shape.tokens / tokens) <= budget or shape.phase not in last_shapes
+        )
         if affordable:
-            started = found.seconds
+            started = results.seconds
             try:
-                times = yield from _take_turns(_Laps(bench, shape, found, clock))
+                times = yield from _take_turns(_Laps(bench, shape, results, clock))
                 if shape.tokens in SWITCH_TOKENS and max(times.values()) < SECONDS_A_MODE:
-                    found.switches.append((yield from _switch(_Laps(bench, shape, found, clock))))
+                    results.switches.append((yield from _switch(_Laps(bench, shape, results, clock))))
                 for mode, seconds in times.items():
-                    found.steps.append(Measurement(shape.phase, mode, shape.tokens, shape.kv_reads, seconds))
-                before[shape.phase] = shape.tokens, found.seconds - started
+                    results.steps.append(Measurement(shape.phase, mode, shape.tokens, shape.kv_reads, seconds))
+                last_shapes[shape.phase] = shape.tokens, results.seconds - started
             except _NoRoomError:
                 logger.debug("no room for %s", shape)
             finally:
                 bench.release()
-        found.part = done / len(shapes)
+        results.progress = done / len(shapes)
 
 
 @dataclass
@@ -206,7 +208,7 @@ class _Laps:
 
     bench: Bench
     shape: StepShape
-    found: Measured
+    results: Results
     clock: Callable[[], float]
 
     def run(self, mode: Mode, after: Mode | None = None) -> Generator[None, None, float]:
@@ -218,12 +220,12 @@ class _Laps:
         try:
             seconds = self.bench.run(mode, after)
         except Exception as error:  # for example out of memory, or a kernel that does not support the shape
-            failure = _words(error)
+            failure = _error_text(error)
         seconds, took = self.bench.agree([seconds, self.clock() - started], failure)
         if math.isinf(seconds):
             where = failure or "on another rank"
             raise CalibrationError(f"a step in {mode.name} failed while calibrating ({where})", mode)
-        self.found.seconds += took
+        self.results.seconds += took
         yield
         return seconds
 
@@ -234,7 +236,7 @@ class _Laps:
         try:
             self.bench.prepare(self.shape)
         except Exception as error:
-            failure = _words(error)
+            failure = _error_text(error)
         if self.bench.agree([float(bool(failure))])[0]:
             raise CalibrationError(f"a step could not be prepared for calibrating ({failure or 'on another rank'})")
 
@@ -269,15 +271,15 @@ def _switch(laps: _Laps) -> Generator[None, None, float]:
 
     The result is the mean over all pairs of modes; each pair contributes its median.
     """
-    more: dict[tuple[Mode, Mode], list[float]] = {pair: [] for pair in permutations(MODES, 2)}
+    differences_by_pair: dict[tuple[Mode, Mode], list[float]] = {pair: [] for pair in permutations(MODES, 2)}
     for _ in range(SWITCH_LAPS):
-        for (mode, before), differences in more.items():
+        for (mode, before), differences in differences_by_pair.items():
             switched = yield from laps.run(mode, after=before)
             stayed = yield from laps.run(mode, after=mode)
             differences.append(switched - stayed)
-    return fmean(median(differences) for differences in more.values())
+    return fmean(median(differences) for differences in differences_by_pair.values())
 
 
-def _words(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     logger.debug("a calibration step failed", exc_info=True)
     return f"{type(error).__name__}: {error}"

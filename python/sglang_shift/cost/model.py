@@ -19,12 +19,12 @@ from sglang_shift.modes import MODES, Mode, StepState
 
 PHASES = ("prefill", "decode")
 
-MOST_POINTS, MOST_TOKENS, MOST = 1000, 2**31 - 1, 10**15
+MAX_POINTS, MAX_TOKENS, MAX_VALUE = 1000, 2**31 - 1, 10**15
 """Limits of a saved curve: the number of its points, its tokens and its values. No real step exceeds them."""
 
-Tokens = Annotated[int, Meta(ge=1, le=MOST_TOKENS)]
-Positive = Annotated[float, Meta(gt=0, le=MOST)]
-NotNegative = Annotated[float, Meta(ge=0, le=MOST)]
+Tokens = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+Positive = Annotated[float, Meta(gt=0, le=MAX_VALUE)]
+NotNegative = Annotated[float, Meta(ge=0, le=MAX_VALUE)]
 
 
 def phase_of(step: StepState) -> str:
@@ -50,7 +50,7 @@ class Measurement:
     phase: str
     mode: Mode
     tokens: Tokens
-    kv_reads: Annotated[int, Meta(ge=0, le=MOST)]
+    kv_reads: Annotated[int, Meta(ge=0, le=MAX_VALUE)]
     seconds: Positive
 
     def __post_init__(self) -> None:
@@ -73,7 +73,7 @@ class Curve:
         ValueError: the tokens or the values are something else.
     """
 
-    tokens: Annotated[tuple[Tokens, ...], Meta(min_length=1, max_length=MOST_POINTS)]
+    tokens: Annotated[tuple[Tokens, ...], Meta(min_length=1, max_length=MAX_POINTS)]
     values: tuple[Positive, ...]
 
     def __post_init__(self) -> None:
@@ -92,7 +92,7 @@ class Curve:
             return ys[-1] + (tokens - xs[-1]) * (ys[-1] - ys[0]) / (xs[-1] - xs[0])
         return ys[i - 1] + (tokens - xs[i - 1]) * (ys[i] - ys[i - 1]) / (xs[i] - xs[i - 1])
 
-    def continued(self, old: Curve, factor: float = 1.0) -> Curve:
+    def extended_by(self, old: Curve, factor: float = 1.0) -> Curve:
         """Return this curve, with ``factor`` times ``old`` beyond its last point, but no value below its last value."""
         least = self.values[-1]
         more = [(t, max(least, factor * v)) for t, v in zip(old.tokens, old.values, strict=True) if t > self.tokens[-1]]
@@ -139,13 +139,13 @@ class CostModel:
         """Return the seconds that ``step`` takes in ``mode``."""
         phase = phase_of(step)
         beyond = max(0.0, step.kv_reads - self.usual[phase](step.num_tokens))
-        return self.own(mode, step) + self.attention[phase] * beyond
+        return self.seconds_without_long_attention(mode, step) + self.attention[phase] * beyond
 
-    def own(self, mode: Mode, step: StepState) -> float:
+    def seconds_without_long_attention(self, mode: Mode, step: StepState) -> float:
         """Return the seconds without the attention beyond the usual, which takes equally long in every mode."""
         return self.curves[phase_of(step)][mode](step.padded[mode])
 
-    def unsure(self, phase: str, mode: Mode, other: Mode) -> float:
+    def ratio_error(self, phase: str, mode: Mode, other: Mode) -> float:
         """Return the standard error of the logarithm of the ratio of two modes' times; 0 if it is not known."""
         noise = self.noise.get(phase, {})
         return math.hypot(noise.get(mode, 0.0), noise.get(other, 0.0))
@@ -155,7 +155,7 @@ class CostModel:
         curves = self.curves[phase]
         return min(MODES, key=lambda mode: curves[mode](tokens))
 
-    def continued(self, old: CostModel, measured: Sequence[Measurement]) -> CostModel:
+    def extended_by(self, old: CostModel, measured: Sequence[Measurement]) -> CostModel:
         """Return a model that is this model in the ``measured`` range, and follows ``old`` beyond this range.
 
         A phase without measurements is beyond the range, and so are more tokens than were measured. The two models are
@@ -168,8 +168,8 @@ class CostModel:
             mine, theirs = self.curves[phase], old.curves[phase]
             last = self.usual[phase].tokens[-1]
             factor = max(mine[mode](last) / theirs[mode](last) for mode in MODES)
-            curves[phase] = {mode: mine[mode].continued(theirs[mode], factor) for mode in MODES}
-            usual[phase] = self.usual[phase].continued(old.usual[phase])
+            curves[phase] = {mode: mine[mode].extended_by(theirs[mode], factor) for mode in MODES}
+            usual[phase] = self.usual[phase].extended_by(old.usual[phase])
             noise[phase] = self.noise[phase]
             if usual[phase].tokens[-1] > last:
                 before = old.noise.get(phase, {})
@@ -276,16 +276,16 @@ def _gains(shapes: Shapes, attention: float, first: Mode, mode: Mode) -> tuple[l
         for reads, seconds in by_reads.items():
             without = {m: seconds[m] - attention * (reads - least) for m in (first, mode)}
             # If attention is nearly all of the time, the rest is mostly its noise.
-            if all(own > 0.5 * by_reads[least][m] for m, own in without.items()):
+            if all(rest > 0.5 * by_reads[least][m] for m, rest in without.items()):
                 measured.append((tokens, math.log(without[first] / without[mode])))
     smooth = running_median([gain for _, gain in measured])
     gains = isotonic(fmean(s for (t, _), s in zip(measured, smooth, strict=True) if t == tokens) for tokens in shapes)
     fitted = dict(zip(shapes, gains, strict=True))
     noise = 1.4826 * median(abs(gain - fitted[tokens]) for tokens, gain in measured)
-    return beyond_noise(gains, noise), noise / math.sqrt(len(measured) / len(shapes))
+    return remove_noise(gains, noise), noise / math.sqrt(len(measured) / len(shapes))
 
 
-def beyond_noise(gains: Sequence[float], noise: float) -> list[float]:
+def remove_noise(gains: Sequence[float], noise: float) -> list[float]:
     """Return rising gains, with 0 instead of positive gains that are less than twice their standard error.
 
     Args:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 
 from sglang_shift.models.families import FAMILIES, PACKAGE, Family
-from sglang_shift.models.fields import HARMLESS, ROPE, RULES, WINDOW, neutral_values, taken_fields
+from sglang_shift.models.fields import HARMLESS, ROPE, RULES, WINDOW, neutral_values, supported_fields
 from sglang_shift.models.heads import Heads
 from sglang_shift.models.rope_fields import OF_ANY_TYPE, ROPE_PARAMETERS
 
-MOST_RANKS = 32
+MAX_RANKS = 32
 """The largest P in the table of head counts."""
 
 HEAD_COUNTS = (Heads(16, 2), Heads(16, 8), Heads(28, 4), Heads(32, 8), Heads(32, 32), Heads(40, 8), Heads(64, 8))
@@ -41,7 +41,7 @@ KV heads must divide each other. If there are fewer KV heads than ranks, each KV
 these copies take memory, and ranks exchange them. `--sp-size` must divide P. `python -m sglang_shift.plan` computes the
 memory that a model takes.
 
-The table shows which P up to {most} suit usual head counts. `x2` means that each KV head is on two ranks.
+The table shows which P up to {max_ranks} suit usual head counts. `x2` means that each KV head is on two ranks.
 
 {ranks}
 
@@ -49,7 +49,7 @@ The table shows which P up to {most} suit usual head counts. `x2` means that eac
 
 SGLang's classes take these fields as transformers does:
 
-{taken}
+{supported}
 
 These fields change no answer: {harmless}.
 
@@ -78,9 +78,9 @@ other models are in this table, and so are all other fields that transformers ha
 def document() -> str:
     """Return the page, in Markdown."""
     return PAGE.format(
-        families=_families(), linears=_linears(), most=MOST_RANKS, ranks=_ranks(), taken=_taken(),
-        harmless=_codes(HARMLESS), ruled=_codes(ROPE | WINDOW), of_any_type=_codes(OF_ANY_TYPE), ropes=_ropes(),
-        rules=_rules(), neutral=_neutral(),
+        families=_families(), linears=_linears(), max_ranks=MAX_RANKS, ranks=_ranks(),
+        supported=_supported_fields_table(), harmless=_codes(HARMLESS), ruled=_codes(ROPE | WINDOW),
+        of_any_type=_codes(OF_ANY_TYPE), ropes=_ropes(), rules=_rules(), neutral=_neutral(),
     )  # fmt: skip
 
 
@@ -124,14 +124,14 @@ def _ranks() -> str:
 
 
 def _suitable_ranks(heads: Heads) -> Iterable[str]:
-    for ranks in range(2, MOST_RANKS + 1):
+    for ranks in range(2, MAX_RANKS + 1):
         if heads.divides_queries(ranks) and heads.divides_kv(ranks):
             copies = ranks * heads.of_rank(ranks).kv // heads.kv
             yield f"{ranks} x{copies}" if copies > 1 else str(ranks)
 
 
-def _taken() -> str:
-    fields = {family.title: taken_fields(family) for family in FAMILIES.values()}
+def _supported_fields_table() -> str:
+    fields = {family.title: supported_fields(family) for family in FAMILIES.values()}
     common = frozenset.intersection(*fields.values())
     rows = [("every family", _codes(common))]
     rows += [(title, _codes(own - common)) for title, own in fields.items() if own - common]
@@ -145,11 +145,11 @@ def _ropes() -> str:
 
 
 def _rules() -> str:
-    rows = [(each.subject, _those(each.concerns), each.reason, each.way_out) for each in RULES]
+    rows = [(each.subject, _concerned_families(each.concerns), each.reason, each.way_out) for each in RULES]
     return _table(("`config.json` has", "Families", "Why it is refused", "What you can do"), rows)
 
 
-def _those(concerns: Callable[[Family], bool]) -> str:
+def _concerned_families(concerns: Callable[[Family], bool]) -> str:
     return _titles([family for family in FAMILIES.values() if concerns(family)])
 
 
@@ -159,7 +159,7 @@ def _neutral() -> str:
     for family in FAMILIES.values():
         for field, value in neutral_values(family).items():
             having.setdefault((json.dumps(value), field), []).append(family)
-    lines = sorted((-len(those), _titles(those), value, field) for (value, field), those in having.items())
+    lines = sorted((-len(families), _titles(families), value, field) for (value, field), families in having.items())
     rows = [
         (titles, f"`{value}`", _codes(field for *_, field in group))
         for (_, titles, value), group in groupby(lines, key=lambda line: line[:3])

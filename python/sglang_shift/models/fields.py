@@ -17,7 +17,7 @@ from sglang_shift.models.rope_fields import ROPE_RULES
 from sglang_shift.models.rules import Checkpoint, override, rule, short
 from sglang_shift.seams import relies_on
 
-TAKEN = frozenset(
+COMMON_FIELDS = frozenset(
     ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
      "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "dtype")
 )  # fmt: skip
@@ -89,17 +89,17 @@ def check_fields(hf_config: Any, context_len: int) -> None:
             raise FIELD(problem=problem)
 
 
-def taken_fields(family: Family) -> frozenset[str]:
+def supported_fields(family: Family) -> frozenset[str]:
     """Return the fields that SGLang's class reads as transformers does, except fields of the rope and the window."""
-    return TAKEN | family.bias_fields | set(family.rope_fields)
+    return COMMON_FIELDS | family.bias_fields | set(family.rope_fields)
 
 
 def neutral_values(family: Family) -> dict[str, Any]:
     """Return the fields that must change nothing, and the values with which they change nothing."""
-    known, stated = transformers_defaults(family), _stated(family)
-    foreign = {field: field in stated or value for field, value in FOREIGN.items() if field not in known}
-    served = taken_fields(family) | HARMLESS | ROPE | WINDOW
-    return {field: value for field, value in (foreign | known).items() if field not in served}
+    known, redundant = transformers_defaults(family), _redundant_fields(family)
+    foreign = {field: field in redundant or value for field, value in FOREIGN.items() if field not in known}
+    supported = supported_fields(family) | HARMLESS | ROPE | WINDOW
+    return {field: value for field, value in (foreign | known).items() if field not in supported}
 
 
 def transformers_defaults(family: Family) -> dict[str, Any]:
@@ -112,11 +112,11 @@ def transformers_defaults(family: Family) -> dict[str, Any]:
     }
 
 
-def _stated(family: Family) -> set[str]:
+def _redundant_fields(family: Family) -> set[str]:
     """Return other models' fields that may be true, because the family always has what they state."""
-    stated = {"use_qk_norm"} if family.qk_norm else set()
+    redundant = {"use_qk_norm"} if family.qk_norm else set()
     biased = any(linear.role is Role.QKV and linear.bias is True for linear in family.linears)
-    return stated | ({"attention_bias", "qkv_bias"} if biased else set())
+    return redundant | ({"attention_bias", "qkv_bias"} if biased else set())
 
 
 @rule(

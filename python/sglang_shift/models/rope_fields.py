@@ -78,7 +78,7 @@ def two_types(checkpoint: Checkpoint) -> str | None:
     "SGLang reads this parameter, and transformers does not.",
     "Give the override in the message. With it, SGLang answers as transformers does.",
 )
-def yarn_of_sglang(checkpoint: Checkpoint) -> str | None:
+def yarn_sglang_parameter(checkpoint: Checkpoint) -> str | None:
     """DeepSeek-R1-0528-Qwen3-8B has such a parameter."""
     if checkpoint.rope_type != "yarn":
         return None
@@ -96,8 +96,8 @@ def yarn_of_sglang(checkpoint: Checkpoint) -> str | None:
 def unknown_parameter(checkpoint: Checkpoint) -> str | None:
     """:data:`ROPE_PARAMETERS` has the parameters of each type that both read."""
     kind, rope = checkpoint.rope_type, checkpoint.rope
-    judged = ROPE_PARAMETERS[kind] | OF_ANY_TYPE | (YARN_NEUTRAL.keys() if kind == "yarn" else set())
-    for key in sorted(rope.keys() - judged):
+    known_parameters = ROPE_PARAMETERS[kind] | OF_ANY_TYPE | (YARN_NEUTRAL.keys() if kind == "yarn" else set())
+    for key in sorted(rope.keys() - known_parameters):
         if rope[key] is not None:
             return (
                 f"{key} {short(rope[key])} for rope type {kind!r}, which SGLang and transformers do not read alike; "
@@ -114,12 +114,12 @@ def unknown_parameter(checkpoint: Checkpoint) -> str | None:
 )
 def partial_rotary_inside(checkpoint: Checkpoint) -> str | None:
     """This is for the families whose class in SGLang rotates a part of each head."""
-    beside = getattr(checkpoint.config, PARTIAL_ROTARY, None) or 1
-    if (among := checkpoint.rope.get(PARTIAL_ROTARY) or beside) == beside:
+    outer = getattr(checkpoint.config, PARTIAL_ROTARY, None) or 1
+    if (inner := checkpoint.rope.get(PARTIAL_ROTARY) or outer) == outer:
         return None
     return (
-        f"{PARTIAL_ROTARY} {among} among the rope's parameters, where SGLang does not read it; give "
-        f"{override(PARTIAL_ROTARY, among)} as well"
+        f"{PARTIAL_ROTARY} {inner} among the rope's parameters, where SGLang does not read it; give "
+        f"{override(PARTIAL_ROTARY, inner)} as well"
     )
 
 
@@ -130,9 +130,9 @@ def partial_rotary_inside(checkpoint: Checkpoint) -> str | None:
 )
 def partial_rotary(checkpoint: Checkpoint) -> str | None:
     """This is for the families whose class in SGLang rotates the whole of each head."""
-    if (among := checkpoint.rope.get(PARTIAL_ROTARY) or 1) == 1:
+    if (inner := checkpoint.rope.get(PARTIAL_ROTARY) or 1) == 1:
         return None
-    return f"{PARTIAL_ROTARY} {among} among the rope's parameters, which SGLang does not read; serve another checkpoint"
+    return f"{PARTIAL_ROTARY} {inner} among the rope's parameters, which SGLang does not read; serve another checkpoint"
 
 
 @rule(
@@ -142,11 +142,11 @@ def partial_rotary(checkpoint: Checkpoint) -> str | None:
 )
 def two_thetas(checkpoint: Checkpoint) -> str | None:
     """Transformers keeps only one value, so the other value is the user's override."""
-    theta, among = getattr(checkpoint.config, "rope_theta", None), checkpoint.rope.get("rope_theta")
-    if theta is None or among is None or theta == among:
+    theta, inner = getattr(checkpoint.config, "rope_theta", None), checkpoint.rope.get("rope_theta")
+    if theta is None or inner is None or theta == inner:
         return None
     return (
-        f"rope_theta {theta}, and {among} among the rope's parameters, which SGLang takes; give "
+        f"rope_theta {theta}, and {inner} among the rope's parameters, which SGLang takes; give "
         f"{override('rope_scaling', {'rope_theta': theta})}"
     )
 
@@ -159,11 +159,11 @@ def two_thetas(checkpoint: Checkpoint) -> str | None:
 )
 def two_lengths(checkpoint: Checkpoint) -> str | None:
     """This is for the families whose class in SGLang reads the length in one place only."""
-    kind, among = checkpoint.rope_type, checkpoint.rope.get(ORIGINAL_LENGTH)
-    beside = getattr(checkpoint.config, ORIGINAL_LENGTH, None)
-    if among is None or kind == "default" or ORIGINAL_LENGTH not in ROPE_PARAMETERS[kind] or beside in (None, among):
+    kind, inner = checkpoint.rope_type, checkpoint.rope.get(ORIGINAL_LENGTH)
+    outer = getattr(checkpoint.config, ORIGINAL_LENGTH, None)
+    if inner is None or kind == "default" or ORIGINAL_LENGTH not in ROPE_PARAMETERS[kind] or outer in (None, inner):
         return None
-    return f"{ORIGINAL_LENGTH} {beside}, and {among} among the rope's parameters, which SGLang takes; make them agree"
+    return f"{ORIGINAL_LENGTH} {outer}, and {inner} among the rope's parameters, which SGLang takes; make them agree"
 
 
 @rule("rope type `linear` with a whole number as its factor", "SGLang fails while it loads.", "Write `4.0` for `4`.")
@@ -289,8 +289,8 @@ def beyond_longrope(checkpoint: Checkpoint) -> str | None:
 
 
 ROPE_RULES = (
-    by_layer_type, dynamic_type, unknown_type, two_types, yarn_of_sglang, unknown_parameter, partial_rotary_inside,
-    partial_rotary, two_thetas, two_lengths, whole_linear_factor, beyond_linear, yarn_without_numbers,
-    yarn_without_mscale, longrope_factor, attention_factor, beyond_longrope,
+    by_layer_type, dynamic_type, unknown_type, two_types, yarn_sglang_parameter, unknown_parameter,
+    partial_rotary_inside, partial_rotary, two_thetas, two_lengths, whole_linear_factor, beyond_linear,
+    yarn_without_numbers, yarn_without_mscale, longrope_factor, attention_factor, beyond_longrope,
 )  # fmt: skip
 """The order matters: a later rule relies on what an earlier rule has excluded."""

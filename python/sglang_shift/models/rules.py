@@ -41,10 +41,10 @@ class Checkpoint:
     @property
     def original_length(self) -> int:
         """Tokens of the training before the rope was scaled, as SGLang's class reads them."""
-        beside, among = getattr(self.config, ORIGINAL_LENGTH, None), self.rope.get(ORIGINAL_LENGTH)
-        if ORIGINAL_LENGTH in self.family.rope_fields or among is None:
-            return beside or among or self.config.max_position_embeddings
-        return among
+        outer, inner = getattr(self.config, ORIGINAL_LENGTH, None), self.rope.get(ORIGINAL_LENGTH)
+        if ORIGINAL_LENGTH in self.family.rope_fields or inner is None:
+            return outer or inner or self.config.max_position_embeddings
+        return inner
 
     @property
     def length_ratio(self) -> float:

@@ -24,16 +24,16 @@ class ModelSizes:
         layer: One of its layers.
         layers: Number of its layers.
         vocabulary: Number of tokens in its vocabulary.
-        tied: Whether the LM head is the embedding.
-        biased: The roles of the linears that have a bias.
+        tied_embeddings: Whether the LM head is the embedding.
+        bias_roles: The roles of the linears that have a bias.
     """
 
     family: Family
     layer: Layer
     layers: int
     vocabulary: int
-    tied: bool
-    biased: frozenset[Role]
+    tied_embeddings: bool
+    bias_roles: frozenset[Role]
 
     @classmethod
     def of(cls, hf_config: Any) -> ModelSizes:
@@ -47,9 +47,9 @@ class ModelSizes:
             kv_heads=getattr(hf_config, "num_key_value_heads", None) or heads,
             head_dim=getattr(hf_config, "head_dim", None) or hidden // heads,
         )
-        biased = frozenset(linear.role for linear in family.linears if linear.has_bias(hf_config))
-        tied = hf_config.tie_word_embeddings
-        return cls(family, layer, hf_config.num_hidden_layers, hf_config.vocab_size, tied, biased)
+        bias_roles = frozenset(linear.role for linear in family.linears if linear.has_bias(hf_config))
+        tied_embeddings = hf_config.tie_word_embeddings
+        return cls(family, layer, hf_config.num_hidden_layers, hf_config.vocab_size, tied_embeddings, bias_roles)
 
     def weight_bytes(self, ranks: int, sp_size: int, element_bytes: int) -> int:
         """Return the bytes of the base weights on one rank; each storage counts once. The TP weights are views of them.
@@ -72,7 +72,7 @@ class ModelSizes:
     def embedding_elements(self, ranks: int) -> int:
         """Return the number of weights of the embedding and the LM head on one rank. Both modes have the same."""
         rows = padded_vocab(self.vocabulary, ranks) // ranks
-        return rows * self.layer.hidden * (1 if self.tied else 2)
+        return rows * self.layer.hidden * (1 if self.tied_embeddings else 2)
 
     def kv_bytes_per_token(self, ranks: int, element_bytes: int) -> int:
         """Return the bytes of K and V of one token on one rank, in all layers. They depend on neither mode nor S."""
@@ -84,7 +84,7 @@ class ModelSizes:
         A base weight has S shards. If the ranks sum products, the bias is whole on each rank.
         """
         outputs, inputs = shard
-        bias = outputs if role in self.biased else 0
+        bias = outputs if role in self.bias_roles else 0
         return sp_size * outputs * inputs + (bias if role.row_parallel else sp_size * bias)
 
 

@@ -153,7 +153,7 @@ class StateEvent(msgspec.Struct):
 _TOPICS: dict[bytes, type[StepEvent] | type[StateEvent]] = {b"step": StepEvent, b"state": StateEvent}
 
 
-_made: Path | None = None
+_endpoint_folder: Path | None = None
 """The folder that :func:`prepare_endpoint` made in this process."""
 
 
@@ -164,10 +164,10 @@ def prepare_endpoint(replicas: int = 1) -> str | None:
     workers that the launcher starts. An endpoint that the user named is kept, if every replica can publish there. If no
     endpoint can be used, there are no events, and the log says why.
     """
-    global _made
+    global _endpoint_folder
     problems = []
     if named := os.environ.get(ENDPOINT_VARIABLE):
-        if not (problem := _problem(named, replicas)):
+        if not (problem := _binding_problem(named, replicas)):
             return named
         problems.append(f"{named}: {problem}")
     else:
@@ -177,8 +177,8 @@ def prepare_endpoint(replicas: int = 1) -> str | None:
             except OSError as error:
                 problems.append(f"{parent or 'TMPDIR'}: {error.strerror}")
                 continue
-            if not (problem := _problem(f"ipc://{folder}/events", replicas)):
-                _made, os.environ[ENDPOINT_VARIABLE] = folder, f"ipc://{folder}/events"
+            if not (problem := _binding_problem(f"ipc://{folder}/events", replicas)):
+                _endpoint_folder, os.environ[ENDPOINT_VARIABLE] = folder, f"ipc://{folder}/events"
                 return os.environ[ENDPOINT_VARIABLE]
             shutil.rmtree(folder, ignore_errors=True)
             problems.append(f"{folder}: {problem}")
@@ -187,7 +187,7 @@ def prepare_endpoint(replicas: int = 1) -> str | None:
     return None
 
 
-def _problem(endpoint: str, replicas: int) -> str:
+def _binding_problem(endpoint: str, replicas: int) -> str:
     """Return why some replica cannot publish at ``endpoint``; empty if each replica can."""
     with zmq.Context() as context:  # its end waits until the sockets are closed, so the ports are free again
         for replica in range(replicas):
@@ -219,8 +219,8 @@ def _bind(socket: zmq.Socket[bytes], endpoint: str) -> None:
 
 def remove_endpoint() -> None:
     """Remove the folder that :func:`prepare_endpoint` made, if it made one."""
-    if _made is not None:
-        shutil.rmtree(_made, ignore_errors=True)
+    if _endpoint_folder is not None:
+        shutil.rmtree(_endpoint_folder, ignore_errors=True)
 
 
 def endpoint_of(replica: int) -> str | None:

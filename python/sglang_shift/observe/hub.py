@@ -21,8 +21,8 @@ from sglang_shift.observe.summaries import (
     columns,
     finite,
     jsonable,
-    requests_finished,
-    served,
+    request_percentiles,
+    service,
     step_times,
 )
 
@@ -47,7 +47,7 @@ class Gaps:
     def __init__(self) -> None:
         self._last: dict[int, int] = {}
 
-    def missed(self, event: StepEvent) -> int:
+    def count_missing(self, event: StepEvent) -> int:
         """Return how many events are missing before ``event``; 0 for a replica's first event and after its restart."""
         last = self._last.get(event.replica, event.step)
         self._last[event.replica] = event.step
@@ -126,21 +126,21 @@ class Hub:
                 logger.exception("sglang_shift: no more events: the page and the metrics stand still")
                 break
             except Exception:  # decoding can raise anything: the sender is at fault, and the next message may be good
-                self.malformed()
+                self.count_malformed()
                 continue
             if event is not None:
-                self.feed(event)
+                self.take(event)
         subscriber.close()
 
-    def malformed(self) -> None:
+    def count_malformed(self) -> None:
         """Count a message that could not be read."""
         with self._lock:
             self._malformed += 1
 
-    def feed(self, event: Event) -> None:
+    def take(self, event: Event) -> None:
         """Take one event."""
         if not self._well_formed(event):
-            self.malformed()
+            self.count_malformed()
             return
         with self._lock:
             now = self._clock()
@@ -190,7 +190,7 @@ class Hub:
         second.prefill_tokens[event.mode] += event.prefill_tokens
         second.busy_seconds[event.mode] += event.seconds or 0.0
         self._take_queue(second, event.replica, event.running, event.waiting, event.pending_tokens)
-        self._dropped += self._gaps.missed(event)
+        self._dropped += self._gaps.count_missing(event)
         predicted = event.predicted.get(event.mode)
         self._steps.append(Step(event.time, event.mode, event.phase, event.tokens, event.seconds, predicted))
         self._requests.extend(event.finished)
@@ -237,9 +237,9 @@ class Hub:
             }
         return (
             value
-            | served(states)
+            | service(states)
             | {"steps": columns(steps), "step_times": step_times(steps)}
-            | {"requests": requests_finished(requests)}
+            | {"requests": request_percentiles(requests)}
         )
 
     def _history(self, start: int, end: int) -> dict[str, Any]:

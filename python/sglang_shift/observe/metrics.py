@@ -143,8 +143,8 @@ class Metrics:
             if (predicted := event.predicted.get(event.mode)) is not None:
                 self._metric("predicted_step_time_seconds_total", replica, **labels).inc(predicted)
                 self._metric("measured_step_time_seconds_total", replica, **labels).inc(event.seconds)
-        if missed := self._gaps.missed(event):
-            self._metric("events_dropped_total", replica).inc(missed)
+        if missing := self._gaps.count_missing(event):
+            self._metric("events_dropped_total", replica).inc(missing)
 
     def _take_state(self, event: StateEvent) -> None:
         replica = event.replica

@@ -81,7 +81,7 @@ def install(hub: Hub, app: FastAPI) -> None:
     """
     page, build = page_route(), app.build_middleware_stack
     # SGLang adds the middleware that checks its key later than this. So it would wrap our middleware in any case.
-    app.build_middleware_stack = lambda: Public(page, build())  # type: ignore[method-assign]
+    app.build_middleware_stack = lambda: PublicRoute(page, build())  # type: ignore[method-assign]
     routes: list[BaseRoute] = [page, *router(hub).routes]
     routes += [PolicyNames(r) for r in app.router.routes if getattr(r, "path", None) == "/set_internal_state"]
     app.router.routes[:0] = routes
@@ -103,16 +103,16 @@ def page_route() -> Route:
     return Route("/shift", shift_page, include_in_schema=False)
 
 
-class Public:
+class PublicRoute:
     """Answers one route before the rest of the app sees the request, so this route needs no API key.
 
     Args:
         route: The route that needs no key.
-        rest: The app with its middleware.
+        app: The app with its middleware.
     """
 
-    def __init__(self, route: BaseRoute, rest: ASGIApp) -> None:
-        self.route, self.rest = route, rest
+    def __init__(self, route: BaseRoute, app: ASGIApp) -> None:
+        self.route, self.app = route, app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle the requests of the route, and hand over all others."""
@@ -120,16 +120,16 @@ class Public:
         if match is Match.FULL:
             await self.route.handle({**scope, **child}, receive, send)
         else:
-            await self.rest(scope, receive, send)
+            await self.app(scope, receive, send)
 
 
 def router(hub: Hub) -> APIRouter:
     """``GET /shift/status``, the page's data."""
-    made = APIRouter()
+    api_router = APIRouter()
     cache = _Cache(hub)
 
     # Not async: FastAPI then runs it in threads, so it never blocks the event loop.
-    @made.get("/shift/status")
+    @api_router.get("/shift/status")
     def shift_status() -> Response:
         """Modes, queue, step times and requests of the last minutes."""
         headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
@@ -138,7 +138,7 @@ def router(hub: Hub) -> APIRouter:
             return Response(body, 503, media_type="application/json", headers=headers)
         return Response(cache.get(), media_type="application/json", headers=headers)
 
-    return made
+    return api_router
 
 
 class _Cache:
@@ -147,14 +147,14 @@ class _Cache:
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self._lock = threading.Lock()
-        self._made = float("-inf")
+        self._built_at = float("-inf")
         self._body = b""
 
     def get(self) -> bytes:
         with self._lock:
-            if time.monotonic() - self._made > REUSE_SECONDS:
+            if time.monotonic() - self._built_at > REUSE_SECONDS:
                 self._body = msgspec.json.encode(self._hub.snapshot())
-                self._made = time.monotonic()
+                self._built_at = time.monotonic()
             return self._body
 
 

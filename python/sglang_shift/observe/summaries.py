@@ -28,7 +28,7 @@ class Step(NamedTuple):
     predicted: float | None
 
 
-def served(states: Sequence[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
+def service(states: Sequence[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
     """Return what is served and how (from the first replica), the totals over all replicas, and each replica's data."""
     first = states[0][1] if states else {}
     shared = ("model", "world_size", "sp_size", "policy", "policy_text", "calibration", "calibration_text")
@@ -50,7 +50,7 @@ def columns(steps: Sequence[Step]) -> dict[str, list[Any]]:
     return {
         "time": [round(s.time, 3) for s in steps],
         **{name: [getattr(s, name) for s in steps] for name in ("mode", "phase", "tokens")},
-        **{name: [_rounded(getattr(s, name)) for s in steps] for name in ("seconds", "predicted")},
+        **{name: [_round_seconds(getattr(s, name)) for s in steps] for name in ("seconds", "predicted")},
     }
 
 
@@ -61,17 +61,17 @@ def step_times(steps: Sequence[Step]) -> list[dict[str, Any]]:
         for phase in PHASES:
             mine = [s for s in steps if (s.mode, s.phase) == (mode, phase)]
             timed = [(s.seconds, s.predicted) for s in mine if s.seconds is not None]
-            found = percentiles(seconds for seconds, _ in timed)
-            if found:
+            quantiles = percentiles(seconds for seconds, _ in timed)
+            if quantiles:
                 both = [(seconds, predicted) for seconds, predicted in timed if predicted]
                 ratio = sum(s for s, _ in both) / sum(p for _, p in both) if both else None
                 rows.append(
-                    {"mode": mode, "phase": phase, "count": len(timed), "actual_over_predicted": ratio, **found}
+                    {"mode": mode, "phase": phase, "count": len(timed), "actual_over_predicted": ratio, **quantiles}
                 )
     return rows
 
 
-def requests_finished(requests: Sequence[Finished]) -> dict[str, Any]:
+def request_percentiles(requests: Sequence[Finished]) -> dict[str, Any]:
     """Return percentiles over the requests that finished last."""
     value: dict[str, Any] = {"count": len(requests)}
     for name in ("ttft", "tpot", "e2e", "prompt_tokens", "output_tokens"):
@@ -82,8 +82,8 @@ def requests_finished(requests: Sequence[Finished]) -> dict[str, Any]:
 
 def percentiles(values: Iterable[float]) -> dict[str, float] | None:
     """Return the 50th, 90th and 99th percentile, interpolated; None if there are no values."""
-    found = list(values)
-    return dict(zip(PERCENTILES, np.percentile(found, (50, 90, 99)).tolist(), strict=True)) if found else None
+    numbers = list(values)
+    return dict(zip(PERCENTILES, np.percentile(numbers, (50, 90, 99)).tolist(), strict=True)) if numbers else None
 
 
 def finite(value: Number | None) -> Number | None:
@@ -91,7 +91,7 @@ def finite(value: Number | None) -> Number | None:
     return value if value is not None and math.isfinite(value) and value >= 0 else None
 
 
-def _rounded(seconds: float | None) -> float | None:
+def _round_seconds(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 7)
 
 

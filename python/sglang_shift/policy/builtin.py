@@ -152,41 +152,41 @@ class Calibrated(ShiftPolicy):
 
     def choose(self, step: StepState) -> Mode:
         times = self._times(step)
-        wanted = self._wanted(step, times)
+        best = self._best_mode(step, times)
         previous = step.previous_mode
-        if previous is None or wanted is previous or not self.costs.switch_seconds:
-            return wanted
+        if previous is None or best is previous or not self.costs.switch_seconds:
+            return best
         if not step.num_prefill_tokens:
             changes = 2 / (1 + step.steps_since_switch)
-        elif step.pending_prefill_tokens and self._next(step) is previous:
+        elif step.pending_prefill_tokens and self._next_prefill_mode(step) is previous:
             changes = 2
         else:
             changes = 1
-        return wanted if abs(times[previous] - times[wanted]) > changes * self.costs.switch_seconds else previous
+        return best if abs(times[previous] - times[best]) > changes * self.costs.switch_seconds else previous
 
     def _times(self, step: StepState) -> dict[Mode, float]:
         # Attention beyond the usual takes equally long in every mode. It decides nothing, so it is left out.
-        return {mode: self.costs.own(mode, step) for mode in MODES}
+        return {mode: self.costs.seconds_without_long_attention(mode, step) for mode in MODES}
 
-    def _wanted(self, step: StepState, times: dict[Mode, float]) -> Mode:
+    def _best_mode(self, step: StepState, times: dict[Mode, float]) -> Mode:
         fastest, *tied = self._candidates(step, times)
         return deep if tied and (deep := QUEUE.by_depth(step)) in (fastest, *tied) else fastest
 
     def _candidates(self, step: StepState, times: dict[Mode, float]) -> list[Mode]:
         """Return the fastest mode, and all modes whose times cannot be told apart from its time."""
         phase, fastest = phase_of(step), min(times, key=times.__getitem__)
-        least, found = times[fastest], [fastest]
+        lowest_seconds, candidates = times[fastest], [fastest]
         for mode, seconds in times.items():
             if mode is not fastest:
-                unsure = 2 * self.costs.unsure(phase, fastest, mode)
+                tolerance = 2 * self.costs.ratio_error(phase, fastest, mode)
                 # Only a doubt about the fastest mode counts. A doubt about the other mode favours the fastest mode.
                 if self.doubts:
-                    unsure = max(unsure, self.doubts.get((phase, fastest, mode), 0.0))
-                if seconds - least <= unsure * least:
-                    found.append(mode)
-        return found
+                    tolerance = max(tolerance, self.doubts.get((phase, fastest, mode), 0.0))
+                if seconds - lowest_seconds <= tolerance * lowest_seconds:
+                    candidates.append(mode)
+        return candidates
 
-    def _next(self, step: StepState) -> Mode:
+    def _next_prefill_mode(self, step: StepState) -> Mode:
         return self.costs.faster("prefill", min(step.pending_prefill_tokens, self.chunk))
 
     def explain(self, step: StepState, mode: Mode) -> str:
@@ -209,21 +209,21 @@ class Calibrated(ShiftPolicy):
         )
 
 
-class LedPolicy(ShiftPolicy):
+class RankZeroPolicy(ShiftPolicy):
     """A user's policy: rank 0 asks it, and every rank follows the answer.
 
     So all ranks choose the same mode, whatever the policy looks at. If the policy fails, every rank learns that.
 
     Args:
         policy: The user's policy.
-        leads: Whether this rank is rank 0.
-        share: Returns on every rank the value with which rank 0 called it. Every rank calls it for every step.
+        is_rank_zero: Whether this rank is rank 0.
+        broadcast: Returns on every rank the value with which rank 0 called it. Every rank calls it for every step.
     """
 
     FAILED = -1
 
-    def __init__(self, policy: ShiftPolicy, leads: bool, share: Callable[[int], int]) -> None:
-        self.policy, self.leads, self.share = policy, leads, share
+    def __init__(self, policy: ShiftPolicy, is_rank_zero: bool, broadcast: Callable[[int], int]) -> None:
+        self.policy, self.is_rank_zero, self.broadcast = policy, is_rank_zero, broadcast
 
     def choose(self, step: StepState) -> Mode:
         """Return the mode that rank 0 chose for ``step``.
@@ -232,12 +232,12 @@ class LedPolicy(ShiftPolicy):
             PolicyFailed: on rank 0, the user's policy raised an error or did not return a mode.
         """
         answer = self.FAILED
-        if self.leads:
+        if self.is_rank_zero:
             try:
                 answer = MODES.index(Mode(self.policy.choose(step)))
             except Exception:  # whatever the user's code raises
                 logger.exception("sglang_shift: %s failed", type(self.policy).__name__)
-        answer = self.share(answer)
+        answer = self.broadcast(answer)
         if answer == self.FAILED:
             raise PolicyFailed(f"{type(self.policy).__name__} failed on rank 0 of this replica")
         return MODES[answer]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from sglang_shift.cost.model import PHASES, CostModel, phase_of
 from sglang_shift.modes import MODES, Mode, StepState
 
-EVERY = 64
+PROBE_INTERVAL = 64
 """A probe of a mode is due if the mode has not run in a phase for this number of steps."""
-AGAIN = 17
+RETRY_INTERVAL = 17
 """Steps to wait after a probe that was too expensive. A prime, so that steps of alternating kinds all get a turn."""
-SHARE = 0.01
+TIME_SHARE = 0.01
 """Probes may add this share of the time that is spent in steps, and no more."""
-NEAR = 2.0
+MAX_SLOWDOWN = 2.0
 """A mode is not probed if its predicted time is larger by this factor. Only drift of this size could make it faster."""
 
 
@@ -22,17 +22,17 @@ class Probes:
     shortest predicted step. So probes run first when the modes are close, and probes of expensive steps have to wait.
 
     Attributes:
-        extra: Predicted seconds that probes have added so far.
+        added_seconds: Predicted seconds that probes have added so far.
     """
 
     def __init__(self, costs: CostModel) -> None:
         self.costs = costs
-        self.extra = 0.0
+        self.added_seconds = 0.0
         self._steps = 0
-        self._due = {(phase, mode): EVERY for phase in PHASES for mode in MODES}
+        self._due_steps = {(phase, mode): PROBE_INTERVAL for phase in PHASES for mode in MODES}
         self._shortest = min(curve.values[0] for by_mode in costs.curves.values() for curve in by_mode.values())
 
-    def due(self, step: StepState, chosen: Mode, switched: bool) -> Mode | None:
+    def probe_mode(self, step: StepState, chosen: Mode, switched: bool) -> Mode | None:
         """Return the mode in which ``step`` runs instead of ``chosen``, or None if it is no probe.
 
         Call it at every step. If several modes are due, they are tried in order, the longest due mode first. The first
@@ -41,22 +41,23 @@ class Probes:
         """
         self._steps += 1
         phase = phase_of(step)
-        self._due[phase, chosen] = self._steps + EVERY
+        self._due_steps[phase, chosen] = self._steps + PROBE_INTERVAL
         if switched:
             return None
-        waiting = [mode for mode in MODES if self._due[phase, mode] <= self._steps]
-        for mode in sorted(waiting, key=lambda mode: self._due[phase, mode]):
+        waiting = [mode for mode in MODES if self._due_steps[phase, mode] <= self._steps]
+        for mode in sorted(waiting, key=lambda mode: self._due_steps[phase, mode]):
             affordable = self._affordable(step, chosen, mode)
-            self._due[phase, mode] = self._steps + (EVERY if affordable else AGAIN)
+            self._due_steps[phase, mode] = self._steps + (PROBE_INTERVAL if affordable else RETRY_INTERVAL)
             if affordable:
                 return mode
         return None
 
     def _affordable(self, step: StepState, chosen: Mode, mode: Mode) -> bool:
         """Return whether a probe of ``mode`` fits into the share. If it does, count its time as spent."""
-        mine, theirs = self.costs.predict(chosen, step), self.costs.predict(mode, step)
-        extra = max(0.0, theirs - mine) + 2 * self.costs.switch_seconds
-        if theirs > NEAR * mine or self.extra + extra > SHARE * self._steps * self._shortest:
+        chosen_seconds, probe_seconds = self.costs.predict(chosen, step), self.costs.predict(mode, step)
+        added = max(0.0, probe_seconds - chosen_seconds) + 2 * self.costs.switch_seconds
+        allowed = TIME_SHARE * self._steps * self._shortest
+        if probe_seconds > MAX_SLOWDOWN * chosen_seconds or self.added_seconds + added > allowed:
             return False
-        self.extra += extra
+        self.added_seconds += added
         return True

@@ -23,7 +23,7 @@ DRIFT = 1.5
 """Step times have drifted if they, or the ratio of two modes' times, differ from the prediction by this factor."""
 DRIFT_STEPS = 256
 """Steps of a mode over which drift is measured."""
-ENOUGH_STEPS = 32
+MIN_STEPS = 32
 """Steps of a phase in each of two modes after which these modes are compared.
 
 If the policy does not choose a mode, most steps in this mode are probes.
@@ -109,11 +109,11 @@ class ModeSelector:
         self.probes = Probes(policy.costs) if isinstance(policy, Calibrated) else None
 
     @property
-    def asks_for_drift(self) -> bool:
-        """Whether all ranks must agree now, between two steps, on the argument of :meth:`doubt`."""
+    def must_agree_on_drift(self) -> bool:
+        """Whether all ranks must agree now, between two steps, on the argument of :meth:`set_doubts`."""
         return self.count % (2 * DRIFT_STEPS) == 0 and isinstance(self._policy, Calibrated)
 
-    def doubt(self, doubts: dict[Doubt, float]) -> None:
+    def set_doubts(self, doubts: dict[Doubt, float]) -> None:
         """Set how far the ratios of the modes' times are off. ``doubts`` must be the same on every rank."""
         if isinstance(self._policy, Calibrated) and self._policy.doubts != doubts:
             self._policy = replace(self._policy, doubts=doubts)
@@ -140,7 +140,7 @@ class ModeSelector:
             self.policy = fallback
             return self.choose(step)
         switched = self.previous_mode not in (None, chosen)
-        probe = self.probes.due(step, chosen, switched) if self.probes is not None else None
+        probe = self.probes.probe_mode(step, chosen, switched) if self.probes is not None else None
         mode = probe or chosen
         self.count += 1
         self.steps[mode] += 1
@@ -162,17 +162,17 @@ class Drift:
 
     def __init__(self) -> None:
         self._ratios = {(phase, mode): deque[float](maxlen=DRIFT_STEPS) for phase in PHASES for mode in MODES}
-        self._all = {mode: deque[float](maxlen=DRIFT_STEPS) for mode in MODES}
+        self._mode_ratios = {mode: deque[float](maxlen=DRIFT_STEPS) for mode in MODES}
 
     def add(self, mode: Mode, predicted: float, seconds: float, phase: str = "decode") -> None:
         """Record a step. Times that a clock cannot have measured are ignored. A mixed step counts as a prefill."""
         if predicted > 0 and 0 < seconds < 3600:
             self._ratios["decode" if phase == "decode" else "prefill", mode].append(seconds / predicted)
-            self._all[mode].append(seconds / predicted)
+            self._mode_ratios[mode].append(seconds / predicted)
 
     def ratio(self, mode: Mode) -> float | None:
         """Return the median of actual over predicted time of the last steps, or None if there are too few steps."""
-        ratios = self._all[mode]
+        ratios = self._mode_ratios[mode]
         return median(ratios) if len(ratios) == DRIFT_STEPS else None
 
     def skew(self, phase: str, mode: Mode, other: Mode) -> float | None:
@@ -182,7 +182,7 @@ class Drift:
         if something slows both modes by the same factor.
         """
         mine, theirs = self._ratios[phase, mode], self._ratios[phase, other]
-        return median(mine) / median(theirs) if min(len(mine), len(theirs)) >= ENOUGH_STEPS else None
+        return median(mine) / median(theirs) if min(len(mine), len(theirs)) >= MIN_STEPS else None
 
     def skews(self) -> dict[Doubt, float | None]:
         """Return :meth:`skew` of every phase and every pair of modes. A pair has the order of the family."""
@@ -196,26 +196,26 @@ class Drift:
         enough to compare counts as predicted. The ratio then counts as off by :data:`DRIFT` at most, because the cause
         that slowed the mode that ran may slow both modes.
         """
-        found = {}
+        doubts = {}
         for (phase, mode, other), skew in self.skews().items():
-            mine, theirs = (self._of(phase, m) or 1.0 for m in (mode, other))
-            off = min(max(mine / theirs, 1 / DRIFT), DRIFT) if skew is None else skew
-            if (factor := max(off, 1 / off)) >= DRIFT:
-                slower = (mode, other) if off > 1 else (other, mode)
-                found[phase, *slower] = factor - 1
-        return found
+            mine, theirs = (self._median_ratio(phase, m) or 1.0 for m in (mode, other))
+            skew_factor = min(max(mine / theirs, 1 / DRIFT), DRIFT) if skew is None else skew
+            if (factor := max(skew_factor, 1 / skew_factor)) >= DRIFT:
+                slower = (mode, other) if skew_factor > 1 else (other, mode)
+                doubts[phase, *slower] = factor - 1
+        return doubts
 
     @property
     def drifted(self) -> bool:
         """Whether a mode's step times, or the ratio of two modes in a phase, are off by more than :data:`DRIFT`."""
-        off = [self.ratio(mode) for mode in MODES] + list(self.skews().values())
-        return any(r is not None and max(r, 1 / r) > DRIFT for r in off)
+        factors = [self.ratio(mode) for mode in MODES] + list(self.skews().values())
+        return any(r is not None and max(r, 1 / r) > DRIFT for r in factors)
 
     def clear(self) -> None:
         """Forget all steps."""
-        for ratios in (*self._ratios.values(), *self._all.values()):
+        for ratios in (*self._ratios.values(), *self._mode_ratios.values()):
             ratios.clear()
 
-    def _of(self, phase: str, mode: Mode) -> float | None:
+    def _median_ratio(self, phase: str, mode: Mode) -> float | None:
         ratios = self._ratios[phase, mode]
         return median(ratios) if len(ratios) == DRIFT_STEPS else None

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from sglang_shift.config import ShiftConfig
 from sglang_shift.cost.calibration import Calibration, CalibrationError, cache_file, key_of, load, save
-from sglang_shift.cost.measure import BUDGET_CPU, BUDGET_GPU, Measured, StepShape, grid, measure
+from sglang_shift.cost.measure import BUDGET_CPU, BUDGET_GPU, Results, StepShape, grid, measure
 from sglang_shift.modes import MODES, Mode
 from sglang_shift.policy.selector import DRIFT_STEPS
 from sglang_shift.runtime.calibration_key import host_and_links, settings_of
@@ -54,7 +54,7 @@ class Calibrator:
         self._measurement_run: Generator[None, None, None] | None = None
         self._interval = 2 * DRIFT_STEPS
         self._next_check = self._interval
-        self._results = Measured()
+        self._results = Results()
 
     def start(self) -> Calibration | None:
         """Load the saved calibration, or measure a new one. If neither works, log why and return None."""
@@ -169,7 +169,7 @@ class Calibrator:
             layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
             with tqdm(total=1.0, desc=title, bar_format=layout, disable=not self._is_rank_0) as bar:
                 for _ in self._measure():
-                    bar.update(self._results.part - bar.n)
+                    bar.update(self._results.progress - bar.n)
                 bar.update(1 - bar.n)
             return self._finish(self._fit)
         except CalibrationError as error:  # every rank raises it
@@ -178,7 +178,7 @@ class Calibrator:
         return None
 
     def _measure(self) -> Generator[None, None, None]:
-        self._results = Measured()
+        self._results = Results()
         budget = BUDGET_GPU if torch.cuda.is_available() else BUDGET_CPU
         return measure(self.bench, self._shapes, budget, self._results)
 
@@ -196,11 +196,13 @@ class Calibrator:
         return calibration
 
     def _fit(self) -> Calibration:
-        return Calibration.of(self._key, self._results.seconds, self._results.steps, self._switch_seconds() or 0.0)
+        return Calibration.from_measurements(
+            self._key, self._results.seconds, self._results.steps, self._switch_seconds() or 0.0
+        )
 
     def _renew(self) -> Calibration:
         assert self._calibration is not None
-        return self._calibration.renewed(self._results.seconds, self._results.steps, self._switch_seconds())
+        return self._calibration.with_measurements(self._results.seconds, self._results.steps, self._switch_seconds())
 
     def _switch_seconds(self) -> float | None:
         return median(self._results.switches) if self._results.switches else None

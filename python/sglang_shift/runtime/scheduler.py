@@ -27,7 +27,7 @@ from sglang_shift.modes import MODES, PENDING_REQUESTS, Mode, StepState
 from sglang_shift.observe.events import Publisher, StateEvent
 from sglang_shift.parallel.exchange.base import ExchangeCounter
 from sglang_shift.platforms import cpu
-from sglang_shift.policy.builtin import FixedMode, LedPolicy
+from sglang_shift.policy.builtin import FixedMode, RankZeroPolicy
 from sglang_shift.policy.selector import DOUBTS, Decision, ModeSelector, make_policy
 from sglang_shift.resolution import shift_config_of
 from sglang_shift.runtime import agreement
@@ -117,7 +117,7 @@ class ShiftScheduler(Scheduler):
         else:
             policy = make_policy(config, costs, self.shift_chunk)
             if config.policy not in POLICIES:  # the policy is a class of the user
-                policy = LedPolicy(policy, get_parallel().tp_rank == 0, self._from_rank_0)
+                policy = RankZeroPolicy(policy, get_parallel().tp_rank == 0, self._from_rank_0)
             selector.policy = policy
         if config.policy == "calibrated" and costs is None:
             logger.warning("sglang_shift: without a calibration, the policy is: %s", selector.policy_text)
@@ -145,7 +145,7 @@ class ShiftScheduler(Scheduler):
             return None
         decision = self.shift_selector.choose(step)
         self.shift_watch.record(step.num_tokens, step.num_prefill_tokens, decision.mode)
-        if self.shift_selector.asks_for_drift:
+        if self.shift_selector.must_agree_on_drift:
             self._agree_on_drift()
         rank_consensus_checker.assert_same("sglang_shift step %s in %s", decision.step, decision.mode)
         return decision
@@ -161,7 +161,7 @@ class ShiftScheduler(Scheduler):
         """
         doubts = {} if self.shift_reporter is None else self.shift_reporter.drift.doubts
         shared = agreement.from_rank_0([doubts.get(doubt, 0.0) for doubt in DOUBTS])
-        self.shift_selector.doubt({doubt: share for doubt, share in zip(DOUBTS, shared, strict=True) if share})
+        self.shift_selector.set_doubts({doubt: share for doubt, share in zip(DOUBTS, shared, strict=True) if share})
 
     def step_state(self, batch: ScheduleBatch) -> StepState:
         """The state that the policy gets. It may only hold values that are equal on every rank."""

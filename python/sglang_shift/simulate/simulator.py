@@ -65,7 +65,7 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedRequest:
     """A served request. Times are in seconds.
 
     Attributes:
@@ -92,15 +92,15 @@ class Result:
             The first output token comes with the prompt.
         switches: Changes of mode.
         makespan: Seconds from the first arrival to the last token.
-        busy: Seconds of the makespan in which a step ran.
+        step_seconds: Seconds of the makespan in which a step ran.
     """
 
-    served: list[Served]
+    served: list[ServedRequest]
     steps: dict[Mode, int]
     tokens: dict[Mode, int]
     switches: int
     makespan: float
-    busy: float
+    step_seconds: float
 
     @property
     def throughput(self) -> float:
@@ -121,14 +121,14 @@ class Result:
             "p99_e2e": float(np.percentile(e2e, 99, method="inverted_cdf")),
             "switches": float(self.switches),
             "makespan": self.makespan,
-            "busy": self.busy,
+            "busy": self.step_seconds,
         }
 
 
 def simulate(
     requests: Sequence[Request],
     policy: ShiftPolicy,
-    truth: CostModel,
+    true_costs: CostModel,
     server: Server | None = None,
     observe: Observer | None = None,
 ) -> Result:
@@ -137,14 +137,14 @@ def simulate(
     Args:
         requests: At least one request, in any order.
         policy: The policy. It is asked for the mode of every step, as by the real scheduler.
-        truth: Gives the real time of a step. The policy's own cost model may differ from it.
+        true_costs: Gives the real time of a step. The policy's own cost model may differ from it.
         server: Limits of the batches; None for :class:`Server`'s defaults.
         observe: Called after each step.
 
     Raises:
         ValueError: there are no requests, or the KV pool cannot hold one of them.
     """
-    return _Simulation(requests, policy, truth, server or Server()).run(observe)
+    return _Simulation(requests, policy, true_costs, server or Server()).run(observe)
 
 
 @dataclass(slots=True)
@@ -159,25 +159,25 @@ class _Step:
 class _Simulation:
     """The state of the server. A request is known by its index in the order of arrival.
 
-    Requests are admitted in this order, so the waiting requests are always ``head`` to ``arrived``. Sums describe the
-    decoding requests, so a decode step is simulated equally fast for any number of requests.
+    Requests are admitted in this order, so the waiting requests are always ``next_index`` to ``arrived_count``. Sums
+    describe the decoding requests, so a decode step is simulated equally fast for any number of requests.
     """
 
-    def __init__(self, requests: Sequence[Request], policy: ShiftPolicy, truth: CostModel, server: Server) -> None:
+    def __init__(self, requests: Sequence[Request], policy: ShiftPolicy, true_costs: CostModel, server: Server) -> None:
         if not requests:
             raise ValueError("there are no requests to serve")
         if any(r.prompt + r.output > server.pool for r in requests):
             raise ValueError(f"a request has more tokens than the KV pool holds ({server.pool})")
         self.requests = sorted(requests, key=lambda r: r.time)
-        self.policy, self.truth, self.server = policy, truth, server
+        self.policy, self.true_costs, self.server = policy, true_costs, server
         self.prompts = [0, *accumulate(r.prompt for r in self.requests)]
         self.clock = self.requests[0].time
-        self.arrived = self.head = 0
+        self.arrived_count = self.next_index = 0
         self.free = server.pool
         self.chunked: int | None = None  # the admitted request whose prompt is not finished
         self.chunked_done = 0  # tokens of this prompt that are finished
         self.running = 0
-        self.reads = 0  # sum of the sequence lengths in the next decode step
+        self.kv_reads = 0  # sum of the sequence lengths in the next decode step
         self.decoded = 0  # decode steps so far
         self.ends: dict[int, list[int]] = {}  # requests by their last decode step
         self.first = [0.0] * len(self.requests)
@@ -188,8 +188,8 @@ class _Simulation:
 
     def run(self, observe: Observer | None) -> Result:
         """Run steps until all requests are served."""
-        steps, tokens, switches, busy = dict.fromkeys(MODES, 0), dict.fromkeys(MODES, 0), 0, 0.0
-        choose, predict = self.policy.choose, self.truth.predict
+        steps, tokens, switches, step_seconds = dict.fromkeys(MODES, 0), dict.fromkeys(MODES, 0), 0, 0.0
+        choose, predict = self.policy.choose, self.true_costs.predict
         while self.unserved:
             self._arrive()
             step = self._next_step()
@@ -198,11 +198,11 @@ class _Simulation:
             self.since_switch += 1
             if self.mode not in (None, mode):
                 switches += 1
-                seconds += self.truth.switch_seconds
+                seconds += self.true_costs.switch_seconds
                 self.since_switch = 0  # the real selector counts in the same way
             self.mode = mode
             self.clock += seconds
-            busy += seconds
+            step_seconds += seconds
             steps[mode] += 1
             tokens[mode] += step.state.num_tokens
             if step.decodes:
@@ -211,32 +211,32 @@ class _Simulation:
                 self._finish_prompt(i)
             if observe is not None:
                 observe(step.state, mode, seconds)
-        served = [self._served(i, r) for i, r in enumerate(self.requests)]
-        return Result(served, steps, tokens, switches, self.clock - self.requests[0].time, busy)
+        served = [self._served_request(i, r) for i, r in enumerate(self.requests)]
+        return Result(served, steps, tokens, switches, self.clock - self.requests[0].time, step_seconds)
 
-    def _served(self, i: int, r: Request) -> Served:
+    def _served_request(self, i: int, r: Request) -> ServedRequest:
         tpot = (self.end[i] - self.first[i]) / (r.output - 1) if r.output > 1 else None
-        return Served(r, self.first[i] - r.time, tpot, self.end[i] - r.time)
+        return ServedRequest(r, self.first[i] - r.time, tpot, self.end[i] - r.time)
 
     def _arrive(self) -> None:
         """Queue the requests that have arrived. If there is nothing to do, move the clock to the next arrival."""
         requests = self.requests
-        if not self.running and self.chunked is None and self.head == self.arrived:
-            self.clock = max(self.clock, requests[self.arrived].time)
-        while self.arrived < len(requests) and requests[self.arrived].time <= self.clock:
-            self.arrived += 1
+        if not self.running and self.chunked is None and self.next_index == self.arrived_count:
+            self.clock = max(self.clock, requests[self.arrived_count].time)
+        while self.arrived_count < len(requests) and requests[self.arrived_count].time <= self.clock:
+            self.arrived_count += 1
 
     def _next_step(self) -> _Step:
         """Make the next step. It computes prompts if any can run, and only decodes otherwise."""
-        if self.chunked is not None or self.head < self.arrived:
-            finished, prompt_tokens, reads = self._fill_chunk()
+        if self.chunked is not None or self.next_index < self.arrived_count:
+            finished, prompt_tokens, kv_reads = self._fill_chunk()
             if prompt_tokens:
                 if not (self.server.mixed and self.running):
-                    return _Step(self._state(prompt_tokens, prompt_tokens, {}, reads), finished)
+                    return _Step(self._state(prompt_tokens, prompt_tokens, {}, kv_reads), finished)
                 tokens = prompt_tokens + self.running
-                return _Step(self._state(tokens, prompt_tokens, {}, reads + self.reads), finished, True)
+                return _Step(self._state(tokens, prompt_tokens, {}, kv_reads + self.kv_reads), finished, True)
         running = self.running
-        return _Step(self._state(running, 0, self.server.padded(running), self.reads), decodes=True)
+        return _Step(self._state(running, 0, self.server.padded(running), self.kv_reads), decodes=True)
 
     def _fill_chunk(self) -> tuple[list[int], int, int]:
         """Take up to a chunk of prompt tokens.
@@ -245,48 +245,47 @@ class _Simulation:
         """
         room = budget = self.server.chunk - (self.running if self.server.mixed else 0)
         finished: list[int] = []
-        reads = 0
+        kv_reads = 0
         if self.chunked is not None:
             done = self.chunked_done
             now = min(self.requests[self.chunked].prompt - done, room)
-            reads += now * done + now * (now + 1) // 2
+            kv_reads += now * done + now * (now + 1) // 2
             room -= now
             self.chunked_done += now
             if self.chunked_done == self.requests[self.chunked].prompt:
                 finished.append(self.chunked)
                 self.chunked = None
-        while room and self.head < self.arrived and self.running + len(finished) < self.server.max_running:
-            r = self.requests[self.head]
+        while room and self.next_index < self.arrived_count and self.running + len(finished) < self.server.max_running:
+            r = self.requests[self.next_index]
             if r.prompt + r.output > self.free:
                 break
             self.free -= r.prompt + r.output
             now = min(r.prompt, room)
-            reads += now * (now + 1) // 2
+            kv_reads += now * (now + 1) // 2
             room -= now
             if now == r.prompt:
-                finished.append(self.head)
+                finished.append(self.next_index)
             else:
-                self.chunked, self.chunked_done = self.head, now
-            self.head += 1
-        return finished, budget - room, reads
+                self.chunked, self.chunked_done = self.next_index, now
+            self.next_index += 1
+        return finished, budget - room, kv_reads
 
-    def _state(self, tokens: int, prompt_tokens: int, padded: dict[Mode, int], reads: int) -> StepState:
+    def _state(self, tokens: int, prompt_tokens: int, padded: dict[Mode, int], kv_reads: int) -> StepState:
         """Return the state that the policy sees, once the step's prompts have left the queue."""
-        head, prompts = self.head, self.prompts
-        pending = prompts[min(head + PENDING_REQUESTS, self.arrived)] - prompts[head] if head < self.arrived else 0
+        start, stop = self.next_index, self.arrived_count
+        pending = self.prompts[min(start + PENDING_REQUESTS, stop)] - self.prompts[start]
         if self.chunked is not None:
             pending += self.requests[self.chunked].prompt - self.chunked_done
-        waiting = self.arrived - head
         return StepState(
-            tokens, prompt_tokens, self.running, waiting, pending, padded, reads, self.mode, self.since_switch
+            tokens, prompt_tokens, self.running, stop - start, pending, padded, kv_reads, self.mode, self.since_switch
         )
 
     def _finish_decode(self) -> None:
         self.decoded += 1
-        self.reads += self.running
+        self.kv_reads += self.running
         for i in self.ends.pop(self.decoded, ()):
             self.running -= 1
-            self.reads -= self.requests[i].prompt + self.requests[i].output
+            self.kv_reads -= self.requests[i].prompt + self.requests[i].output
             self._finish(i)
 
     def _finish_prompt(self, i: int) -> None:
@@ -296,7 +295,7 @@ class _Simulation:
             self._finish(i)
             return
         self.running += 1
-        self.reads += r.prompt + 1
+        self.kv_reads += r.prompt + 1
         self.ends.setdefault(self.decoded + r.output - 1, []).append(i)
 
     def _finish(self, i: int) -> None:

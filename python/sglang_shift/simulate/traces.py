@@ -20,8 +20,8 @@ MOONCAKE = ("timestamp", "input_length", "output_length")
 MOONCAKE_BLOCK = 512.0
 """Tokens that a hash id of a Mooncake trace stands for (source: the README of the traces)."""
 
-MOST_TOKENS = 10**9
-MOST_SECONDS = 1e12
+MAX_TOKENS = 10**9
+MAX_SECONDS = 1e12
 """Limits: no request has more tokens, and no time is later. Beside larger numbers, small numbers would be lost."""
 
 EMPTY = "it is empty"
@@ -29,8 +29,8 @@ EMPTY = "it is empty"
 Row = tuple[float, int, int, tuple[int, ...]]
 """Time in seconds, tokens of prompt and of output, blocks."""
 
-Given = TypeVar("Given")
-Made = TypeVar("Made")
+Line = TypeVar("Line")
+Parsed = TypeVar("Parsed")
 
 _short = Repr()
 _short.maxstring = _short.maxlong = _short.maxother = 40
@@ -52,8 +52,8 @@ def read_azure(path: Path) -> list[Request]:
     number, header = next(rows, (0, []))
     if not header:
         raise ValueError(EMPTY)
-    row_of = _at(number, _AzureRow, header)
-    return _requests([_at(number, row_of, cells) for number, cells in rows])
+    row_of = _parse_line(number, _AzureRow, header)
+    return _requests([_parse_line(number, row_of, cells) for number, cells in rows])
 
 
 def read_mooncake(path: Path) -> list[Request]:
@@ -67,7 +67,7 @@ def read_mooncake(path: Path) -> list[Request]:
         ValueError: the file is not such a trace. The message names the line that is wrong.
     """
     with path.open(encoding="utf-8-sig", errors="backslashreplace") as file:
-        rows = [_at(number, _mooncake_row, line) for number, line in enumerate(file, 1) if line.strip()]
+        rows = [_parse_line(number, _mooncake_row, line) for number, line in enumerate(file, 1) if line.strip()]
     if not rows:
         raise ValueError(EMPTY)
     return _requests(rows)
@@ -78,10 +78,10 @@ def read_trace(path: Path) -> list[Request]:
     return read_azure(path) if path.suffix.lower() in (".csv", ".tsv") else read_mooncake(path)
 
 
-def _at(number: int, parse: Callable[[Given], Made], given: Given) -> Made:
+def _parse_line(number: int, parse: Callable[[Line], Parsed], line: Line) -> Parsed:
     """Return what ``parse`` makes of a line. Its errors get the number of the line."""
     try:
-        return parse(given)
+        return parse(line)
     except ValueError as error:
         raise ValueError(f"line {number}: {error}") from error
 
@@ -113,14 +113,14 @@ class _AzureRow:
     """Reads the numbers in a row's cells. The header says which columns hold them."""
 
     def __init__(self, header: Sequence[str]) -> None:
-        names = [_plain(name) for name in header]
+        names = [_normalize_name(name) for name in header]
         for name in AZURE:
-            if names.count(_plain(name)) > 1:
+            if names.count(_normalize_name(name)) > 1:
                 raise ValueError(f"there are two columns {name}")
-        if not {*map(_plain, AZURE)} <= {*names}:
+        if not {*map(_normalize_name, AZURE)} <= {*names}:
             found = ", ".join(_short.repr(name) for name in header[:4]) + (", ..." if len(header) > 4 else "")
             raise ValueError(f"the columns are {found}; {', '.join(AZURE)} are needed")
-        self._columns = tuple(names.index(_plain(name)) for name in AZURE)
+        self._columns = tuple(names.index(_normalize_name(name)) for name in AZURE)
         self._zoned: bool | None = None
 
     def __call__(self, cells: Sequence[str]) -> Row:
@@ -147,7 +147,7 @@ class _AzureRow:
         return (time if zoned else time.replace(tzinfo=UTC)).timestamp()
 
 
-def _plain(name: str) -> str:
+def _normalize_name(name: str) -> str:
     return "".join(filter(str.isalnum, name)).lower()
 
 
@@ -175,7 +175,7 @@ def _mooncake_row(line: str) -> Row:
         if name not in entry:
             raise ValueError(f"no {name}")
     time, prompt, output = (entry[name] for name in MOONCAKE)
-    if not (_is_number(time) and abs(time) < 1e3 * MOST_SECONDS):
+    if not (_is_number(time) and abs(time) < 1e3 * MAX_SECONDS):
         raise ValueError(f"{MOONCAKE[0]} {_short.repr(time)} is not a number of milliseconds")
     blocks = entry.get("hash_ids")
     blocks = [] if blocks is None else blocks
@@ -192,10 +192,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _tokens(name: str, given: Any, number: Any) -> int:
-    if type(number) is int and 0 <= number <= MOST_TOKENS:
+    if type(number) is int and 0 <= number <= MAX_TOKENS:
         return number
-    if not (_is_number(number) and 0 <= number <= MOST_TOKENS and math.floor(number) == number):
-        raise ValueError(f"{name} {_short.repr(given)} is not a whole number from 0 to {MOST_TOKENS}")
+    if not (_is_number(number) and 0 <= number <= MAX_TOKENS and math.floor(number) == number):
+        raise ValueError(f"{name} {_short.repr(given)} is not a whole number from 0 to {MAX_TOKENS}")
     return int(number)
 
 

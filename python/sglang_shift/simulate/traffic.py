@@ -45,11 +45,11 @@ def steady(rate: float, *, prompt: Lengths, output: Lengths, requests: int, seed
         requests: Number of requests.
         seed: Seed of the arrivals and the lengths.
     """
-    rng, time, made = random.Random(seed), 0.0, []
+    rng, time, arrivals = random.Random(seed), 0.0, []
     for _ in range(requests):
         time += rng.expovariate(rate)
-        made.append(Request(time, _draw(rng, prompt), _draw(rng, output)))
-    return made
+        arrivals.append(Request(time, _draw(rng, prompt), _draw(rng, output)))
+    return arrivals
 
 
 def ramp(
@@ -67,15 +67,15 @@ def ramp(
         requests: Number of requests.
         seed: Seed of the arrivals and the lengths.
     """
-    rng, expected, made = random.Random(seed), 0.0, []
+    rng, expected, arrivals = random.Random(seed), 0.0, []
     slope = (last_rate**2 - first_rate**2) / (2 * requests)  # change of the rate per second
     for _ in range(requests):
         expected += rng.expovariate(1.0)
         # Until time t, slope / 2 * t^2 + first_rate * t requests are expected. This is solved for t. In this form of
         # the root nothing cancels if the slope is small. A falling rate never reaches some numbers of requests.
         root = math.sqrt(max(0.0, first_rate**2 + 2 * slope * expected))
-        made.append(Request(2 * expected / (first_rate + root), _draw(rng, prompt), _draw(rng, output)))
-    return made
+        arrivals.append(Request(2 * expected / (first_rate + root), _draw(rng, prompt), _draw(rng, output)))
+    return arrivals
 
 
 def bursty(
@@ -111,12 +111,12 @@ def bursty(
     return [Request(t, _draw(rng, prompt), _draw(rng, output)) for t in sorted(times)]
 
 
-def window(requests: Iterable[Request], start: float, seconds: float) -> list[Request]:
+def cut_window(requests: Iterable[Request], start: float, seconds: float) -> list[Request]:
     """Return the requests that arrive in ``[start, start + seconds)``. Their times count from ``start``."""
     return [replace(r, time=r.time - start) for r in requests if start <= r.time < start + seconds]
 
 
-def scaled(
+def scale(
     requests: Iterable[Request], time: float = 1.0, length: float = 1.0, context: int | None = None
 ) -> list[Request]:
     """Return the same requests with other times and lengths.
@@ -133,14 +133,16 @@ def scaled(
     """
     if context is not None and context < 2:
         raise ValueError("a context of less than 2 tokens has no room for a prompt and an output")
-    made = []
+    scaled = []
     for r in requests:
         prompt, output = max(1, round(length * r.prompt)), max(1, round(length * r.output))
         if context is not None:
             output = min(output, context // 2)
             prompt = min(prompt, context - output)
-        made.append(replace(r, time=time * r.time, prompt=prompt, output=output, block_length=length * r.block_length))
-    return made
+        scaled.append(
+            replace(r, time=time * r.time, prompt=prompt, output=output, block_length=length * r.block_length)
+        )
+    return scaled
 
 
 def _draw(rng: random.Random, lengths: Lengths) -> int:

@@ -7,13 +7,13 @@ import json
 import calibrations
 import msgspec
 import pytest
-from sglang_shift.cost.calibration import MOST_MEASUREMENTS, Calibration, CalibrationError, load
+from sglang_shift.cost.calibration import MAX_MEASUREMENTS, Calibration, CalibrationError, load
 
 KEY = {"architecture": "X"}
 
 
 def content():
-    made = Calibration.of(KEY, 1.0, calibrations.measurements("crossovers-differ"), 1e-5)
+    made = Calibration.from_measurements(KEY, 1.0, calibrations.measurements("crossovers-differ"), 1e-5)
     return json.loads(msgspec.json.encode(made))
 
 
@@ -65,7 +65,7 @@ def test_a_damaged_measurement(tmp_path, field, value):
     ],
 )
 def test_other_damage(tmp_path, name, value):
-    assert MOST_MEASUREMENTS == 10_000
+    assert MAX_MEASUREMENTS == 10_000
     refusal(tmp_path, json.dumps(content() | {name: value}))
 
 

@@ -24,14 +24,14 @@ from sglang_shift.errors import Refused
 from sglang_shift.launch_server import resolve
 from sglang_shift.models.families import FAMILIES, PACKAGE, check_class
 from sglang_shift.models.fields import (
+    COMMON_FIELDS,
     FOREIGN,
     HARMLESS,
     ROPE,
     RULES,
-    TAKEN,
     WINDOW,
     check_fields,
-    taken_fields,
+    supported_fields,
 )
 from sglang_shift.models.rules import Checkpoint
 
@@ -239,7 +239,7 @@ def test_the_way_out_answers_as_transformers_does(name, differences):
     assert differences["way out", name] < CLOSE
 
 
-JUDGED = TAKEN | HARMLESS | ROPE | WINDOW | FOREIGN.keys()
+JUDGED = COMMON_FIELDS | HARMLESS | ROPE | WINDOW | FOREIGN.keys()
 # What SGLang's sources read besides: drafts of other models, a dtype, its own context, and a class's name.
 ELSEWHERE = {"target_hidden_size", "model_type", "__class__", "rope_theta", "rope_scaling"}
 
@@ -276,7 +276,7 @@ def test_every_field_that_transformers_reads_has_been_judged(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_field_of_transformers_configuration_has_been_judged(name):
     """Those that are refused if they differ from the default, and no other; a new one is refused as well."""
-    refused = own_fields(name) - taken_fields(FAMILIES[name]) - HARMLESS - ROPE - WINDOW
+    refused = own_fields(name) - supported_fields(FAMILIES[name]) - HARMLESS - ROPE - WINDOW
     assert refused == {"is_encoder_decoder", "hidden_act"} | ({"mlp_bias"} if name == LLAMA else set())
 
 

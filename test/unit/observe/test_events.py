@@ -50,11 +50,11 @@ def heard(replicas: int = 1, publishers: list[Publisher] | None = None, seconds:
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
     monkeypatch.delenv(events.ENDPOINT_VARIABLE, raising=False)
-    monkeypatch.setattr(events, "_made", None, raising=False)
+    monkeypatch.setattr(events, "_endpoint_folder", None, raising=False)
     monkeypatch.setattr(tempfile, "tempdir", None)
     yield
     remove_endpoint()
-    events._made = None
+    events._endpoint_folder = None
 
 
 @pytest.fixture

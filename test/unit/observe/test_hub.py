@@ -71,10 +71,10 @@ def test_empty(hub):
 
 
 def test_history_by_second_and_mode(hub, clock):
-    hub.feed(step(NOW, 1, seconds=0.01))
-    hub.feed(step(NOW + 0.5, 2, mode="sp", phase="prefill", tokens=300, prefill_tokens=300, waiting=9, seconds=0.2))
-    hub.feed(step(NOW + 0.9, 3, waiting=1, running=7, seconds=None))
-    hub.feed(step(NOW + 1, 4))
+    hub.take(step(NOW, 1, seconds=0.01))
+    hub.take(step(NOW + 0.5, 2, mode="sp", phase="prefill", tokens=300, prefill_tokens=300, waiting=9, seconds=0.2))
+    hub.take(step(NOW + 0.9, 3, waiting=1, running=7, seconds=None))
+    hub.take(step(NOW + 1, 4))
     clock.now += 3
     history = strict(hub)["history"]
     assert history["start"] == NOW + 3 - HISTORY_SECONDS
@@ -88,14 +88,14 @@ def test_history_by_second_and_mode(hub, clock):
 
 
 def test_the_second_that_has_not_ended_is_not_in_the_history(hub):
-    hub.feed(step())
+    hub.take(step())
     assert sum(strict(hub)["history"]["steps"]["tp"]) == 0
 
 
 def test_state_and_totals_of_two_replicas(clock):
     hub = Hub(replicas=2, clock=clock)
-    hub.feed(state(replica=1, model="second", running=3))
-    hub.feed(state(replica=0, running=1, waiting=5, drift={"tp": 1.1, "sp": None}))
+    hub.take(state(replica=1, model="second", running=3))
+    hub.take(state(replica=0, running=1, waiting=5, drift={"tp": 1.1, "sp": None}))
     clock.now += 2
     value = strict(hub)
     assert value["model"] == "demo" and value["totals"] == {
@@ -109,9 +109,9 @@ def test_state_and_totals_of_two_replicas(clock):
 
 
 def test_an_idle_state_empties_the_queue(hub):
-    hub.feed(step(pending_tokens=500))
+    hub.take(step(pending_tokens=500))
     assert strict(hub)["queue"]["pending_tokens"] == 500
-    hub.feed(state())
+    hub.take(state())
     assert strict(hub)["queue"] == {"running": 0, "waiting": 0, "pending_tokens": 0}
 
 
@@ -120,7 +120,7 @@ def test_requests(hub):
         Finished(10, 5, ttft=i / 100, tpot=None if i % 2 else 0.01, e2e=1.0, steps={Mode.TP: 4, Mode.SP: 1})
         for i in range(101)
     ]
-    hub.feed(step(finished=done))
+    hub.take(step(finished=done))
     requests = strict(hub)["requests"]
     assert requests["count"] == 101 and requests["ttft"] == pytest.approx({"p50": 0.5, "p90": 0.9, "p99": 0.99})
     assert requests["tpot"]["p99"] == 0.01 and requests["steps"] == {"tp": 404, "sp": 101}
@@ -133,10 +133,10 @@ def test_percentiles():
 
 
 def test_step_times_and_predictions(hub):
-    hub.feed(step(number=1, seconds=0.02, predicted={Mode.TP: 0.01, Mode.SP: 0.5}))
-    hub.feed(step(number=2, seconds=0.01, predicted={Mode.TP: 0.01, Mode.SP: 0.5}))
-    hub.feed(step(number=3, seconds=0.5, phase="mixed"))
-    hub.feed(step(number=4, seconds=None, mode="sp"))
+    hub.take(step(number=1, seconds=0.02, predicted={Mode.TP: 0.01, Mode.SP: 0.5}))
+    hub.take(step(number=2, seconds=0.01, predicted={Mode.TP: 0.01, Mode.SP: 0.5}))
+    hub.take(step(number=3, seconds=0.5, phase="mixed"))
+    hub.take(step(number=4, seconds=None, mode="sp"))
     decode, mixed = strict(hub)["step_times"]
     assert (decode["mode"], decode["phase"], decode["count"]) == ("tp", "decode", 2)
     assert decode["actual_over_predicted"] == pytest.approx(1.5) and decode["p50"] == pytest.approx(0.015)
@@ -147,7 +147,7 @@ def test_step_times_and_predictions(hub):
 
 def test_switches_newest_first(hub):
     for i in range(60):
-        hub.feed(step(number=i + 1, mode="sp" if i % 2 else "tp", switched=True, reason=f"reason {i} " + "x" * 10_000))
+        hub.take(step(number=i + 1, mode="sp" if i % 2 else "tp", switched=True, reason=f"reason {i} " + "x" * 10_000))
     switches = strict(hub)["switches"]
     assert len(switches) == RECENT_SWITCHES and switches[0]["reason"].startswith("reason 59")
     assert switches[0]["step"] == 60 and switches[0]["mode"] == "sp" and len(switches[0]["reason"]) == 500
@@ -157,18 +157,18 @@ def test_dropped_events(clock):
     hub = Hub(replicas=2, clock=clock)
     for replica, numbers in ((0, [7, 8, 11, 12]), (1, [1, 2, 5, 1, 2])):
         for number in numbers:
-            hub.feed(step(number=number, replica=replica))
+            hub.take(step(number=number, replica=replica))
     assert strict(hub)["events"]["dropped"] == 2 + 2
     gaps = Gaps()
-    assert [gaps.missed(step(number=n)) for n in (5, 6, 9, 1, 1, 3)] == [0, 0, 2, 0, 0, 1]
+    assert [gaps.count_missing(step(number=n)) for n in (5, 6, 9, 1, 1, 3)] == [0, 0, 2, 0, 0, 1]
 
 
 @pytest.mark.parametrize("leap", [-1e9, -60, 60, 1e9, 1e300, -1e300, float("nan"), float("inf")])
 def test_clock_jumps(hub, clock, leap):
     """Events whose time is far off count when they arrive; memory stays bounded."""
     for i in range(50):
-        hub.feed(step(NOW + (leap if i % 2 else 0), i + 1, switched=True))
-        hub.feed(state(NOW + leap))
+        hub.take(step(NOW + (leap if i % 2 else 0), i + 1, switched=True))
+        hub.take(state(NOW + leap))
     clock.now += 1
     value = strict(hub)
     assert value["history"]["steps"]["tp"][-1] == 50 and len(hub._seconds) == 1
@@ -179,7 +179,7 @@ def test_memory_is_bounded(hub, clock):
     request = Finished(1, 1, 0.1, None, 0.1, {Mode.TP: 1})
     for i in range(5000):
         clock.now += 1
-        hub.feed(step(clock.now, i + 1, finished=[request]))
+        hub.take(step(clock.now, i + 1, finished=[request]))
     assert len(hub._seconds) <= HISTORY_SECONDS + 11
     assert len(hub._steps) == RECENT_STEPS and len(hub._requests) == RECENT_REQUESTS
     assert sum(strict(hub)["history"]["steps"]["tp"]) == HISTORY_SECONDS
@@ -195,14 +195,14 @@ def test_memory_is_bounded(hub, clock):
 def test_senseless_events_are_counted(hub, event):
     heard = []
     hub.listeners.append(heard.append)
-    hub.feed(event)
+    hub.take(event)
     assert strict(hub)["events"] == {"received": 0, "dropped": 0, "malformed": 1, "age": None} and heard == []
 
 
 def test_numbers_that_json_lacks(hub):
     nan, inf = float("nan"), float("inf")
-    hub.feed(step(seconds=nan, predicted={Mode.TP: inf, Mode.SP: -1.0}, finished=[Finished(1, 1, nan, inf, 2.0, {})]))
-    hub.feed(state(drift={"tp": nan, "else": 1.0}, calibration={"curves": {"a": [1.0, inf]}, "b": nan}))
+    hub.take(step(seconds=nan, predicted={Mode.TP: inf, Mode.SP: -1.0}, finished=[Finished(1, 1, nan, inf, 2.0, {})]))
+    hub.take(state(drift={"tp": nan, "else": 1.0}, calibration={"curves": {"a": [1.0, inf]}, "b": nan}))
     value = strict(hub)
     assert value["calibration"] == {"curves": {"a": [1.0, None]}, "b": None}
     assert value["replicas"][0]["drift"] == {"tp": None, "sp": None}
@@ -217,8 +217,8 @@ def test_a_listener_that_fails_harms_nobody(hub, caplog):
     heard = []
     hub.listeners += [fail, heard.append]
     with caplog.at_level(logging.ERROR):
-        hub.feed(step(number=1))
-        hub.feed(step(number=2))
+        hub.take(step(number=1))
+        hub.take(step(number=2))
     assert len(heard) == 2 and len(caplog.records) == 1
 
 
@@ -229,7 +229,7 @@ def test_snapshots_while_events_arrive(hub):
         i = 0
         while not stop.is_set() and i < 20_000:
             i += 1
-            hub.feed(step(number=i, switched=True, finished=[Finished(1, 1, 0.1, 0.1, 0.1, {Mode.TP: 1, Mode.SP: 1})]))
+            hub.take(step(number=i, switched=True, finished=[Finished(1, 1, 0.1, 0.1, 0.1, {Mode.TP: 1, Mode.SP: 1})]))
 
     thread = threading.Thread(target=feed)
     thread.start()

@@ -46,7 +46,7 @@ def stock_app() -> FastAPI:
 @pytest.fixture
 def hub():
     hub = Hub()
-    hub.feed(STATE)
+    hub.take(STATE)
     return hub
 
 
@@ -90,7 +90,7 @@ def test_status_before_the_first_state():
     answer = client.get("/shift/status")
     assert answer.status_code == 503 and answer.json() == {"error": routes.NOT_READY}
     assert client.get("/shift").status_code == 200
-    hub.feed(STATE)
+    hub.take(STATE)
     assert client.get("/shift/status").status_code == 200
 
 

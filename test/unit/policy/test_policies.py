@@ -22,9 +22,9 @@ from sglang_shift.cost.model import (
     CostModel,
     Curve,
     Measurement,
-    beyond_noise,
     fit,
     isotonic,
+    remove_noise,
     running_median,
 )
 from sglang_shift.errors import Refused
@@ -411,9 +411,9 @@ class TestFit:
         assert fit(level + prefill).crossovers("decode") == [(1, TP)]
         clear = [replace(m, seconds=1.1 * m.seconds) if m.mode is TP else m for m in level]
         assert fit(clear + prefill).crossovers("decode")[-1][1] is SP
-        assert beyond_noise([-0.1, 0.02, 0.03, 0.03], 0.01) == [-0.1, 0.02, 0.03, 0.03]
-        assert beyond_noise([-0.1, 0.02, 0.03, 0.03], 0.02) == [-0.1, 0.0, 0.03, 0.03]
-        assert beyond_noise([0.03, 0.03, 0.04], 0.021) == [0.03, 0.03, 0.03], "a lead does not shrink with the tokens"
+        assert remove_noise([-0.1, 0.02, 0.03, 0.03], 0.01) == [-0.1, 0.02, 0.03, 0.03]
+        assert remove_noise([-0.1, 0.02, 0.03, 0.03], 0.02) == [-0.1, 0.0, 0.03, 0.03]
+        assert remove_noise([0.03, 0.03, 0.04], 0.021) == [0.03, 0.03, 0.03], "a lead does not shrink with the tokens"
 
     def test_running_median(self):
         assert running_median([]) == []
@@ -605,7 +605,7 @@ def world(request, benchmark):
     """A made-up server's name, its costs and its traffic."""
     model = fit(calibrations.measurements(request.param))
     shape = benchmark.Shape(requests=1000, burst=300, seeds=3)
-    return request.param, model, {t.name: t for t in benchmark.made_up(model, Server(), shape)}
+    return request.param, model, {t.name: t for t in benchmark.synthetic_traffic(model, Server(), shape)}
 
 
 # What ``calibrated`` is worth in simulated traffic. The simulator is deterministic: so are these.
@@ -625,7 +625,7 @@ def test_on_recorded_costs_and_bursts_too(benchmark):
     """The calibration of a real server: SP is faster from 13 tokens on in prefill, in decode never."""
     [file] = (REPO / "benchmark" / "recorded").glob("*.json")
     model, _ = benchmark.read_calibration(file)
-    traffics = benchmark.made_up(model, Server(), benchmark.Shape(requests=1000, seeds=2))
+    traffics = benchmark.synthetic_traffic(model, Server(), benchmark.Shape(requests=1000, seeds=2))
     for traffic in traffics:
         if traffic.name in ("ramp", "bursty"):
             results = benchmark.compare(traffic, model, model, Server())
@@ -701,7 +701,7 @@ def test_no_queue_aware_rule_beats_the_faster_mode(benchmark, world, pool):
     """
     name, model, _ = world
     server, costs = Server(pool=pool), replace(model, noise={})
-    traffics = benchmark.made_up(costs, server, benchmark.Shape(requests=200, burst=100, seeds=2))
+    traffics = benchmark.synthetic_traffic(costs, server, benchmark.Shape(requests=200, burst=100, seeds=2))
 
     def means(policy, traffic):
         runs = [simulate(requests, policy, costs, server).metrics() for requests in traffic.samples]

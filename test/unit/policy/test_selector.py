@@ -9,9 +9,9 @@ from harness import run_ranks
 from sglang_shift.config import ShiftConfig
 from sglang_shift.cost.model import CostModel, Curve, Measurement, fit
 from sglang_shift.modes import Mode, ShiftPolicy, StepState
-from sglang_shift.policy.builtin import Calibrated, FixedMode, LedPolicy, QueueDepth, TokenThreshold
-from sglang_shift.policy.probes import EVERY, NEAR, SHARE
-from sglang_shift.policy.selector import DRIFT, DRIFT_STEPS, ENOUGH_STEPS, Drift, ModeSelector, make_policy
+from sglang_shift.policy.builtin import Calibrated, FixedMode, QueueDepth, RankZeroPolicy, TokenThreshold
+from sglang_shift.policy.probes import MAX_SLOWDOWN, PROBE_INTERVAL, TIME_SHARE
+from sglang_shift.policy.selector import DRIFT, DRIFT_STEPS, MIN_STEPS, Drift, ModeSelector, make_policy
 
 COSTS = fit([Measurement(phase, mode, 1, 1, 0.1) for phase in ("prefill", "decode") for mode in Mode])
 
@@ -53,7 +53,7 @@ class Nonsense(ShiftPolicy):
 
 @pytest.mark.parametrize("policy", [Failing(), Nonsense()])
 def test_a_policy_that_fails_is_replaced(policy, caplog):
-    selector = ModeSelector(LedPolicy(policy, True, lambda answer: answer))
+    selector = ModeSelector(RankZeroPolicy(policy, True, lambda answer: answer))
     selector.choose(StepState(num_tokens=1))
     assert selector.choose(StepState(num_tokens=1000)).mode is Mode.SP
     assert isinstance(selector.policy, TokenThreshold)
@@ -78,7 +78,7 @@ class Mute(Failing):
 
 def test_explaining_is_not_choosing():
     """Nobody but the reporter asks for a reason; a line that cannot be had does not stop a server."""
-    policy = LedPolicy(Mute(), True, lambda answer: answer)
+    policy = RankZeroPolicy(Mute(), True, lambda answer: answer)
     selector = ModeSelector(policy)
     assert selector.policy_text == "Mute (it does not describe itself: KeyError: 'no line')"
     selector.policy = FixedMode(Mode.TP)
@@ -109,7 +109,7 @@ def choose_together(rank, size, fails_on, replaced):
         dist.broadcast(shared, 0)
         return int(shared)
 
-    selector = ModeSelector(LedPolicy(Own(rank, fails_on), rank == 0, share))
+    selector = ModeSelector(RankZeroPolicy(Own(rank, fails_on), rank == 0, share))
     modes = [selector.choose(StepState(num_tokens=n)).mode for n in range(100)]
     everyone = [None] * size
     dist.all_gather_object(everyone, modes)
@@ -188,10 +188,10 @@ class TestProbes:
             choice = selector.choose(StepState(num_tokens=4))
             spent += model.predict(choice.mode, choice.step)
             extra += choice.probe * (sp - 0.01 + 2 * switch)
-            assert extra <= SHARE * spent
+            assert extra <= TIME_SHARE * spent
             assert choice.mode is (Mode.SP if choice.probe else Mode.TP)
-        assert ENOUGH_STEPS < selector.steps[Mode.SP] <= 20_000 / EVERY
-        assert extra > 0.9 * SHARE * spent or selector.steps[Mode.SP] > 0.9 * 20_000 / EVERY
+        assert MIN_STEPS < selector.steps[Mode.SP] <= 20_000 / PROBE_INTERVAL
+        assert extra > 0.9 * TIME_SHARE * spent or selector.steps[Mode.SP] > 0.9 * 20_000 / PROBE_INTERVAL
 
     def test_close_ones_come_first(self):
         """Of decodes of 1 and of 101 tokens in turn, SP takes 99 % and 1 % longer."""
@@ -211,7 +211,7 @@ class TestProbes:
         assert not any(selector.choose(StepState(num_tokens=1 + 4 * (i % 2))).probe for i in range(1000))
 
     def test_what_takes_more_than_twice_as_long_is_not_probed(self):
-        selector = ModeSelector(Calibrated(costs(0.01, 1.01 * NEAR * 0.01), 512))
+        selector = ModeSelector(Calibrated(costs(0.01, 1.01 * MAX_SLOWDOWN * 0.01), 512))
         assert not any(decodes(selector, 20_000))
 
     def test_the_policy_does_not_follow_a_probe(self):
@@ -224,7 +224,13 @@ class TestProbes:
 
     @pytest.mark.parametrize(
         "policy",
-        [FixedMode(Mode.TP), FixedMode(Mode.SP), TokenThreshold(9), QueueDepth(), LedPolicy(Recorder(), True, int)],
+        [
+            FixedMode(Mode.TP),
+            FixedMode(Mode.SP),
+            TokenThreshold(9),
+            QueueDepth(),
+            RankZeroPolicy(Recorder(), True, int),
+        ],
     )
     def test_only_the_calibrated_policy_has_them(self, policy):
         selector = ModeSelector(policy)
@@ -248,7 +254,7 @@ class TestDrift:
     def test_the_ratio_of_the_modes_is_what_decides(self):
         """TP at 1.45 and SP at 0.70 of the predicted time: neither is 1.5 off, and their ratio is 2.07 off."""
         drift = Drift()
-        for _ in range(ENOUGH_STEPS):
+        for _ in range(MIN_STEPS):
             drift.add(Mode.TP, 1e-3, 1.45e-3)
             assert not drift.drifted and not drift.doubts
             drift.add(Mode.SP, 1e-3, 0.70e-3)
@@ -292,10 +298,10 @@ class TestDrift:
             if not alone:
                 drift.add(Mode.SP, 1.5e-2, 1.5e-2)
         selector = ModeSelector(Calibrated(costs(0.01, 0.015), 512))
-        selector.doubt(drift.doubts)
+        selector.set_doubts(drift.doubts)
         assert selector.choose(StepState(num_tokens=4, num_waiting=99)).mode is Mode.TP
         selector = ModeSelector(Calibrated(costs(0.015, 0.01), 512))
-        selector.doubt(drift.doubts)
+        selector.set_doubts(drift.doubts)
         modes = [selector.choose(StepState(num_tokens=4, num_waiting=n)).mode for n in (99, 0)]
         assert modes == [Mode.SP, Mode.TP], "SP was to be the faster one, and may not be"
 
@@ -304,12 +310,12 @@ class TestDrift:
         text, asked, doubts = selector.policy_text, [], {("decode", Mode.TP, Mode.SP): 0.6}
         for step in range(1, 2000):
             selector.choose(StepState(num_tokens=4))
-            if selector.asks_for_drift:
+            if selector.must_agree_on_drift:
                 asked.append(step)
-                selector.doubt(doubts)
+                selector.set_doubts(doubts)
         assert asked == [512, 1024, 1536]
         assert selector.policy.doubts == doubts and selector.policy_text == text
         assert selector.choose(StepState(num_tokens=4, num_waiting=99)).mode is Mode.SP
         selector.policy = FixedMode(Mode.TP)
-        selector.doubt(doubts)
-        assert selector.policy == FixedMode(Mode.TP) and not selector.asks_for_drift
+        selector.set_doubts(doubts)
+        assert selector.policy == FixedMode(Mode.TP) and not selector.must_agree_on_drift

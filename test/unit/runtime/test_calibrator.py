@@ -16,7 +16,7 @@ from harness import run_ranks
 from sglang_shift.config import ShiftConfig
 from sglang_shift.cost import calibration
 from sglang_shift.cost.calibration import Calibration, CalibrationError, load, save
-from sglang_shift.cost.measure import MAX_LAPS, Measured, StepShape, grid, kv_reads, measure, powers
+from sglang_shift.cost.measure import MAX_LAPS, Results, StepShape, grid, kv_reads, measure, powers
 from sglang_shift.cost.model import Measurement
 from sglang_shift.modes import Mode
 from sglang_shift.policy.selector import DRIFT_STEPS, Drift
@@ -105,11 +105,11 @@ def test_powers():
 
 
 def test_measuring_finds_the_crossover():
-    bench, found = FakeBench(), Measured()
-    parts = [found.part for _ in measure(bench, shapes_of(), 60, found, clock=lambda: bench.now)]
+    bench, results = FakeBench(), Results()
+    parts = [results.progress for _ in measure(bench, shapes_of(), 60, results, clock=lambda: bench.now)]
     assert parts == sorted(parts)
-    assert found.part == 1
-    costs = Calibration.of(KEY, found.seconds, found.steps, 0.0).costs
+    assert results.progress == 1
+    costs = Calibration.from_measurements(KEY, results.seconds, results.steps, 0.0).costs
     assert costs.crossovers("decode")[0] == (1, Mode.TP)
     (start, _), (crossover, mode) = costs.crossovers("prefill")
     assert (start, mode) == (1, Mode.SP)
@@ -119,33 +119,33 @@ def test_measuring_finds_the_crossover():
 
 def test_modes_take_turns():
     bench = FakeBench()
-    list(measure(bench, [StepShape("prefill", 64, 0, 4095)], 60, Measured(), clock=lambda: bench.now))
+    list(measure(bench, [StepShape("prefill", 64, 0, 4095)], 60, Results(), clock=lambda: bench.now))
     modes = [mode for _, mode in bench.laps]
     assert modes == [Mode.TP, Mode.SP] * (len(modes) // 2)
     assert 2 * 4 <= len(modes) <= 2 * (MAX_LAPS + 1)
 
 
 def test_the_budget_leaves_out_large_shapes_but_never_a_phase():
-    bench, found = FakeBench(slow=1000.0), Measured()
-    list(measure(bench, shapes_of(), 30, found, clock=lambda: bench.now))
-    assert found.seconds < 60
-    assert {(m.phase, m.mode) for m in found.steps} == {(p, m) for p in ("prefill", "decode") for m in Mode}
-    assert max(m.tokens for m in found.steps) < 512
+    bench, results = FakeBench(slow=1000.0), Results()
+    list(measure(bench, shapes_of(), 30, results, clock=lambda: bench.now))
+    assert results.seconds < 60
+    assert {(m.phase, m.mode) for m in results.steps} == {(p, m) for p in ("prefill", "decode") for m in Mode}
+    assert max(m.tokens for m in results.steps) < 512
 
 
 @pytest.mark.parametrize("mode", Mode)
 def test_a_mode_that_fails_is_named(mode):
     bench = FakeBench(fails=mode)
     with pytest.raises(CalibrationError, match=f"{mode.value.upper()} failed.*no room") as error:
-        list(measure(bench, shapes_of(), 60, Measured()))
+        list(measure(bench, shapes_of(), 60, Results()))
     assert error.value.broken is mode
     assert bench.prepared_shape is None, "its slots were given back"
 
 
 def measured() -> Calibration:
-    bench, found = FakeBench(), Measured()
-    list(measure(bench, shapes_of(), 60, found, clock=lambda: bench.now))
-    return Calibration.of(KEY, found.seconds, found.steps, 1e-5)
+    bench, results = FakeBench(), Results()
+    list(measure(bench, shapes_of(), 60, results, clock=lambda: bench.now))
+    return Calibration.from_measurements(KEY, results.seconds, results.steps, 1e-5)
 
 
 def test_saved_and_loaded(tmp_path):
@@ -192,7 +192,7 @@ def test_a_broken_file_is_one_sentence(tmp_path, what):
 
 def test_too_few_measurements():
     with pytest.raises(CalibrationError, match="incomplete"):
-        Calibration.of(KEY, 1.0, [Measurement("prefill", Mode.TP, 1, 1, 0.1)], 0.0)
+        Calibration.from_measurements(KEY, 1.0, [Measurement("prefill", Mode.TP, 1, 1, 0.1)], 0.0)
 
 
 class FakeScheduler:
@@ -383,10 +383,10 @@ def timed(shapes, tp: float):
 def test_new_times_do_not_spoil_old_ones_beyond_them(tp, room):
     """Old and new ones disagree by what has drifted, which is no noise of either."""
     shapes = shapes_of(4096, 256, 32_767, 400_000)
-    old = Calibration.of(KEY, 1.0, timed(shapes, 1.0), 0.0)
+    old = Calibration.from_measurements(KEY, 1.0, timed(shapes, 1.0), 0.0)
     some = [s for s in shapes if s.slots <= room]
-    new = old.renewed(1.0, timed(some, tp), None).costs
-    whole = Calibration.of(KEY, 1.0, timed(shapes, tp), 0.0).costs
+    new = old.with_measurements(1.0, timed(some, tp), None).costs
+    whole = Calibration.from_measurements(KEY, 1.0, timed(shapes, tp), 0.0).costs
     assert max(noise[Mode.SP] for noise in new.noise.values()) < 0.01
     for phase in ("prefill", "decode"):
         last = max(s.tokens for s in some if s.phase == phase)
@@ -401,8 +401,8 @@ def test_new_times_do_not_spoil_old_ones_beyond_them(tp, room):
 
 def test_a_phase_that_was_not_measured_again_stays():
     shapes = shapes_of()
-    old = Calibration.of(KEY, 1.0, timed(shapes, 1.0), 0.0)
-    new = old.renewed(1.0, timed([s for s in shapes if s.phase == "decode"], 2.0), None).costs
+    old = Calibration.from_measurements(KEY, 1.0, timed(shapes, 1.0), 0.0)
+    new = old.with_measurements(1.0, timed([s for s in shapes if s.phase == "decode"], 2.0), None).costs
     assert new.curves["prefill"][Mode.TP] == old.costs.curves["prefill"][Mode.TP]
     assert new.curves["decode"][Mode.TP](1) == pytest.approx(2 * old.costs.curves["decode"][Mode.TP](1), rel=0.01)
 
@@ -669,7 +669,7 @@ def a_step_that_fails(rank, size, alone):
 
     bench.run = run
     with pytest.raises(CalibrationError, match=r"failed while calibrating \(MemoryError"):
-        list(measure(bench, [StepShape("prefill", 8, 0, 511)], 60, Measured()))
+        list(measure(bench, [StepShape("prefill", 8, 0, 511)], 60, Results()))
 
 
 def test_a_step_that_fails_on_all_ranks_ends_the_calibration():
@@ -692,7 +692,7 @@ def a_preparation_that_fails_on_one_rank(rank, size):
     bench.prepare = prepare
     where = "RuntimeError: no slots" if rank == 1 else "on another rank"
     with pytest.raises(CalibrationError, match=where):
-        list(measure(bench, [StepShape("prefill", 8, 0, 511)], 60, Measured()))
+        list(measure(bench, [StepShape("prefill", 8, 0, 511)], 60, Results()))
 
 
 def test_a_preparation_that_fails_on_one_rank_fails_on_all():

@@ -11,7 +11,7 @@ from sglang_shift.modes import Mode, ShiftPolicy, StepState
 from sglang_shift.policy.builtin import FixedMode, TokenThreshold
 from sglang_shift.simulate.simulator import Server, simulate
 from sglang_shift.simulate.traces import read_azure, read_mooncake, read_trace
-from sglang_shift.simulate.traffic import Request, bursty, ramp, scaled, steady, window
+from sglang_shift.simulate.traffic import Request, bursty, cut_window, ramp, scale, steady
 
 TP, SP = FixedMode(Mode.TP), FixedMode(Mode.SP)
 
@@ -34,10 +34,10 @@ def costs(switch_seconds: float = 0.0, attention: float = 0.0) -> CostModel:
     )
 
 
-def watch(requests, policy=TP, truth=None, server=None):
+def watch(requests, policy=TP, true_costs=None, server=None):
     """The result, and each step as (state, mode, seconds)."""
     steps: list[tuple[StepState, Mode, float]] = []
-    result = simulate(requests, policy, truth or costs(), server, lambda *step: steps.append(step))
+    result = simulate(requests, policy, true_costs or costs(), server, lambda *step: steps.append(step))
     return result, steps
 
 
@@ -51,7 +51,7 @@ def test_one_request():
     assert served.ttft == pytest.approx(1.1)
     assert served.tpot == pytest.approx(0.51)
     assert served.e2e == pytest.approx(1.1 + 2 * 0.51)
-    assert (result.makespan, result.busy) == (pytest.approx(2.12), pytest.approx(2.12))
+    assert (result.makespan, result.step_seconds) == (pytest.approx(2.12), pytest.approx(2.12))
     assert result.throughput == pytest.approx(13 / 2.12)
     assert result.steps == {Mode.TP: 3, Mode.SP: 0}
     assert result.tokens == {Mode.TP: 12, Mode.SP: 0}
@@ -149,7 +149,7 @@ def test_pending_tokens_count_the_first_64_who_wait():
 def test_the_clock_jumps_over_idle_times_and_remembers_the_mode():
     result, steps = watch([Request(0, 10, 1), Request(1000, 10, 1)])
     assert result.makespan == pytest.approx(1001.1)
-    assert result.busy == pytest.approx(2.2)
+    assert result.step_seconds == pytest.approx(2.2)
     assert steps[1][0].previous_mode is Mode.TP
 
 
@@ -180,10 +180,10 @@ def test_nothing_to_serve_and_what_does_not_fit_are_refused():
 class Slow:
     """The same scheduler, written down request by request."""
 
-    def __init__(self, requests, policy, truth, server):
+    def __init__(self, requests, policy, true_costs, server):
         self.waiting = sorted(requests, key=lambda r: r.time)
         self.order = list(self.waiting)
-        self.policy, self.truth, self.server = policy, truth, server
+        self.policy, self.true_costs, self.server = policy, true_costs, server
         self.prefilled: dict[int, int] = {}
         self.generated: dict[int, int] = {}
         self.first: dict[int, float] = {}
@@ -246,7 +246,7 @@ class Slow:
         self.states.append(state)
         mode = self.policy.choose(state)
         switched = self.mode not in (None, mode)
-        self.clock += self.truth.predict(mode, state) + switched * self.truth.switch_seconds
+        self.clock += self.true_costs.predict(mode, state) + switched * self.true_costs.switch_seconds
         self.since = 0 if switched else self.since + 1
         self.mode = mode
         for i in decoding:
@@ -277,9 +277,9 @@ def test_against_a_simulator_that_counts_everything(seed):
         Request(rng.choice([0.0, rng.uniform(0, 200)]), rng.randint(1, 120), rng.randint(1, 30))
         for _ in range(rng.randint(1, 60))
     ]
-    policy, truth = TokenThreshold(rng.randint(0, 40)), costs(rng.choice([0.0, 0.3]), 1e-4)
-    result, steps = watch(requests, policy, truth, server)
-    slow = Slow(requests, policy, truth, server).run()
+    policy, true_costs = TokenThreshold(rng.randint(0, 40)), costs(rng.choice([0.0, 0.3]), 1e-4)
+    result, steps = watch(requests, policy, true_costs, server)
+    slow = Slow(requests, policy, true_costs, server).run()
     assert [s for s, _, _ in steps] == slow.states
     for i, served in enumerate(result.served):
         assert served.request == slow.order[i]
@@ -287,7 +287,7 @@ def test_against_a_simulator_that_counts_everything(seed):
         assert served.e2e == pytest.approx(slow.end[i] - served.request.time)
     assert sum(result.tokens.values()) == sum(r.prompt + r.output - 1 for r in requests)
     assert sum(result.steps.values()) == len(steps)
-    assert result == simulate(requests, policy, truth, server)
+    assert result == simulate(requests, policy, true_costs, server)
 
 
 def test_the_policy_decides_and_the_truth_takes_its_time():
@@ -359,13 +359,13 @@ class TestTraffic:
 
     def test_a_window_starts_its_own_clock(self):
         requests = [Request(t, 1, 1) for t in (0, 10, 15, 19.5, 20)]
-        assert window(requests, 10, 10) == [Request(t, 1, 1) for t in (0, 5, 9.5)]
+        assert cut_window(requests, 10, 10) == [Request(t, 1, 1) for t in (0, 5, 9.5)]
 
     def test_scaling_and_clamping(self):
         requests = [Request(10, 1000, 100), Request(20, 3, 1)]
-        assert scaled(requests) == requests
-        assert scaled(requests, time=0.5, length=0.1) == [Request(5, 100, 10), Request(10, 1, 1)]
-        assert scaled(requests, context=512) == [Request(10, 412, 100), Request(20, 3, 1)]
-        assert scaled(requests, context=100) == [Request(10, 50, 50), Request(20, 3, 1)]
+        assert scale(requests) == requests
+        assert scale(requests, time=0.5, length=0.1) == [Request(5, 100, 10), Request(10, 1, 1)]
+        assert scale(requests, context=512) == [Request(10, 412, 100), Request(20, 3, 1)]
+        assert scale(requests, context=100) == [Request(10, 50, 50), Request(20, 3, 1)]
         with pytest.raises(ValueError, match="context"):
-            scaled(requests, context=1)
+            scale(requests, context=1)

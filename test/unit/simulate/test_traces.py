@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from sglang_shift.simulate.traces import MOST_TOKENS, read_azure, read_mooncake, read_trace
+from sglang_shift.simulate.traces import MAX_TOKENS, read_azure, read_mooncake, read_trace
 from sglang_shift.simulate.traffic import Request
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
@@ -85,7 +85,7 @@ class TestAzure:
             ("2024-05-10 00:00:00,1,nan", "GeneratedTokens 'nan' is not a whole number"),
             ("2024-05-10 00:00:00,1,inf", "GeneratedTokens 'inf' is not a whole number"),
             ("2024-05-10 00:00:00,1,", "GeneratedTokens '' is not a whole number"),
-            (f"2024-05-10 00:00:00,{MOST_TOKENS + 1},1", "ContextTokens '1000000001' is not a whole number"),
+            (f"2024-05-10 00:00:00,{MAX_TOKENS + 1},1", "ContextTokens '1000000001' is not a whole number"),
             (f"2024-05-10 00:00:00,{'1' * 5000},1", r"ContextTokens '1+\.\.\.1+' is not a whole number"),
             (f"2024-05-10 00:00:00,{'1' * 200_000},1", "field larger"),
             ('2024-05-10 00:00:00,"1,1', "unexpected end of data"),
@@ -169,7 +169,7 @@ class TestMooncake:
             (entry(input_length=-1), "input_length -1 is not a whole number from 0 to"),
             (entry(input_length=1.5), "input_length 1.5 is not a whole number"),
             (entry(input_length=float("nan")), "input_length nan is not a whole number"),
-            (entry(input_length=MOST_TOKENS + 1), "input_length 1000000001 is not a whole number"),
+            (entry(input_length=MAX_TOKENS + 1), "input_length 1000000001 is not a whole number"),
             (entry(output_length=True), "output_length True is not a whole number"),
             (entry(output_length="2"), "output_length '2' is not a whole number"),
             (entry(output_length=None), "output_length None is not a whole number"),

@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang_shift.errors import ShiftError
 from sglang_shift.simulate.traces import read_azure, read_mooncake
-from sglang_shift.simulate.traffic import Request, scaled, window
+from sglang_shift.simulate.traffic import Request, cut_window, scale
 from sglang_shift.tools.benchmark.contenders import DEFAULT
 from sglang_shift.tools.benchmark.records import MADE_UP, TRACES
 from sglang_shift.tools.benchmark.workloads import Plan, Sizes, Trace
@@ -209,9 +209,9 @@ def _trace(kind: str, args: argparse.Namespace) -> Trace:
     path, (start, seconds) = getattr(args, kind), getattr(args, f"{kind}_window")
     read = {"azure": read_azure, "mooncake": read_mooncake}[kind]
     try:
-        requests: list[Request] = window(read(path), start, seconds)
+        requests: list[Request] = cut_window(read(path), start, seconds)
     except (OSError, ValueError) as error:
         raise ShiftError(f"--{kind} {path} cannot be read as such a trace: {error}") from error
     if not requests:
         raise ShiftError(f"--{kind}-window {start:g} {seconds:g}: no request of {path} arrives in that time")
-    return Trace(kind, scaled(requests, length=getattr(args, f"{kind}_length")), args.trace_load, args.trace_speed)
+    return Trace(kind, scale(requests, length=getattr(args, f"{kind}_length")), args.trace_load, args.trace_speed)

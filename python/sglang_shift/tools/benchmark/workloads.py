@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sglang_shift.simulate.traffic import Request, bursty, scaled, steady
+from sglang_shift.simulate.traffic import Request, bursty, scale, steady
 
 FIRST_TOKEN = 256
 """The lowest token id of prompts. Lower ids are often special tokens or single bytes."""
@@ -171,26 +171,26 @@ class Plan:
     def _replay(self, trace: Trace, capacity: float) -> Workload:
         requests = self._fit(trace.requests)
         if trace.speed is not None:
-            return Workload(trace.kind, trace.kind, scaled(requests, time=1 / trace.speed))
+            return Workload(trace.kind, trace.kind, scale(requests, time=1 / trace.speed))
         return Workload(trace.kind, trace.kind, _at_load(requests, trace.load * capacity))
 
     def _steady(self, rate: float, requests: int, seed: int, at_once: bool = False) -> list[Request]:
         made = steady(rate, prompt=self.sizes.prompt, output=self.sizes.output, requests=requests, seed=seed)
-        return scaled(made, time=0.0) if at_once else made
+        return scale(made, time=0.0) if at_once else made
 
     def _requests_per_second(self, capacity: float) -> float:
         saturated = self.saturated()
         return capacity * len(saturated.requests) / saturated.tokens
 
     def _fit(self, requests: Sequence[Request]) -> list[Request]:
-        return scaled(requests, context=self.context)
+        return scale(requests, context=self.context)
 
 
 def _at_load(requests: Sequence[Request], tokens_per_second: float) -> list[Request]:
     """Scale the times of requests, so that their tokens come at this rate on average."""
     span = requests[-1].time
     tokens = sum(r.prompt + r.output for r in requests)
-    return scaled(requests, time=tokens / (tokens_per_second * span)) if span else list(requests)
+    return scale(requests, time=tokens / (tokens_per_second * span)) if span else list(requests)
 
 
 def prompt_ids(request: Request, number: int, seed: int, vocabulary: int) -> list[int]:

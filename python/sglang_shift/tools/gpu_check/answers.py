@@ -87,34 +87,34 @@ def compare(ours: list[Answer], reference: list[Answer], tolerance: float) -> Di
         tolerance: The largest difference between two logprobs that rounding explains. Two tokens count as equally
             likely if their logprobs differ by at most the tolerance.
     """
-    found = Difference()
+    result = Difference()
     for i, (mine, theirs) in enumerate(zip(ours, reference, strict=True)):
-        _compare_prompt(found, i, mine, theirs, tolerance)
+        _compare_prompt(result, i, mine, theirs, tolerance)
         for place, (token, expected) in enumerate(zip(mine.tokens, theirs.tokens, strict=True)):
             if token != expected:
                 gap = theirs.logprobs[place] - theirs.alternatives[place].get(token, float("-inf"))
                 if gap <= tolerance:
-                    found.ties += 1
+                    result.ties += 1
                 else:
-                    found.problems.append(f"answer {i}, token {place}: {token} instead of {expected}")
+                    result.problems.append(f"answer {i}, token {place}: {token} instead of {expected}")
                 break
-            found.compared += 1
+            result.compared += 1
             where = f"answer {i}, token {place}"
-            _compare_logprob(found, where, mine.logprobs[place], theirs.logprobs[place], tolerance)
-    return found
+            _compare_logprob(result, where, mine.logprobs[place], theirs.logprobs[place], tolerance)
+    return result
 
 
-def _compare_prompt(found: Difference, i: int, mine: Answer, theirs: Answer, tolerance: float) -> None:
+def _compare_prompt(result: Difference, i: int, mine: Answer, theirs: Answer, tolerance: float) -> None:
     lengths = [len(answer.prompt_logprobs) for answer in (mine, theirs)]
     if lengths[0] != lengths[1]:
-        found.problems.append(f"answer {i} has {lengths[0]} prompt logprobs, not {lengths[1]}")
+        result.problems.append(f"answer {i} has {lengths[0]} prompt logprobs, not {lengths[1]}")
         return
     for place, pair in enumerate(zip(mine.prompt_logprobs, theirs.prompt_logprobs, strict=True)):
-        _compare_logprob(found, f"prompt {i}, token {place + 1}", *pair, tolerance)
+        _compare_logprob(result, f"prompt {i}, token {place + 1}", *pair, tolerance)
 
 
-def _compare_logprob(found: Difference, where: str, mine: float, theirs: float, tolerance: float) -> None:
+def _compare_logprob(result: Difference, where: str, mine: float, theirs: float, tolerance: float) -> None:
     difference = abs(mine - theirs)
-    found.worst = max(found.worst, difference)
+    result.worst = max(result.worst, difference)
     if not difference <= tolerance:  # this is true for NaN, too
-        found.problems.append(f"{where}: a logprob of {mine:.4f} instead of {theirs:.4f}")
+        result.problems.append(f"{where}: a logprob of {mine:.4f} instead of {theirs:.4f}")

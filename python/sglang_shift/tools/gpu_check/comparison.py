@@ -37,7 +37,7 @@ START_SECONDS, ANSWER_SECONDS = 150, 120
 
 
 @dataclass(frozen=True)
-class Contender:
+class ServerSetup:
     """A server of a comparison.
 
     Attributes:
@@ -53,7 +53,7 @@ class Contender:
     graphs: bool = False
 
 
-class Comparison:
+class ServerComparison:
     """A comparison of servers of one model.
 
     Args:
@@ -69,7 +69,7 @@ class Comparison:
         self.prompts = prompts(vocabulary)
         self.reference: list[Answer] = []
 
-    def run(self, one_rank: Contender, others: Sequence[Contender], at_once: bool = False) -> None:
+    def run(self, one_rank: ServerSetup, others: Sequence[ServerSetup], at_once: bool = False) -> None:
         """Compare every server with a server of one rank, which is stock SGLang.
 
         If another server fails, this is recorded as a problem and raises no exception.
@@ -83,70 +83,70 @@ class Comparison:
         Raises:
             ShiftError, OSError: the reference does not start, or does not answer.
         """
-        contenders = [one_rank, *(replace(c, flags=[*c.flags, *SHIFT]) for c in others)]
+        setups = [one_rank, *(replace(c, flags=[*c.flags, *SHIFT]) for c in others)]
         with ExitStack() as stack:
-            servers = [stack.enter_context(self._serve(c)) for c in contenders if at_once]
-            for i, contender in enumerate(contenders):
-                with nullcontext(servers[i]) if at_once else self._serve(contender) as server:
-                    (self.compare if i else self.take_reference)(contender, server)
+            servers = [stack.enter_context(self._serve(c)) for c in setups if at_once]
+            for i, setup in enumerate(setups):
+                with nullcontext(servers[i]) if at_once else self._serve(setup) as server:
+                    (self.compare if i else self.take_reference)(setup, server)
 
-    def take_reference(self, contender: Contender, server: Server) -> None:
+    def take_reference(self, setup: ServerSetup, server: Server) -> None:
         """Store the answers of a server as the reference.
 
         Raises:
             ShiftError, OSError: the server does not start, or does not answer.
         """
-        self._wait(contender, server)
+        self._wait(setup, server)
         self.reference = ask(server, self.prompts)
 
-    def compare(self, contender: Contender, server: Server) -> None:
+    def compare(self, setup: ServerSetup, server: Server) -> None:
         """Compare a server in every mode. A failure of the server is recorded as a problem."""
         try:
-            self._wait(contender, server)
+            self._wait(setup, server)
             for mode in EXPECTED:
-                self._compare(contender, server, mode)
+                self._compare(setup, server, mode)
         except (ShiftError, OSError, ValueError) as error:
-            self.record.problem(f"{contender.label}: {explain(error)}")
+            self.record.problem(f"{setup.label}: {explain(error)}")
 
-    def _compare(self, contender: Contender, server: Server, mode: str) -> None:
+    def _compare(self, setup: ServerSetup, server: Server, mode: str) -> None:
         set_threshold(server, THRESHOLDS[mode])
         before = state(server)
-        found = compare(ask(server, self.prompts), self.reference, self.tolerance)
+        difference = compare(ask(server, self.prompts), self.reference, self.tolerance)
         now = state(server)
         steps = {name: count - before["steps"][name] for name, count in now["steps"].items()}
         self.record.row(
-            server=contender.label,
+            server=setup.label,
             mode=mode,
-            tokens=found.compared,
-            ties=found.ties,
-            worst_logprob_difference=found.worst,
+            tokens=difference.compared,
+            ties=difference.ties,
+            worst_logprob_difference=difference.worst,
             steps=steps,
             exchange=now["exchange"],
             graphs=now["graphs"],
         )
-        label = f"{contender.label}, {mode}"
+        label = f"{setup.label}, {mode}"
         self.record.note(
-            f"{label}: {found.compared} tokens, {found.ties} ties, logprobs within {found.worst:.2g}; "
+            f"{label}: {difference.compared} tokens, {difference.ties} ties, logprobs within {difference.worst:.2g}; "
             f"steps {steps}; exchange {now['exchange']}"
         )
-        for problem in found.problems:
+        for problem in difference.problems:
             self.record.problem(f"{label}: {problem}")
         if {name for name, count in steps.items() if count} != set(EXPECTED[mode].values()):
             self.record.problem(f"{label}: the steps ran as {steps}")
-        if contender.graphs:
+        if setup.graphs:
             for problem in replay_problems(before["graphs"], now["graphs"], mode):
                 self.record.problem(f"{label}: {problem}")
 
-    def _wait(self, contender: Contender, server: Server) -> None:
+    def _wait(self, setup: ServerSetup, server: Server) -> None:
         start = monotonic()
         server.wait_until_healthy(START_SECONDS)
-        self.record.row(server=contender.label, waited_seconds=round(monotonic() - start, 1))
+        self.record.row(server=setup.label, waited_seconds=round(monotonic() - start, 1))
 
     @contextmanager
-    def _serve(self, contender: Contender) -> Iterator[Server]:
-        words = "".join(c if c.isalnum() else "-" for c in contender.label)
+    def _serve(self, setup: ServerSetup) -> Iterator[Server]:
+        words = "".join(c if c.isalnum() else "-" for c in setup.label)
         log = self.record.folder / f"engine-{self.name}-{words}.log"
-        server = start([*self.flags, *contender.flags], 0, log, environment=contender.variables)
+        server = start([*self.flags, *setup.flags], 0, log, environment=setup.variables)
         try:
             yield server
         finally:
@@ -158,8 +158,8 @@ def ask(server: Server, asked: list[list[int]]) -> list[Answer]:
     answers = []
     for body in requests(asked):
         server.flush()
-        found = call(server.url + "/generate", body=body, timeout=ANSWER_SECONDS)
-        answers += [Answer.of(answer) for answer in found]
+        response = call(server.url + "/generate", body=body, timeout=ANSWER_SECONDS)
+        answers += [Answer.of(answer) for answer in response]
     return answers
 
 
@@ -188,8 +188,8 @@ def replay_problems(before: dict[str, Any], now: dict[str, Any], mode: str) -> l
 
 def state(server: Server) -> dict[str, Any]:
     """Return the live counters of rank 0."""
-    found: dict[str, Any] = call(server.url + "/server_info")["internal_states"][0]["shift"]
-    return found
+    counters: dict[str, Any] = call(server.url + "/server_info")["internal_states"][0]["shift"]
+    return counters
 
 
 def explain(error: Exception) -> str:

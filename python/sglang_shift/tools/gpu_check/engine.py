@@ -17,7 +17,7 @@ import torch
 
 from sglang_shift.models.random_model import write_random_model
 from sglang_shift.tools.gpu_check import environment, one_gpu
-from sglang_shift.tools.gpu_check.comparison import REQUESTS, Comparison, Contender
+from sglang_shift.tools.gpu_check.comparison import REQUESTS, ServerComparison, ServerSetup
 from sglang_shift.tools.gpu_check.record import Record
 
 MODEL: dict[str, Any] = {
@@ -49,7 +49,7 @@ EAGER = ["--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefil
 SHARING = ["--disable-custom-all-reduce"]
 """Ranks that share a GPU run without the custom all-reduce, because it maps memory between GPUs."""
 
-ONE_RANK = Contender("TP=1", ["--tp-size", "1", *GRAPHS])
+ONE_RANK = ServerSetup("TP=1", ["--tp-size", "1", *GRAPHS])
 AT_ONCE_BYTES = 64 << 30
 """The least memory of a GPU on which all servers run at the same time.
 
@@ -83,9 +83,9 @@ def check_one_gpu(record: Record, attention: str) -> None:
                 record.note(f"{label}: skipped: {reason}")
                 continue
             own = ["--tp-size", "2", *SHARING, *(GRAPHS if graphs else EAGER)]
-            others.append(Contender(label, own, variables, graphs))
+            others.append(ServerSetup(label, own, variables, graphs))
         at_once = torch.cuda.get_device_properties(0).total_memory >= AT_ONCE_BYTES
-        Comparison(record, attention, flags, VOCABULARY, TOLERANCE).run(ONE_RANK, others, at_once)
+        ServerComparison(record, attention, flags, VOCABULARY, TOLERANCE).run(ONE_RANK, others, at_once)
 
 
 def check_several(record: Record) -> None:
@@ -93,11 +93,11 @@ def check_several(record: Record) -> None:
     ranks = max(size for size in (2, 4, 8) if size <= environment.gpus())
     with TemporaryDirectory(prefix="sglang_shift_") as name:
         others = [
-            Contender(f"P={ranks}, S={sp}", ["--tp-size", str(ranks), "--sp-size", str(sp), *GRAPHS], graphs=True)
+            ServerSetup(f"P={ranks}, S={sp}", ["--tp-size", str(ranks), "--sp-size", str(sp), *GRAPHS], graphs=True)
             for sp in (2, 4, 8)
             if sp <= ranks
         ]
-        Comparison(record, "gpus", model_flags(Path(name)), VOCABULARY, TOLERANCE).run(ONE_RANK, others)
+        ServerComparison(record, "gpus", model_flags(Path(name)), VOCABULARY, TOLERANCE).run(ONE_RANK, others)
 
 
 def model_flags(folder: Path) -> list[str]:

@@ -166,9 +166,9 @@ def verdict(costs: list[Cost], dtype: str) -> list[str]:
         where = f"{worst.model}, {worst.projection}, {worst.tokens} tokens"
         text += f"; dearest: {where}: {worst.ratio:.2f} x, which argues for a copy there"
     steps = sorted({cost.tokens for cost in costs})
-    found = {(cost.model, cost.projection, cost.tokens): cost.ratio for cost in costs}
+    ratios = {(cost.model, cost.projection, cost.tokens): cost.ratio for cost in costs}
     rows: list[list[object]] = [[f"{dtype}: view / copy, by tokens", *steps]]
     for model, projection in dict.fromkeys((cost.model, cost.projection) for cost in costs):
-        cells = [found.get((model, projection, tokens)) for tokens in steps]
+        cells = [ratios.get((model, projection, tokens)) for tokens in steps]
         rows.append([f"{model}: {projection}", *("refused" if ratio is None else f"{ratio:.2f}" for ratio in cells)])
     return [text, text_table(rows)]

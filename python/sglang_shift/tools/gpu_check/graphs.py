@@ -67,19 +67,19 @@ def check_modes_agree(
 def capture(record: Record, deployment: Deployment, device: torch.device) -> list[StepGraph]:
     """Capture all batches in TP, then all in SP, in one pool of memory. Record the growth of the pool and the time."""
     stacks = [Stack(deployment, LAYERS, batch, torch.bfloat16, device) for batch in BATCHES]
-    pool, found = torch.cuda.graph_pool_handle(), []
+    pool, graphs = torch.cuda.graph_pool_handle(), []
     for mode in Mode:
         free, start = _free(device), time.perf_counter()
         for stack in stacks:
             x = stack.input(mode)
             graph, output = capture_graph(partial(stack.run, x, mode), pool)
-            found.append(StepGraph(stack.batch, mode, stack, graph, x, output))
+            graphs.append(StepGraph(stack.batch, mode, stack, graph, x, output))
         seconds, taken = time.perf_counter() - start, free - _free(device)
         labels = {"deployment": deployment.name, "mode": mode.value}
         record.row(**labels, graphs=len(stacks), seconds=round(seconds, 3), bytes=taken)
         text = f"{len(stacks)} graphs in {mode.value}: {seconds:.2f} s, {taken / 2**20:.0f} MiB"
         record.note(f"{deployment.name}: {text}")
-    return found
+    return graphs
 
 
 def check_replays(record: Record, graphs: list[StepGraph]) -> None:

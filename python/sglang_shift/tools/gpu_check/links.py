@@ -103,7 +103,7 @@ def custom_all_reduce(device: torch.device) -> Any:
 def table(world: int, rows: list[Row]) -> str:
     """Return a table of microseconds by size and operation."""
     names = list(dict.fromkeys(row["operation"] for row in rows))
-    found = {(row["operation"], row["bytes"]): row["us"] for row in rows}
+    times = {(row["operation"], row["bytes"]): row["us"] for row in rows}
     sizes = sorted({row["bytes"] for row in rows})
-    body = [[size, *(found.get((name, size), "") for name in names)] for size in sizes]
+    body = [[size, *(times.get((name, size), "") for name in names)] for size in sizes]
     return text_table([[f"{world} GPUs: bytes", *(f"{name}, us" for name in names)], *body])

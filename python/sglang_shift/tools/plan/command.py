@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sglang_shift.errors import ShiftError, print_error
-from sglang_shift.simulate.traces import MOST_TOKENS, read_trace
-from sglang_shift.simulate.traffic import Lengths, Request, scaled, steady, window
+from sglang_shift.simulate.traces import MAX_TOKENS, read_trace
+from sglang_shift.simulate.traffic import Lengths, Request, cut_window, scale, steady
 from sglang_shift.tools.plan import paper, report
 from sglang_shift.tools.plan.hardware import gpus, parse_gpus
 from sglang_shift.tools.plan.model import Model, read_model
@@ -39,7 +39,7 @@ def lengths(given: str) -> Lengths:
     """
     low, *rest = (int(part) for part in given.split("-"))
     high = rest[0] if rest else low
-    if len(rest) > 1 or not 1 <= low <= high <= MOST_TOKENS:
+    if len(rest) > 1 or not 1 <= low <= high <= MAX_TOKENS:
         raise ValueError(given)
     return (low, high) if rest else low
 
@@ -74,7 +74,7 @@ def context_length(given: str) -> int:
     Raises:
         argparse.ArgumentTypeError: the text is something else.
     """
-    return _whole(given, 2, MOST_TOKENS)
+    return _whole(given, 2, MAX_TOKENS)
 
 
 def _whole(given: str, least: int, most: int) -> int:
@@ -126,7 +126,7 @@ def requests_of(args: argparse.Namespace, model: Model) -> tuple[list[Request], 
         return fitted(made, words + words_of(args.output), model)
     start, seconds = args.window
     try:
-        found = window(read_trace(args.trace), start, seconds)
+        found = cut_window(read_trace(args.trace), start, seconds)
     except (OSError, ValueError) as error:
         raise ShiftError(
             f"--trace {args.trace} cannot be read: {error}; give a .csv of Azure's or a .jsonl of Mooncake's"
@@ -135,12 +135,12 @@ def requests_of(args: argparse.Namespace, model: Model) -> tuple[list[Request], 
         raise ShiftError(f"--trace {args.trace} has no request from second {start:g} to {start + seconds:g}")
     words = f"{len(found)} requests of {args.trace.name}, second {start:g} to {start + seconds:g}"
     words += f", {args.pace:g} times as fast" if args.pace != 1 else ""
-    return fitted(scaled(found, time=1 / args.pace), words, model)
+    return fitted(scale(found, time=1 / args.pace), words, model)
 
 
 def fitted(requests: list[Request], words: str, model: Model) -> tuple[list[Request], str]:
     """Cut requests to the model's context. If some requests were cut, the words say how many."""
-    made = scaled(requests, context=model.context)
+    made = scale(requests, context=model.context)
     cut = sum(r != given for r, given in zip(made, requests, strict=True))
     return made, f"{words}; {cut} of them cut to the context of {model.context} tokens" if cut else words
 

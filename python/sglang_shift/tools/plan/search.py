@@ -177,7 +177,7 @@ def serve(requests: Sequence[Request], candidate: Candidate, costs: CostModel, p
         {mode: sum(r.tokens[mode] for r in results) for mode in Mode},
         sum(r.switches for r in results),
         max(s.request.time + s.e2e for s in served) - ordered[0].time,
-        sum(r.busy for r in results),
+        sum(r.step_seconds for r in results),
     )
 
 
