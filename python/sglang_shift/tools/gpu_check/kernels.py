@@ -39,35 +39,35 @@ def check(record: Record) -> None:
                     row = measure(record, labels, operation, (gpu, reference, operations.traffic), device)
                     if row and rows == ROWS[-1]:
                         shares[operation.name].append(row["share of a copy"])
-    for name, found in shares.items():
-        record.note(f"{name}: {min(found):.2f} to {max(found):.2f} of a copy's bandwidth at {ROWS[-1]} rows")
+    for name, values in shares.items():
+        record.note(f"{name}: {min(values):.2f} to {max(values):.2f} of a copy's bandwidth at {ROWS[-1]} rows")
 
 
 def exchanges() -> dict[tuple[int, int, int], str]:
     """Return S, the QKV columns and the O columns of a rank, each with the first model that has these sizes."""
-    found: dict[tuple[int, int, int], str] = {}
+    models: dict[tuple[int, int, int], str] = {}
     for deployment in DEPLOYMENTS:
-        found.setdefault((deployment.sp, *deployment.widths), deployment.model)
-    return found
+        models.setdefault((deployment.sp, *deployment.widths), deployment.model)
+    return models
 
 
 def measure(
     record: Record, labels: dict[str, Any], operation: Any, modules: tuple[Any, Any, Any], device: torch.device
 ) -> dict[str, Any] | None:
     """Check one operation. Time the operation unless its result is a view."""
-    gpu, reference, traffic = modules
+    gpu, reference, traffic_of = modules
     result = operation.run(gpu)
     if not torch.equal(result, operation.run(reference)):
         record.problem(f"{labels}: not what the reference gives")
         return None
-    moved = traffic(operation.arguments[0], result)
-    if not moved.moved:
+    traffic = traffic_of(operation.arguments[0], result)
+    if not traffic.moved:
         return None
-    seconds, copy = seconds_of(lambda: operation.run(gpu), device), copy_seconds(moved.moved, device)
-    figures = {"us": 1e6 * seconds, "GB/s": moved.moved / seconds / 1e9, "copy GB/s": moved.moved / copy / 1e9}
+    seconds, copy = seconds_of(lambda: operation.run(gpu), device), copy_seconds(traffic.moved, device)
+    figures = {"us": 1e6 * seconds, "GB/s": traffic.moved / seconds / 1e9, "copy GB/s": traffic.moved / copy / 1e9}
     return record.row(
         **labels,
-        bytes=moved.moved,
+        bytes=traffic.moved,
         **{name: round(value, 2) for name, value in figures.items()},
-        **{"share of a copy": round(copy / seconds, 3), "of the minimum": round(moved.moved / moved.minimum, 3)},
+        **{"share of a copy": round(copy / seconds, 3), "of the minimum": round(traffic.moved / traffic.minimum, 3)},
     )
