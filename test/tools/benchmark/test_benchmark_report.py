@@ -247,7 +247,7 @@ def test_latency_against_throughput():
     assert list(lines) == list(NAMES)
     assert lines["stock-tp"].get_xdata() == pytest.approx([5055 / 40] * 2)  # 40 s in the middle round
     assert lines["shift"].get_ydata() == pytest.approx([480.0] * 2)
-    assert lines["shift"].get_color() == plots.KNOWN["shift"]["color"]
+    assert lines["shift"].get_color() == plots.STYLES["shift"]["color"]
     assert [text.get_text() for text in ttft.texts] == ["0.5/s", "2/s"]
     assert (ttft.get_xlabel(), tpot.get_ylabel()) == ("prompt and output tokens/s", "TPOT p50, ms")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(NAMES)

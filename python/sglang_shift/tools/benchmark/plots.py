@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sglang_shift.modes import MODES
 from sglang_shift.tools.benchmark.figures import BASELINES, SHIFT, Comparison, Spread, digits
 from sglang_shift.tools.benchmark.records import Sample, Visit
-from sglang_shift.tools.plotting import DPI, KNOWN, Style, panels
+from sglang_shift.tools.plotting import DPI, STYLES, Style, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,8 +79,8 @@ def _visits_to_watch(comparison: Comparison, workload: str) -> tuple[Visit, Visi
 
 def styles(contenders: Sequence[str]) -> dict[str, Style]:
     """Return a colour and a marker for each contender. They are the same in all plots of these contenders."""
-    others = [c for c in contenders if c not in KNOWN]
-    return {c: KNOWN[c] if c in KNOWN else OTHERS[others.index(c) % len(OTHERS)] for c in contenders}
+    others = [c for c in contenders if c not in STYLES]
+    return {c: STYLES[c] if c in STYLES else OTHERS[others.index(c) % len(OTHERS)] for c in contenders}
 
 
 def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
