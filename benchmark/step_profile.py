@@ -26,7 +26,7 @@ from typing import Any
 
 from sglang_shift.errors import ShiftError
 from sglang_shift.tools import servers
-from sglang_shift.tools.benchmark.contenders import Contender, contenders
+from sglang_shift.tools.benchmark.contenders import Contender, parse_contenders
 from sglang_shift.tools.benchmark.link import Link, start_on
 
 PREFILLS, DECODES = 3, 96
@@ -154,8 +154,8 @@ def main() -> int:
     args = parser.parse_args()
     try:
         with TemporaryDirectory(prefix="sglang_shift_profile_") as folder:
-            for contender in contenders(args.contenders, args.tp_size):
-                profile(contender, args, Path(folder))
+            for whom in parse_contenders(args.contenders, args.tp_size):
+                profile(whom, args, Path(folder))
     except ShiftError as error:
         print(f"step_profile: error: {error}", file=sys.stderr)
         return 1

@@ -48,9 +48,9 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_terminal_summary(terminalreporter):
-    if Server.started:
+    if Server.start_seconds:
         terminalreporter.write_line(
-            f"{len(Server.started)} servers started, {sum(Server.started):.0f} s until they were ready"
+            f"{len(Server.start_seconds)} servers started, {sum(Server.start_seconds):.0f} s until they were ready"
         )
 
 

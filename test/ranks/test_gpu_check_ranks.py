@@ -83,7 +83,7 @@ def _failing(device: torch.device) -> None:
 
 def test_a_rank_that_fails_says_why():
     record = Record()
-    assert attempts.attempt(record, "a part", _failing, ["cpu", "cpu"], "gloo") is None
+    assert attempts.run_or_record_problem(record, "a part", _failing, ["cpu", "cpu"], "gloo") is None
     assert record.problems == ["a part: OSError: the first line the second"]
 
 
@@ -93,7 +93,10 @@ def _wrong_exchange(device: torch.device) -> list[bool]:
             heads = super().scatter_heads(x, project, width)
             return heads + 1 if dist.get_rank() == 1 else heads
 
-    return [exchange.Trip(kind(RankGroup()), 3, torch.float32, device).right() for kind in (CollectiveExchange, Wrong)]
+    return [
+        exchange.Trip(kind(RankGroup()), 3, torch.float32, device).run_and_check()
+        for kind in (CollectiveExchange, Wrong)
+    ]
 
 
 def test_an_exchange_that_is_wrong_on_another_rank():

@@ -15,15 +15,8 @@ from sglang_shift.modes import Mode, StepState
 from sglang_shift.policy.builtin import TokenThreshold
 from sglang_shift.tools import servers as processes
 from sglang_shift.tools.gpu_check import comparison, engine, one_gpu
-from sglang_shift.tools.gpu_check.answers import prompts
-from sglang_shift.tools.gpu_check.comparison import (
-    EXPECTED,
-    REQUESTS,
-    THRESHOLDS,
-    ServerComparison,
-    ServerSetup,
-    explain,
-)
+from sglang_shift.tools.gpu_check.answers import make_prompts
+from sglang_shift.tools.gpu_check.comparison import EXPECTED, REQUESTS, THRESHOLDS, Comparison, Contender, explain
 from sglang_shift.tools.gpu_check.record import Record
 from sglang_shift.tools.servers import Server
 
@@ -194,7 +187,7 @@ class TestReplays:
 
 @pytest.mark.parametrize("mode", THRESHOLDS)
 def test_each_threshold_gives_the_modes_that_are_expected(mode):
-    asked = prompts(4096)
+    asked = make_prompts(4096)
     assert len(asked) <= REQUESTS, "they are to decode at once"
     prefill = StepState(len(asked[-1]), num_prefill_tokens=len(asked[-1]))
     decode = StepState(len(asked), num_running=len(asked), padded={Mode.TP: REQUESTS})

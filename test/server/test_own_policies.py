@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import requests
 from diverging_server import TRIGGER
-from harness import SUPPORT, left_after_a_while
+from harness import SUPPORT, surviving_processes
 from prompts import assert_same_answers
 
 pytestmark = [pytest.mark.server, pytest.mark.full]
@@ -70,7 +70,7 @@ def test_ranks_in_different_modes_end_the_server_with_a_sentence(servers):
     with contextlib.suppress(requests.RequestException, AssertionError):
         server.generate(list(range(500, 500 + TRIGGER)), 4)  # none of it is cached
     assert server.process.wait(120) != 0
-    assert not left_after_a_while(server.process.pid)
+    assert not surviving_processes(server.process.pid)
     log = server.tail(1_000_000)
     assert "ranks do not run the same steps" in log
     assert f"{TRIGGER} tokens, {TRIGGER} of them of prompts, in TP on rank 0" in log

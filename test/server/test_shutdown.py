@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
-from harness import TWO_RANKS, Server, free_port, left_after_a_while
+from harness import TWO_RANKS, Server, free_port, surviving_processes
 
 
 @pytest.mark.server
@@ -31,7 +31,7 @@ def test_sglang_serve_and_nodes_started_differently(servers):
             assert node.process.wait(300) != 0
         logs = "".join(node.tail(20_000) for node in nodes)
         assert "--shift-threshold is 100 on rank 0 and 101 on rank 1" in logs
-        assert not any(left_after_a_while(node.process.pid) for node in nodes)
+        assert not any(surviving_processes(node.process.pid) for node in nodes)
     finally:
         for node in nodes:
             node.stop()
@@ -59,7 +59,7 @@ def test_two_servers_on_one_machine_and_one_is_told_to_end_under_load(server):
             second.process.send_signal(signal.SIGTERM)
             assert [len(future.result(timeout=120).tokens) for future in running] == [150] * 8
         second.process.wait(120)
-        assert not left_after_a_while(second.process.pid)
+        assert not surviving_processes(second.process.pid)
         assert first.generate(ids, 8).tokens == expected
     finally:
         second.stop()
@@ -78,5 +78,5 @@ def test_a_rank_that_dies_takes_the_server_down(server, servers):
             with pytest.raises((requests.RequestException, AssertionError)):
                 future.result(timeout=120)
     assert server.process.wait(120) != 0
-    assert not left_after_a_while(server.process.pid)
+    assert not surviving_processes(server.process.pid)
     servers.stop()

@@ -55,22 +55,22 @@ def kv_reads(phase: str, tokens: int, context: int) -> int:
 def measurements(server: str, sigma: float = 0.0, seed: int = 0) -> list[Measurement]:
     """Return the measured step times of a server, with a relative error of ``sigma``."""
     rng = random.Random(seed)
-    measured = []
+    samples = []
     for (phase, mode), seconds in SERVERS[server].items():
         for tokens in PREFILL_TOKENS if phase == "prefill" else DECODE_TOKENS:
             for context in CONTEXTS[phase]:
                 reads = kv_reads(phase, tokens, context)
                 exact = seconds(tokens) + ATTENTION[phase] * reads
-                measured.append(Measurement(phase, mode, tokens, reads, exact * rng.lognormvariate(0, sigma)))
-    return measured
+                samples.append(Measurement(phase, mode, tokens, reads, exact * rng.lognormvariate(0, sigma)))
+    return samples
 
 
 def write(folder: Path) -> None:
     """Write a calibration file for each server."""
     folder.mkdir(parents=True, exist_ok=True)
     for server in SERVERS:
-        measured = measurements(server)
-        content = {"measurements": measured, "costs": fit(measured)}
+        samples = measurements(server)
+        content = {"measurements": samples, "costs": fit(samples)}
         (folder / f"{server}.json").write_bytes(msgspec.json.encode(content))
 
 

@@ -78,7 +78,7 @@ class Server:
     env: dict[str, str] = field(default_factory=dict)
     forked: bool = False  # starts in a third of the time: see forked_server.py
 
-    started: ClassVar[list[float]] = []  # seconds until each server of this session was ready
+    start_seconds: ClassVar[list[float]] = []  # seconds until each server of this session was ready
 
     def __post_init__(self) -> None:
         self.port = free_port()
@@ -103,7 +103,7 @@ class Server:
                 raise RuntimeError(f"server {self.flags} exited with {self.process.returncode}:\n{self.tail()}")
             with contextlib.suppress(requests.RequestException):
                 if requests.get(self.url + "/health", timeout=5).status_code == 200:
-                    self.started.append(time.monotonic() - begin)
+                    self.start_seconds.append(time.monotonic() - begin)
                     return self
             time.sleep(0.2)
         raise RuntimeError(f"server {self.flags} not ready after {START_TIMEOUT} s:\n{self.tail()}")
@@ -207,7 +207,7 @@ def session_members(session: int) -> list[int]:
     return members
 
 
-def left_after_a_while(session: int) -> list[int]:
+def surviving_processes(session: int) -> list[int]:
     """Return the processes of a session that still run after a minute. Killed ranks should have ended by then."""
     deadline = time.monotonic() + 60
     while (members := session_members(session)) and time.monotonic() < deadline:

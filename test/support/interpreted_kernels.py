@@ -33,7 +33,7 @@ def exact_fp8(monkeypatch):
     monkeypatch.setattr(interpreter, "_convert_float", converted)
 
 
-def anything(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+def random_bits(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """Return random bits. They include infinities, subnormals and NaNs of all kinds."""
     generator = torch.Generator().manual_seed(rows * columns)
     return torch.randint(0, 256, (rows, columns * dtype.itemsize), dtype=torch.uint8, generator=generator).view(dtype)
@@ -56,12 +56,12 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("size", "rows", "width"), ODD)
 def test_copies_are_exact(size, rows, width, dtype):
-    for x in (anything(rows, size * width, dtype), anything(rows, size * width + 3, dtype)[:, 1:-2]):
+    for x in (random_bits(rows, size * width, dtype), random_bits(rows, size * width + 3, dtype)[:, 1:-2]):
         assert same(gpu.pack_heads(x, size), reference.pack_heads(x, size))
     for tokens in {size * rows, size * rows - 1, max(1, size * rows - 2 * rows - 1)}:
-        for x in (anything(tokens, width, dtype), anything(tokens, width + 3, dtype)[:, 1:-2]):
+        for x in (random_bits(tokens, width, dtype), random_bits(tokens, width + 3, dtype)[:, 1:-2]):
             assert same(gpu.pack_tokens(x, size), reference.pack_tokens(x, size))
-    blocks = anything(size * rows, width, dtype).view(size, rows, width)
+    blocks = random_bits(size * rows, width, dtype).view(size, rows, width)
     assert same(gpu.unpack_heads(blocks, dtype), reference.unpack_heads(blocks, dtype))
     assert same(gpu.unpack_tokens(blocks, dtype), reference.unpack_tokens(blocks, dtype))
 
@@ -90,20 +90,20 @@ def test_quantized_as_the_reference_does(size, rows, width, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bytes_moved(dtype, monkeypatch):
     """``traffic`` reports the bytes that the kernels' masks let through."""
-    moved = 0
+    moved_bytes = 0
     load, store = (getattr(interpreter.InterpreterBuilder, f"create_masked_{what}") for what in ("load", "store"))
 
     def bytes_of(pointers, mask):
         return int(mask.data.sum()) * interpreter._get_np_dtype(pointers.get_element_ty()).itemsize
 
     def counted_load(self, pointers, mask, *rest):
-        nonlocal moved
-        moved += bytes_of(pointers, mask)
+        nonlocal moved_bytes
+        moved_bytes += bytes_of(pointers, mask)
         return load(self, pointers, mask, *rest)
 
     def counted_store(self, pointers, value, mask, *rest):
-        nonlocal moved
-        moved += bytes_of(pointers, mask)
+        nonlocal moved_bytes
+        moved_bytes += bytes_of(pointers, mask)
         return store(self, pointers, value, mask, *rest)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", counted_load)
@@ -111,7 +111,7 @@ def test_bytes_moved(dtype, monkeypatch):
     examples = list(operations(ExchangeShape(size=3, rows=19, qkv=80, o=48), dtype))
     assert len(examples) == 7
     for operation in examples:
-        moved = 0
+        moved_bytes = 0
         result = operation.run(gpu)
         assert same(result, operation.run(reference)), operation.name
-        assert moved == traffic(operation.arguments[0], result).total_bytes, operation.name
+        assert moved_bytes == traffic(operation.arguments[0], result).moved, operation.name

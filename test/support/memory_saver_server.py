@@ -45,9 +45,9 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known | self.live.keys():
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in inputs | self.live.keys():
                 self._add(tensor.untyped_storage())
         return result
 
@@ -93,32 +93,32 @@ class CpuMemorySaver(torch_memory_saver_adapter.TorchMemorySaverAdapter):
             yield
 
     def pause(self, tag: str) -> None:
-        for region in self._tagged(tag):
+        for region in self._regions_of(tag):
             for storage in region.allocations.storages():
                 if region.backup:
                     region.saved.append((storage, storage.clone()))
                 storage.fill_(GARBAGE)
 
     def resume(self, tag: str) -> None:
-        for region in self._tagged(tag):
+        for region in self._regions_of(tag):
             for storage, values in region.saved:
                 storage.copy_(values)
             region.saved.clear()
 
-    def _tagged(self, tag: str) -> list[Region]:
+    def _regions_of(self, tag: str) -> list[Region]:
         return [region for region in self.regions if region.tag == tag]
 
 
 def facts(base_weights: Any) -> dict[str, int]:
     """Return bytes of a rank's weights: the total, the part in no region, and the peaks beyond the final size."""
     loading, assembly = [r.allocations for r in CpuMemorySaver.regions if r.tag == WEIGHTS]
-    covered = {s.data_ptr() for r in CpuMemorySaver.regions if r.tag == WEIGHTS for s in r.allocations.storages()}
+    addresses = {s.data_ptr() for r in CpuMemorySaver.regions if r.tag == WEIGHTS for s in r.allocations.storages()}
     tensors = [p.data for p in base_weights.model.parameters()] + [p.base.weight for p in base_weights.projections]
     tensors += [p.base.bias for p in base_weights.projections if p.base.bias is not None]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return {
         "total": sum(storages.values()),
-        "outside": sum(size for place, size in storages.items() if place not in covered),
+        "outside": sum(size for place, size in storages.items() if place not in addresses),
         "peak_of_loading": loading.peak - loading.bytes,
         "peak_of_assembly": assembly.peak - assembly.bytes,
         "shard_of_a_layer": sum(p.linear.weight.nbytes for p in base_weights.projections[:PER_LAYER]),
@@ -129,14 +129,14 @@ def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
     install()
     torch.cuda.synchronize = lambda device=None: None  # a release calls this on every device
     load_model, state = model_runner.ShiftModelRunner.load_model, scheduler.ShiftScheduler.shift_state
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
 
     def load_and_look(self: Any) -> None:
         load_model(self)
-        found.update(facts(self.base_weights))
+        sizes.update(facts(self.base_weights))
 
     model_runner.ShiftModelRunner.load_model = load_and_look  # type: ignore[method-assign]
-    scheduler.ShiftScheduler.shift_state = lambda self: {**state(self), "saver": found}  # type: ignore[method-assign]
+    scheduler.ShiftScheduler.shift_state = lambda self: {**state(self), "saver": sizes}  # type: ignore[method-assign]
     run_rank(*args, **kwargs)
 
 

@@ -38,7 +38,7 @@ class Case:
         tokens: Number of tokens of the prompt.
         context: The value of ``--context-length``.
         override: The value of ``--json-model-override-args``.
-        meant: Name of transformers' configuration class for this checkpoint, if the file does not lead to it.
+        config_class: Name of transformers' configuration class for this checkpoint, if the file does not lead to it.
     """
 
     architecture: str
@@ -46,7 +46,7 @@ class Case:
     tokens: int = 200
     context: int | None = None
     override: dict[str, Any] = field(default_factory=dict)
-    meant: str | None = None
+    config_class: str | None = None
 
     def write(self, folder: str) -> dict[str, Any]:
         """Write its ``config.json``, and return the content."""
@@ -73,8 +73,8 @@ class Case:
         """Return the model in transformers, with random weights."""
         with TemporaryDirectory() as folder:
             content = self.write(folder)
-            if self.meant:
-                config = getattr(transformers, self.meant)(**content)
+            if self.config_class:
+                config = getattr(transformers, self.config_class)(**content)
             else:
                 config = transformers.AutoConfig.from_pretrained(folder)
         torch.manual_seed(0)
@@ -145,10 +145,10 @@ def attend(layer: Any, q: Any, k: Any, v: Any, forward_batch: Any, save_kv_cache
         x.view(1, len(x), n, -1).transpose(1, 2)
         for x, n in ((q, layer.tp_q_head_num), (k, layer.tp_k_head_num), (v, layer.tp_v_head_num))
     ]
-    attended = torch.nn.functional.scaled_dot_product_attention(
+    output = torch.nn.functional.scaled_dot_product_attention(
         *heads, is_causal=True, scale=layer.scaling, enable_gqa=True
     )
-    return attended[0].transpose(0, 1).flatten(1)
+    return output[0].transpose(0, 1).flatten(1)
 
 
 def build(config: Any) -> torch.nn.Module:
@@ -173,7 +173,7 @@ def difference(case: Case) -> float | str:
 
     reference, length = case.reference(), case.tokens
     ids = torch.tensor([(37 * i) % 500 for i in range(length)])
-    wanted = reference(ids[None], use_cache=False).logits[0].log_softmax(-1)
+    expected = reference(ids[None], use_cache=False).logits[0].log_softmax(-1)
     try:
         model = build(case.model_config().hf_config)
     except Exception as error:
@@ -194,4 +194,4 @@ def difference(case: Case) -> float | str:
     logits = hidden @ model.lm_head.weight[: TINY["vocab_size"]].T
     if cap := model.logits_processor.final_logit_softcapping:
         logits = cap * (logits / cap).tanh()
-    return float((logits.log_softmax(-1) - wanted).abs().max())
+    return float((logits.log_softmax(-1) - expected).abs().max())

@@ -117,20 +117,20 @@ def test_all_modes_are_measured_and_all_changes_between_them():
         def agree(self, numbers, failure=""):
             return list(numbers)
 
-    bench, found = Bench(), Results()
+    bench, measured = Bench(), Measured()
     shapes = [StepShape(phase, n, 0, 9999) for phase in PHASES for n in (1, 8, 512, 4096)]
-    list(measure(bench, shapes, 1e9, found, clock=lambda: bench.now))
+    list(measure(bench, shapes, 1e9, measured, clock=lambda: bench.now))
     assert bench.changes == {(a, b) for a in MODES for b in MODES if a is not b}
-    assert found.switches == pytest.approx([1e-3] * 4)
-    assert {(m.mode, m.tokens, round(100 * m.seconds, 6)) for m in found.steps} == {
+    assert measured.switches == pytest.approx([1e-3] * 4)
+    assert {(m.mode, m.tokens, round(100 * m.seconds, 6)) for m in measured.steps} == {
         (mode, n, round(seconds(mode, n), 6)) for mode in MODES for n in (1, 8, 512, 4096)
     }
 
 
 def test_a_file_of_fewer_modes_is_none(tmp_path):
-    made = Calibration.from_measurements({"a": 1}, 1.0, measurements(), 0.0)
-    save(tmp_path / "c.json", made)
-    assert load(tmp_path / "c.json", {"a": 1}) == made
+    calibration = Calibration.of({"a": 1}, 1.0, measurements(), 0.0)
+    save(tmp_path / "c.json", calibration)
+    assert load(tmp_path / "c.json", {"a": 1}) == calibration
     content = json.loads((tmp_path / "c.json").read_text())
     for by_mode in content["costs"]["curves"].values():
         del by_mode["third"]
@@ -178,8 +178,8 @@ def test_graphs_of_each_mode():
 
 
 def test_ranks_in_different_modes_are_noticed():
-    said = {}
-    store = SimpleNamespace(set=said.__setitem__, get=said.__getitem__, check=lambda keys: keys[0] in said)
+    entries = {}
+    store = SimpleNamespace(set=entries.__setitem__, get=entries.__getitem__, check=lambda keys: keys[0] in entries)
     first, other = (StepWatch(rank, store) for rank in range(2))
     first.record(4, 0, SP)
     other.record(4, 0, THIRD)
@@ -203,7 +203,7 @@ def test_the_counters_of_a_request():
     assert info == {"shift_steps": [[{"tp": 1, "sp": 0, "third": 4}]]}
 
 
-def fed(hub: Hub) -> Hub:
+def filled_hub(hub: Hub) -> Hub:
     """Return a hub that has received steps in each mode over the wire format."""
     now, costs = time.time(), fit(measurements())
     calibration = msgspec.to_builtins(Calibration.from_measurements({}, 1.0, measurements(), 0.0))
@@ -228,7 +228,7 @@ def fed(hub: Hub) -> Hub:
 def test_events_reach_the_page_data_and_the_terminal():
     now = time.time()
     clock = iter([now] * 5 + [now + 1.5])
-    value = fed(Hub(clock=lambda: next(clock))).snapshot()
+    value = filled_hub(Hub(clock=lambda: next(clock))).snapshot()
     value = json.loads(msgspec.json.encode(value))
     assert value["modes"] == ["tp", "sp", "third"] and value["events"]["malformed"] == 0
     assert value["minute"]["steps"] == {"tp": 1, "sp": 1, "third": 1}
@@ -252,18 +252,18 @@ def test_metrics_have_the_label():
 
     hub = Hub()
     hub.listeners.append(Metrics({"model_name": "demo"}))
-    fed(hub)
-    found = read_metrics(generate_latest(REGISTRY).decode())
-    assert found["sglang_shift:step_time_ratio{third}"] == [1.5]
-    assert sum(found["sglang_shift:steps_total{third}"]) == 1
-    assert found["sglang_shift:predicted_step_time_seconds_total{third}"] == [pytest.approx(14.24, rel=0.01)]
+    filled_hub(hub)
+    metrics = read_metrics(generate_latest(REGISTRY).decode())
+    assert metrics["sglang_shift:step_time_ratio{third}"] == [1.5]
+    assert sum(metrics["sglang_shift:steps_total{third}"]) == 1
+    assert metrics["sglang_shift:predicted_step_time_seconds_total{third}"] == [pytest.approx(14.24, rel=0.01)]
     watch = Watch("http://nowhere")
     watch._first = {}
-    assert watch._sample(found, 1.0).steps == dict.fromkeys(MODES, 1)
+    assert watch._sample(metrics, 1.0).steps == dict.fromkeys(MODES, 1)
 
 
 def test_the_page(browser):
-    hub, app = fed(Hub()), FastAPI()
+    hub, app = filled_hub(Hub()), FastAPI()
     routes.install(hub, app)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -17,7 +17,7 @@ WIDTH = 8.0
 
 DPI = 150
 # These are Okabe and Ito's colours. The colour-blind can tell them apart: https://jfly.uni-koeln.de/color/
-KNOWN: dict[str, Style] = {
+STYLES: dict[str, Style] = {
     "shift": {"color": "#D55E00", "marker": "o"},
     "stock-tp": {"color": "#0072B2", "marker": "s"},
     "stock-dp": {"color": "#009E73", "marker": "^"},

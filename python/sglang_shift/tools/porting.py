@@ -45,8 +45,8 @@ class Release:
     @classmethod
     def installed(cls) -> Release:
         """Return the release of this environment."""
-        found = distribution("sglang")
-        return cls(Path(str(found.locate_file(""))), found.requires or [])
+        sglang = distribution("sglang")
+        return cls(Path(str(sglang.locate_file(""))), sglang.requires or [])
 
     @classmethod
     def unpacked(cls, root: Path) -> Release:
@@ -66,7 +66,7 @@ class Release:
     def _body(self, module: str) -> dict[str, ast.stmt]:
         statements = ast.parse(self.text(module)).body
         body = bindings(statements)
-        for node in flat(statements):
+        for node in nested_statements(statements):
             if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
                 body |= dict.fromkeys(self.body(self.imported(node, module)).keys() - body.keys(), node)
         return body
@@ -95,16 +95,16 @@ class Release:
         """Return the source of a seam's target, ``module:qualified.name``, or None if this release does not have it."""
         module, _, path = target.partition(":")
         name, _, method = path.partition(".")
-        found = self.find(module, name)
-        if found is None:
+        definition = self.find(module, name)
+        if definition is None:
             return None
-        module, node = found
+        module, node = definition
         if method and isinstance(node, ast.ClassDef):
-            own = bindings(node.body).get(method)
-            if own is None:
+            method_node = bindings(node.body).get(method)
+            if method_node is None:
                 bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
                 return next(filter(None, (self.source(f"{module}:{base}.{method}") for base in bases)), None)
-            node = own
+            node = method_node
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
         return "".join(self.text(module).splitlines(keepends=True)[first - 1 : node.end_lineno])
 
@@ -122,8 +122,8 @@ def bindings(body: list[ast.stmt]) -> dict[str, ast.stmt]:
 
     If a name occurs several times, the first statement counts.
     """
-    found: dict[str, ast.stmt] = {}
-    for node in flat(body):
+    statements: dict[str, ast.stmt] = {}
+    for node in nested_statements(body):
         names: list[str] = []
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names = [node.name]
@@ -133,18 +133,18 @@ def bindings(body: list[ast.stmt]) -> dict[str, ast.stmt]:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names = [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
         for name in names:
-            found.setdefault(name, node)
-    return found
+            statements.setdefault(name, node)
+    return statements
 
 
-def flat(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+def nested_statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
     """Yield the statements of a body and of its ``if``, ``with`` and ``try`` blocks."""
     for node in body:
         yield node
         if isinstance(node, (ast.If, ast.With, ast.Try)):
             for part in ("body", "handlers", "orelse", "finalbody"):
                 for child in getattr(node, part, []):
-                    yield from flat(child.body if isinstance(child, ast.ExceptHandler) else [child])
+                    yield from nested_statements(child.body if isinstance(child, ast.ExceptHandler) else [child])
 
 
 def digest(source: str) -> str:

@@ -161,12 +161,12 @@ def launch(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]], url: str
     """
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        for rank, (command, own) in enumerate(commands):
-            variables = OFFLINE | os.environ | dict(own)
+        for rank, (command, variables) in enumerate(commands):
+            environment = OFFLINE | os.environ | dict(variables)
             with (log if rank == 0 else rank_log(log, rank)).open("wb") as out:
                 processes.append(
                     subprocess.Popen(
-                        command, stdout=out, stderr=subprocess.STDOUT, env=variables, start_new_session=True
+                        command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
                     )
                 )
     except BaseException:

@@ -28,12 +28,12 @@ class StatusError(Exception):
 
     Args:
         message: The sentence.
-        passing: Whether to try again, because the server is only starting.
+        retry: Whether to try again, because the server is only starting.
     """
 
-    def __init__(self, message: str, passing: bool = False) -> None:
+    def __init__(self, message: str, retry: bool = False) -> None:
         super().__init__(message)
-        self.passing = passing
+        self.retry = retry
 
 
 def status_url(url: str) -> str:
@@ -63,22 +63,22 @@ def fetch(url: str, api_key: str | None = None) -> dict[str, Any]:
         StatusError: there is no snapshot. The message says why.
     """
     server = url.removesuffix("/shift/status")
-    stranger = StatusError(
+    not_ours = StatusError(
         f"{server} answers, but not as sglang_shift started with --sp-size or --enable-shift-parallel"
     )
     answer = _get(url, api_key)
     if answer.status_code == 401:
         raise StatusError(f"{server} wants {'another' if api_key else 'an'} API key; give it with --api-key")
     if answer.status_code == 503 and (reason := _reason(answer)):
-        raise StatusError(f"{server} is starting: {reason}", passing=True)
+        raise StatusError(f"{server} is starting: {reason}", retry=True)
     if answer.status_code != 200:
-        raise stranger
+        raise not_ours
     try:
         value = answer.json()
     except ValueError as error:
-        raise stranger from error
+        raise not_ours from error
     if not isinstance(value, dict) or "schema" not in value:
-        raise stranger
+        raise not_ours
     if value["schema"] != SCHEMA:
         raise StatusError(f"{server} has schema {value['schema']}, this is for {SCHEMA}; use the server's version")
     return value
@@ -132,7 +132,7 @@ def watch(url: str, api_key: str | None, interval: float, as_json: bool, console
             try:
                 data = fetch(url, api_key)
             except StatusError as error:
-                if data is None and not error.passing:
+                if data is None and not error.retry:
                     raise
                 problem = str(error)
             if live is not None:

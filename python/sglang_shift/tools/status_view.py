@@ -45,7 +45,7 @@ def sparkline(values: Sequence[float | None], unicode: bool) -> str:
     return "".join(marks[math.ceil((v or 0) / top * 8) if top else 0] for v in values)
 
 
-def styled(mode: str, modes: Sequence[str], rest: str = "") -> Text:
+def mode_text(mode: str, modes: Sequence[str], rest: str = "") -> Text:
     """Return the name of ``mode`` and ``rest``, in the mode's colour."""
     return plain(mode.upper() + rest, STYLES[modes.index(mode) % len(STYLES)])
 
@@ -84,14 +84,14 @@ def _grid() -> Table:
 def _now(data: dict[str, Any], unicode: bool) -> Table:
     minute, history, queue, totals = data["minute"], data["history"], data["queue"], data["totals"]
     modes: list[str] = data["modes"]
-    bar, said = Text(" " * BAR, "dim"), "no step in the last minute"
+    bar, text = Text(" " * BAR, "dim"), "no step in the last minute"
     if steps := sum(minute["steps"].values()):
         busy = sum(minute["busy_seconds"].values())
         shares = {
             mode: minute["busy_seconds"][mode] / busy if busy else minute["steps"][mode] / steps for mode in modes
         }
         bar = _bar(shares, unicode)
-        said = "; ".join(
+        text = "; ".join(
             f"{mode.upper()} {shares[mode]:.0%} of the time, {minute['steps'][mode]:,} of {steps:,} steps"
             for mode in modes[1:]
         )
@@ -103,7 +103,7 @@ def _now(data: dict[str, Any], unicode: bool) -> Table:
         grid.add_column(overflow="fold")
     waiting = history["max_waiting"][-BAR:]
     grid.show_header = False
-    grid.add_row("Modes", bar, said)
+    grid.add_row("Modes", bar, text)
     grid.add_row(
         "Throughput",
         sparkline(tokens[-BAR:], unicode),
@@ -138,7 +138,7 @@ def _step_times(data: dict[str, Any]) -> RenderableType:
     for row in data["step_times"]:
         ratio = row["actual_over_predicted"]
         grid.add_row(
-            styled(row["mode"], data["modes"], f" {row['phase']}"),
+            mode_text(row["mode"], data["modes"], f" {row['phase']}"),
             f"{row['count']:,}",
             *(seconds(row[p]) for p in PERCENTILES),
             "-" if ratio is None else f"{ratio:.2f}",
@@ -167,5 +167,5 @@ def _switches(data: dict[str, Any], count: int) -> RenderableType:
     grid.add_column("why", no_wrap=True, overflow="ellipsis")
     for switch in data["switches"][:count]:
         when = time.strftime("%H:%M:%S", time.localtime(switch["time"]))
-        grid.add_row(Text.assemble(f"{when} ", styled(switch["mode"], data["modes"])), plain(switch["reason"]))
+        grid.add_row(Text.assemble(f"{when} ", mode_text(switch["mode"], data["modes"])), plain(switch["reason"]))
     return grid

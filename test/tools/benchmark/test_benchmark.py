@@ -17,7 +17,7 @@ from sglang_shift.errors import ShiftError
 from sglang_shift.simulate import traffic
 from sglang_shift.tools.benchmark import command, link, link_rate, options, watch
 from sglang_shift.tools.benchmark.campaign import Campaign, Settings
-from sglang_shift.tools.benchmark.contenders import contender, contenders
+from sglang_shift.tools.benchmark.contenders import parse_contender, parse_contenders
 from sglang_shift.tools.benchmark.records import Visits
 from sglang_shift.tools.benchmark.workloads import prompt_ids
 from sglang_shift.tools.servers import Failure
@@ -99,17 +99,17 @@ class TestWorkloads:
 
 class TestContenders:
     def test_flags(self):
-        assert contender("stock-tp", 4).flags == ("--tp-size", "4")
-        assert contender("sp", 4, sp_size=2).flags == ("--tp-size", "4", "--sp-size", "2")
-        assert contender("shift:tokens", 2).flags[-2:] == ("--shift-policy", "tokens")
-        assert contender("shift:my.module:Policy", 2).flags[-1] == "my.module:Policy"
+        assert parse_contender("stock-tp", 4).flags == ("--tp-size", "4")
+        assert parse_contender("sp", 4, sp_size=2).flags == ("--tp-size", "4", "--sp-size", "2")
+        assert parse_contender("shift:tokens", 2).flags[-2:] == ("--shift-policy", "tokens")
+        assert parse_contender("shift:my.module:Policy", 2).flags[-1] == "my.module:Policy"
 
     def test_replicas_share_the_memory_of_the_pool(self):
-        assert contender("stock-dp", 4, kv_tokens=1000).flags == (
+        assert parse_contender("stock-dp", 4, kv_tokens=1000).flags == (
             "--tp-size", "1", "--dp-size", "4", "--max-total-tokens", "250",
         )  # fmt: skip
-        assert contender("stock-tp", 4, kv_tokens=1000).flags[-1] == "1000"
-        assert (contender("stock-dp", 4).ranks, contender("sp", 4).ranks) == (1, 4)
+        assert parse_contender("stock-tp", 4, kv_tokens=1000).flags[-1] == "1000"
+        assert (parse_contender("stock-dp", 4).ranks, parse_contender("sp", 4).ranks) == (1, 4)
 
     @pytest.mark.parametrize(
         ("words", "match"),
@@ -118,7 +118,7 @@ class TestContenders:
     )  # fmt: skip
     def test_wrong_words(self, words, match):
         with pytest.raises(ShiftError, match=match):
-            contenders(words, 2)
+            parse_contenders(words, 2)
 
 
 @pytest.mark.parametrize("words", [
@@ -207,7 +207,7 @@ def campaign(tmp_path, fake, **facts) -> Campaign:
              "--saturated", "3", "--prompt", "5", "9", "--output", "2", "4"]  # fmt: skip
     settings = Settings(tmp_path, 2, [], False, None, 4096, "default", 30, 0, facts)
     names = [f"a=http://127.0.0.1:{fake.port}", f"b=http://127.0.0.1:{fake.port}"]
-    return Campaign(plan(*words), contenders(names, 2), settings)
+    return Campaign(plan(*words), parse_contenders(names, 2), settings)
 
 
 def test_a_campaign_is_measured_once(fake, tmp_path, monkeypatch):

@@ -149,10 +149,10 @@ def test_one_round_and_strange_names():
 
 def test_targets():
     found = report.verdicts(Comparison(campaign()))
-    saturated = [(o.got.median, o.met) for o in found if o.workload == "saturated"]
+    saturated = [(o.ratio.median, o.is_met) for o in found if o.workload == "saturated"]
     assert saturated == [(pytest.approx(2.5), True), (pytest.approx(1.25), True)]
-    assert [o.note for o in found if o.met is None] == ["not measured"] * 2  # mooncake
-    assert sum(o.met is True for o in found) == 4 + 2 + 4 + 2
+    assert [o.note for o in found if o.is_met is None] == ["not measured"] * 2  # mooncake
+    assert sum(o.is_met is True for o in found) == 4 + 2 + 4 + 2
 
 
 @pytest.mark.parametrize(
@@ -171,25 +171,25 @@ def test_targets():
 def test_bounds_of_latencies(workload, metric, factors, met):
     visits = [visit(name, workload, factor, x=1.0) for name, factor in zip(NAMES, factors, strict=True)]
     found = report.verdicts(Comparison(visits))
-    assert [o.met for o in found if o.workload == workload and o.target.startswith(metric)] == [met]
+    assert [o.is_met for o in found if o.workload == workload and o.target.startswith(metric)] == [met]
 
 
 @pytest.mark.parametrize(("tp", "dp", "met"), [(1.55, 0.95, (True, True)), (1.45, 0.85, (False, False))])
 def test_bounds_of_the_throughput(tp, dp, met):
     visits = [visit("shift", "saturated"), visit("stock-tp", "saturated", tp), visit("stock-dp", "saturated", dp)]
     found = report.verdicts(Comparison(visits))
-    assert tuple(o.met for o in found if o.workload == "saturated") == met
+    assert tuple(o.is_met for o in found if o.workload == "saturated") == met
 
 
 def test_targets_without_a_contender_are_left_out_and_failures_are_told():
     visits = [visit("shift", "azure", requests=[FAILED, request()]), visit("stock-tp", "azure")]
-    text = report.reach(Comparison(visits))
+    text = report.targets_table(Comparison(visits))
     assert "- `azure`: no visit of `stock-dp`, `sp` (E2E p50" in text
     assert "No target can be judged." in text
-    text = report.reach(Comparison([*visits, *(visit(name, "azure") for name in ("stock-dp", "sp"))]))
+    text = report.targets_table(Comparison([*visits, *(visit(name, "azure") for name in ("stock-dp", "sp"))]))
     assert text.count("| met; 1 failed requests of `shift` |") == 2
     others = [visit(name, "azure") for name in NAMES[:3]]
-    text = report.reach(Comparison([*others, visit("shift", "azure", requests=[FAILED])]))
+    text = report.targets_table(Comparison([*others, visit("shift", "azure", requests=[FAILED])]))
     assert text.count("| - | **missed**; 1 failed requests of `shift` |") == 2
 
 
@@ -247,7 +247,7 @@ def test_latency_against_throughput():
     assert list(lines) == list(NAMES)
     assert lines["stock-tp"].get_xdata() == pytest.approx([5055 / 40] * 2)  # 40 s in the middle round
     assert lines["shift"].get_ydata() == pytest.approx([480.0] * 2)
-    assert lines["shift"].get_color() == plots.KNOWN["shift"]["color"]
+    assert lines["shift"].get_color() == plots.STYLES["shift"]["color"]
     assert [text.get_text() for text in ttft.texts] == ["0.5/s", "2/s"]
     assert (ttft.get_xlabel(), tpot.get_ylabel()) == ("prompt and output tokens/s", "TPOT p50, ms")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(NAMES)

@@ -110,7 +110,7 @@ def test_what_a_crash_leaves_behind_is_ended(tmp_path):
 
 def test_a_check_that_the_time_for_all_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "GRACE_SECONDS", 1.0)
-    monkeypatch.setattr(isolation, "LEAST_SECONDS", 1.0)
+    monkeypatch.setattr(isolation, "MIN_START_SECONDS", 1.0)
     cut, late = run(tmp_path, "hangs-long", "passes-too", seconds=8)
     assert cut.status == "failed"
     assert cut.reason == "the 8 s for all checks ended it; give more --minutes, or --only hangs-long"
@@ -123,7 +123,7 @@ def test_what_cannot_run_is_skipped_and_says_why(tmp_path):
     one, other = run(tmp_path, *names, gpus=1)
     assert one.status == "passed"
     assert (other.status, other.reason) == ("skipped", "it needs 2 GPUs, and there is 1")
-    seconds = processes.GRACE_SECONDS + isolation.LEAST_SECONDS - 1
+    seconds = processes.GRACE_SECONDS + isolation.MIN_START_SECONDS - 1
     (late,) = run(tmp_path, "passes", seconds=seconds)
     assert late.status == "skipped" and late.reason.startswith(f"too little is left of the {seconds:.0f} s")
 

@@ -128,9 +128,9 @@ class TestAnswers:
         assert found.problems == ["answer 0 has 0 prompt logprobs, not 2"]
 
     def test_the_questions(self):
-        asked = answers.prompts(vocabulary=50)
-        assert asked == answers.prompts(vocabulary=50) and max(map(max, asked)) < 50
-        assert len(asked[0]) == 1 and len(asked[-1]) == answers.LONGEST
+        asked = answers.make_prompts(vocabulary=50)
+        assert asked == answers.make_prompts(vocabulary=50) and max(map(max, asked)) < 50
+        assert len(asked[0]) == 1 and len(asked[-1]) == answers.LONGEST_PROMPT
         plain, with_prompts = answers.requests(asked)
         assert "logprob_start_len" not in plain and with_prompts["logprob_start_len"] == 0
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sglang_shift.models.random_model import write_random_model
-from sglang_shift.tools.gpu_check.answers import prompts
+from sglang_shift.tools.gpu_check.answers import make_prompts
 from sglang_shift.tools.gpu_check.engine import MODEL, TOLERANCE, VOCABULARY
 from transformers import LlamaForCausalLM
 
-PROMPT = prompts(VOCABULARY)[-1]
+PROMPT = make_prompts(VOCABULARY)[-1]
 FAR = 512
 """Tokens: a chunk, and less than the prompt."""
 

@@ -10,7 +10,7 @@ from sglang_shift.modes import Mode
 from sglang_shift.tools.gpu_check import dispatch, gemms, graphs, steps
 from sglang_shift.tools.gpu_check.record import Record
 from sglang_shift.tools.gpu_check.shapes import Deployment, Matrix
-from sglang_shift.tools.gpu_check.stack import AlikeGroup, Batch, Stack
+from sglang_shift.tools.gpu_check.stack import Batch, ReplicatedGroup, Stack
 from sglang_shift.tools.gpu_check.timing import error_of
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_a_wrong_base_weight_is_seen(name, monkeypatch):
 def test_the_bytes_that_a_step_sends_are_those_of_the_formula(ranks, sp):
     deployment = small(ranks, sp)
     stack, sent = Stack(deployment, 2, Batch(8, 3), torch.float32, CPU), []
-    group, exchange = stack.topology.sp_group, AlikeGroup.all_to_all_single
+    group, exchange = stack.topology.sp_group, ReplicatedGroup.all_to_all_single
 
     def counting(output, input):
         sent.append(input.nbytes * (sp - 1) // sp)

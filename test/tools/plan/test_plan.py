@@ -35,7 +35,7 @@ class TestModel:
         assert read_model(file) == read_model(tmp_path)
         model = read_model(file)
         assert (model.layers, model.vocabulary, model.context, model.weights) == (4, 32_000, 8192, "bfloat16")
-        assert (model.name, model.tied, model.qk_norm) == (tmp_path.name, False, False)
+        assert (model.name, model.tied_embeddings, model.qk_norm) == (tmp_path.name, False, False)
 
     @pytest.mark.parametrize(
         ("path", "name", "given"),

@@ -9,7 +9,7 @@ from plan_models import CONFIG, config
 from sglang.srt.configs.model_config import ModelConfig
 from sglang_shift.errors import ShiftError
 from sglang_shift.models.families import FAMILIES
-from sglang_shift.tools.plan.config import completed, context_of
+from sglang_shift.tools.plan.config import context_of, with_defaults
 from sglang_shift.tools.plan.model import read_model
 
 TYPES = {name: family.model_type for name, family in FAMILIES.items()}
@@ -74,9 +74,11 @@ class TestAsSGLangReadsIt:
         except ShiftError as error:  # of ropes that a server refuses as well, the context is read all the same
             assert theirs.hf_config.rope_parameters["rope_type"] in ("dynamic", "longrope", "su"), error
             assert "rope" in str(error)
-            assert context_of(completed(json.loads((folder / "config.json").read_text()))) == theirs.context_len
+            assert context_of(with_defaults(json.loads((folder / "config.json").read_text()))) == theirs.context_len
             return
-        assert (ours.context, ours.layer.head_dim, ours.layer.heads, ours.layer.kv_heads, ours.tied, ours.layers) == (
+        assert (
+            ours.context, ours.layer.head_dim, ours.layer.heads, ours.layer.kv_heads, ours.tied_embeddings, ours.layers,
+        ) == (
             theirs.context_len, theirs.head_dim, theirs.num_attention_heads, theirs.get_total_num_kv_heads(),
             theirs.hf_config.tie_word_embeddings, theirs.num_hidden_layers,
         )  # fmt: skip
@@ -119,7 +121,7 @@ class TestContexts:
             with pytest.raises(ShiftError, match=r"the context of .* would be answered wrongly"):
                 read_model(folder, window + 1)
         model = read_model(folder, window)
-        assert (model.context, model.shortened) == (window or 8192, window is not None)
+        assert (model.context, model.context_is_given) == (window or 8192, window is not None)
 
     def test_more_than_the_model_has_is_refused_as_by_sglang(self, tmp_path):
         folder = write(tmp_path / "m")

@@ -13,7 +13,7 @@ from sglang_shift.simulate.traffic import Request
 from sglang_shift.tools.plan import paper, report
 from sglang_shift.tools.plan.hardware import gpus
 from sglang_shift.tools.plan.model import Model
-from sglang_shift.tools.plan.search import COMPARED, Candidate, serve
+from sglang_shift.tools.plan.search import RATIO_ERROR, Candidate, serve
 from sglang_shift.tools.plan.step_time import Engine, StepTimes
 
 DOCS = REPO / "docs" / "cost-model.md"
@@ -35,8 +35,8 @@ def test_the_report_is_the_one_in_the_docs():
 
 
 def test_what_plans_say_of_their_errors(plain):
-    assert fmean(abs(c.error) for c in plain) == pytest.approx(report.OFF, abs=0.005)
-    assert fmean(paper.compared(plain)) == pytest.approx(COMPARED, abs=0.005)
+    assert fmean(abs(c.error) for c in plain) == pytest.approx(report.PREDICTION_ERROR, abs=0.005)
+    assert fmean(paper.ratio_errors(plain)) == pytest.approx(RATIO_ERROR, abs=0.005)
 
 
 def test_what_is_off_alike_is_not_in_a_comparison(cells):
@@ -44,8 +44,8 @@ def test_what_is_off_alike_is_not_in_a_comparison(cells):
         return [replace(c, predicted=factors[c.configuration] * c.published) for c in cells]
 
     alike, apart = ({"DP": 0.5, "TP": 0.5, "SP": 0.5, "Shift": last} for last in (0.5, 0.4))
-    assert paper.compared(slowed(alike)) == pytest.approx([0] * 12)
-    assert sorted(paper.compared(slowed(apart))) == pytest.approx([0] * 6 + [0.25] * 6)
+    assert paper.ratio_errors(slowed(alike)) == pytest.approx([0] * 12)
+    assert sorted(paper.ratio_errors(slowed(apart))) == pytest.approx([0] * 6 + [0.25] * 6)
 
 
 def test_errors_are_relative_to_what_was_published(cells):
@@ -72,7 +72,7 @@ def test_the_order_of_the_configurations_is_the_papers(cells):
 
 def test_vllms_own_times_are_what_is_left_of_a_published_run():
     """Llama 3.2 1B, 500 tokens in and 50 out: median TTFT 21.00 ms and TPOT 2.64 ms, vllm-project/vllm#17866."""
-    model = Model("Llama-3.2-1B", Layer(2048, 8192, 32, 8, 64), 16, 128_256, 131_072, tied=True)
+    model = Model("Llama-3.2-1B", Layer(2048, 8192, 32, 8, 64), 16, 128_256, 131_072, tied_embeddings=True)
     costs = StepTimes(model, gpus()["H100"], RankLayout(1, 1)).cost_model()
     alone = serve([Request(0.0, 500, 50)], Candidate(RankLayout(1, 1), 1), costs, 10_000).served[0]
     assert alone.ttft + paper.VLLM_REQUEST == pytest.approx(0.0210, rel=0.01)

@@ -13,7 +13,7 @@ from sglang_shift.tools.plan import report
 from sglang_shift.tools.plan.hardware import gpus
 from sglang_shift.tools.plan.memory import memory
 from sglang_shift.tools.plan.model import Model
-from sglang_shift.tools.plan.search import CHUNKS, COMPARED, Candidate, offered, search, serve, thresholds
+from sglang_shift.tools.plan.search import CHUNKS, RATIO_ERROR, Candidate, offered_load, search, serve, thresholds
 from sglang_shift.tools.plan.step_time import StepTimes
 from sglang_shift.tools.published import TARGETS
 
@@ -76,13 +76,13 @@ class TestSearch:
         assert by["tp"].memory.tokens > by["sp"].memory.tokens > by["calibrated"].memory.tokens
 
     def test_what_is_near_is_all_that_the_error_leaves_open(self, plan):
-        ends = {candidate: o.metrics["mean_e2e"] for candidate, o in plan.tried.items()}
-        most = (1 + COMPARED) * min(ends.values())
-        assert set(plan.near) == {c for c, end in ends.items() if end <= most} - {plan.best.candidate}
-        assert list(plan.near.values()) == sorted(plan.near.values())
-        assert 0 < len(plan.near) < len(ends) - 1
+        ends = {candidate: o.metrics["mean_e2e"] for candidate, o in plan.trials.items()}
+        most = (1 + RATIO_ERROR) * min(ends.values())
+        assert set(plan.alternatives) == {c for c, end in ends.items() if end <= most} - {plan.best.candidate}
+        assert list(plan.alternatives.values()) == sorted(plan.alternatives.values())
+        assert 0 < len(plan.alternatives) < len(ends) - 1
         printed = report.text(plan, FP8, "8 x H200", "some")
-        assert printed.count("\n- ") == len(plan.near)
+        assert printed.count("\n- ") == len(plan.alternatives)
         assert "prefer the simplest" in printed
         alone = report.text(replace(plan, layouts=[plan.best], settings=[]), FP8, "8 x H200", "some")
         assert "Nothing else that was tried comes within that." in alone
@@ -97,17 +97,20 @@ class TestSearch:
     def test_more_traffic_than_is_served_is_ranked_by_peak(self):
         requests = steady(200.0, prompt=4096, output=250, requests=100)
         plan = search(FP8, H200, 8, requests)
-        assert plan.offered == offered(requests) > plan.most
-        assert plan.best.peak == max(o.peak for o in plan.tried.values())
-        ends = [o.metrics["mean_e2e"] for o in plan.tried.values()]
+        assert plan.offered_load == offered_load(requests) > plan.highest_peak
+        assert plan.best.peak == max(o.peak for o in plan.trials.values())
+        ends = [o.metrics["mean_e2e"] for o in plan.trials.values()]
         assert plan.best.metrics["mean_e2e"] > min(ends)  # or the ranking would be the same
         printed = report.text(plan, FP8, "8 x H200", "some")
-        assert f"brings {plan.offered:,.0f} tokens/s, more than any layout serves (at most {plan.most:,.0f})" in printed
+        assert (
+            f"brings {plan.offered_load:,.0f} tokens/s, more than any layout serves (at most {plan.highest_peak:,.0f})"
+            in printed
+        )
         assert "(time per token at the peak)" in printed
 
     def test_traffic_that_comes_at_once_or_slowly_is_no_overload(self, plan):
-        assert offered([Request(1.0, 10, 5)] * 3) == 0
-        assert offered([Request(3.0, 10, 5), Request(1.0, 10, 5)]) == 15
+        assert offered_load([Request(1.0, 10, 5)] * 3) == 0
+        assert offered_load([Request(3.0, 10, 5), Request(1.0, 10, 5)]) == 15
         assert not plan.overloaded
         assert "more than any layout" not in report.text(plan, FP8, "8 x H200", "some")
 

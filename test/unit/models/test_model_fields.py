@@ -106,17 +106,17 @@ REFUSED = {
     "not causal": (Case(QWEN3, {"is_causal": False}), "is_causal False", None),
     "soft cap": (Case(LLAMA, {"final_logit_softcapping": 5.0}), "final_logit_softcapping 5.0", None),
     "Granite's": (
-        Case(LLAMA, {"attention_multiplier": 0.9, "rope_theta": 10000.0}, meant="GraniteConfig"),
+        Case(LLAMA, {"attention_multiplier": 0.9, "rope_theta": 10000.0}, config_class="GraniteConfig"),
         "attention_multiplier 0.9",
         None,
     ),
     "Granite's residual": (
-        Case(LLAMA, {"residual_multiplier": 0.5, "attention_multiplier": 0.25}, meant="GraniteConfig"),
+        Case(LLAMA, {"residual_multiplier": 0.5, "attention_multiplier": 0.25}, config_class="GraniteConfig"),
         "residual_multiplier 0.5",
         None,
     ),
     "Granite's logits": (
-        Case(LLAMA, {"logits_scaling": 8.0, "attention_multiplier": 0.25}, meant="GraniteConfig"),
+        Case(LLAMA, {"logits_scaling": 8.0, "attention_multiplier": 0.25}, config_class="GraniteConfig"),
         "logits_scaling 8.0",
         None,
     ),

@@ -37,8 +37,8 @@ class Settings:
         out: The folder for all files of the campaign.
         rounds: Number of visits to each contender by each workload.
         flags: More flags for every server that the campaign starts.
-        together: Whether all servers stay. Then idle servers are stopped (SIGSTOP), and every workload goes from
-            contender to contender. If not, one server at a time gets all workloads of a round.
+        keep_all_servers: Whether all servers stay. Then idle servers are stopped (SIGSTOP), and every workload goes
+            from contender to contender. If not, one server at a time gets all workloads of a round.
         link_rate: Bits per second of the emulated link. None means no link.
         vocabulary: Token ids of prompts are less than this number.
         model: Name of the model, for servers that have only OpenAI's API.
@@ -50,7 +50,7 @@ class Settings:
     out: Path
     rounds: int
     flags: Sequence[str]
-    together: bool
+    keep_all_servers: bool
     link_rate: float | None
     vocabulary: int
     model: str
@@ -88,7 +88,7 @@ class Campaign:
             Failure: a server did not start or ended, or requests failed.
         """
         if self._done:
-            say(f"resuming: {len(self._done)} visits are in {self.visits.path}")
+            log_progress(f"resuming: {len(self._done)} visits are in {self.visits.path}")
         try:
             if self.capacity is None:
                 self.capacity = self._measure_capacity()
@@ -114,7 +114,7 @@ class Campaign:
     def _tasks(self, workloads: Sequence[Workload]) -> Iterator[tuple[int, Contender, Workload]]:
         """Yield the visits. Their order rotates, so that a machine that is slow for a while favours no contender."""
         for number in range(1, self.settings.rounds + 1):
-            if self.settings.together:
+            if self.settings.keep_all_servers:
                 for i, workload in enumerate(workloads):
                     for contender in _rotated(self.contenders, number - 1 + i):
                         yield number, contender, workload
@@ -127,7 +127,7 @@ class Campaign:
     def _serving(self, contender: Contender) -> Iterator[Server]:
         """Start or resume a contender's server for a ``with`` block."""
         name = contender.name
-        if not self.settings.together and name not in self._servers:
+        if not self.settings.keep_all_servers and name not in self._servers:
             self.close()
         if contender.url is not None:
             server = Server([], contender.url, None)
@@ -136,12 +136,12 @@ class Campaign:
             return
         if name in self._servers:
             server = self._servers[name]
-            if self.settings.together:
+            if self.settings.keep_all_servers:
                 server.resume()
         else:
             server = self._start(contender)
         yield server
-        if self.settings.together:
+        if self.settings.keep_all_servers:
             server.pause()
 
     def _start(self, contender: Contender) -> Server:
@@ -180,7 +180,7 @@ class Campaign:
             records = client.run(workload, number, bar.update)
         for error in errors(records):
             server.check_alive(f"under load ({workload.name})", 5)
-            say(f"{contender.name}, {workload.name}: a request failed: {error}")
+            log_progress(f"{contender.name}, {workload.name}: a request failed: {error}")
         if all(r.error for r in records):
             raise Failure(f"{contender.name}: no request of {workload.name} was answered", server.log)
         ends = [r.end for r in records if not r.error]
@@ -193,10 +193,10 @@ class Campaign:
     def _measure_capacity(self) -> float:
         """Measure prompt and output tokens per second of the first contender, when all requests come at once."""
         contender, workload = self.contenders[0], self.plan.saturated()
-        say(f"measuring the saturated throughput of {contender.name}: the unit of the arrival rates")
+        log_progress(f"measuring the saturated throughput of {contender.name}: the unit of the arrival rates")
         with self._serving(contender) as server, tqdm(total=2 * len(workload.requests), unit="request") as bar:
-            found = [self._visit(server, contender, workload, n, bar) for n in (1, 2)]
-        return fmean(sum(r.prompt + r.output for r in v.requests) / v.seconds for v in found)
+            visits = [self._visit(server, contender, workload, n, bar) for n in (1, 2)]
+        return fmean(sum(r.prompt + r.output for r in v.requests) / v.seconds for v in visits)
 
     def _resume(self) -> float | None:
         """Return the capacity that an earlier run of the same campaign measured, or None if there was no such run."""
@@ -235,6 +235,6 @@ def _has_generate(url: str) -> bool:
     return False
 
 
-def say(text: str) -> None:
+def log_progress(text: str) -> None:
     """Print a line of progress."""
     tqdm.write(f"benchmark: {text}", file=sys.stderr)

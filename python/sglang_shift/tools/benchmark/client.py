@@ -91,22 +91,22 @@ class Client:
             extra: dict[str, Any] = {"sampling_params": sampling}
         else:
             extra = dict(ALL_TOKENS)
-        asked = self._request(ids, self._url, len(ids), output, self.model, "", None, extra)
+        request = self._request(ids, self._url, len(ids), output, self.model, "", None, extra)
         sent = time.perf_counter() - started
         try:
-            got = await asyncio.wait_for(self._send(asked), max(0.0, self.timeout - sent))
+            answer = await asyncio.wait_for(self._send(request), max(0.0, self.timeout - sent))
         except TimeoutError:
-            return failed(due, f"not answered {self.timeout:.0f} s after the workload's start (--timeout)")
-        if not got.success:
-            return failed(due, got.error.strip().rpartition("\n")[2] or "no answer")
-        if got.output_len != output or not got.ttft:
-            return failed(due, f"{got.output_len} tokens came instead of {output}")
-        ttft, latency, *itl = (round(t, 6) for t in (got.ttft, got.latency, *got.itl))
-        sent = round(got.start_time - started, 6)
-        return RequestRecord(due, sent, ttft, latency, itl, got.prompt_len, got.output_len, got.cached_tokens)
+            return failed_record(due, f"not answered {self.timeout:.0f} s after the workload's start (--timeout)")
+        if not answer.success:
+            return failed_record(due, answer.error.strip().rpartition("\n")[2] or "no answer")
+        if answer.output_len != output or not answer.ttft:
+            return failed_record(due, f"{answer.output_len} tokens came instead of {output}")
+        ttft, latency, *itl = (round(t, 6) for t in (answer.ttft, answer.latency, *answer.itl))
+        sent = round(answer.start_time - started, 6)
+        return RequestRecord(due, sent, ttft, latency, itl, answer.prompt_len, answer.output_len, answer.cached_tokens)
 
 
-def failed(due: float, error: str) -> RequestRecord:
+def failed_record(due: float, error: str) -> RequestRecord:
     """Return the record of a request without an answer."""
     return RequestRecord(due, due, 0.0, 0.0, [], 0, 0, error=error)
 

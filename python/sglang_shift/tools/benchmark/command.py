@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from sglang_shift.errors import ShiftError, print_error
 from sglang_shift.tools.benchmark import environment, options, report
-from sglang_shift.tools.benchmark.campaign import Campaign, Settings, say
-from sglang_shift.tools.benchmark.contenders import contenders
+from sglang_shift.tools.benchmark.campaign import Campaign, Settings, log_progress
+from sglang_shift.tools.benchmark.contenders import parse_contenders
 from sglang_shift.tools.benchmark.figures import Limits
 from sglang_shift.tools.benchmark.records import Visits
 
@@ -28,25 +28,25 @@ def measure(args: argparse.Namespace, model: str, command: str) -> None:
     Raises:
         ShiftError: the campaign cannot start, or cannot go on.
     """
-    known = environment.describe_model(model)
-    plan = options.plan(args, known["context"] - SPARE_TOKENS)
-    whom = contenders(args.contenders, args.tp_size, args.sp_size, args.kv_tokens)
-    rate, linked = None, "none: ranks communicate through this machine's memory"
+    model_facts = environment.describe_model(model)
+    plan = options.plan(args, model_facts["context"] - SPARE_TOKENS)
+    contenders = parse_contenders(args.contenders, args.tp_size, args.sp_size, args.kv_tokens)
+    rate, link_text = None, "none: ranks communicate through this machine's memory"
     if args.link or args.link_rate:
-        rate, linked = _link(args, model)
-        say(f"emulated link: {linked}")
+        rate, link_text = _link(args, model)
+        log_progress(f"emulated link: {link_text}")
     flags = list(args.flags)
     flags += ["--model-path", model] if args.model_path else []
     flags += ["--dtype", args.dtype] if args.dtype else []
     facts = {"plan": repr(plan), "ranks": args.tp_size, "sp_size": args.sp_size, "kv_tokens": args.kv_tokens}
-    settings = Settings(args.out, args.rounds, flags, args.together, rate, known["vocabulary"],
+    settings = Settings(args.out, args.rounds, flags, args.together, rate, model_facts["vocabulary"],
                         args.model_path or "default", args.timeout, args.port, facts)  # fmt: skip
-    campaign = Campaign(plan, whom, settings)
+    campaign = Campaign(plan, contenders, settings)
     heading = {
         "command": command,
         "machine": environment.describe_machine(),
-        "contenders": {c.name: c.url or shlex.join(c.flags) for c in whom},
-        "emulated link": linked,
+        "contenders": {c.name: c.url or shlex.join(c.flags) for c in contenders},
+        "emulated link": link_text,
     }
     (args.out / HEADING).write_text(json.dumps(heading, indent=1) + "\n")
     campaign.run()

@@ -29,7 +29,7 @@ class Contender:
     ranks: int = 1
 
 
-def contender(text: str, ranks: int, sp_size: int | None = None, kv_tokens: int | None = None) -> Contender:
+def parse_contender(text: str, ranks: int, sp_size: int | None = None, kv_tokens: int | None = None) -> Contender:
     """Return the contender that a user's word names.
 
     Args:
@@ -69,16 +69,16 @@ def contender(text: str, ranks: int, sp_size: int | None = None, kv_tokens: int 
     return Contender(text, tuple(flags), ranks=ranks // replicas)
 
 
-def contenders(
+def parse_contenders(
     texts: Sequence[str], ranks: int, sp_size: int | None = None, kv_tokens: int | None = None
 ) -> list[Contender]:
-    """Return all contenders that the user names, as :func:`contender` makes them.
+    """Return all contenders that the user names, as :func:`parse_contender` makes them.
 
     Raises:
         ShiftError: a word names no contender, or two contenders have the same name.
     """
-    made = [contender(text, ranks, sp_size, kv_tokens) for text in texts]
-    names = [c.name for c in made]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ShiftError(f"contender {twice[0]!r} is named twice")
-    return made
+    contenders = [parse_contender(text, ranks, sp_size, kv_tokens) for text in texts]
+    names = [c.name for c in contenders]
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise ShiftError(f"contender {duplicates[0]!r} is named twice")
+    return contenders

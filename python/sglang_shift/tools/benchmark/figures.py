@@ -61,16 +61,16 @@ def figures(visit: Visit, limits: Limits | None = None) -> dict[str, float]:
         All entries of ``visit.shift``.
     """
     served = [r for r in visit.requests if not r.error]
-    found: dict[str, float] = {
+    result: dict[str, float] = {
         "seconds": visit.seconds,
         "requests": len(visit.requests),
         "errors": len(visit.requests) - len(served),
     }
-    found |= _latencies(served) | _rates(visit, served, limits or Limits()) | _states(visit.samples)
+    result |= _latencies(served) | _rates(visit, served, limits or Limits()) | _states(visit.samples)
     prompt_tokens = sum(r.prompt for r in served)
     if prompt_tokens:
-        found["cached_share"] = sum(r.cached for r in served) / prompt_tokens
-    return found | (visit.shift or {})
+        result["cached_share"] = sum(r.cached for r in served) / prompt_tokens
+    return result | (visit.shift or {})
 
 
 def _latencies(served: Sequence[RequestRecord]) -> dict[str, float]:
@@ -80,13 +80,13 @@ def _latencies(served: Sequence[RequestRecord]) -> dict[str, float]:
         "itl": [seconds for r in served for seconds in r.itl],
         "e2e": [r.latency for r in served],
     }
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     for name, seconds in values.items():
         if seconds:
             quantiles = np.percentile(seconds, PERCENTS).tolist()
-            found |= {f"{name}_p{percent}": value for percent, value in zip(PERCENTS, quantiles, strict=True)}
-            found[f"{name}_mean"] = fmean(seconds)
-    return found
+            figures |= {f"{name}_p{percent}": value for percent, value in zip(PERCENTS, quantiles, strict=True)}
+            figures[f"{name}_mean"] = fmean(seconds)
+    return figures
 
 
 def _rates(visit: Visit, served: Sequence[RequestRecord], limits: Limits) -> dict[str, float]:
@@ -109,11 +109,11 @@ def _states(samples: Sequence[Sample]) -> dict[str, float]:
         "kv": [s.kv_usage for s in samples if s.kv_usage is not None],
         "queue": [s.waiting for s in samples if s.waiting is not None],
     }
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     for name, numbers in values.items():
         if numbers:
-            found |= {f"{name}_mean": fmean(numbers), f"{name}_max": max(numbers)}
-    return found
+            figures |= {f"{name}_mean": fmean(numbers), f"{name}_max": max(numbers)}
+    return figures
 
 
 @dataclass(frozen=True)
@@ -165,14 +165,14 @@ class Comparison:
         """Return the figures of one of :attr:`visits`."""
         return self._figures[visit.workload, visit.contender, visit.round]
 
-    def visited(self, contender: str, workload: str) -> bool:
+    def has_visit(self, contender: str, workload: str) -> bool:
         """Return whether a workload has visited a contender."""
         return any((w, c) == (workload, contender) for w, c, _ in self._figures)
 
     def values(self, contender: str, workload: str, metric: str) -> dict[int, float]:
         """Return the figure by round. Rounds without the figure are left out."""
-        mine = {r: f for (w, c, r), f in self._figures.items() if (w, c) == (workload, contender)}
-        return {r: f[metric] for r, f in sorted(mine.items()) if metric in f}
+        own = {r: f for (w, c, r), f in self._figures.items() if (w, c) == (workload, contender)}
+        return {r: f[metric] for r, f in sorted(own.items()) if metric in f}
 
     def spread(self, contender: str, workload: str, metric: str) -> Spread | None:
         """Return the figure over the rounds, or None if no round has the figure."""
@@ -192,11 +192,11 @@ class Comparison:
         if len(others) > 1 and best_of(metric) is None:
             raise ValueError(f"{metric} has no best: compare with one contender")
         best = best_of(metric) or max  # of a single value, both give the value
-        mine = self.values(contender, workload, metric)
-        theirs = [values for other in others if (values := self.values(other, workload, metric))]
-        rounds = [r for r in mine if theirs and all(r in values for values in theirs)]
-        bests = {r: best(values[r] for values in theirs) for r in rounds}
-        return Spread.of([mine[r] / bests[r] for r in rounds if bests[r] > 0])
+        own = self.values(contender, workload, metric)
+        other_values = [values for other in others if (values := self.values(other, workload, metric))]
+        rounds = [r for r in own if other_values and all(r in values for values in other_values)]
+        bests = {r: best(values[r] for values in other_values) for r in rounds}
+        return Spread.of([own[r] / bests[r] for r in rounds if bests[r] > 0])
 
 
 def best_of(metric: str) -> Callable[[Iterable[float]], float] | None:

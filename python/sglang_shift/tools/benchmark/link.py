@@ -43,7 +43,7 @@ MANAGEMENT = IPv4Network("198.18.0.0/16")
 MTU = 9000
 ETHERNET_HEADER = 14
 # If a timer fires later than this, in seconds, the link is slower than its rate.
-TIMER = 100e-6
+TIMER_SECONDS = 100e-6
 # TCP never has more bytes under way. So the queue drops nothing, as on links that make the sender wait.
 QUEUE_BYTES = 256 << 20
 
@@ -71,7 +71,7 @@ def burst(rate: float) -> int:
     With fewer bytes the link is slower than its rate, because it cannot send later what it could have sent by then.
     With more bytes, small messages pass as if there were no link.
     """
-    return MTU + ETHERNET_HEADER + math.ceil(rate / 8 * TIMER)
+    return MTU + ETHERNET_HEADER + math.ceil(rate / 8 * TIMER_SECONDS)
 
 
 class Link:
@@ -150,22 +150,22 @@ class Link:
         its cores, because it is alone on its node and would take all cores.
         """
         cores = sorted(os.sched_getaffinity(0))
-        each = max(1, len(cores) // self.ranks)
-        mine = [str(cores[(rank * each + i) % len(cores)]) for i in range(each)]
+        cores_per_rank = max(1, len(cores) // self.ranks)
+        own_cores = [str(cores[(rank * cores_per_rank + i) % len(cores)]) for i in range(cores_per_rank)]
         return {
             "SGLANG_HOST_IP": self.address(rank),
             "GLOO_SOCKET_IFNAME": DEVICE,
-            "OMP_NUM_THREADS": str(each),
-            "SGLANG_CPU_OMP_THREADS_BIND": ",".join(mine),
+            "OMP_NUM_THREADS": str(cores_per_rank),
+            "SGLANG_CPU_OMP_THREADS_BIND": ",".join(own_cores),
         }
 
     def _management_addresses(self) -> tuple[IPv4Address, IPv4Address]:
         """Return the addresses of the outside and of rank 0: a pair that is not in use. The pid says where to begin."""
-        used = set(re.findall(r"inet ([\d.]+)", _run("ip", "-4", "-oneline", "address")))
+        taken_addresses = set(re.findall(r"inet ([\d.]+)", _run("ip", "-4", "-oneline", "address")))
         pairs = MANAGEMENT.num_addresses // 2
         for i in range(pairs):
             first = MANAGEMENT[2 * ((os.getpid() + i) % pairs)]
-            if str(first) not in used:
+            if str(first) not in taken_addresses:
                 return first, first + 1
         raise ShiftError(f"every address of {MANAGEMENT} is in use; leave out --link")
 
@@ -256,9 +256,9 @@ def start_on(link: Link, flags: Sequence[str], port: int, log: Path) -> Server:
     command = [*LAUNCHER, *flags, "--host", "0.0.0.0", "--port", str(port)]
     command += ["--nnodes", str(link.ranks), "--dist-init-addr", link.rendezvous]
     # A calibration over another link, or without a link, would look like a calibration over this link.
-    own = {"SGLANG_SHIFT_CACHE_DIR": str(log.parent.resolve() / "calibrations")}
+    variables = {"SGLANG_SHIFT_CACHE_DIR": str(log.parent.resolve() / "calibrations")}
     commands = [
-        (link.command(rank, [*command, "--node-rank", str(rank)]), own | link.environment(rank))
+        (link.command(rank, [*command, "--node-rank", str(rank)]), variables | link.environment(rank))
         for rank in range(link.ranks)
     ]
     return launch(commands, f"http://{link.server_address}:{port}", log)

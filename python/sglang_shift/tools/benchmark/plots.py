@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 from sglang_shift.modes import MODES
 from sglang_shift.tools.benchmark.figures import BASELINES, SHIFT, Comparison, Spread, digits
 from sglang_shift.tools.benchmark.records import Sample, Visit
-from sglang_shift.tools.plotting import DPI, KNOWN, Style, panels
+from sglang_shift.tools.plotting import DPI, STYLES, Style, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LINE = 90
+LEGEND_CHARACTERS = 90
 """Number of characters that fit into a line."""
 
 ARRIVAL_BINS = 80
-MOST_NUMBERS = 6
+MAX_LABELLED_BARS = 6
 """The most bars of a panel. With more bars, numbers do not fit above them."""
 
 LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "e2e": "E2E"}
@@ -69,25 +69,25 @@ def _figures(comparison: Comparison) -> Iterator[tuple[str, Figure]]:
 
 def _visits_to_watch(comparison: Comparison, workload: str) -> tuple[Visit, Visit | None] | None:
     """Return the first visit of ``shift``, and the visit of a baseline in the same round."""
-    mine = {(v.round, v.contender): v for v in comparison.visits if v.workload == workload}
-    rounds = sorted(r for r, contender in mine if contender == SHIFT)
+    visits = {(v.round, v.contender): v for v in comparison.visits if v.workload == workload}
+    rounds = sorted(r for r, contender in visits if contender == SHIFT)
     if not rounds:
         return None
-    others = (mine.get((rounds[0], contender)) for contender in BASELINES)
-    return mine[rounds[0], SHIFT], next((v for v in others if v), None)
+    others = (visits.get((rounds[0], contender)) for contender in BASELINES)
+    return visits[rounds[0], SHIFT], next((v for v in others if v), None)
 
 
 def styles(contenders: Sequence[str]) -> dict[str, Style]:
     """Return a colour and a marker for each contender. They are the same in all plots of these contenders."""
-    others = [c for c in contenders if c not in KNOWN]
-    return {c: KNOWN[c] if c in KNOWN else OTHERS[others.index(c) % len(OTHERS)] for c in contenders}
+    others = [c for c in contenders if c not in STYLES]
+    return {c: STYLES[c] if c in STYLES else OTHERS[others.index(c) % len(OTHERS)] for c in contenders}
 
 
 def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
     """Add one legend below the axes, with all contenders of all axes."""
     handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     if handles:
-        most = max(1, LINE // (max(map(len, handles)) + 6))
+        most = max(1, LEGEND_CHARACTERS // (max(map(len, handles)) + 6))
         columns = ceil(len(handles) / ceil(len(handles) / most))
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
 
@@ -128,7 +128,7 @@ def latency_against_throughput(comparison: Comparison) -> Figure | None:
     workloads = comparison.of_kind("rate")
     if not workloads:
         return None
-    named = SHIFT if any(comparison.visited(SHIFT, w) for w in workloads) else comparison.contenders[0]
+    labelled_contender = SHIFT if any(comparison.has_visit(SHIFT, w) for w in workloads) else comparison.contenders[0]
     figure, axes = panels("Latency against throughput, by arrival rate (medians over the rounds)", 1, 2, 4.6)
     for ax, latency in zip(axes, ("ttft", "tpot"), strict=True):
         for contender, style in styles(comparison.contenders).items():
@@ -138,13 +138,13 @@ def latency_against_throughput(comparison: Comparison) -> Figure | None:
                 seconds = comparison.spread(contender, workload, f"{latency}_p50")
                 if tokens and seconds:
                     points.append((tokens.median, seconds.median * 1e3))
-                    if contender == named:
+                    if contender == labelled_contender:
                         _mark_rate(ax, comparison.x[workload], tokens.median, row=len(points) % 3)
             if points:
                 ax.plot(*zip(*points, strict=True), label=contender, **style)
         ax.set_xlabel("prompt and output tokens/s")
         ax.set_ylabel(f"{LATENCIES[latency]} p50, ms")
-        _hint(ax, f"lower and further right is better; grey: the rates of {named}")
+        _hint(ax, f"lower and further right is better; grey: the rates of {labelled_contender}")
         ax.margins(0.12, 0.2)
         _log_scale(ax)
     _legend(figure, axes)
@@ -169,8 +169,8 @@ def by_prompt_length(comparison: Comparison) -> Figure | None:
     figure, axes = panels("One request at a time: p50 by prompt length (median, min to max over the rounds)", 1, 3, 4.2)
     for ax, (latency, name) in zip(axes, LATENCIES.items(), strict=True):
         for contender, style in styles(comparison.contenders).items():
-            found = {comparison.x[w]: comparison.spread(contender, w, f"{latency}_p50") for w in workloads}
-            spreads = {x: spread for x, spread in found.items() if spread}
+            by_length = {comparison.x[w]: comparison.spread(contender, w, f"{latency}_p50") for w in workloads}
+            spreads = {x: spread for x, spread in by_length.items() if spread}
             if spreads:
                 middles = [s.median * 1e3 for s in spreads.values()]
                 ax.errorbar(list(spreads), middles, _whiskers(spreads.values()), capsize=3, label=contender, **style)
@@ -200,7 +200,7 @@ def bars(comparison: Comparison, workload: str) -> Figure | None:
                 ax.bar(i, height, color=style["color"], label=contender)
                 if spread.rounds > 1:
                     ax.errorbar(i, height, _whiskers([spread]), color="black", capsize=3, linewidth=1)
-                if len(comparison.contenders) <= MOST_NUMBERS:
+                if len(comparison.contenders) <= MAX_LABELLED_BARS:
                     above: Style = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "fontsize": 7}
                     ax.annotate(f"{height:.{digits(height)}f}", (i, spread.high * 1e3), **above)
         ax.set_xticks([])
@@ -252,13 +252,13 @@ def _arrivals(ax: Axes, visit: Visit) -> None:
 
 def _mode_bands(ax: Axes, samples: Sequence[Sample]) -> None:
     """Draw the share of each mode in the steps since the last sample. If no step ran, the place is blank."""
-    told = [s for s in samples if s.steps]
-    spans = [{mode: b.steps[mode] - a.steps[mode] for mode in b.steps} for a, b in pairwise(told)]
+    samples_with_steps = [s for s in samples if s.steps]
+    spans = [{mode: b.steps[mode] - a.steps[mode] for mode in b.steps} for a, b in pairwise(samples_with_steps)]
     tops = [0.0 if any(span.values()) else nan for span in spans]
     for mode, shade in zip(MODES, cycle(SHADES), strict=False) if spans else ():
         below = tops
         tops = [low + span[mode] / (sum(span.values()) or nan) for low, span in zip(below, spans, strict=True)]
-        ax.stairs(tops, [s.time for s in told], baseline=below, fill=True, color=shade, label=mode.name)
+        ax.stairs(tops, [s.time for s in samples_with_steps], baseline=below, fill=True, color=shade, label=mode.name)
     ax.set_ylim(0, 1)
     ax.set_yticks([0, 0.5, 1], ["0", "50", "100"])
     ax.set_ylabel("steps, %")

@@ -94,31 +94,31 @@ class Verdict:
     Attributes:
         target: The target in words.
         workload: The name of the workload, or the kind of workload if none was measured.
-        got: The ratio, or None if there is no ratio.
-        met: Whether the target is met, or None if this cannot be judged.
+        ratio: The ratio, or None if there is no ratio.
+        is_met: Whether the target is met, or None if this cannot be judged.
         note: Why there is no ratio, or what else a reader should know.
     """
 
     target: str
     workload: str
-    got: Spread | None
-    met: bool | None
+    ratio: Spread | None
+    is_met: bool | None
     note: str = ""
 
 
 def verdicts(comparison: Comparison) -> list[Verdict]:
     """Judge all targets at all workloads. The median ratio counts."""
-    found = []
+    result = []
     for target in TARGETS:
         workloads = comparison.of_kind(target.kind)
-        found += [_verdict(comparison, target, w) for w in workloads]
+        result += [_verdict(comparison, target, w) for w in workloads]
         if not workloads:
-            found.append(Verdict(str(target), target.kind, None, None, "not measured"))
-    return found
+            result.append(Verdict(str(target), target.kind, None, None, "not measured"))
+    return result
 
 
 def _verdict(comparison: Comparison, target: Target, workload: str) -> Verdict:
-    missing = [c for c in (SHIFT, *target.others) if not comparison.visited(c, workload)]
+    missing = [c for c in (SHIFT, *target.others) if not comparison.has_visit(c, workload)]
     if missing:
         return Verdict(str(target), workload, None, None, f"no visit of {', '.join(map(_code, missing))}")
     failed = int(sum(comparison.values(SHIFT, workload, "errors").values()))
@@ -126,13 +126,13 @@ def _verdict(comparison: Comparison, target: Target, workload: str) -> Verdict:
     ratio = comparison.ratio(SHIFT, target.others, workload, target.metric)
     if ratio is not None:
         return Verdict(str(target), workload, ratio, target.met(ratio.median), note)
-    mine, *theirs = (comparison.values(c, workload, target.metric) for c in (SHIFT, *target.others))
-    if failed and not mine and any(theirs):
+    own, *others = (comparison.values(c, workload, target.metric) for c in (SHIFT, *target.others))
+    if failed and not own and any(others):
         return Verdict(str(target), workload, None, False, note)
     return Verdict(str(target), workload, None, None, "no round in which all have this figure")
 
 
-def reach(comparison: Comparison) -> str:
+def targets_table(comparison: Comparison) -> str:
     """Return the targets with their ratios as a Markdown table.
 
     Below the table is a list of the targets that cannot be judged, with the reasons.
@@ -140,10 +140,10 @@ def reach(comparison: Comparison) -> str:
     every = verdicts(comparison)
     lines = ["| target | workload | got | |", "| --- | --- | --: | --- |"]
     for o in every:
-        if o.met is not None:
-            verdict = ("met" if o.met else "**missed**") + (f"; {o.note}" if o.note else "")
-            lines.append(f"| {o.target} | {_code(o.workload)} | {_ratio(o.got)} | {verdict} |")
-    left_out = [f"- {_code(o.workload)}: {o.note} ({o.target})." for o in every if o.met is None]
+        if o.is_met is not None:
+            verdict = ("met" if o.is_met else "**missed**") + (f"; {o.note}" if o.note else "")
+            lines.append(f"| {o.target} | {_code(o.workload)} | {_ratio(o.ratio)} | {verdict} |")
+    left_out = [f"- {_code(o.workload)}: {o.note} ({o.target})." for o in every if o.is_met is None]
     lines = lines if len(lines) > 2 else ["No target can be judged."]
     return "\n".join(lines + (["", "Left out:", "", *left_out] if left_out else [])) + "\n"
 
@@ -234,18 +234,24 @@ def json(comparison: Comparison, heading: dict[str, Any], limits: Limits | None 
         c: {
             w: {m: asdict(s) for m in metrics if (s := comparison.spread(c, w, m)) is not None}
             for w in comparison.workloads
-            if comparison.visited(c, w)
+            if comparison.has_visit(c, w)
         }
         for c in comparison.contenders
     }
     value = {
         "heading": heading,
         "limits": asdict(limits or Limits()),
-        "targets": [asdict(verdict) for verdict in verdicts(comparison)],
+        "targets": [_target_row(verdict) for verdict in verdicts(comparison)],
         "summary": summary,
         "visits": _visit_rows(comparison),
     }
     return json_format.dumps(value, indent=1) + "\n"
+
+
+def _target_row(verdict: Verdict) -> dict[str, Any]:
+    """Return a verdict with the names that results.json has for its values."""
+    names = {"ratio": "got", "is_met": "met"}
+    return {names.get(name, name): value for name, value in asdict(verdict).items()}
 
 
 def _visit_rows(comparison: Comparison) -> list[dict[str, Any]]:
@@ -264,7 +270,7 @@ def markdown(comparison: Comparison, heading: dict[str, Any], limits: Limits | N
     ]
     parts = [
         "\n".join(_facts(heading)),
-        "## Targets\n\n" + reach(comparison).rstrip(),
+        "## Targets\n\n" + targets_table(comparison).rstrip(),
         tables(comparison).rstrip(),
         *notes,
     ]

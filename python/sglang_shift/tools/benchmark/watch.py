@@ -26,12 +26,12 @@ def read_metrics(text: str) -> dict[str, list[float]]:
     """
     from prometheus_client.parser import text_string_to_metric_families
 
-    found: dict[str, list[float]] = {}
+    metrics: dict[str, list[float]] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             label = sample.labels.get("state") or sample.labels.get("mode")
-            found.setdefault(sample.name + (f"{{{label}}}" if label else ""), []).append(sample.value)
-    return found
+            metrics.setdefault(sample.name + (f"{{{label}}}" if label else ""), []).append(sample.value)
+    return metrics
 
 
 def counters(url: str) -> dict[str, int] | None:
@@ -72,8 +72,8 @@ class Watch:
 
     def _watch(self) -> None:
         while self._first is not None and not self._stop.wait(self._interval):
-            if (found := self._read()) is not None:
-                self.samples.append(self._sample(found, time.perf_counter() - self._started))
+            if (metrics := self._read()) is not None:
+                self.samples.append(self._sample(metrics, time.perf_counter() - self._started))
 
     def _read(self) -> dict[str, list[float]] | None:
         try:
@@ -81,13 +81,13 @@ class Watch:
         except (OSError, ValueError):
             return None
 
-    def _sample(self, found: dict[str, list[float]], at: float) -> Sample:
+    def _sample(self, metrics: dict[str, list[float]], at: float) -> Sample:
         def pick(names: tuple[str, ...], combine: Callable[[list[float]], float]) -> float | None:
-            return next((combine(found[name]) for name in names if name in found), None)
+            return next((combine(metrics[name]) for name in names if name in metrics), None)
 
         before = self._first or {}
         names = {mode: STEPS % mode for mode in MODES}
-        steps = {m: int(sum(found[n]) - sum(before.get(n, []))) for m, n in names.items() if n in found}
+        steps = {m: int(sum(metrics[n]) - sum(before.get(n, []))) for m, n in names.items() if n in metrics}
         return Sample(round(at, 3), pick(RUNNING, sum), pick(WAITING, sum), pick(KV_USAGE, max), steps)
 
 

@@ -123,16 +123,16 @@ class Plan:
         Args:
             capacity: Prompt and output tokens per second.
         """
-        made: list[Workload] = []
+        workloads: list[Workload] = []
         for kind in self.kinds:
-            made += {
+            workloads += {
                 "single": self._single,
                 "saturated": lambda _: [self.saturated()],
                 "rate": self._rates,
                 "bursty": self._bursty,
                 "long-mix": self._long_mix,
             }.get(kind, lambda c, kind=kind: [self._replay(self.traces[kind], c)])(capacity)
-        return made
+        return workloads
 
     def _single(self, _: float) -> list[Workload]:
         s = self.sizes
@@ -143,12 +143,12 @@ class Plan:
         ]
 
     def _rates(self, capacity: float) -> list[Workload]:
-        made = []
+        workloads = []
         for i, share in enumerate(self.sizes.rates):
             rate = share * self._requests_per_second(capacity)
             requests = self._fit(self._steady(rate, self.sizes.rate_requests, 10 + i))
-            made.append(Workload(f"rate {rate:.3g}/s", "rate", requests, x=rate))
-        return made
+            workloads.append(Workload(f"rate {rate:.3g}/s", "rate", requests, x=rate))
+        return workloads
 
     def _bursty(self, capacity: float) -> list[Workload]:
         s, rate = self.sizes, self._requests_per_second(capacity)
@@ -175,8 +175,8 @@ class Plan:
         return Workload(trace.kind, trace.kind, _at_load(requests, trace.load * capacity))
 
     def _steady(self, rate: float, requests: int, seed: int, at_once: bool = False) -> list[Request]:
-        made = steady(rate, prompt=self.sizes.prompt, output=self.sizes.output, requests=requests, seed=seed)
-        return scale(made, time=0.0) if at_once else made
+        arrivals = steady(rate, prompt=self.sizes.prompt, output=self.sizes.output, requests=requests, seed=seed)
+        return scaled(arrivals, time=0.0) if at_once else arrivals
 
     def _requests_per_second(self, capacity: float) -> float:
         saturated = self.saturated()

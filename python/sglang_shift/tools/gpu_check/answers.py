@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NEW_TOKENS = 16
-TOP = 5
+ALTERNATIVES = 5
 """Number of alternatives that a server reports for each token."""
 
-LONGEST = 700
+LONGEST_PROMPT = 700
 """Tokens of the longest prompt. It takes more than one chunk."""
 
 
@@ -60,20 +60,20 @@ class Difference:
     problems: list[str] = field(default_factory=list)
 
 
-def prompts(vocabulary: int, count: int = 12) -> list[list[int]]:
-    """Make prompts of random tokens. Their lengths grow geometrically from 1 to :data:`LONGEST`."""
+def make_prompts(vocabulary: int, count: int = 12) -> list[list[int]]:
+    """Make prompts of random tokens. Their lengths grow geometrically from 1 to :data:`LONGEST_PROMPT`."""
     chance = random.Random(0)
-    lengths = [round(LONGEST ** (i / (count - 1))) for i in range(count)]
+    lengths = [round(LONGEST_PROMPT ** (i / (count - 1))) for i in range(count)]
     return [[chance.randrange(vocabulary) for _ in range(length)] for length in lengths]
 
 
-def requests(asked: list[list[int]]) -> list[dict[str, Any]]:
+def requests(prompts: list[list[int]]) -> list[dict[str, Any]]:
     """Make two bodies for ``/generate`` with all prompts. The second body asks for logprobs of the prompts as well."""
     body = {
-        "input_ids": asked,
+        "input_ids": prompts,
         "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True},
         "return_logprob": True,
-        "top_logprobs_num": TOP,
+        "top_logprobs_num": ALTERNATIVES,
     }
     return [body, body | {"logprob_start_len": 0}]
 
@@ -87,34 +87,34 @@ def compare(ours: list[Answer], reference: list[Answer], tolerance: float) -> Di
         tolerance: The largest difference between two logprobs that rounding explains. Two tokens count as equally
             likely if their logprobs differ by at most the tolerance.
     """
-    result = Difference()
-    for i, (mine, theirs) in enumerate(zip(ours, reference, strict=True)):
-        _compare_prompt(result, i, mine, theirs, tolerance)
-        for place, (token, expected) in enumerate(zip(mine.tokens, theirs.tokens, strict=True)):
-            if token != expected:
-                gap = theirs.logprobs[place] - theirs.alternatives[place].get(token, float("-inf"))
+    difference = Difference()
+    for i, (answer, expected) in enumerate(zip(ours, reference, strict=True)):
+        _compare_prompt(difference, i, answer, expected, tolerance)
+        for place, (token, expected_token) in enumerate(zip(answer.tokens, expected.tokens, strict=True)):
+            if token != expected_token:
+                gap = expected.logprobs[place] - expected.alternatives[place].get(token, float("-inf"))
                 if gap <= tolerance:
-                    result.ties += 1
+                    difference.ties += 1
                 else:
-                    result.problems.append(f"answer {i}, token {place}: {token} instead of {expected}")
+                    difference.problems.append(f"answer {i}, token {place}: {token} instead of {expected_token}")
                 break
-            result.compared += 1
+            difference.compared += 1
             where = f"answer {i}, token {place}"
-            _compare_logprob(result, where, mine.logprobs[place], theirs.logprobs[place], tolerance)
-    return result
+            _compare_logprob(difference, where, answer.logprobs[place], expected.logprobs[place], tolerance)
+    return difference
 
 
-def _compare_prompt(result: Difference, i: int, mine: Answer, theirs: Answer, tolerance: float) -> None:
-    lengths = [len(answer.prompt_logprobs) for answer in (mine, theirs)]
+def _compare_prompt(difference: Difference, i: int, answer: Answer, expected: Answer, tolerance: float) -> None:
+    lengths = [len(a.prompt_logprobs) for a in (answer, expected)]
     if lengths[0] != lengths[1]:
-        result.problems.append(f"answer {i} has {lengths[0]} prompt logprobs, not {lengths[1]}")
+        difference.problems.append(f"answer {i} has {lengths[0]} prompt logprobs, not {lengths[1]}")
         return
-    for place, pair in enumerate(zip(mine.prompt_logprobs, theirs.prompt_logprobs, strict=True)):
-        _compare_logprob(result, f"prompt {i}, token {place + 1}", *pair, tolerance)
+    for place, pair in enumerate(zip(answer.prompt_logprobs, expected.prompt_logprobs, strict=True)):
+        _compare_logprob(difference, f"prompt {i}, token {place + 1}", *pair, tolerance)
 
 
-def _compare_logprob(result: Difference, where: str, mine: float, theirs: float, tolerance: float) -> None:
-    difference = abs(mine - theirs)
-    result.worst = max(result.worst, difference)
-    if not difference <= tolerance:  # this is true for NaN, too
-        result.problems.append(f"{where}: a logprob of {mine:.4f} instead of {theirs:.4f}")
+def _compare_logprob(difference: Difference, where: str, logprob: float, expected: float, tolerance: float) -> None:
+    error = abs(logprob - expected)
+    difference.worst = max(difference.worst, error)
+    if not error <= tolerance:  # this is true for NaN, too
+        difference.problems.append(f"{where}: a logprob of {logprob:.4f} instead of {expected:.4f}")

@@ -12,7 +12,7 @@ from sglang_shift.tools.gpu_check.ranks import run_ranks
 from sglang_shift.tools.gpu_check.record import Record
 
 
-def attempt(
+def run_or_record_problem(
     record: Record, label: str, function: Callable[..., Any], devices: list[str], backend: str, *args: Any
 ) -> Any:
     """Run a function in ranks, as :func:`run_ranks` does.
@@ -23,11 +23,11 @@ def attempt(
         return run_ranks(function, devices, backend, *args)
     except ProcessException as error:
         traceback.print_exc()
-        record.problem(f"{label}: {in_short(str(error))}")
+        record.problem(f"{label}: {short_error(str(error))}")
         return None
 
 
-def in_short(text: str) -> str:
+def short_error(text: str) -> str:
     """Shorten the error of a rank to what the rank raised.
 
     The text of an exception is two lines of introduction and a traceback. If the rank raised nothing, the text says

@@ -83,5 +83,5 @@ def pytest_runtest_makereport(
 
 
 def _reason(error: BaseException) -> str:
-    said = isinstance(error, (pytest.fail.Exception, pytest.skip.Exception))
-    return str(error) if said else one_line(error)
+    has_message = isinstance(error, (pytest.fail.Exception, pytest.skip.Exception))
+    return str(error) if has_message else one_line(error)

@@ -9,7 +9,7 @@ from time import monotonic
 from typing import Any
 
 from sglang_shift.errors import ShiftError
-from sglang_shift.tools.gpu_check.answers import Answer, compare, prompts, requests
+from sglang_shift.tools.gpu_check.answers import Answer, compare, make_prompts, requests
 from sglang_shift.tools.gpu_check.record import Record
 from sglang_shift.tools.servers import Server, call, start
 
@@ -66,7 +66,7 @@ class ServerComparison:
 
     def __init__(self, record: Record, name: str, flags: list[str], vocabulary: int, tolerance: float) -> None:
         self.record, self.name, self.flags, self.tolerance = record, name, flags, tolerance
-        self.prompts = prompts(vocabulary)
+        self.prompts = make_prompts(vocabulary)
         self.reference: list[Answer] = []
 
     def run(self, one_rank: ServerSetup, others: Sequence[ServerSetup], at_once: bool = False) -> None:
@@ -112,8 +112,8 @@ class ServerComparison:
         set_threshold(server, THRESHOLDS[mode])
         before = state(server)
         difference = compare(ask(server, self.prompts), self.reference, self.tolerance)
-        now = state(server)
-        steps = {name: count - before["steps"][name] for name, count in now["steps"].items()}
+        after = state(server)
+        steps = {name: count - before["steps"][name] for name, count in after["steps"].items()}
         self.record.row(
             server=setup.label,
             mode=mode,
@@ -121,20 +121,20 @@ class ServerComparison:
             ties=difference.ties,
             worst_logprob_difference=difference.worst,
             steps=steps,
-            exchange=now["exchange"],
-            graphs=now["graphs"],
+            exchange=after["exchange"],
+            graphs=after["graphs"],
         )
         label = f"{setup.label}, {mode}"
         self.record.note(
             f"{label}: {difference.compared} tokens, {difference.ties} ties, logprobs within {difference.worst:.2g}; "
-            f"steps {steps}; exchange {now['exchange']}"
+            f"steps {steps}; exchange {after['exchange']}"
         )
         for problem in difference.problems:
             self.record.problem(f"{label}: {problem}")
         if {name for name, count in steps.items() if count} != set(EXPECTED[mode].values()):
             self.record.problem(f"{label}: the steps ran as {steps}")
-        if setup.graphs:
-            for problem in replay_problems(before["graphs"], now["graphs"], mode):
+        if contender.graphs:
+            for problem in replay_problems(before["graphs"], after["graphs"], mode):
                 self.record.problem(f"{label}: {problem}")
 
     def _wait(self, setup: ServerSetup, server: Server) -> None:
@@ -153,35 +153,35 @@ class ServerComparison:
             server.stop()
 
 
-def ask(server: Server, asked: list[list[int]]) -> list[Answer]:
+def ask(server: Server, prompts: list[list[int]]) -> list[Answer]:
     """Return the answers to all prompts. The prefix cache is emptied before each request."""
     answers = []
-    for body in requests(asked):
+    for body in requests(prompts):
         server.flush()
-        response = call(server.url + "/generate", body=body, timeout=ANSWER_SECONDS)
-        answers += [Answer.of(answer) for answer in response]
+        bodies = call(server.url + "/generate", body=body, timeout=ANSWER_SECONDS)
+        answers += [Answer.of(answer) for answer in bodies]
     return answers
 
 
 def set_threshold(server: Server, threshold: int) -> None:
     """Let steps of more than ``threshold`` tokens run in SP from now on, and all other steps in TP."""
-    wanted = {"shift_policy": "tokens", "shift_threshold": threshold}
-    call(server.url + "/set_internal_state", body={"server_args": wanted})
+    settings = {"shift_policy": "tokens", "shift_threshold": threshold}
+    call(server.url + "/set_internal_state", body={"server_args": settings})
 
 
-def replay_problems(before: dict[str, Any], now: dict[str, Any], mode: str) -> list[str]:
+def replay_problems(before: dict[str, Any], after: dict[str, Any], mode: str) -> list[str]:
     """Find the phases in which no step replayed a graph of the expected mode.
 
     Args:
         before: The counters ``graphs`` of :func:`state` before the steps.
-        now: The same counters after the steps.
+        after: The same counters after the steps.
         mode: A key of :data:`EXPECTED`.
     """
     problems = []
     for phase, expected in EXPECTED[mode].items():
-        if not now[phase][expected]["sizes"]:
+        if not after[phase][expected]["sizes"]:
             problems.append(f"there are no graphs of a {phase} in {expected}")
-        elif now[phase][expected]["replayed"] == before[phase][expected]["replayed"]:
+        elif after[phase][expected]["replayed"] == before[phase][expected]["replayed"]:
             problems.append(f"no {phase} replayed a graph in {expected}")
     return problems
 

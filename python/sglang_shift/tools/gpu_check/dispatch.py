@@ -29,15 +29,15 @@ def check(record: Record) -> None:
     """Check each backend that this GPU supports, on each view of the deployments."""
     from sglang.srt.layers.quantization import unquant
 
-    ran = []
+    backends = []
     for name in BACKENDS:
         try:
             with backend(unquant, name):
                 check_views(record, unquant._bf16_gemm_dispatch_impl, name, torch.device("cuda"))
-            ran.append(name)
+            backends.append(name)
         except pytest.skip.Exception as reason:
             record.note(f"{name}: skipped: {reason}")
-    record.note(f"checked: {', '.join(ran)}")
+    record.note(f"checked: {', '.join(backends)}")
 
 
 @contextmanager

@@ -46,11 +46,11 @@ COMMON = [
 ]
 GRAPHS = ["--cuda-graph-max-bs-decode", str(REQUESTS), "--cuda-graph-max-bs-prefill", "512"]
 EAGER = ["--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"]
-SHARING = ["--disable-custom-all-reduce"]
+SHARED_GPU_FLAGS = ["--disable-custom-all-reduce"]
 """Ranks that share a GPU run without the custom all-reduce, because it maps memory between GPUs."""
 
-ONE_RANK = ServerSetup("TP=1", ["--tp-size", "1", *GRAPHS])
-AT_ONCE_BYTES = 64 << 30
+ONE_RANK = Contender("TP=1", ["--tp-size", "1", *GRAPHS])
+PARALLEL_START_BYTES = 64 << 30
 """The least memory of a GPU on which all servers run at the same time.
 
 ``--mem-fraction-static`` of it must hold all that other servers take while one server measures its free memory.
@@ -82,10 +82,10 @@ def check_one_gpu(record: Record, attention: str) -> None:
             except pytest.skip.Exception as reason:
                 record.note(f"{label}: skipped: {reason}")
                 continue
-            own = ["--tp-size", "2", *SHARING, *(GRAPHS if graphs else EAGER)]
-            others.append(ServerSetup(label, own, variables, graphs))
-        at_once = torch.cuda.get_device_properties(0).total_memory >= AT_ONCE_BYTES
-        ServerComparison(record, attention, flags, VOCABULARY, TOLERANCE).run(ONE_RANK, others, at_once)
+            own_flags = ["--tp-size", "2", *SHARED_GPU_FLAGS, *(GRAPHS if graphs else EAGER)]
+            others.append(Contender(label, own_flags, variables, graphs))
+        at_once = torch.cuda.get_device_properties(0).total_memory >= PARALLEL_START_BYTES
+        Comparison(record, attention, flags, VOCABULARY, TOLERANCE).run(ONE_RANK, others, at_once)
 
 
 def check_several(record: Record) -> None:

@@ -18,7 +18,7 @@ from sglang_shift.parallel.exchange.base import SequenceExchange
 from sglang_shift.parallel.exchange.collective import CollectiveExchange
 from sglang_shift.parallel.exchange.flashinfer import WORLD_SIZES, FlashInferExchange
 from sglang_shift.tools.gpu_check import environment, one_gpu
-from sglang_shift.tools.gpu_check.attempts import attempt
+from sglang_shift.tools.gpu_check.attempts import run_or_record_problem
 from sglang_shift.tools.gpu_check.ranks import RankGroup
 from sglang_shift.tools.gpu_check.record import Record, Row, one_line
 from sglang_shift.tools.gpu_check.timing import capture_graph, collective_seconds
@@ -51,7 +51,7 @@ def check_several(record: Record) -> None:
 def _run(record: Record, label: str, devices: list[str], names: list[str]) -> None:
     """Run each exchange in its own group, so that no exchange fails because of another."""
     for name in names:
-        rows: list[Row] = attempt(record, f"{label}, {name}", compare, devices, "nccl", name) or []
+        rows: list[Row] = run_or_record_problem(record, f"{label}, {name}", compare, devices, "nccl", name) or []
         for row in rows:
             record.row(group=label, **row)
             if wrong := [how for how in ("eager", "graph") if not row.get(f"{how}_right", True)]:
@@ -87,13 +87,13 @@ def compare(device: torch.device, name: str, dtype: torch.dtype = torch.bfloat16
     )
     for local in ROWS:
         trip = Trip(exchange, local, dtype, device)
-        row: Row = {"ranks": size, "exchange": exchange.text, "rows": local, "eager_right": trip.right()}
+        row: Row = {"ranks": size, "exchange": exchange.text, "rows": local, "eager_right": trip.run_and_check()}
         row["eager_us"] = round(1e6 * collective_seconds(trip.run, device), 1)
         if device.type == "cuda":
             graph, _ = capture_graph(trip.run)
             trip.fill(seed=1)
             graph.replay()
-            row["graph_right"] = trip.arrived()
+            row["graph_right"] = trip.is_correct()
             row["graph_us"] = round(1e6 * collective_seconds(graph.replay, device), 1)
         rows.append(row)
     exchange.close()
@@ -112,15 +112,15 @@ class Trip:
 
     def __init__(self, exchange: SequenceExchange, local: int, dtype: torch.dtype, device: torch.device) -> None:
         self.exchange, self.size, self.local = exchange, exchange.group.world_size, local
-        self.sent = torch.empty(local, self.size * QKV, dtype=dtype, device=device)
+        self.input = torch.empty(local, self.size * QKV, dtype=dtype, device=device)
         self.heads = torch.empty(self.size * local, QKV, dtype=dtype, device=device)
-        self.back = torch.empty(local, self.size * OUT, dtype=dtype, device=device)
+        self.output = torch.empty(local, self.size * OUT, dtype=dtype, device=device)
         self.fill(seed=0)
 
     def fill(self, seed: int) -> None:
         """Replace the rows to send in place, so that a graph reads the new rows."""
-        generator = torch.Generator(self.sent.device).manual_seed(self.size * seed + dist.get_rank())
-        self.sent.copy_(torch.randn(self.sent.shape, generator=generator, device=self.sent.device))
+        generator = torch.Generator(self.input.device).manual_seed(self.size * seed + dist.get_rank())
+        self.input.copy_(torch.randn(self.input.shape, generator=generator, device=self.input.device))
 
     def run(self) -> None:
         """Send the rows there and back.
@@ -128,27 +128,27 @@ class Trip:
         The way there gives a rank its QKV columns of all tokens. The way back gives it the O columns of all ranks for
         its own tokens.
         """
-        self.heads.copy_(self.exchange.scatter_heads(self.sent, _as_it_is, self.size * QKV))
-        self.back.copy_(self.exchange.gather_heads(self.heads[:, :OUT].contiguous(), _as_it_is))
+        self.heads.copy_(self.exchange.scatter_heads(self.input, _identity, self.size * QKV))
+        self.output.copy_(self.exchange.gather_heads(self.heads[:, :OUT].contiguous(), _identity))
 
-    def right(self) -> bool:
+    def run_and_check(self) -> bool:
         """Run, and return whether the result is right on every rank."""
         self.run()
-        return self.arrived()
+        return self.is_correct()
 
-    def arrived(self) -> bool:
+    def is_correct(self) -> bool:
         """Return whether all ranks have the right rows. An all-gather of the sent rows shows what is right."""
-        everything = [torch.empty_like(self.sent) for _ in range(self.size)]
-        dist.all_gather(everything, self.sent)
-        mine = slice(dist.get_rank() * QKV, (dist.get_rank() + 1) * QKV)
-        heads = torch.cat([rows[:, mine] for rows in everything])
-        back = self.sent.view(self.local, self.size, QKV)[:, :, :OUT].reshape(self.local, -1)
-        right = torch.equal(heads, self.heads) and torch.equal(back, self.back)
-        everywhere = torch.tensor([int(right)], device=self.sent.device)
+        everything = [torch.empty_like(self.input) for _ in range(self.size)]
+        dist.all_gather(everything, self.input)
+        own_columns = slice(dist.get_rank() * QKV, (dist.get_rank() + 1) * QKV)
+        heads = torch.cat([rows[:, own_columns] for rows in everything])
+        output = self.input.view(self.local, self.size, QKV)[:, :, :OUT].reshape(self.local, -1)
+        correct = torch.equal(heads, self.heads) and torch.equal(output, self.output)
+        everywhere = torch.tensor([int(correct)], device=self.input.device)
         dist.all_reduce(everywhere, dist.ReduceOp.MIN)
         return bool(everywhere.item())
 
 
-def _as_it_is(rows: torch.Tensor) -> torch.Tensor:
+def _identity(rows: torch.Tensor) -> torch.Tensor:
     """Return the rows unchanged, in place of a projection."""
     return rows

@@ -23,8 +23,8 @@ TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
 """Numbers of tokens of a step. A rank has one row for each token in TP, and 1/S of these rows in SP."""
 
 FP8 = torch.float8_e4m3fn
-FREE, RESOLUTION = 1.05, 1e-6
-"""A view is free if it takes at most FREE times as long as a copy, or at most RESOLUTION seconds longer.
+MAX_RATIO, MAX_EXTRA_SECONDS = 1.05, 1e-6
+"""A view is free if it takes at most MAX_RATIO times as long as a copy, or at most MAX_EXTRA_SECONDS longer.
 
 Such a small difference may be noise of the measurement.
 """
@@ -51,7 +51,7 @@ class Cost:
     @property
     def is_free(self) -> bool:
         """Whether a copy would gain nothing."""
-        return self.ratio <= FREE or self.view - self.copy <= RESOLUTION
+        return self.ratio <= MAX_RATIO or self.view - self.copy <= MAX_EXTRA_SECONDS
 
 
 def check(record: Record) -> None:
@@ -118,20 +118,20 @@ def _time(record: Record, labels: dict[str, object], x: torch.Tensor, weight: to
 def _check_view(
     record: Record, labels: dict[str, object], x: torch.Tensor, view: torch.Tensor, copy: torch.Tensor
 ) -> None:
-    if not (off := error_of(product(x, view), product(x, copy))) <= TOLERANCE:
-        record.problem(f"{labels}: the view's product differs by {off:.2g} of its norm from the copy's")
+    if not (error := error_of(product(x, view), product(x, copy))) <= TOLERANCE:
+        record.problem(f"{labels}: the view's product differs by {error:.2g} of its norm from the copy's")
 
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return ``x @ weight.T``. An fp8 product is bfloat16, and one scale of 1 is for all elements."""
     if weight.dtype is not FP8:
         return F.linear(x, weight)
-    scale = one(x.device)
+    scale = unit_scale(x.device)
     return torch._scaled_mm(x, weight.t(), scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16)
 
 
 @cache
-def one(device: torch.device) -> torch.Tensor:
+def unit_scale(device: torch.device) -> torch.Tensor:
     """Return the scale 1 as a tensor."""
     return torch.ones((), dtype=torch.float32, device=device)
 
@@ -159,7 +159,7 @@ def verdict(costs: list[Cost], dtype: str) -> list[str]:
     if not costs:
         return [f"{dtype}: no view was taken: every such shard would need a contiguous copy"]
     slower = [cost for cost in costs if not cost.is_free]
-    allowed = f"up to {FREE:g} x a copy's time, or {1e6 * RESOLUTION:g} us more"
+    allowed = f"up to {MAX_RATIO:g} x a copy's time, or {1e6 * MAX_EXTRA_SECONDS:g} us more"
     text = f"{dtype}: a view is free ({allowed}) in {len(costs) - len(slower)} of {len(costs)} cases"
     if slower:
         worst = max(slower, key=lambda cost: cost.ratio)

@@ -74,10 +74,10 @@ def capture(record: Record, deployment: Deployment, device: torch.device) -> lis
             x = stack.input(mode)
             graph, output = capture_graph(partial(stack.run, x, mode), pool)
             graphs.append(StepGraph(stack.batch, mode, stack, graph, x, output))
-        seconds, taken = time.perf_counter() - start, free - _free(device)
+        seconds, growth_bytes = time.perf_counter() - start, free - _free(device)
         labels = {"deployment": deployment.name, "mode": mode.value}
-        record.row(**labels, graphs=len(stacks), seconds=round(seconds, 3), bytes=taken)
-        text = f"{len(stacks)} graphs in {mode.value}: {seconds:.2f} s, {taken / 2**20:.0f} MiB"
+        record.row(**labels, graphs=len(stacks), seconds=round(seconds, 3), bytes=growth_bytes)
+        text = f"{len(stacks)} graphs in {mode.value}: {seconds:.2f} s, {growth_bytes / 2**20:.0f} MiB"
         record.note(f"{deployment.name}: {text}")
     return graphs
 
@@ -88,12 +88,12 @@ def check_replays(record: Record, graphs: list[StepGraph]) -> None:
     The order of the replays mixes modes and sizes.
     """
     order = [graph for pair in zip(graphs[: len(graphs) // 2], reversed(graphs), strict=False) for graph in pair]
-    for one in order + order[::-1]:
-        one.input.copy_(one.stack.input(one.mode))
-        one.graph.replay()
-        replayed = one.output.clone()
-        error = error_of(replayed, one.stack.run(one.input, one.mode))
-        labels = {"deployment": one.stack.deployment.name, "mode": one.mode.value, "tokens": one.batch.tokens}
+    for graph in order + order[::-1]:
+        graph.input.copy_(graph.stack.input(graph.mode))
+        graph.graph.replay()
+        replayed = graph.output.clone()
+        error = error_of(replayed, graph.stack.run(graph.input, graph.mode))
+        labels = {"deployment": graph.stack.deployment.name, "mode": graph.mode.value, "tokens": graph.batch.tokens}
         record.row(**labels, replay_error=error)
         if not error <= TOLERANCE:
             record.problem(f"{labels}: a replay differs by {error:.2g} of the norm from the eager step")

@@ -20,7 +20,7 @@ from sglang_shift.tools.gpu_check import processes
 from sglang_shift.tools.gpu_check.catalogue import MARKERS, Check
 from sglang_shift.tools.gpu_check.record import Record, Status, read
 
-LEAST_SECONDS = 30.0
+MIN_START_SECONDS = 30.0
 """If less time than this is left, no check begins. The import of SGLang and PyTorch takes a part of this time."""
 
 MARGIN_SECONDS = 2.0
@@ -95,7 +95,7 @@ class Isolation:
             return self._no_gpu
         if self._gpus < check.gpus:
             return f"it needs {check.gpus} GPUs, and there is {self._gpus}"
-        if left < LEAST_SECONDS:
+        if left < MIN_START_SECONDS:
             return f"too little is left of the {self._seconds:.0f} s for all checks; give more --minutes"
         return ""
 
@@ -106,19 +106,19 @@ class Isolation:
         command = child_command(item, lines, start + seconds)
         code = processes.run(command, seconds + MARGIN_SECONDS, log)
         record, end = read(lines)
-        taken = time.time() - start
+        elapsed = time.time() - start
         if code is None or (end is not None and end.late):
-            return CheckResult(name, "failed", late, taken, record)
+            return CheckResult(name, "failed", late, elapsed, record)
         if end is None:
-            return CheckResult(name, "failed", f"it ended with exit code {code}: {last_line(log)}", taken, record)
-        return CheckResult(name, end.status, end.reason, taken, record)
+            return CheckResult(name, "failed", f"it ended with exit code {code}: {last_line(log)}", elapsed, record)
+        return CheckResult(name, end.status, end.reason, elapsed, record)
 
 
 def child_command(item: pytest.Function, lines: Path, until: float) -> Sequence[str]:
     """Return the command that runs one check: pytest with the plugin for such a process."""
     options = ("-q", "--no-header", "--tb=native", "-p", "sglang_shift.tools.gpu_check.child")
-    own = (f"--record={lines}", f"--until={until}", f"--rootdir={item.path.parent}", f"{item.path}::{item.name}")
-    return [sys.executable, "-m", "pytest", *SESSION, *options, *own]
+    arguments = (f"--record={lines}", f"--until={until}", f"--rootdir={item.path.parent}", f"{item.path}::{item.name}")
+    return [sys.executable, "-m", "pytest", *SESSION, *options, *arguments]
 
 
 def reports(item: pytest.Function, result: CheckResult) -> list[pytest.TestReport]:

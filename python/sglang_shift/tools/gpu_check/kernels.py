@@ -55,20 +55,19 @@ def measure(
     record: Record, labels: dict[str, Any], operation: Any, modules: tuple[Any, Any, Any], device: torch.device
 ) -> dict[str, Any] | None:
     """Check one operation. Time the operation unless its result is a view."""
-    gpu, reference, traffic = modules
+    gpu, reference, traffic_of = modules
     result = operation.run(gpu)
     if not torch.equal(result, operation.run(reference)):
         record.problem(f"{labels}: not what the reference gives")
         return None
-    kernel_traffic = traffic(operation.arguments[0], result)
-    total = kernel_traffic.total_bytes
-    if not total:
+    traffic = traffic_of(operation.arguments[0], result)
+    if not traffic.moved:
         return None
-    seconds, copy = seconds_of(lambda: operation.run(gpu), device), copy_seconds(total, device)
-    figures = {"us": 1e6 * seconds, "GB/s": total / seconds / 1e9, "copy GB/s": total / copy / 1e9}
+    seconds, copy = seconds_of(lambda: operation.run(gpu), device), copy_seconds(traffic.moved, device)
+    figures = {"us": 1e6 * seconds, "GB/s": traffic.moved / seconds / 1e9, "copy GB/s": traffic.moved / copy / 1e9}
     return record.row(
         **labels,
-        bytes=total,
+        bytes=traffic.moved,
         **{name: round(value, 2) for name, value in figures.items()},
-        **{"share of a copy": round(copy / seconds, 3), "of the minimum": round(total / kernel_traffic.minimum, 3)},
+        **{"share of a copy": round(copy / seconds, 3), "of the minimum": round(traffic.moved / traffic.minimum, 3)},
     )

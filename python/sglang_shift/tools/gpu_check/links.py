@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_shift.tools.gpu_check import environment
-from sglang_shift.tools.gpu_check.attempts import attempt
+from sglang_shift.tools.gpu_check.attempts import run_or_record_problem
 from sglang_shift.tools.gpu_check.record import Record, Row, one_line
 from sglang_shift.tools.gpu_check.timing import capture_graph, collective_seconds
 from sglang_shift.tools.tables import text_table
@@ -26,8 +26,8 @@ SIZES = tuple(8**power for power in range(1, 11))
 WORLDS = (2, 4, 8)
 ALL_TO_ALL, SGLANG = "all-to-all", "SGLang's all-reduce"
 OPERATIONS = (ALL_TO_ALL, "all-reduce", SGLANG)
-MANY, FEW, SMALL = 20, 3, 1 << 20
-"""Calls in a graph: ``MANY`` for buffers of fewer than ``SMALL`` bytes, and ``FEW`` for others.
+CALLS_SMALL, CALLS_LARGE, SMALL_BYTES = 20, 3, 1 << 20
+"""Calls in a graph: ``CALLS_SMALL`` for buffers of fewer than ``SMALL_BYTES`` bytes, and ``CALLS_LARGE`` for others.
 
 With many calls, the overhead of a replay does not count.
 """
@@ -36,15 +36,15 @@ With many calls, the overhead of a replay does not count.
 def check(record: Record) -> None:
     """Time groups of 2, 4 and 8 GPUs, if there are enough GPUs. Each operation runs in new ranks."""
     for world in (size for size in WORLDS if size <= environment.gpus()):
-        measured: list[Row] = []
+        rows: list[Row] = []
         for operation in OPERATIONS:
             label, devices = f"{world} GPUs, {operation}", [f"cuda:{i}" for i in range(world)]
-            for row in attempt(record, label, sweep, devices, "nccl", operation) or ():
+            for row in run_or_record_problem(record, label, sweep, devices, "nccl", operation) or ():
                 if "skipped" in row:
                     record.note(f"{label}: skipped: {row['skipped']}")
                 else:
-                    measured.append(record.row(**row))
-        record.note(table(world, measured))
+                    rows.append(record.row(**row))
+        record.note(table(world, rows))
 
 
 def sweep(device: torch.device, operation: str) -> list[Row]:
@@ -70,7 +70,7 @@ def _measure(name: str, call: Callable[[torch.Tensor], Any], device: torch.devic
             x = torch.zeros(size, dtype=torch.uint8, device=device)
         if custom is not None and not custom.should_custom_ar(x):
             continue
-        calls = MANY if size < SMALL else FEW
+        calls = CALLS_SMALL if size < SMALL_BYTES else CALLS_LARGE
         with nullcontext() if custom is None else custom.capture():
             graph, _ = capture_graph(partial(_repeat, call, x, calls))
         seconds = collective_seconds(graph.replay, device) / calls

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from sglang_shift.tools.gpu_check import one_gpu
-from sglang_shift.tools.gpu_check.answers import compare, prompts
+from sglang_shift.tools.gpu_check.answers import compare, make_prompts
 from sglang_shift.tools.gpu_check.comparison import SHIFT, START_SECONDS, THRESHOLDS, ask, set_threshold
-from sglang_shift.tools.gpu_check.engine import EAGER, SHARING, VOCABULARY, model_flags
+from sglang_shift.tools.gpu_check.engine import EAGER, SHARED_GPU_FLAGS, VOCABULARY, model_flags
 from sglang_shift.tools.gpu_check.record import Record
 from sglang_shift.tools.servers import Server, call, serving
 
@@ -34,7 +34,7 @@ def check(record: Record) -> None:
     with TemporaryDirectory(prefix="sglang_shift_") as name:
         folder = Path(name)
         flags = [*model_flags(folder), "--attention-backend", "triton", "--tp-size", "2"]
-        flags += [*SHARING, *EAGER, *SHIFT, *SAVER]
+        flags += [*SHARED_GPU_FLAGS, *EAGER, *SHIFT, *SAVER]
         # Each rank holds all layers and half of the other weights. So the two ranks hold at least one model together.
         least = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
         variables = one_gpu.environment("gloo", folder / "gloo")
@@ -52,21 +52,23 @@ def check_release(record: Record, server: Server, free: Callable[[], int], least
         free: Returns the bytes of free memory.
         least: The least number of bytes that the server must free.
     """
-    asked = prompts(VOCABULARY)
+    prompts = make_prompts(VOCABULARY)
     before = {}
     for mode in ("tp", "sp"):
         set_threshold(server, THRESHOLDS[mode])
-        before[mode] = ask(server, asked)
-    held = free()
+        before[mode] = ask(server, prompts)
+    free_before = free()
     call(server.url + "/release_memory_occupation", body={}, text=True)
-    freed = free() - held
+    freed = free() - free_before
     call(server.url + "/resume_memory_occupation", body={}, text=True)
-    taken = held + freed - free()
-    record.row(freed_bytes=freed, taken_bytes=taken, least_bytes=least)
-    record.note(f"released {freed / 2**20:.0f} MiB and took {taken / 2**20:.0f} again; weights are {least / 2**20:.0f}")
-    if min(freed, taken) < least:
-        record.problem(f"{freed} bytes were freed and {taken} taken again, less than the weights' {least}")
+    reallocated = free_before + freed - free()
+    record.row(freed_bytes=freed, taken_bytes=reallocated, least_bytes=least)
+    record.note(
+        f"released {freed / 2**20:.0f} MiB and took {reallocated / 2**20:.0f} again; weights are {least / 2**20:.0f}"
+    )
+    if min(freed, reallocated) < least:
+        record.problem(f"{freed} bytes were freed and {reallocated} taken again, less than the weights' {least}")
     for mode in ("tp", "sp"):
         set_threshold(server, THRESHOLDS[mode])
-        for problem in compare(ask(server, asked), before[mode], TOLERANCE).problems:
+        for problem in compare(ask(server, prompts), before[mode], TOLERANCE).problems:
             record.problem(f"{mode}, after resuming: {problem}")

@@ -58,9 +58,9 @@ def nccl_environment() -> dict[str, str]:
     Raises:
         pytest.skip.Exception: this NCCL is too old.
     """
-    if (nccl := nccl_version()) < LEAST_NCCL:
+    if (version := nccl_version()) < LEAST_NCCL:
         pytest.skip(
-            f"NCCL {'.'.join(map(str, nccl)) or '(none)'} refuses two ranks on one GPU; preload "
+            f"NCCL {'.'.join(map(str, version)) or '(none)'} refuses two ranks on one GPU; preload "
             f"{'.'.join(map(str, LEAST_NCCL))} or newer, and name it in SGLANG_NCCL_SO_PATH"
         )
     return {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}

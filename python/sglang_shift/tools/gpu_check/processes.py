@@ -29,7 +29,7 @@ def run(command: Sequence[str], seconds: float, log: Path) -> int | None:
     Returns:
         The exit code of the command, or -N after signal N. It is None if the command took too long.
     """
-    others = children()
+    earlier_children = children()
     with log.open("wb") as out, adopting_orphans():
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -37,16 +37,16 @@ def run(command: Sequence[str], seconds: float, log: Path) -> int | None:
         except subprocess.TimeoutExpired:
             return None
         finally:
-            stop(process, others)
+            stop(process, earlier_children)
 
 
-def stop(process: subprocess.Popen[bytes], others: set[psutil.Process]) -> None:
+def stop(process: subprocess.Popen[bytes], earlier_children: set[psutil.Process]) -> None:
     """End a process in any state, and all processes that it has started. A server that stays would hold the GPU.
 
     Args:
         process: The process to end. It has :data:`GRACE_SECONDS` to end by itself. The processes that it leaves behind
             are killed for another :data:`GRACE_SECONDS`, until all of them are gone.
-        others: Children that this process had before it started ``process``.
+        earlier_children: Children that this process had before it started ``process``.
     """
     if process.poll() is None:
         process.terminate()
@@ -55,11 +55,11 @@ def stop(process: subprocess.Popen[bytes], others: set[psutil.Process]) -> None:
     process.kill()
     process.wait()
     deadline = time.monotonic() + GRACE_SECONDS
-    while (left := children() - others) and time.monotonic() < deadline:
-        for orphan in left:
+    while (orphans := children() - earlier_children) and time.monotonic() < deadline:
+        for orphan in orphans:
             with suppress(psutil.NoSuchProcess):
                 orphan.kill()
-        psutil.wait_procs(left, timeout=1)  # their own children are now orphans, too
+        psutil.wait_procs(orphans, timeout=1)  # their own children are now orphans, too
 
 
 @contextmanager

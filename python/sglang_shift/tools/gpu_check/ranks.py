@@ -44,8 +44,8 @@ def run_ranks(function: Callable[..., Any], devices: list[str], backend: str, *a
         torch.multiprocessing.ProcessRaisedException: a rank raised an exception.
     """
     with TemporaryDirectory(prefix="sglang_shift_") as folder:
-        given = devices, backend, folder, function, args
-        mp.start_processes(_main, given, len(devices), daemon=True, start_method="spawn")
+        arguments = devices, backend, folder, function, args
+        mp.start_processes(_main, arguments, len(devices), daemon=True, start_method="spawn")
         return json.loads(Path(folder, "result").read_text())
 
 

@@ -16,7 +16,7 @@ from sglang_shift.tools.gpu_check.record import Record
 
 FILE = "gpu_check.json"
 WIDTH = 116
-SHOWN = 5
+MAX_PROBLEMS = 5
 """The most problems of a check in the table. The file has all problems."""
 
 PASSED, FAILED, NOTHING_RAN = 0, 1, 2
@@ -65,9 +65,9 @@ def line(result: CheckResult) -> str:
     head = f"{result.name:<18} {result.status:<8} {result.seconds:6.1f} s"
     parts = [result.reason] if result.reason else []
     problems = [problem for problem in result.record.problems if not result.reason.startswith(problem)]
-    parts += problems[:SHOWN]
-    if len(problems) > SHOWN:
-        parts.append(f"and {len(problems) - SHOWN} more in {FILE}")
+    parts += problems[:MAX_PROBLEMS]
+    if len(problems) > MAX_PROBLEMS:
+        parts.append(f"and {len(problems) - MAX_PROBLEMS} more in {FILE}")
     parts += result.record.notes
     return "\n".join([head.rstrip(), *(_indented(part) for part in parts)])
 

@@ -32,10 +32,10 @@ from sglang_shift.weights.projections import (
     QkvProjection,
 )
 
-KINDS = {"qkv": QkvProjection, "o": OutputProjection, "gate_up": GateUpProjection, "down": DownProjection}
+PROJECTIONS = {"qkv": QkvProjection, "o": OutputProjection, "gate_up": GateUpProjection, "down": DownProjection}
 
 
-class AlikeGroup:
+class ReplicatedGroup:
     """A group of ranks that all hold the same weights and tokens."""
 
     rank_in_group = 0
@@ -59,23 +59,23 @@ class Batch:
 
     Attributes:
         requests: Number of requests, a multiple of S. Each rank carries 1/S of the requests, and all shares are alike.
-        new: Number of tokens that each request computes.
-        context: Number of tokens in each request's KV cache before the step. A prefill (``new`` > 1) has none.
+        new_tokens: Number of tokens that each request computes.
+        context: Number of tokens in each request's KV cache before the step. A prefill (``new_tokens`` > 1) has none.
     """
 
     requests: int
-    new: int
+    new_tokens: int
     context: int = 0
 
     @property
     def tokens(self) -> int:
         """Number of tokens of the step."""
-        return self.requests * self.new
+        return self.requests * self.new_tokens
 
     @property
     def phase(self) -> str:
         """``prefill`` or ``decode``."""
-        return "prefill" if self.new > 1 else "decode"
+        return "prefill" if self.new_tokens > 1 else "decode"
 
 
 @dataclass(frozen=True)
@@ -103,19 +103,21 @@ class Stack:
     ) -> None:
         self.deployment, self.batch, self.dtype, self.device = deployment, batch, dtype, device
         layout = RankLayout(deployment.ranks, deployment.sp)
-        sp_group: Any = AlikeGroup(layout.sp_size)
-        base_tp_group: Any = AlikeGroup(layout.base_tp_size) if layout.base_tp_size > 1 else None
+        sp_group: Any = ReplicatedGroup(layout.sp_size)
+        base_tp_group: Any = ReplicatedGroup(layout.base_tp_size) if layout.base_tp_size > 1 else None
         self.topology = Topology(layout, 0, sp_group, base_tp_group, CollectiveExchange(sp_group))
-        self.group = AlikeGroup(deployment.ranks)
+        self.group = ReplicatedGroup(deployment.ranks)
         (qkv, query), head_dim = deployment.widths, deployment.layer.head_dim
         self.heads, self.kv_heads = query // head_dim, (qkv - query) // 2 // head_dim
         self._generator = torch.Generator(device).manual_seed(0)
-        cache = (batch.requests, self.kv_heads, batch.context + batch.new, head_dim)
-        self.layers = [Layer(self._linears(), self._alike(*cache), self._alike(*cache)) for _ in range(layers)]
+        cache = (batch.requests, self.kv_heads, batch.context + batch.new_tokens, head_dim)
+        self.layers = [
+            Layer(self._linears(), self._replicated(*cache), self._replicated(*cache)) for _ in range(layers)
+        ]
 
     def input(self, mode: Mode) -> torch.Tensor:
         """Return the input of a step: ``[T, h]`` in TP, ``[T / S, h]`` in SP."""
-        rows = self._alike(self.batch.tokens, self.deployment.layer.hidden)
+        rows = self._replicated(self.batch.tokens, self.deployment.layer.hidden)
         return rows if mode is Mode.TP else rows[: self.batch.tokens // self.deployment.sp].clone()
 
     def run(self, x: torch.Tensor, mode: Mode) -> torch.Tensor:
@@ -140,12 +142,12 @@ class Stack:
         The keys and values of the new tokens go into the KV cache.
         """
         batch, heads, kv_heads = self.batch, self.heads, self.kv_heads
-        by_head = qkv.view(batch.requests, batch.new, heads + 2 * kv_heads, -1).transpose(1, 2)
+        by_head = qkv.view(batch.requests, batch.new_tokens, heads + 2 * kv_heads, -1).transpose(1, 2)
         query, key, value = by_head.split((heads, kv_heads, kv_heads), dim=1)
         layer.keys[:, :, batch.context :].copy_(key)
         layer.values[:, :, batch.context :].copy_(value)
         out = F.scaled_dot_product_attention(
-            query, layer.keys, layer.values, is_causal=batch.new > 1, enable_gqa=heads != kv_heads
+            query, layer.keys, layer.values, is_causal=batch.new_tokens > 1, enable_gqa=heads != kv_heads
         )
         return out.transpose(1, 2).reshape(batch.tokens, -1)
 
@@ -158,11 +160,11 @@ class Stack:
             linear = SimpleNamespace(
                 weight=base[: shard.outputs, : shard.inputs], bias=None, quant_method=UnquantizedLinearMethod()
             )
-            linear.shift_projection = KINDS[name](linear, BaseWeight(base, None))
+            linear.ulysses = PROJECTIONS[name](linear, BaseWeight(base, None))
             linears[name] = linear
         return linears
 
-    def _alike(self, first: int, *rest: int) -> torch.Tensor:
+    def _replicated(self, first: int, *rest: int) -> torch.Tensor:
         """Return ``first`` random items. Each of the S ranks has the same items."""
         sp = self.deployment.sp
         return self._random(first // sp, *rest).repeat(sp, *(1 for _ in rest))

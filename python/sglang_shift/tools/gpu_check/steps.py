@@ -56,9 +56,9 @@ def measure(
             graph, _ = capture_graph(step)
             seconds["graph"] = seconds_of(graph.replay, device)
         times = {}
-        for how, taken in seconds.items():
-            times[f"{how}_us_per_layer"] = round(1e6 * taken / layers, 2)
-            times[f"{how}_ms_all_layers"] = round(1e3 * taken / layers * deployment.layers, 3)
+        for how, elapsed in seconds.items():
+            times[f"{how}_us_per_layer"] = round(1e6 * elapsed / layers, 2)
+            times[f"{how}_ms_all_layers"] = round(1e3 * elapsed / layers * deployment.layers, 3)
         rows.append(
             record.row(
                 deployment=deployment.name,

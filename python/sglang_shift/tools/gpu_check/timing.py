@@ -42,17 +42,17 @@ def collective_seconds(call: Call, device: torch.device) -> float:
     for _ in range(WARM_UPS):
         call()
     size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", L2_BYTES)
-    cold = torch.empty(4 * size, dtype=torch.int8, device=device)
-    laps = []
+    l2_flush = torch.empty(4 * size, dtype=torch.int8, device=device)
+    event_pairs = []
     for _ in range(RUNS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        cold.zero_()  # this takes so long that the call is queued before it ends
+        l2_flush.zero_()  # this takes so long that the call is queued before it ends
         start.record()
         call()
         end.record()
-        laps.append((start, end))
+        event_pairs.append((start, end))
     torch.cuda.synchronize(device)
-    return median(start.elapsed_time(end) for start, end in laps) / 1e3
+    return median(start.elapsed_time(end) for start, end in event_pairs) / 1e3
 
 
 def _by_the_clock(call: Call) -> float:

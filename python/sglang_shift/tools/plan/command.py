@@ -20,71 +20,71 @@ MODULE = "sglang_shift.plan"
 WINDOW = 900.0
 """Seconds of a trace to use by default. The Shift Parallelism paper replays a part of this length."""
 
-LEAST, MOST = 1e-6, 1e6
+MIN_RATE, MAX_RATE = 1e-6, 1e6
 """Bounds of rates and paces. With smaller or larger values, the simulator's clock would lose its milliseconds."""
 
 MOST_REQUESTS = 10**6
 
 
-def words_of(found: Lengths) -> str:
+def words_of(value: Lengths) -> str:
     """Return lengths in words."""
-    return f"{found[0]} to {found[1]}" if isinstance(found, tuple) else str(found)
+    return f"{value[0]} to {value[1]}" if isinstance(value, tuple) else str(value)
 
 
-def lengths(given: str) -> Lengths:
+def lengths(text: str) -> Lengths:
     """Parse ``N`` or ``LOW-HIGH`` of the command line.
 
     Raises:
         ValueError: the text is something else.
     """
-    low, *rest = (int(part) for part in given.split("-"))
+    low, *rest = (int(part) for part in text.split("-"))
     high = rest[0] if rest else low
-    if len(rest) > 1 or not 1 <= low <= high <= MAX_TOKENS:
-        raise ValueError(given)
+    if len(rest) > 1 or not 1 <= low <= high <= MOST_TOKENS:
+        raise ValueError(text)
     return (low, high) if rest else low
 
 
-def factor(given: str) -> float:
+def factor(text: str) -> float:
     """Parse a rate or a pace of the command line.
 
     Raises:
         argparse.ArgumentTypeError: the text is something else.
     """
     try:
-        found = float(given)
+        value = float(text)
     except ValueError:
-        found = math.nan
-    if not LEAST <= found <= MOST:
-        raise argparse.ArgumentTypeError(f"'{given}' must be more than 0, a number from {LEAST:g} to {MOST:g}")
-    return found
+        value = math.nan
+    if not MIN_RATE <= value <= MAX_RATE:
+        raise argparse.ArgumentTypeError(f"'{text}' must be more than 0, a number from {MIN_RATE:g} to {MAX_RATE:g}")
+    return value
 
 
-def request_count(given: str) -> int:
+def request_count(text: str) -> int:
     """Parse a number of requests of the command line.
 
     Raises:
         argparse.ArgumentTypeError: the text is something else.
     """
-    return _whole(given, 1, MOST_REQUESTS)
+    return _whole(text, 1, MOST_REQUESTS)
 
 
-def context_length(given: str) -> int:
+def context_length(text: str) -> int:
     """Parse the tokens of a context of the command line. The context must have room for a prompt and an output.
 
     Raises:
         argparse.ArgumentTypeError: the text is something else.
     """
-    return _whole(given, 2, MAX_TOKENS)
+    return _whole(text, 2, MOST_TOKENS)
 
 
-def _whole(given: str, least: int, most: int) -> int:
+def _whole(text: str, least: int, most: int) -> int:
     try:
-        found = int(given)
+        value = int(text)
     except ValueError:
-        found = least - 1
-    if not least <= found <= most:
-        raise argparse.ArgumentTypeError(f"'{given}' is not a whole number from {least} to {most}")
-    return found
+        value = least - 1
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {least} to {most}")
+    return value
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -121,31 +121,33 @@ def requests_of(args: argparse.Namespace, model: Model) -> tuple[list[Request], 
         ShiftError: the trace cannot be read, or has no request in the window.
     """
     if args.rate:
-        made = steady(args.rate, prompt=args.prompt, output=args.output, requests=args.requests)
-        words = f"{len(made)} requests at {args.rate:g}/s, prompts of {words_of(args.prompt)} tokens and outputs of "
-        return fitted(made, words + words_of(args.output), model)
+        requests = steady(args.rate, prompt=args.prompt, output=args.output, requests=args.requests)
+        words = (
+            f"{len(requests)} requests at {args.rate:g}/s, prompts of {words_of(args.prompt)} tokens and outputs of "
+        )
+        return cut_to_context(requests, words + words_of(args.output), model)
     start, seconds = args.window
     try:
-        found = cut_window(read_trace(args.trace), start, seconds)
+        requests = window(read_trace(args.trace), start, seconds)
     except (OSError, ValueError) as error:
         raise ShiftError(
             f"--trace {args.trace} cannot be read: {error}; give a .csv of Azure's or a .jsonl of Mooncake's"
         ) from error
-    if not found:
+    if not requests:
         raise ShiftError(f"--trace {args.trace} has no request from second {start:g} to {start + seconds:g}")
-    words = f"{len(found)} requests of {args.trace.name}, second {start:g} to {start + seconds:g}"
+    words = f"{len(requests)} requests of {args.trace.name}, second {start:g} to {start + seconds:g}"
     words += f", {args.pace:g} times as fast" if args.pace != 1 else ""
-    return fitted(scale(found, time=1 / args.pace), words, model)
+    return cut_to_context(scaled(requests, time=1 / args.pace), words, model)
 
 
-def fitted(requests: list[Request], words: str, model: Model) -> tuple[list[Request], str]:
+def cut_to_context(requests: list[Request], words: str, model: Model) -> tuple[list[Request], str]:
     """Cut requests to the model's context. If some requests were cut, the words say how many."""
-    made = scale(requests, context=model.context)
-    cut = sum(r != given for r, given in zip(made, requests, strict=True))
-    return made, f"{words}; {cut} of them cut to the context of {model.context} tokens" if cut else words
+    cut_requests = scaled(requests, context=model.context)
+    cut = sum(r != original for r, original in zip(cut_requests, requests, strict=True))
+    return cut_requests, f"{words}; {cut} of them cut to the context of {model.context} tokens" if cut else words
 
 
-def plan(args: argparse.Namespace) -> None:
+def print_plan(args: argparse.Namespace) -> None:
     """Print the plan that the arguments ask for, as Markdown. Draw it if the arguments ask for that.
 
     Raises:
@@ -157,11 +159,11 @@ def plan(args: argparse.Namespace) -> None:
     model = read_model(args.model, args.context_length)
     requests, traffic = requests_of(args, model)
     kv_dtype = "fp8" if args.kv_cache_dtype == "fp8" else "bfloat16"
-    found = search(model, gpu, count, requests, kv_dtype, lambda words: print(words, file=sys.stderr, flush=True))
+    plan = search(model, gpu, count, requests, kv_dtype, lambda words: print(words, file=sys.stderr, flush=True))
     where = f"{count} x {gpu.name}"
-    print(report.text(found, model, where, traffic), flush=True)
+    print(report.text(plan, model, where, traffic), flush=True)
     if args.plot:
-        report.plot(found, f"{model.name} on {where}", args.plot)
+        report.plot(plan, f"{model.name} on {where}", args.plot)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -171,7 +173,7 @@ def main(argv: Sequence[str]) -> int:
         if args.check:
             print(paper.report())
         else:
-            plan(args)
+            print_plan(args)
     except ShiftError as error:
         return print_error(error)
     return 0

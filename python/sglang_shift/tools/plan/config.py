@@ -15,10 +15,10 @@ from sglang_shift.models.families import FAMILIES
 REQUIRED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 """Sizes that must be given. If they have defaults, these are the sizes of another model."""
 
-INSIDE = ("text_config", "llm_config", "language_config", "thinker_config")
+NESTED_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 """Fields in which models of more than text keep the configuration of their language model."""
 
-APART = ("dtype", "torch_dtype", "quantization_config")
+RAW_FIELDS = ("dtype", "torch_dtype", "quantization_config")
 """Fields that transformers turns into objects. This package reads them as they are in the file."""
 
 
@@ -33,12 +33,12 @@ def architecture_of(raw: dict[str, Any]) -> str:
         raise ValueError(f"architectures {names!r} is not a list of names")
     if names[0] not in FAMILIES:
         raise ValueError(f"{names[0]}, which is none of {', '.join(FAMILIES)}")
-    if inside := next((name for name in INSIDE if raw.get(name) is not None), None):
-        raise ValueError(f"{inside}, a model inside another")
+    if nested := next((name for name in NESTED_CONFIGS if raw.get(name) is not None), None):
+        raise ValueError(f"{nested}, a model inside another")
     return names[0]
 
 
-def completed(raw: dict[str, Any]) -> Any:
+def with_defaults(raw: dict[str, Any]) -> Any:
     """Return transformers' object of the configuration. Missing fields have the defaults of the ``model_type``.
 
     The defaults differ between model types. Without num_key_value_heads, a Llama has one KV head for each head, and a
@@ -51,22 +51,22 @@ def completed(raw: dict[str, Any]) -> Any:
         size_in(raw, name)
     if raw["model_type"] not in CONFIG_MAPPING:
         raise ValueError(f"model_type {raw['model_type']!r}, which is unknown")
-    content = {key: value for key, value in raw.items() if key not in APART}
+    content = {key: value for key, value in raw.items() if key not in RAW_FIELDS}
     try:
         return CONFIG_MAPPING[raw["model_type"]].from_dict(deepcopy(content))  # from_dict changes nested values
     except Exception as error:  # transformers raises errors of any type
         raise ValueError(" ".join(str(error.__cause__ or error).split()).rstrip(".")) from error
 
 
-def context_of(config: Any, given: int | None = None) -> int:
+def context_of(config: Any, context_length: int | None = None) -> int:
     """Return the tokens of the longest sequence that a server takes, by SGLang's rule.
 
     Args:
         config: The model's configuration.
-        given: The value of ``--context-length``, if the flag is given.
+        context_length: The value of ``--context-length``, if the flag is given.
 
     Raises:
-        ShiftError: ``given`` is more than the model's context.
+        ShiftError: ``context_length`` is more than the model's context.
         ValueError: the model's context is no number, or has no room for a prompt and an output.
     """
     size_in({"max_position_embeddings": config.max_position_embeddings}, "max_position_embeddings", least=2)
@@ -76,6 +76,6 @@ def context_of(config: Any, given: int | None = None) -> int:
         raise ValueError(f"no context length ({error})") from error
     if not 2 <= context <= MOST:
         raise ValueError(f"a context of {context:.6g} tokens")
-    if given is not None and given > context:
-        raise ShiftError(f"--context-length {given} is more than the model's {context}; give that or less")
-    return context if given is None else given
+    if context_length is not None and context_length > context:
+        raise ShiftError(f"--context-length {context_length} is more than the model's {context}; give that or less")
+    return context if context_length is None else context_length

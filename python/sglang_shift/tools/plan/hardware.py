@@ -55,8 +55,8 @@ class Gemm:
 
     def seconds(self, rows: int, outputs: int, inputs: int) -> float:
         """Return the seconds of ``[rows, inputs]`` times a weight ``[outputs, inputs]``. Outputs have 2 bytes each."""
-        moved = (rows + outputs) * inputs * self.weight_bytes + 2 * rows * outputs
-        return self.latency + hypot(moved / self.bandwidth, 2 * rows * outputs * inputs / self.flops)
+        traffic = (rows + outputs) * inputs * self.weight_bytes + 2 * rows * outputs
+        return self.latency + hypot(traffic / self.bandwidth, 2 * rows * outputs * inputs / self.flops)
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,12 @@ def parse_gpus(text: str) -> tuple[int, Gpu]:
         ShiftError: the text is something else, or there are no figures for these GPUs.
     """
     match = re.fullmatch(r"(\d{1,4})\s*[xX]\s*(\S+)", text.strip())
-    known = " or ".join(gpus())
+    kinds = " or ".join(gpus())
     if match is None:
         raise ShiftError(f"--gpus '{text}' is not a number of GPUs and their kind; give for example {NODE}xH200")
     count, name = int(match[1]), match[2].upper()
     if name not in gpus():
-        raise ShiftError(f"--gpus {text}: there are no figures for a {match[2]}; give {known}")
+        raise ShiftError(f"--gpus {text}: there are no figures for a {match[2]}; give {kinds}")
     if not 1 <= count <= NODE:
         raise ShiftError(f"--gpus {text}: there are figures for the links inside a node only; give 1 to {NODE} GPUs")
     return count, gpus()[name]

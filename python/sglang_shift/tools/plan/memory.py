@@ -15,7 +15,7 @@ from sglang_shift.tools.plan.model import Model
 
 # These are SGLang's defaults for GPUs of 60 to 160 GiB, in MiB. They are from handle_gpu_memory_settings in
 # srt/arg_groups/memory_hook.py.
-LEAST_RESERVE = 10 * 1024
+MIN_RESERVE = 10 * 1024
 PER_DECODE_GRAPH_REQUEST, PER_PREFILL_GRAPH = 2, 8
 
 
@@ -70,7 +70,7 @@ def memory(
     graphs = PER_DECODE_GRAPH_REQUEST * batch + PER_PREFILL_GRAPH * prefills
     settings = SimpleNamespace(disaggregation_mode="null", chunked_prefill_size=chunk, tp_size=ranks, pp_size=1)
     # No GPU is passed. SGLang's minimum for a GPU is for the activations alone, and the minimum here is for everything.
-    reserve = max(LEAST_RESERVE, pre_capture_activation_reserve_mb_of(settings, None) + graphs)
+    reserve = max(MIN_RESERVE, pre_capture_activation_reserve_mb_of(settings, None) + graphs)
     return Memory(
         weights,
         _weights(model, ranks, layout.sp_size) - weights,

@@ -12,9 +12,9 @@ from sglang_shift.models.decoder_layer import Layer, check_dense, layer_of
 from sglang_shift.models.families import FAMILIES, Family
 from sglang_shift.models.fields import check_fields
 from sglang_shift.models.sizes import ModelSizes
-from sglang_shift.tools.plan.config import architecture_of, completed, context_of
+from sglang_shift.tools.plan.config import architecture_of, context_of, with_defaults
 
-BESIDE = "hf_quant_config.json"
+NVIDIA_QUANT_CONFIG = "hf_quant_config.json"
 """The file that says how a checkpoint of NVIDIA is quantized."""
 
 
@@ -30,10 +30,10 @@ class Model:
         context: Tokens of the longest sequence.
         weights: The format of its layers' matrices: ``bfloat16``, ``fp8`` (a scale per channel and token) or
             ``fp8_block`` (a scale per 128 x 128). Embeddings and LM head are bfloat16.
-        tied: Whether the LM head is the embedding.
+        tied_embeddings: Whether the LM head is the embedding.
         architecture: The name of its class in its configuration.
         path: The value for ``--model-path``, if it is known.
-        shortened: Whether the user asked for this context. Then a server needs ``--context-length``.
+        context_is_given: Whether the user asked for this context. Then a server needs ``--context-length``.
     """
 
     name: str
@@ -42,10 +42,10 @@ class Model:
     vocabulary: int
     context: int
     weights: str = "bfloat16"
-    tied: bool = False
+    tied_embeddings: bool = False
     architecture: str = "LlamaForCausalLM"
     path: str = "MODEL"
-    shortened: bool = False
+    context_is_given: bool = False
 
     @property
     def family(self) -> Family:
@@ -66,7 +66,7 @@ class Model:
     def sizes(self) -> ModelSizes:
         """The sizes of the weights and of the KV cache. Biases that only some models have are left out."""
         biased = frozenset(linear.role for linear in self.family.linears if linear.bias is True)
-        return ModelSizes(self.family, self.layer, self.layers, self.vocabulary, self.tied, biased)
+        return ModelSizes(self.family, self.layer, self.layers, self.vocabulary, self.tied_embeddings, biased)
 
 
 def read_model(path: str | Path, context_length: int | None = None) -> Model:
@@ -92,7 +92,7 @@ def _model(file: Path, raw: Any, context_length: int | None) -> Model:
     if not isinstance(raw, dict):
         raise ValueError("it is not a JSON object")
     check_dense(raw)
-    architecture, config = architecture_of(raw), completed(raw)
+    architecture, config = architecture_of(raw), with_defaults(raw)
     # With --dtype auto, SGLang serves a model in 16 bits if its dtype is float32 or missing.
     layer, _ = layer_of({**config.to_dict(), "dtype": raw.get("dtype") or raw.get("torch_dtype") or "float32"})
     context = context_of(config, context_length)
@@ -122,8 +122,8 @@ def _weights(file: Path, raw: dict[str, Any]) -> str:
     key = "quantization_config" if raw.get("quantization_config") else "compression_config"
     quantization = raw.get(key)
     if not quantization:
-        if file.name == "config.json" and (file.parent / BESIDE).exists():
-            raise ValueError(f"{BESIDE} beside it, a quantization for which there are no figures")
+        if file.name == "config.json" and (file.parent / NVIDIA_QUANT_CONFIG).exists():
+            raise ValueError(f"{NVIDIA_QUANT_CONFIG} beside it, a quantization for which there are no figures")
         return "bfloat16"
     if not isinstance(quantization, dict):
         raise ValueError(f"{key} {quantization!r} is not an object")

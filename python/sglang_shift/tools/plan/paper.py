@@ -22,7 +22,7 @@ from sglang_shift.tools.plan.step_time import Engine, StepTimes
 from sglang_shift.tools.published import TARGETS
 
 PROMPT, OUTPUT = 4096, 250
-FLOOD = 2000
+PEAK_REQUESTS = 2000
 """Number of requests that come at once, to measure the peak."""
 
 GOAL = 0.15
@@ -105,8 +105,8 @@ def predict(name: str, configuration: str, engine: Engine) -> tuple[float, float
     costs = StepTimes(model, gpu, candidate.layout, kv_dtype, engine).cost_model()
     pool = memory(model, gpu, candidate.layout, candidate.chunk, kv_dtype, shifts=candidate.shifts).tokens
     alone = serve([Request(0.0, PROMPT, OUTPUT)], candidate, costs, pool).served[0]
-    flood = serve([Request(0.0, PROMPT, OUTPUT)] * FLOOD, candidate, costs, pool)
-    return 1e3 * (alone.ttft + engine.request), 1e3 * (alone.tpot or 0.0), flood.throughput
+    peak = serve([Request(0.0, PROMPT, OUTPUT)] * PEAK_REQUESTS, candidate, costs, pool)
+    return 1e3 * (alone.ttft + engine.request), 1e3 * (alone.tpot or 0.0), peak.throughput
 
 
 def check(engine: Callable[[Model], Engine] = engine_of) -> list[Cell]:
@@ -119,22 +119,22 @@ def check(engine: Callable[[Model], Engine] = engine_of) -> list[Cell]:
     ]
 
 
-def compared(cells: list[Cell]) -> list[float]:
+def ratio_errors(cells: list[Cell]) -> list[float]:
     """Return the errors of the ratio between two configurations of a model, for each pair.
 
     The ratio is between the end-to-end times of a single request. Plans are ranked by such ratios. A factor that slows
     down all configurations alike does not change them.
     """
     by = {(c.model, c.configuration, c.metric): c for c in cells}
-    found = []
+    errors = []
     for model in dict.fromkeys(c.model for c in cells):
-        ends = []
+        end_to_end = []
         for name in PUBLISHED[model]:
             ttft, tpot = (by[model, name, metric] for metric in METRICS[:2])
             more = OUTPUT - 1
-            ends.append((ttft.predicted + more * tpot.predicted) / (ttft.published + more * tpot.published))
-        found += [max(a / b, b / a) - 1 for a, b in combinations(ends, 2)]
-    return found
+            end_to_end.append((ttft.predicted + more * tpot.predicted) / (ttft.published + more * tpot.published))
+        errors += [max(a / b, b / a) - 1 for a, b in combinations(end_to_end, 2)]
+    return errors
 
 
 def table(cells: list[Cell]) -> str:
@@ -148,7 +148,7 @@ def table(cells: list[Cell]) -> str:
 
 def summary(cells: list[Cell]) -> str:
     """Say how many cells meet the goal, and how far off the cells and their ratios are."""
-    errors, ratios = [abs(c.error) for c in cells], compared(cells)
+    errors, ratios = [abs(c.error) for c in cells], ratio_errors(cells)
     near = sum(error <= GOAL for error in errors)
     return (
         f"{near} of {len(cells)} within {GOAL:.0%}; {fmean(errors):.1%} off on average, {max(errors):.0%} at worst. "

@@ -12,8 +12,8 @@ from sglang_shift.errors import ShiftError
 from sglang_shift.models.sizes import GIB
 from sglang_shift.tools.plan.memory import Memory
 from sglang_shift.tools.plan.model import Model
-from sglang_shift.tools.plan.search import COMPARED, PEAK_REQUESTS, Candidate, Plan, Trial
-from sglang_shift.tools.plotting import DPI, KNOWN, panels
+from sglang_shift.tools.plan.search import PEAK_REQUESTS, RATIO_ERROR, Candidate, Plan, Trial
+from sglang_shift.tools.plotting import DPI, STYLES, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,7 @@ HEADINGS = (
     "Weights", "Shift", "Reserve", "KV cache, GiB", "KV tokens",
 )  # fmt: skip
 
-OFF = 0.25
+PREDICTION_ERROR = 0.25
 """The average error of such predictions, compared with the paper's table: docs/cost-model.md."""
 
 KINDS = {"stock-tp": "TP alone", "sp": "SP alone", "shift": "shift"}
@@ -41,7 +41,7 @@ def text(plan: Plan, model: Model, gpus: str, traffic: str) -> str:
     """
     best = plan.best.candidate
     command = ["python", "-m", "sglang_shift.launch_server", *flags(best, plan.best.memory, model.path, plan.kv_dtype)]
-    if model.shortened:
+    if model.context_is_given:
         command += ["--context-length", str(model.context)]
     lines = [
         f"# {model.name} ({model.weights}, KV cache in {plan.kv_dtype}) on {gpus}\n",
@@ -50,7 +50,7 @@ def text(plan: Plan, model: Model, gpus: str, traffic: str) -> str:
         f"Recommended: {_words(best, plan.gpus)}. Each replica is a server of its own, started with\n",
         f"    {shlex.join(command)}\n",
         f"Faster mode, predicted: {_crossovers(plan.best.costs) if best.layout.sp_size > 1 else 'TP, as S is 1'}.\n",
-        _near(plan),
+        _alternatives(plan),
     ]
     if model.quantized:
         lines.append("\nsglang_shift does not serve quantized models yet: this plan is for when it does.")
@@ -61,28 +61,35 @@ def text(plan: Plan, model: Model, gpus: str, traffic: str) -> str:
         table(plan.layouts, plan),
         "\n## Chunks and policies of the best layout\n",
         table(plan.settings, plan),
-        f"\nPredicted, not measured, and without an engine's own times: {OFF:.0%} off on average beside the Shift "
-        "Parallelism paper's table. docs/cost-model.md says from what.",
+        f"\nPredicted, not measured, and without an engine's own times: {PREDICTION_ERROR:.0%} off on average beside "
+        "the Shift Parallelism paper's table. docs/cost-model.md says from what.",
     ]
     return "\n".join(lines)
 
 
-def flags(candidate: Candidate, held: Memory, path: str, kv_dtype: str) -> list[str]:
+def flags(candidate: Candidate, memory: Memory, path: str, kv_dtype: str) -> list[str]:
     """Return the flags with which ``python -m sglang_shift.launch_server`` starts the simulated replica."""
     layout = candidate.layout
-    given = ["--model-path", path, "--tp-size", str(layout.world_size), "--chunked-prefill-size", str(candidate.chunk)]
+    arguments = [
+        "--model-path",
+        path,
+        "--tp-size",
+        str(layout.world_size),
+        "--chunked-prefill-size",
+        str(candidate.chunk),
+    ]
     if kv_dtype == "fp8":
-        given += ["--kv-cache-dtype", "fp8_e4m3"]
-    if held.graphs:
+        arguments += ["--kv-cache-dtype", "fp8_e4m3"]
+    if memory.graphs:
         # The server also lowers SGLang's default for a second mode's graphs (graph_memory). This value was simulated.
-        given += ["--mem-fraction-static", f"{(held.total - held.reserve - held.graphs) / held.total:.3f}"]
+        arguments += ["--mem-fraction-static", f"{(memory.total - memory.reserve - memory.graphs) / memory.total:.3f}"]
     if layout.sp_size > 1:
-        given += ["--sp-size", str(layout.sp_size)]
+        arguments += ["--sp-size", str(layout.sp_size)]
         if candidate.shifts:
-            given.append("--enable-shift-parallel")
+            arguments.append("--enable-shift-parallel")
         if candidate.policy.startswith("tokens "):
-            given += ["--shift-policy", "tokens", "--shift-threshold", candidate.policy.removeprefix("tokens ")]
-    return given
+            arguments += ["--shift-policy", "tokens", "--shift-threshold", candidate.policy.removeprefix("tokens ")]
+    return arguments
 
 
 def _words(candidate: Candidate, gpus: int) -> str:
@@ -99,23 +106,24 @@ def _idle(candidate: Candidate, gpus: int) -> int:
 
 def _overload(plan: Plan) -> str:
     return (
-        f"The traffic brings {plan.offered:,.0f} tokens/s, more than any layout serves (at most {plan.most:,.0f}): "
-        "latencies grow for as long as it lasts, and what is recommended has the highest peak.\n"
+        f"The traffic brings {plan.offered_load:,.0f} tokens/s, more than any layout serves "
+        f"(at most {plan.highest_peak:,.0f}): latencies grow for as long as it lasts, and what is recommended has the "
+        "highest peak.\n"
     )
 
 
-def _near(plan: Plan) -> str:
-    off = f"Where it compares two ways to serve, the model is {COMPARED:.0%} off on average."
-    if not plan.near:
+def _alternatives(plan: Plan) -> str:
+    off = f"Where it compares two ways to serve, the model is {RATIO_ERROR:.0%} off on average."
+    if not plan.alternatives:
         return f"{off} Nothing else that was tried comes within that."
     measure = "time per token at the peak" if plan.overloaded else "mean end-to-end time"
-    others = [f"- {_words(candidate, plan.gpus)}: {more:+.1%}" for candidate, more in plan.near.items()]
+    others = [f"- {_words(candidate, plan.gpus)}: {more:+.1%}" for candidate, more in plan.alternatives.items()]
     return "\n".join([f"{off} These are within that ({measure}), so prefer the simplest:\n", *others])
 
 
 def _crossovers(costs: CostModel) -> str:
-    found = {p: [f"{m.value.upper()} from {n}" for n, m in costs.crossovers(p)] for p in PHASES}
-    return "; ".join(f"{phase} {', '.join(words)}" for phase, words in found.items()) + " tokens on"
+    crossovers = {p: [f"{m.value.upper()} from {n}" for n, m in costs.crossovers(p)] for p in PHASES}
+    return "; ".join(f"{phase} {', '.join(words)}" for phase, words in crossovers.items()) + " tokens on"
 
 
 def table(trials: Sequence[Trial], plan: Plan) -> str:
@@ -130,15 +138,15 @@ def table(trials: Sequence[Trial], plan: Plan) -> str:
 
 
 def _cells(trial: Trial, gpus: int) -> list[str]:
-    c, held, m = trial.candidate, trial.memory, trial.metrics
+    c, memory, m = trial.candidate, trial.memory, trial.metrics
     times = ["too little memory", "", "", "", ""]
     if m:
         times = [f"{1e3 * m['mean_ttft']:.0f}", f"{1e3 * m['mean_tpot']:.1f}", f"{m['mean_e2e']:.2f}",
                  f"{m['p99_e2e']:.2f}", f"{trial.peak:.0f}"]  # fmt: skip
-    sizes = [f"{size / GIB:.1f}" for size in (held.weights, held.base + held.graphs, held.reserve, held.pool)]
+    sizes = [f"{size / GIB:.1f}" for size in (memory.weights, memory.base + memory.graphs, memory.reserve, memory.pool)]
     replicas = f"{c.replicas} ({idle} idle)" if (idle := _idle(c, gpus)) else str(c.replicas)
     where = [replicas, *map(str, (c.layout.world_size, c.layout.sp_size, c.chunk))]
-    return [*where, c.policy, *times, *sizes, str(held.tokens)]
+    return [*where, c.policy, *times, *sizes, str(memory.tokens)]
 
 
 def check_plot(path: Path) -> None:
@@ -161,11 +169,11 @@ def plot(plan: Plan, title: str, path: Path) -> None:
     caption = "lower and further right is better; P/S beside each layout, the plan ringed"
     figure, axes = panels(f"{title}\n{caption}", 1, 2, 4.4)
     for ax, metric, label in zip(axes, ("mean_ttft", "mean_tpot"), ("TTFT", "TPOT"), strict=True):
-        points = {candidate: (o.peak, 1e3 * o.metrics[metric]) for candidate, o in plan.tried.items()}
+        points = {candidate: (o.peak, 1e3 * o.metrics[metric]) for candidate, o in plan.trials.items()}
         for kind, words in KINDS.items():
             mine = [point for candidate, point in points.items() if _kind(candidate) == kind]
             if mine:
-                ax.plot(*zip(*mine, strict=True), linestyle="", label=words, **KNOWN[kind])
+                ax.plot(*zip(*mine, strict=True), linestyle="", label=words, **STYLES[kind])
         ax.plot(*points[plan.best.candidate], "o", markersize=13, markerfacecolor="none", color="black")
         _name_layouts(ax, plan, points)
         ax.set_xlabel("peak prompt and output tokens/s")

@@ -34,7 +34,7 @@ GROUPS = (1, 2, 4, 8)
 PEAK_REQUESTS = 2000
 """Number of requests that come at once, to measure the most that a candidate serves. Short traffic is repeated."""
 
-COMPARED = 0.15
+RATIO_ERROR = 0.15
 """The average error of the ratio of two end-to-end times, compared with the paper's table: docs/cost-model.md."""
 
 
@@ -89,7 +89,7 @@ class Plan:
         settings: Chunks and policies of the best layout.
         gpus: Number of GPUs.
         kv_dtype: The dtype of the KV cache: ``bfloat16`` or ``fp8``.
-        offered: Prompt and output tokens per second that the traffic brings; 0 if all requests come at once.
+        offered_load: Prompt and output tokens per second that the traffic brings; 0 if all requests come at once.
         overloaded: Whether the traffic is more than any layout serves.
     """
 
@@ -98,29 +98,29 @@ class Plan:
     settings: list[Trial]
     gpus: int
     kv_dtype: str
-    offered: float
+    offered_load: float
     overloaded: bool
 
     @property
-    def most(self) -> float:
+    def highest_peak(self) -> float:
         """The highest peak of the layouts."""
         return max(o.peak for o in self.layouts)
 
     @property
-    def tried(self) -> dict[Candidate, Trial]:
+    def trials(self) -> dict[Candidate, Trial]:
         """All trials that served the traffic, each candidate once."""
         return {o.candidate: o for o in (*self.layouts, *self.settings) if o.metrics}
 
     @property
-    def near(self) -> dict[Candidate, float]:
+    def alternatives(self) -> dict[Candidate, float]:
         """Candidates that the cost model cannot tell from the best candidate, the nearest first.
 
         The value of each is how much worse it is predicted to be, relative to the best candidate.
         """
         best = cost(self.best, self.overloaded)
-        worse = {candidate: cost(o, self.overloaded) / best - 1 for candidate, o in self.tried.items()}
+        worse = {candidate: cost(o, self.overloaded) / best - 1 for candidate, o in self.trials.items()}
         del worse[self.best.candidate]
-        return {c: more for c, more in sorted(worse.items(), key=lambda item: item[1]) if more <= COMPARED}
+        return {c: more for c, more in sorted(worse.items(), key=lambda item: item[1]) if more <= RATIO_ERROR}
 
 
 def cost(trial: Trial, overloaded: bool) -> float:
@@ -128,7 +128,7 @@ def cost(trial: Trial, overloaded: bool) -> float:
     return 1 / trial.peak if overloaded else trial.metrics["mean_e2e"]
 
 
-def offered(requests: Sequence[Request]) -> float:
+def offered_load(requests: Sequence[Request]) -> float:
     """Return prompt and output tokens per second, from the first arrival to the last; 0 if all come at once."""
     times = [r.time for r in requests]
     seconds = max(times) - min(times)
@@ -160,8 +160,8 @@ def policy_of(name: str, costs: CostModel, chunk: int) -> ShiftPolicy:
 
 def thresholds(costs: CostModel) -> list[int]:
     """Return the thresholds on a step's tokens to try. SP becomes faster one token above each, in one of the phases."""
-    found = {tokens - 1 for phase in PHASES for tokens, mode in costs.crossovers(phase) if mode is Mode.SP}
-    return sorted(found)
+    bounds = {tokens - 1 for phase in PHASES for tokens, mode in costs.crossovers(phase) if mode is Mode.SP}
+    return sorted(bounds)
 
 
 def serve(requests: Sequence[Request], candidate: Candidate, costs: CostModel, pool: int) -> Result:
@@ -206,37 +206,37 @@ def search(
     flood = [replace(r, time=0.0) for r in islice(cycle(requests), PEAK_REQUESTS)]
 
     def attempt(candidate: Candidate, costs: CostModel) -> Trial:
-        held = memory(model, gpu, candidate.layout, candidate.chunk, kv_dtype, shifts=candidate.shifts)
-        if held.tokens < longest:
-            return Trial(candidate, held, costs, {}, 0.0)
+        gpu_memory = memory(model, gpu, candidate.layout, candidate.chunk, kv_dtype, shifts=candidate.shifts)
+        if gpu_memory.tokens < longest:
+            return Trial(candidate, gpu_memory, costs, {}, 0.0)
         progress(describe(candidate))
-        metrics = serve(requests, candidate, costs, held.tokens).metrics()
-        peak = serve(flood, candidate, costs, held.tokens).throughput
-        return Trial(candidate, held, costs, metrics, peak)
+        metrics = serve(requests, candidate, costs, gpu_memory.tokens).metrics()
+        peak = serve(flood, candidate, costs, gpu_memory.tokens).throughput
+        return Trial(candidate, gpu_memory, costs, metrics, peak)
 
-    tried = []
+    trials = []
     for layout, replicas in layouts(model, gpus):
         costs = StepTimes(model, gpu, layout, kv_dtype).cost_model()
         policy = "calibrated" if layout.sp_size > 1 else "tp"
-        tried.append(attempt(Candidate(layout, replicas, policy=policy), costs))
-    if not any(trial.metrics for trial in tried):
-        most = max(tried, key=lambda o: o.memory.tokens)
+        trials.append(attempt(Candidate(layout, replicas, policy=policy), costs))
+    if not any(trial.metrics for trial in trials):
+        largest = max(trials, key=lambda o: o.memory.tokens)
         raise ShiftError(
             f"{model.name} does not fit {gpus} x {gpu.name}: no layout leaves a KV cache for the longest request "
-            f"({longest} tokens; the most is {most.memory.tokens}); give more GPUs or shorter requests"
+            f"({longest} tokens; the most is {largest.memory.tokens}); give more GPUs or shorter requests"
         )
-    brought = offered(requests)
-    overloaded = brought > max(trial.peak for trial in tried)
+    load = offered_load(requests)
+    overloaded = load > max(trial.peak for trial in trials)
 
     def best_of(trials: list[Trial]) -> Trial:
         return min((o for o in trials if o.metrics), key=lambda o: cost(o, overloaded))
 
-    best = best_of(tried)
+    best = best_of(trials)
     settings = [best]
     settings += [attempt(replace(best.candidate, chunk=c), best.costs) for c in CHUNKS if c != CHUNK]
     best = best_of(settings)
     settings += [attempt(candidate, best.costs) for candidate in policies(best)]
-    return Plan(best_of(settings), tried, settings, gpus, kv_dtype, brought, overloaded)
+    return Plan(best_of(settings), trials, settings, gpus, kv_dtype, load, overloaded)
 
 
 def policies(best: Trial) -> list[Candidate]:

@@ -146,11 +146,11 @@ class StepTimes:
 
     def _layer_communication(self, rows: int, sp: int) -> float:
         """Return the seconds of two all-reduces in a base-TP group and, in SP, of the two exchanges."""
-        reduced = self.gpu.all_reduce(self.layout.world_size // sp, rows * self.model.layer.hidden * ELEMENT)
+        all_reduce = self.gpu.all_reduce(self.layout.world_size // sp, rows * self.model.layer.hidden * ELEMENT)
         width = sp * (self.query_width + 2 * self.kv_width)
-        exchanged = self.gpu.all_to_all(sp, rows * width * ELEMENT)
-        back = self.gpu.all_to_all(sp, rows * sp * self.query_width * ELEMENT)
-        return 2 * reduced + exchanged + back
+        exchange_in = self.gpu.all_to_all(sp, rows * width * ELEMENT)
+        exchange_out = self.gpu.all_to_all(sp, rows * sp * self.query_width * ELEMENT)
+        return 2 * all_reduce + exchange_in + exchange_out
 
     def _ends(self, tokens: int, rows: int, outputs: int, sp: int) -> float:
         """Return the seconds of the embedding, of the gather before the LM head, and of the gather of the logits."""
