@@ -16,7 +16,14 @@ from sglang_shift.policy.builtin import TokenThreshold
 from sglang_shift.tools import servers as processes
 from sglang_shift.tools.gpu_check import comparison, engine, one_gpu
 from sglang_shift.tools.gpu_check.answers import make_prompts
-from sglang_shift.tools.gpu_check.comparison import EXPECTED, REQUESTS, THRESHOLDS, Comparison, Contender, explain
+from sglang_shift.tools.gpu_check.comparison import (
+    EXPECTED,
+    REQUESTS,
+    THRESHOLDS,
+    ServerComparison,
+    ServerSetup,
+    explain,
+)
 from sglang_shift.tools.gpu_check.record import Record
 from sglang_shift.tools.servers import Server
 

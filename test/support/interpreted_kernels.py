@@ -114,4 +114,4 @@ def test_bytes_moved(dtype, monkeypatch):
         moved_bytes = 0
         result = operation.run(gpu)
         assert same(result, operation.run(reference)), operation.name
-        assert moved_bytes == traffic(operation.arguments[0], result).moved, operation.name
+        assert moved_bytes == traffic(operation.arguments[0], result).total_bytes, operation.name

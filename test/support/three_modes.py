@@ -117,7 +117,7 @@ def test_all_modes_are_measured_and_all_changes_between_them():
         def agree(self, numbers, failure=""):
             return list(numbers)
 
-    bench, measured = Bench(), Measured()
+    bench, measured = Bench(), Results()
     shapes = [StepShape(phase, n, 0, 9999) for phase in PHASES for n in (1, 8, 512, 4096)]
     list(measure(bench, shapes, 1e9, measured, clock=lambda: bench.now))
     assert bench.changes == {(a, b) for a in MODES for b in MODES if a is not b}
@@ -128,7 +128,7 @@ def test_all_modes_are_measured_and_all_changes_between_them():
 
 
 def test_a_file_of_fewer_modes_is_none(tmp_path):
-    calibration = Calibration.of({"a": 1}, 1.0, measurements(), 0.0)
+    calibration = Calibration.from_measurements({"a": 1}, 1.0, measurements(), 0.0)
     save(tmp_path / "c.json", calibration)
     assert load(tmp_path / "c.json", {"a": 1}) == calibration
     content = json.loads((tmp_path / "c.json").read_text())

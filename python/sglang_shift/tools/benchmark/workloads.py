@@ -176,7 +176,7 @@ class Plan:
 
     def _steady(self, rate: float, requests: int, seed: int, at_once: bool = False) -> list[Request]:
         arrivals = steady(rate, prompt=self.sizes.prompt, output=self.sizes.output, requests=requests, seed=seed)
-        return scaled(arrivals, time=0.0) if at_once else arrivals
+        return scale(arrivals, time=0.0) if at_once else arrivals
 
     def _requests_per_second(self, capacity: float) -> float:
         saturated = self.saturated()

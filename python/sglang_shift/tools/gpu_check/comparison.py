@@ -133,7 +133,7 @@ class ServerComparison:
             self.record.problem(f"{label}: {problem}")
         if {name for name, count in steps.items() if count} != set(EXPECTED[mode].values()):
             self.record.problem(f"{label}: the steps ran as {steps}")
-        if contender.graphs:
+        if setup.graphs:
             for problem in replay_problems(before["graphs"], after["graphs"], mode):
                 self.record.problem(f"{label}: {problem}")
 

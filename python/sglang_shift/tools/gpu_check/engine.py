@@ -49,7 +49,7 @@ EAGER = ["--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefil
 SHARED_GPU_FLAGS = ["--disable-custom-all-reduce"]
 """Ranks that share a GPU run without the custom all-reduce, because it maps memory between GPUs."""
 
-ONE_RANK = Contender("TP=1", ["--tp-size", "1", *GRAPHS])
+ONE_RANK = ServerSetup("TP=1", ["--tp-size", "1", *GRAPHS])
 PARALLEL_START_BYTES = 64 << 30
 """The least memory of a GPU on which all servers run at the same time.
 
@@ -83,9 +83,9 @@ def check_one_gpu(record: Record, attention: str) -> None:
                 record.note(f"{label}: skipped: {reason}")
                 continue
             own_flags = ["--tp-size", "2", *SHARED_GPU_FLAGS, *(GRAPHS if graphs else EAGER)]
-            others.append(Contender(label, own_flags, variables, graphs))
+            others.append(ServerSetup(label, own_flags, variables, graphs))
         at_once = torch.cuda.get_device_properties(0).total_memory >= PARALLEL_START_BYTES
-        Comparison(record, attention, flags, VOCABULARY, TOLERANCE).run(ONE_RANK, others, at_once)
+        ServerComparison(record, attention, flags, VOCABULARY, TOLERANCE).run(ONE_RANK, others, at_once)
 
 
 def check_several(record: Record) -> None:

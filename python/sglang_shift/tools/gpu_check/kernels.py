@@ -61,13 +61,20 @@ def measure(
         record.problem(f"{labels}: not what the reference gives")
         return None
     traffic = traffic_of(operation.arguments[0], result)
-    if not traffic.moved:
+    if not traffic.total_bytes:
         return None
-    seconds, copy = seconds_of(lambda: operation.run(gpu), device), copy_seconds(traffic.moved, device)
-    figures = {"us": 1e6 * seconds, "GB/s": traffic.moved / seconds / 1e9, "copy GB/s": traffic.moved / copy / 1e9}
+    seconds, copy = seconds_of(lambda: operation.run(gpu), device), copy_seconds(traffic.total_bytes, device)
+    figures = {
+        "us": 1e6 * seconds,
+        "GB/s": traffic.total_bytes / seconds / 1e9,
+        "copy GB/s": traffic.total_bytes / copy / 1e9,
+    }
     return record.row(
         **labels,
-        bytes=traffic.moved,
+        bytes=traffic.total_bytes,
         **{name: round(value, 2) for name, value in figures.items()},
-        **{"share of a copy": round(copy / seconds, 3), "of the minimum": round(traffic.moved / traffic.minimum, 3)},
+        **{
+            "share of a copy": round(copy / seconds, 3),
+            "of the minimum": round(traffic.total_bytes / traffic.minimum, 3),
+        },
     )

@@ -39,7 +39,7 @@ def lengths(text: str) -> Lengths:
     """
     low, *rest = (int(part) for part in text.split("-"))
     high = rest[0] if rest else low
-    if len(rest) > 1 or not 1 <= low <= high <= MOST_TOKENS:
+    if len(rest) > 1 or not 1 <= low <= high <= MAX_TOKENS:
         raise ValueError(text)
     return (low, high) if rest else low
 
@@ -74,7 +74,7 @@ def context_length(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: the text is something else.
     """
-    return _whole(text, 2, MOST_TOKENS)
+    return _whole(text, 2, MAX_TOKENS)
 
 
 def _whole(text: str, least: int, most: int) -> int:
@@ -128,7 +128,7 @@ def requests_of(args: argparse.Namespace, model: Model) -> tuple[list[Request], 
         return cut_to_context(requests, words + words_of(args.output), model)
     start, seconds = args.window
     try:
-        requests = window(read_trace(args.trace), start, seconds)
+        requests = cut_window(read_trace(args.trace), start, seconds)
     except (OSError, ValueError) as error:
         raise ShiftError(
             f"--trace {args.trace} cannot be read: {error}; give a .csv of Azure's or a .jsonl of Mooncake's"
@@ -137,12 +137,12 @@ def requests_of(args: argparse.Namespace, model: Model) -> tuple[list[Request], 
         raise ShiftError(f"--trace {args.trace} has no request from second {start:g} to {start + seconds:g}")
     words = f"{len(requests)} requests of {args.trace.name}, second {start:g} to {start + seconds:g}"
     words += f", {args.pace:g} times as fast" if args.pace != 1 else ""
-    return cut_to_context(scaled(requests, time=1 / args.pace), words, model)
+    return cut_to_context(scale(requests, time=1 / args.pace), words, model)
 
 
 def cut_to_context(requests: list[Request], words: str, model: Model) -> tuple[list[Request], str]:
     """Cut requests to the model's context. If some requests were cut, the words say how many."""
-    cut_requests = scaled(requests, context=model.context)
+    cut_requests = scale(requests, context=model.context)
     cut = sum(r != original for r, original in zip(cut_requests, requests, strict=True))
     return cut_requests, f"{words}; {cut} of them cut to the context of {model.context} tokens" if cut else words
 
