@@ -6,7 +6,7 @@ Each answer says how many of its steps ran in tensor parallelism (TP) and how ma
 
 from sglang_shift import Engine
 
-PROMPTS = ["def read_file(path):", "class Stack:", "import os\n" * 20 + "def list_files(folder):"]
+PROMPTS = ["def open_file(path):", "class Stack:", "import os\n" * 20 + "def list_files(folder):"]
 
 
 def main() -> None:

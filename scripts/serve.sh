@@ -64,11 +64,11 @@ announce() {
 sglang_shift: ready at $url. Paste one of these into another terminal:
 
   curl $url/generate$auth -H "Content-Type: application/json" -d '{
-    "text": "def read_file(path):", "sampling_params": {"max_new_tokens": 64, "temperature": 0}}'
+    "text": "def open_file(path):", "sampling_params": {"max_new_tokens": 64, "temperature": 0}}'
 
   curl $url/v1/chat/completions$auth -H "Content-Type: application/json" -d '{
     "model": "default", "max_tokens": 96, "temperature": 0,
-    "messages": [{"role": "user", "content": "Write is_absolute: Return True if the path is absolute."}]}'
+    "messages": [{"role": "user", "content": "Write is_empty: Return True if the queue is empty."}]}'
 
 Ctrl-C stops the server.
 

@@ -95,7 +95,7 @@ def test_abort_in_mid_flight(server, reference):
 
 def test_stop_string(server):
     server.flush_cache()
-    text = "def read(self, path):\n    with open(path) as f:\n" * 3
+    text = "def read(self, path):\n    with open(path) as f:\n" * 3 + "        return"  # decodes before the line ends
     body = {"text": text, "sampling_params": {"temperature": 0, "max_new_tokens": 200, "stop": ["\n"]}}
     answer = server.post("/generate", body)
     assert "\n" not in answer["text"]

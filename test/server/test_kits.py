@@ -44,7 +44,7 @@ class TestContractAbortPauseStop(
 
     def test_finish_stop_regex_str(self):
         """The kit's, with words that the demo model says: it knows the standard library, not stories."""
-        words = r"name|path"
+        words = r"name|path|class"
         for run in (self._run_completions_generation, self._run_chat_completions_generation):
             run(max_tokens=1000, stop_regex=words, finish_reason="stop", matched_stop=words)
         end = r"[.!?]\s*$"
@@ -54,7 +54,7 @@ class TestContractAbortPauseStop(
         """The kit's, with our end-of-turn token in place of Llama 3's: a chat turn ends by itself."""
         tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
         ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
-        question = "Write close: Close the file."
+        question = "Write is_empty: Return True if the queue is empty."
         self._run_chat_completions_generation(prompt=question, max_tokens=1000, finish_reason="stop", matched_stop=ends)
 
 
