@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from harness import SUPPORT
 from prompts import assert_same_answers
-from sglang_shift.tools.gpu_check.comparison import Comparison, Contender
+from sglang_shift.tools.gpu_check.comparison import ServerComparison, ServerSetup
 from sglang_shift.tools.gpu_check.record import Record
 from sglang_shift.tools.servers import Server
 
@@ -49,8 +49,11 @@ def test_same_tokens_and_logprobs(server, reference, mode, concurrency):
 
 def test_the_gpu_check_sees_that_they_are_replayed(server, tmp_path):
     record = Record(folder=tmp_path)
-    compared, itself = Comparison(record, "recorded", [], vocabulary=4096, tolerance=1e-4), Server([], server.url, None)
-    contender = Contender("itself", [], graphs=True)
+    compared, itself = (
+        ServerComparison(record, "recorded", [], vocabulary=4096, tolerance=1e-4),
+        Server([], server.url, None),
+    )
+    contender = ServerSetup("itself", [], graphs=True)
     compared.take_reference(contender, itself)
     compared.compare(contender, itself)
     assert record.problems == []
