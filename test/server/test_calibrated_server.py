@@ -17,6 +17,7 @@ import pytest
 import requests
 from harness import Server
 from prompts import assert_same_answers
+from sglang_shift.modes import Mode
 from sglang_shift.observe.events import StepEvent, Subscriber
 
 pytestmark = pytest.mark.server
@@ -229,10 +230,10 @@ def test_anyone_can_subscribe_to_the_steps(server, folder, monkeypatch):
     assert numbers == list(range(numbers[0], numbers[0] + 6))
     assert [s.phase for s in steps] == ["prefill"] + ["decode"] * 5
     assert steps[0].tokens == steps[0].prefill_tokens == 50
-    assert all(s.seconds > 0 and s.predicted > 0 for s in steps)
+    assert all(s.seconds > 0 and s.predicted.keys() == set(Mode) and min(s.predicted.values()) > 0 for s in steps)
     [finished] = steps[-1].finished
     assert (finished.prompt_tokens, finished.output_tokens) == (50, 6)
-    assert finished.tp_steps + finished.sp_steps == 6
+    assert sum(finished.steps.values()) == 6
     assert 0 < finished.ttft < finished.e2e
 
 
@@ -255,8 +256,8 @@ def test_a_drifted_calibration_is_renewed_while_the_server_idles(servers, folder
     [file] = folder.glob("cache/*.json")
     text = re.sub(r'"seconds": ([0-9.e-]+)', lambda m: f'"seconds": {float(m[1]) / 20}', file.read_text())
     wrong = json.loads(text)
-    for curve in wrong["costs"]["curves"].values():
-        curve["seconds"] = [seconds / 20 for seconds in curve["seconds"]]
+    for curve in (curve for by_mode in wrong["costs"]["curves"].values() for curve in by_mode.values()):
+        curve["values"] = [seconds / 20 for seconds in curve["values"]]
     own = tmp_path / "own.json"
     own.write_text(json.dumps(wrong))
     server = servers.get(*FLAGS, "--shift-calibration", str(own), env={"SGLANG_SHIFT_CACHE_DIR": str(folder / "cache")})
@@ -275,7 +276,7 @@ def test_a_drifted_calibration_is_renewed_while_the_server_idles(servers, folder
     assert len(renewed["measurements"]) >= len(wrong["measurements"])
     assert renewed["made"] > wrong["made"]
     assert server.state["costs"] == renewed["costs"]
-    ratio = renewed["costs"]["curves"]["decode tp"]["seconds"][0] / wrong["costs"]["curves"]["decode tp"]["seconds"][0]
-    assert ratio > 5, "the times are those of this machine again"
+    after, before = (c["costs"]["curves"]["decode"]["tp"]["values"][0] for c in (renewed, wrong))
+    assert after / before > 5, "the times are those of this machine again"
     assert "leak" not in server.tail(1_000_000)
     assert "Traceback" not in server.tail(1_000_000)
