@@ -49,10 +49,8 @@ def test_same_tokens_and_logprobs(server, reference, mode, concurrency):
 
 def test_the_gpu_check_sees_that_they_are_replayed(server, tmp_path):
     record = Record(folder=tmp_path)
-    compared, itself = (
-        ServerComparison(record, "recorded", [], vocabulary=4096, tolerance=1e-4),
-        Server([], server.url, None),
-    )
+    compared = ServerComparison(record, "recorded", [], vocabulary=4096, tolerance=1e-4)
+    itself = Server([], server.url, None)
     contender = ServerSetup("itself", [], graphs=True)
     compared.take_reference(contender, itself)
     compared.compare(contender, itself)
