@@ -189,7 +189,7 @@ class TestReplays:
         from sglang_shift.graphs.plan import plan_graphs
 
         plan = plan_graphs([1, 2, 4, 8, 16], ShiftConfig(2, 2, True, comparison.SHIFT[-1]))
-        assert {"tp": plan.tp, "sp": plan.sp}[EXPECTED[mode]["decode"]][-1] == REQUESTS
+        assert plan.sizes[Mode(EXPECTED[mode]["decode"])][-1] == REQUESTS
 
 
 @pytest.mark.parametrize("mode", THRESHOLDS)
