@@ -160,7 +160,7 @@ class Stack:
             linear = SimpleNamespace(
                 weight=base[: shard.outputs, : shard.inputs], bias=None, quant_method=UnquantizedLinearMethod()
             )
-            linear.ulysses = PROJECTIONS[name](linear, BaseWeight(base, None))
+            linear.shift_projection = PROJECTIONS[name](linear, BaseWeight(base, None))
             linears[name] = linear
         return linears
 
