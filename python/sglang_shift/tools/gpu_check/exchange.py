@@ -63,7 +63,7 @@ def _run(record: Record, label: str, devices: list[str], names: list[str]) -> No
 def exchanges(record: Record) -> list[str]:
     """Return the names of the exchanges that this environment has. If one is missing, note the reason."""
     try:
-        importlib.import_module("flashinfer.comm.shift_projection")
+        importlib.import_module("flashinfer.comm.ulysses")
     except ImportError as error:
         record.note(f"flashinfer: skipped: {one_line(error)}")
         return ["collective"]
