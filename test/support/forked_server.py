@@ -71,6 +71,9 @@ def run_as_command(arguments: list[str], env: dict[str, str], log: str) -> None:
     with open(log, "wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    # multiprocessing has closed standard input. The HTTP workers of --tokenizer-worker-num open it by its number.
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdin = os.fdopen(0)
     os.environ.clear()
     os.environ.update(env)
     sys.path[:0] = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))

@@ -39,17 +39,17 @@ def count_collectives() -> None:
 
     running: list[str] = []
     scheduler_thread = threading.current_thread()  # the rank-consensus checker communicates from another thread
-    forward = ShiftModelRunner._forward_raw
+    forward = ShiftModelRunner.forward
 
     def counted_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        running.append(self.step_mode.value)
+        running.append(self.mode.value)
         COUNTS[running[-1]]["forwards"] += 1
         try:
             return forward(self, *args, **kwargs)
         finally:
             running.pop()
 
-    ShiftModelRunner._forward_raw = counted_forward  # type: ignore[method-assign]
+    ShiftModelRunner.forward = counted_forward  # type: ignore[method-assign]
 
     def counted(name: str) -> None:
         function = getattr(GroupCoordinator, name)
@@ -70,11 +70,11 @@ def weights_facts(scheduler: Any) -> dict[str, Any]:
     import torch
 
     base = scheduler.tp_worker.model_runner.base_weights
-    groups, facts = base.parallel, {"projections": len(base.projections), "views": 0, "values": 0}
+    topology, facts = base.topology, {"projections": len(base.projections), "views": 0, "values": 0}
     for p in base.projections:
         weight, whole = p.linear.weight.data, p.base.weight
         dim = 0 if weight.shape[1] == whole.shape[1] else 1
-        mine = whole.narrow(dim, groups.sp_index * weight.shape[dim], weight.shape[dim])
+        mine = whole.narrow(dim, topology.sp_index * weight.shape[dim], weight.shape[dim])
         facts["views"] += weight.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
         facts["values"] += torch.equal(weight, mine)
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in base.model.parameters()}
