@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-DEFAULT_THRESHOLD = 256
-
 
 @dataclass(frozen=True)
 class ShiftConfig:
@@ -34,7 +32,7 @@ class ShiftConfig:
     sp_size: int
     switching: bool
     policy: str
-    threshold: int = DEFAULT_THRESHOLD
+    threshold: int = 256
     enter_requests: int = 32
     leave_requests: int = 16
     enter_tokens: int = 2048

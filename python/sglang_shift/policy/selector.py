@@ -9,7 +9,7 @@ from itertools import combinations, permutations
 from statistics import median
 from typing import Any
 
-from sglang_shift.config import DEFAULT_THRESHOLD, ShiftConfig
+from sglang_shift.config import ShiftConfig
 from sglang_shift.cost.calibration import Calibration
 from sglang_shift.cost.model import PHASES, CostModel
 from sglang_shift.errors import PolicyFailed
@@ -135,7 +135,7 @@ class ModeSelector:
         try:
             chosen = self._policy.choose(step)
         except PolicyFailed as error:
-            fallback = TokenThreshold(DEFAULT_THRESHOLD)
+            fallback = TokenThreshold(ShiftConfig.threshold)
             logger.error("sglang_shift: %s; from now on: %s", error, fallback.describe())
             self.policy = fallback
             return self.choose(step)

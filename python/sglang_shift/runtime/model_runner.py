@@ -107,20 +107,20 @@ class ShiftModelRunner(ModelRunner):
 
     def _exchange(self, config: ShiftConfig) -> SequenceExchange:
         """Make the exchange for this model's projections and the largest step, and compile its kernels."""
-        projections, width = self.base_weights.projections, qkv_width(self.base_weights)
+        width = qkv_width(self.base_weights)
         operands = Operands(most_tokens(), width, self.dtype)
         exchange = make_exchange(config, self.topology.sp_group, self.device, get_parallel().nnodes, operands)
         if self.device == "cuda":
             # Graphs of SP have multiples of S tokens. Without the warm-up, the first step that has no multiple would
             # compile kernels while it serves.
-            hidden, out = next(p.base.weight.shape for p in projections if isinstance(p, OutputProjection))
+            hidden, out = output_shape(self.base_weights)
             shape = ExchangeShape(config.sp_size, 2, width // config.sp_size, out // config.sp_size)
             warm_up(shape, hidden, self.dtype, self.device, exchange.fp8)
         return exchange
 
     def _warm_up_collectives(self) -> None:
         """Make NCCL allocate its memory for SP steps now, because the KV pool later takes all free memory."""
-        hidden = next(p.base.weight.shape[0] for p in self.base_weights.projections if isinstance(p, OutputProjection))
+        hidden, _ = output_shape(self.base_weights)
         self.topology.warm_up(most_tokens(), hidden, qkv_width(self.base_weights), self.dtype, self.device)
         current_platform.synchronize()
         current_platform.empty_cache()  # free the tensors of the warm-up
@@ -184,6 +184,11 @@ def most_tokens() -> int:
     schedule = get_schedule()
     chunk = schedule.chunked_prefill_size or 0
     return int(chunk if chunk > 0 else schedule.max_prefill_tokens)
+
+
+def output_shape(weights: BaseWeights) -> torch.Size:
+    """``[h, S * d]`` of the base weight of an output projection."""
+    return next(p.base.weight.shape for p in weights.projections if isinstance(p, OutputProjection))
 
 
 def qkv_width(weights: BaseWeights) -> int:

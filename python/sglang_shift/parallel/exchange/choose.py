@@ -100,13 +100,9 @@ def make_exchange(config: ShiftConfig, group: Any, device: str, nodes: int, oper
     collective = kind(group, fp8=config.exchange_dtype == "fp8")
     if config.exchange == "collective":
         return collective
-    speaks = group.rank_in_group == 0  # all ranks of a group have the same reason
+    level = logging.INFO if group.rank_in_group == 0 else logging.DEBUG  # all ranks of a group have the same reason
     if why_not := why_not_flashinfer(config, device, group.world_size, nodes):
-        logger.log(
-            logging.INFO if speaks else logging.DEBUG,
-            "sglang_shift: The exchange uses collectives instead of FlashInfer: %s.",
-            why_not,
-        )
+        logger.log(level, "sglang_shift: The exchange uses collectives instead of FlashInfer: %s.", why_not)
         return collective
     problem = import_problem(group)
     if problem is None:
@@ -123,8 +119,7 @@ def make_exchange(config: ShiftConfig, group: Any, device: str, nodes: int, oper
     if config.exchange == "auto" and not flashinfer.on_nvlink:
         # FlashInfer's NCCL path copies before and after each all-to-all, and calls torch.distributed in CUDA graphs.
         flashinfer.close()
-        text = "sglang_shift: The exchange uses collectives in place of %s."
-        logger.log(logging.INFO if speaks else logging.DEBUG, text, flashinfer.text)
+        logger.log(level, "sglang_shift: The exchange uses collectives in place of %s.", flashinfer.text)
         return collective
     return flashinfer
 
