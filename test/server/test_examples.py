@@ -50,7 +50,8 @@ def server(servers, endpoint):
 def test_custom_policy_event_subscriber_and_frontend_program(server, endpoint, monkeypatch):
     assert server.state["policy"] == "SP for at least 4 requests or more than 48 prompt tokens, else TP"
     monkeypatch.setenv("SGLANG_SHIFT_EVENTS", endpoint)
-    command = [sys.executable, str(EXAMPLES / "event_subscriber.py")]
+    # A shell starts programs in the background with SIGINT ignored, and the watcher would inherit that.
+    command = ["env", "--default-signal=INT", sys.executable, str(EXAMPLES / "event_subscriber.py")]
     watcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     too_late = threading.Timer(120, watcher.kill)
     too_late.start()
