@@ -18,7 +18,7 @@ from sglang.srt.model_executor.runner.prefill_cuda_graph_runner import PrefillCu
 
 from sglang_shift.modes import Mode
 from sglang_shift.parallel.region import enter
-from sglang_shift.parallel.step import Step, current, run_step
+from sglang_shift.parallel.step import current, run_step
 from sglang_shift.seams import overrides, substitutes_for
 
 
@@ -42,7 +42,7 @@ class SpDecodeGraphRunner(DecodeCudaGraphRunner):
 
         @functools.wraps(forward)
         def in_sp(input_ids: torch.Tensor, positions: torch.Tensor, batch: ForwardBatch, **more: Any) -> Any:
-            with run_step(Step(Mode.SP, self.model_runner.topology, batch)):
+            with run_step(self.model_runner.step(Mode.SP, batch)):
                 return forward(input_ids, positions, batch, **more)
 
         super().capture_one_shape(size, in_sp, *args, **kwargs)
@@ -70,7 +70,7 @@ class SpPrefillGraphRunner(PrefillCudaGraphRunner):
     @overrides("captures the layers in SP")
     def _run_forward(self, forward_batch: ForwardBatch, num_tokens: int) -> Any:
         # The exit is not part of the graph. A replay would use the rows of the batch that was captured.
-        with run_step(Step(Mode.SP, self.model_runner.topology, forward_batch, has_exit=False)):
+        with run_step(self.model_runner.step(Mode.SP, forward_batch, has_exit=False)):
             return super()._run_forward(forward_batch, num_tokens)
 
     @overrides("a rank has fewer rows than the step has tokens")
