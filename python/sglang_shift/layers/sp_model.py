@@ -88,7 +88,8 @@ class SpModel:
         if latent and not prepares:
             self.forwards.replace(attention, GatheredAttention(attention))
         elif latent and attention.q_lora_rank is not None:
-            self.forwards.replace(attention, GatheredLatents(attention.prepare_qkv_latent), "prepare_qkv_latent")
+            for boundary in structure.boundaries_of(attention):
+                self.forwards.replace(boundary.plan, GatheredLatents(attention.prepare_qkv_latent), "qkv_latent_func")
         elif latent:
             latents = attention.kv_a_proj_with_mqa
             self.forwards.replace(latents, GatheredLatents(latents.forward))

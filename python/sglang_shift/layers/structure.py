@@ -22,6 +22,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from sglang_shift.errors import Refusal
+from sglang_shift.seams import relies_on
 
 RECURRENT = ("sglang.srt.layers.radix_linear_attention", "sglang.srt.layers.attention.mamba")
 """Modules of SGLang with layers that go through a sequence token by token."""
@@ -109,6 +110,25 @@ class Structure:
             if problem := _problem_in_attention(child):
                 raise self.refusal(f"{name}.{child_name}", problem)
             yield child_name, child
+
+
+    @relies_on(
+        "sglang.srt.layers.layer_boundary.stage:StageBoundary._prepare",
+        "it gives the latents' method of its plan to the attention, which calls that method alone",
+    )
+    def boundaries_of(self, attention: torch.nn.Module) -> list[Any]:
+        """The boundaries of SGLang's layers that compute the latents of this attention module by its method.
+
+        Raises:
+            Refused: there is none, so it is not known who computes the latents.
+        """
+        values = [value for module in self.model.modules() for value in vars(module).values() if hasattr(value, "plan")]
+        methods = [getattr(value.plan, "qkv_latent_func", None) for value in values]
+        found = [v for v, method in zip(values, methods, strict=True) if getattr(method, "__self__", None) is attention]
+        if not found:
+            name = next(name for name, module in self.attention.items() if module is attention)
+            raise self.refusal(name, "computes its latents in a place that SP mode does not know")
+        return found
 
 
 def is_parallel_linear(module: torch.nn.Module) -> bool:

@@ -7,6 +7,7 @@ DIGESTS = {
     "sglang.srt.arg_groups.memory_hook:reserve_for_graph_mb": "4cd5981a54925352",
     "sglang.srt.distributed.parallel_state:graph_capture": "32d9c0491e3832c5",
     "sglang.srt.layers.layer_boundary.factories:_active_variants": "887964bbd645149d",
+    "sglang.srt.layers.layer_boundary.stage:StageBoundary._prepare": "545ac98ca1f6a032",
     "sglang.srt.layers.layer_boundary.stage:StageBoundary._select": "1f646f72b96e8db7",
     "sglang.srt.layers.layernorm_sp:column_parallel_g_matmul": "5312926f2e856bdf",
     "sglang.srt.layers.layernorm_sp:row_parallel_gbar_matmul": "d177c362c456307e",

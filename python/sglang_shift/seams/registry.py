@@ -27,6 +27,7 @@ MODULES = (
     "sglang_shift.graphs.runners",
     "sglang_shift.layers.embedding",
     "sglang_shift.layers.logits",
+    "sglang_shift.layers.structure",
     "sglang_shift.models.fields",
     "sglang_shift.models.rope_fields",
     "sglang_shift.observe.routes",
