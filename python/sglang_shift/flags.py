@@ -23,6 +23,8 @@ EXCHANGES = (AUTO, "flashinfer", "collective")
 EXCHANGE_DTYPES = (AUTO, "fp8")
 """The data that an exchange sends: unchanged activations, or quantized activations."""
 
+CHECKS = ("on", "off")
+
 
 class Need(StrEnum):
     """The flags that another flag needs to have an effect."""
@@ -217,6 +219,18 @@ FLAGS = (
         without="nothing is exchanged",
         choices=EXCHANGE_DTYPES,
         more="usage.md#the-exchange",
+    ),
+    Flag(
+        "shift_check",
+        "check",
+        str,
+        "Whether the server compares the modes when it starts. on: made-up requests run in each mode, and the server "
+        "refuses to start if their logits are farther apart than rounding explains. off: nothing is compared.",
+        default="on",
+        need=Need.SP,
+        without="there is one mode, and nothing to compare it with",
+        choices=CHECKS,
+        more="usage.md#the-check-at-start-up",
     ),
     Flag(
         "shift_graph_buckets",

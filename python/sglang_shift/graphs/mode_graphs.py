@@ -221,6 +221,24 @@ class ModeGraphs:
             for name, runner in tp.items():
                 setattr(self.runner, name, runner)
 
+    @contextmanager
+    def without(self) -> Iterator[None]:
+        """Inside of this context, every step runs eagerly, whatever its mode."""
+        tp = {name: getattr(self.runner, name) for name in RUNNERS.values()}
+        sets = [graph_set for graphs in self.phases.values() for graph_set in graphs.sets.values()]
+        runners = [graph_set.runner for graph_set in sets]
+        for name in tp:
+            setattr(self.runner, name, None)
+        for graph_set in sets:
+            graph_set.runner = None
+        try:
+            yield
+        finally:
+            for name, runner in tp.items():
+                setattr(self.runner, name, runner)
+            for graph_set, runner in zip(sets, runners, strict=True):
+                graph_set.runner = runner
+
     def captured_sizes(self) -> dict[str, dict[str, list[int]]]:
         """The captured sizes, by phase and mode; empty if there are none at all."""
         captured_sizes = {

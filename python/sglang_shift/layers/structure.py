@@ -111,7 +111,6 @@ class Structure:
                 raise self.refusal(f"{name}.{child_name}", problem)
             yield child_name, child
 
-
     @relies_on(
         "sglang.srt.layers.layer_boundary.stage:StageBoundary._prepare",
         "it gives the latents' method of its plan to the attention, which calls that method alone",

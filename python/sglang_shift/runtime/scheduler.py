@@ -34,6 +34,7 @@ from sglang_shift.runtime import agreement
 from sglang_shift.runtime.admission import NO_TOKENS, replace_input_embeds
 from sglang_shift.runtime.calibrator import Calibrator
 from sglang_shift.runtime.internal_state import ShiftInternalState
+from sglang_shift.runtime.mode_check import ModeCheck
 from sglang_shift.runtime.rank_consensus import same_everywhere
 from sglang_shift.runtime.reporter import ShiftOutputStreamer, StepReporter
 from sglang_shift.runtime.tp_worker import EXPORT_REFUSED, ShiftTpModelWorker
@@ -62,6 +63,9 @@ class ShiftScheduler(Scheduler):
         self.shift_chunk = min(
             self.chunked_prefill_size or self.max_prefill_tokens, self.max_prefill_tokens, self.max_total_num_tokens
         )
+        if self.shift_config.check == "on":
+            result = ModeCheck(self).run()
+            logger.log(logging.INFO if parallel.tp_rank == 0 else logging.DEBUG, "sglang_shift: %s", result)
         self.shift_calibrator = Calibrator(self, self.shift_config, self.shift_chunk)
         self.shift_selector.calibration = self.shift_calibrator.start()
         self.set_policy(self.shift_config)
