@@ -75,7 +75,7 @@ def len_of(x: torch.Tensor, topology: Topology) -> int:
 
 
 def check_format(rank: int, world: int, sp: int, fmt: Format) -> None:
-    install()
+    install(fmt.gpu)
     topology = topology_of(rank, world, sp)
     for kind in ("qkv", "gate_up", "down"):
         with tensor_parallel(rank, world):

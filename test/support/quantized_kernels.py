@@ -10,6 +10,7 @@ A repacked weight has the shape and type that the kernel gives it, but its eleme
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -225,6 +226,7 @@ KERNELS: dict[str, Any] = {
     "sglang.kernels.ops.quantization.fp8_kernel:per_token_group_quant_fp8": per_token_group_quant_fp8,
     "sglang.kernels.ops.gemm.fp8_kernel:triton_scaled_mm": fp8_scaled_mm,
     "sglang.kernels.ops.gemm.fp8_kernel:w8a8_block_fp8_matmul_triton": w8a8_block_matmul,
+    "sglang.kernels.ops.gemm.fp8_kernel:get_w8a8_channelwise_fp8_config": lambda N, K, M: None,
     f"{QUANTIZATION}.fp8_utils:fp8_scaled_mm": fp8_scaled_mm,
     "sglang.kernels.ops.quantization.int8_kernel:per_token_quant_int8": per_token_quant_int8,
     "sglang.kernels.ops.quantization.int8_kernel:per_token_group_quant_int8": per_token_group_quant_int8,
@@ -234,6 +236,7 @@ KERNELS: dict[str, Any] = {
     "sglang.srt.hardware_backend.gpu.quantization.awq_kernels:awq_dequantize": awq_dequantize,
     "sglang.srt.hardware_backend.gpu.quantization.awq_kernels:awq_marlin_repack": awq_marlin_repack,
     "sglang.srt.hardware_backend.gpu.quantization.gptq_kernels:gptq_marlin_repack": gptq_marlin_repack,
+    f"{QUANTIZATION}.compressed_tensors.schemes.compressed_tensors_wNa16:gptq_marlin_repack": gptq_marlin_repack,
     f"{QUANTIZATION}.marlin_utils:gptq_marlin_gemm": gptq_marlin_gemm,
     f"{QUANTIZATION}.marlin_utils:marlin_make_workspace": marlin_make_workspace,
     f"{QUANTIZATION}.modelopt_quant:fp4_gemm": fp4_gemm,
@@ -242,11 +245,12 @@ KERNELS: dict[str, Any] = {
 """Each kernel, under the name that SGLang imports or defines it by."""
 
 
-def install() -> None:
-    """Replace the kernels, and let SGLang process weights as on an H100. This is for the life of the process."""
+def install(gpu: str = "H100") -> None:
+    """Replace the kernels, and let SGLang process weights as on a GPU. This is for the life of the process."""
     for target, reference in KERNELS.items():
         replace(target, reference)
     replace_everywhere_below(QUANTIZATION, "get_device_capability", lambda *args: (9, 0))
+    torch.cuda.get_device_capability = lambda *args: (9, 0)
     utils = importlib.import_module(f"{QUANTIZATION}.fp8_utils")
     utils._is_cuda = True
     replace(f"{QUANTIZATION}.fp8_utils:cutlass_fp8_supported", lambda: True)
@@ -255,6 +259,38 @@ def install() -> None:
     defaults = list(utils.apply_fp8_linear.__defaults__)
     defaults[index] = True
     utils.apply_fp8_linear.__defaults__ = tuple(defaults)
+    use_scalar_types()
+    if gpu == "B200":
+        use_blackwell()
+
+
+def use_blackwell() -> None:
+    """Let SGLang process NVFP4 weights as on a B200. A copy to the GPU returns the tensor itself."""
+    from sglang.srt.runtime_context import override_platform
+
+    override_platform(is_blackwell=True).__enter__()
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    importlib.import_module(f"{QUANTIZATION}.modelopt_quant").enable_flashinfer_fp4_gemm = True
+
+
+def use_scalar_types() -> None:
+    """Give SGLang the types of Marlin's weights. It finds none, because its package of kernels needs a GPU."""
+    package = importlib.util.find_spec("sgl_kernel")
+    assert package is not None and package.submodule_search_locations
+    path = f"{package.submodule_search_locations[0]}/scalar_type.py"
+    spec = importlib.util.spec_from_file_location("scalar_type_of_sgl_kernel", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    types = module.scalar_types
+    replace_everywhere_below("sglang", "scalar_types", types)
+    awq = importlib.import_module(f"{QUANTIZATION}.awq.awq")
+    awq.AWQMarlinConfig.TYPE_MAP = {4: types.uint4, 8: types.uint8}
+    gptq = importlib.import_module(f"{QUANTIZATION}.gptq.gptq")
+    gptq.GPTQMarlinConfig.TYPE_MAP = {(4, True): types.uint4b8, (8, True): types.uint8b128}
+    scheme = importlib.import_module(f"{QUANTIZATION}.compressed_tensors.schemes.compressed_tensors_wNa16")
+    scheme.WNA16_SUPPORTED_TYPES_MAP.update({4: types.uint4b8, 8: types.uint8b128})
 
 
 def replace(target: str, reference: Callable[..., Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -148,6 +148,7 @@ class Format:
         columns: How SP multiplies with column-parallel layers.
         dtype: The type of activations.
         exact_inputs: Whether activations must have few bits, because the sums of the reference are not float64.
+        gpu: The GPU for which SGLang processes the weights.
     """
 
     config: Callable[[], Any]
@@ -155,7 +156,7 @@ class Format:
     columns: str
     dtype: torch.dtype = torch.bfloat16
     exact_inputs: bool = False
-    largest: float = field(default=0.0)
+    gpu: str = "H100"
 
 
 ONE, EACH = "one GEMM", "a GEMM for each shard"
@@ -201,7 +202,7 @@ FORMATS: dict[str, Format] = {
     ),
     "modelopt fp8": Format(
         lambda: config_of(
-            "modelopt_quant", "ModelOptFp8Config", quant_method="modelopt", quant_algo="FP8", exclude_modules=[]
+            "modelopt_quant", "ModelOptFp8Config", quant_method="modelopt", quant_algo="FP8", ignore=[], packed_modules_mapping={}
         ),
         fp8_static, ONE,
     ),
@@ -214,9 +215,9 @@ FORMATS: dict[str, Format] = {
     "modelopt nvfp4": Format(
         lambda: config_of(
             "modelopt_quant", "ModelOptFp4Config", quant_method="modelopt", quant_algo="NVFP4", group_size=16,
-            exclude_modules=[],
+            ignore=[], packed_modules_mapping={},
         ),
-        nvfp4, EACH,
+        nvfp4, EACH, gpu="B200",
     ),
 }  # fmt: skip
 

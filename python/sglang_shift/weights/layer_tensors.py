@@ -13,11 +13,11 @@ from enum import Enum
 from typing import Any
 
 import torch
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-ALIGNMENT = 64
-"""Bytes. Kernels read at most 32 bytes at once, and Triton compiles other code for addresses of 16 bytes."""
+ALIGNMENT = 32
+"""Bytes. No kernel reads more at once or wants more of an address, and Triton compiles other code below 16 bytes."""
 
 MODULE_INTERNALS = frozenset(vars(torch.nn.Module()))
 """What PyTorch itself keeps in a module."""
@@ -176,7 +176,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _problem_with_tensor(path: str, tensor: torch.Tensor) -> str | None:
-    if isinstance(tensor, UninitializedTensorMixin):
+    if is_lazy(tensor):
         return f"gets the shape of {path} from a file"
     if is_traceable_wrapper_subclass(tensor):
         return f"hides tensors in {path}, a {type(tensor).__name__}"

@@ -106,8 +106,9 @@ class StackedShards:
         for stacked, shard in zip(self._memory, memory, strict=True):
             self._gather(stacked, shard)
         self._own = tensors
-        size = range(self.topology.layout.sp_size)
-        self._views = [[self._view(t, p, j) for t, p in zip(tensors, self._layout.places, strict=True)] for j in size]
+        pairs = list(zip(tensors, self._layout.places, strict=True))
+        numbers = range(self.topology.layout.sp_size)
+        self._views = [[self._view(tensor, place, number) for tensor, place in pairs] for number in numbers]
         self.shards = [self._shard(views) for views in self._views]
         self._install(self.topology.sp_index)
         self._whole = side_by_side(self.layer, self.shards)
