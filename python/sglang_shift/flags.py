@@ -24,6 +24,7 @@ EXCHANGE_DTYPES = (AUTO, "fp8")
 """The data that an exchange sends: unchanged activations, or quantized activations."""
 
 CHECKS = ("on", "off")
+EXPERTS = ("sharded", "replicated")
 
 
 class Need(StrEnum):
@@ -219,6 +220,19 @@ FLAGS = (
         without="nothing is exchanged",
         choices=EXCHANGE_DTYPES,
         more="usage.md#the-exchange",
+    ),
+    Flag(
+        "shift_experts",
+        "experts",
+        str,
+        "How ranks share routed experts in SP. sharded: as in TP, so the ranks gather the tokens of a layer and sum "
+        "its outputs. replicated: each rank also has the parts of the other ranks of its SP group, so they send "
+        "nothing, and the experts take S times the memory.",
+        default="sharded",
+        need=Need.SP,
+        without="experts are sharded",
+        choices=EXPERTS,
+        more="usage.md#experts",
     ),
     Flag(
         "shift_check",

@@ -22,8 +22,9 @@ OTHER_ATTENTION = Refusal(
     "The message has the reason.",
 )
 QUANTIZED = Refusal(
-    "quantized weights ({method}) are not served with sequence parallelism yet; use an unquantized checkpoint",
-    "Quantized weights are not assembled yet.",
+    "weights quantized with {method} are not served with sequence parallelism; serve them without --sp-size and "
+    "--enable-shift-parallel, or use another format: [formats](quantization.md)",
+    "Their kernels read more than the tensors of a layer: objects at the weights, or shapes from a file.",
 )
 NOT_TEXT = Refusal(
     "{name} is served for text generation only",
@@ -47,6 +48,8 @@ FP8_WIDTH = Refusal(
     "The scales behind the columns must stay aligned.",
 )
 
+NOT_SHARED = frozenset(("bitsandbytes", "gguf"))
+"""Formats whose shards cannot be stacked. After loading, the rank checks the layers."""
 SPARSE_ATTENTION = frozenset(
     ("DeepseekV32ForCausalLM", "DeepseekV4ForCausalLM", "GlmMoeDsaForCausalLM", "MiniMaxM3ForCausalLM")
 )
@@ -91,8 +94,8 @@ def check_model(model_config: Any, config: ShiftConfig) -> None:
         raise OTHER_ATTENTION(name=name, reason=reason)
     if name in FAMILIES:
         check_registry(name)
-    if model_config.quantization is not None or getattr(hf_config, "quantization_config", None):
-        raise QUANTIZED(method=model_config.quantization or "quantization_config")
+    if model_config.quantization in NOT_SHARED:
+        raise QUANTIZED(method=model_config.quantization)
     if not model_config.is_generation or model_config.is_multimodal:
         raise NOT_TEXT(name=name)
     if name in FAMILIES:

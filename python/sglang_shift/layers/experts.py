@@ -1,7 +1,10 @@
-"""Routed experts in SP steps. TP ranks divide each expert, so every rank computes its part for all tokens.
+"""Routed experts in SP steps. There are two ways, and ``--shift-experts`` chooses one.
 
-The ranks gather the rows before the router chooses experts, and sum the parts of each rank's own rows afterwards. Both
-together send what the all-reduce of a TP step sends.
+- ``sharded``: TP ranks divide each expert, so every rank computes its part for all tokens. The ranks gather the rows
+  before the router chooses experts, and sum the parts of each rank's own rows afterwards. Both together send what the
+  all-reduce of a TP step sends.
+- ``replicated``: each rank also has the parts of the other ranks of its SP group. It computes its own tokens, and the
+  ranks send nothing. The experts take S times the memory.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import torch
 
 from sglang_shift.parallel.region import gather_rows, sum_rows
 from sglang_shift.parallel.step import current_step
+from sglang_shift.weights.stacked import StackedShards
 
 
 class Router:
@@ -48,3 +52,30 @@ class Experts:
         rows = gather_rows(step, hidden_states)
         partial = type(self.experts).forward(self.experts, rows, topk_output, *args, **kwargs)
         return sum_rows(step, partial)
+
+
+class ReplicatedExperts:
+    """SGLang's ``FusedMoE`` with the experts' parts of all ranks of the SP group.
+
+    Args:
+        experts: SGLang's module.
+        shards: The parts.
+    """
+
+    def __init__(self, experts: Any, shards: StackedShards) -> None:
+        self.experts = experts
+        self.shards = shards
+
+    def __call__(self, hidden_states: torch.Tensor, topk_output: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """``[T_local, h]`` and the choice of this rank's tokens to ``[T_local, h]``."""
+
+        def run() -> torch.Tensor:
+            rows = hidden_states.clone()  # SGLang's experts may write into their input
+            out: torch.Tensor = type(self.experts).forward(self.experts, rows, topk_output, *args, **kwargs)
+            return out
+
+        parts = self.shards.each_shard(run)
+        total = next(parts)
+        for part in parts:
+            total = total + part
+        return current_step().topology.base_all_reduce(total)

@@ -10,7 +10,7 @@ from sglang.srt.layers.linear import ColumnParallelLinear
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_shift.layers.embedding import lookup_for
-from sglang_shift.layers.experts import Experts, Router
+from sglang_shift.layers.experts import Experts, ReplicatedExperts, Router
 from sglang_shift.layers.latent import GatheredAttention, GatheredLatents
 from sglang_shift.layers.linear import (
     ColumnProjection,
@@ -37,6 +37,7 @@ class SpModel:
     Args:
         model: A loaded SGLang model whose linears hold stock full-TP shards.
         topology: The groups that share the weights.
+        replicate_experts: Whether each rank gets the experts' parts of all ranks of its SP group.
 
     Attributes:
         weights: The base weights of its linears.
@@ -47,7 +48,7 @@ class SpModel:
         Refused: SP mode cannot run a layer.
     """
 
-    def __init__(self, model: torch.nn.Module, topology: Topology) -> None:
+    def __init__(self, model: torch.nn.Module, topology: Topology, *, replicate_experts: bool = False) -> None:
         self.topology = topology
         self.weights = BaseWeights(model, topology)
         self.forwards = Forwards()
@@ -58,12 +59,16 @@ class SpModel:
         for name, linear in structure.linears.items():
             if returns_shard_of_bias(linear):
                 raise structure.refusal(name, "returns its bias instead of adding it")
-            self._add_projection(linear, ColumnProjection if _is_column(linear) else RowProjection)
+            self._add_projection(linear, ColumnProjection if _is_column(linear) else RowProjection, name)
         self.weights.release_unused()
-        for router in structure.routers:
-            self.forwards.replace(router, Router(router))
-        for experts in structure.experts:
-            self.forwards.replace(experts, Experts(experts))
+        if replicate_experts:
+            for name, experts in structure.experts.items():
+                self.forwards.replace(experts, ReplicatedExperts(experts, self.weights.stack_experts(experts, name)))
+        else:
+            for router in structure.routers:
+                self.forwards.replace(router, Router(router))
+            for experts in structure.experts.values():
+                self.forwards.replace(experts, Experts(experts))
         for embedding in structure.embeddings:
             self.forwards.replace(embedding, lookup_for(embedding))
         for processor in structure.logits:
@@ -80,11 +85,11 @@ class SpModel:
         prepares = latent and hasattr(attention, "prepare_qkv_latent")
         for child_name, linear in structure.linears_of(name):
             if not _is_column(linear):
-                self._add_projection(linear, OutputProjection)
+                self._add_projection(linear, OutputProjection, f"{name}.{child_name}")
             elif latent and (child_name in HEADS_OF_LATENTS or not prepares):
                 self.forwards.replace(linear, HeadsProjection(linear))
             else:
-                self._add_projection(linear, QkvProjection)
+                self._add_projection(linear, QkvProjection, f"{name}.{child_name}")
         if latent and not prepares:
             self.forwards.replace(attention, GatheredAttention(attention))
         elif latent and attention.q_lora_rank is not None:
@@ -94,8 +99,8 @@ class SpModel:
             latents = attention.kv_a_proj_with_mqa
             self.forwards.replace(latents, GatheredLatents(latents.forward))
 
-    def _add_projection(self, linear: Any, kind: type[Projection]) -> None:
-        projection = kind(linear, self.weights.assemble(linear))
+    def _add_projection(self, linear: Any, kind: type[Projection], name: str) -> None:
+        projection = kind(linear, self.weights.assemble(linear, name))
         self.projections.append(projection)
         self.forwards.replace(linear, projection)
 

@@ -53,7 +53,7 @@ class Structure:
         attention: The attention modules.
         linears: The parallel linears of the stacks outside of attention, with their names.
         routers: The routers of experts.
-        experts: The routed experts.
+        experts: The routed experts, with their names.
         embeddings: The embeddings, without LM heads.
         logits: The logits processors.
         poolers: The poolers.
@@ -72,7 +72,7 @@ class Structure:
         inside = {id(child) for _, module in attention for child in module.children()}
         self.linears: dict[str, Any] = {}
         self.routers: list[Any] = []
-        self.experts: list[Any] = []
+        self.experts: dict[str, Any] = {}
         self.embeddings: list[torch.nn.Module] = []
         self.logits: list[torch.nn.Module] = []
         self.poolers: list[torch.nn.Module] = []
@@ -85,7 +85,7 @@ class Structure:
             elif in_stack and isinstance(module, TopK):
                 self.routers.append(module)
             elif in_stack and isinstance(module, FusedMoE):
-                self.experts.append(module)
+                self.experts[name] = module
             elif isinstance(module, VocabParallelEmbedding | torch.nn.Embedding):
                 if not isinstance(module, ParallelLMHead):
                     self.embeddings.append(module)

@@ -86,7 +86,7 @@ class ShiftModelRunner(ModelRunner):
         before = self._free_gib() + self.weight_load_mem_usage
         backup = get_exec().features.enable_weights_cpu_backup
         with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=backup):
-            self.sp_model = SpModel(self.model, self.topology)
+            self.sp_model = SpModel(self.model, self.topology, replicate_experts=config.experts == "replicated")
         self.base_weights = self.sp_model.weights
         self.weight_report = self.base_weights.report()
         # /server_info reports this as the memory of the weights, in GiB. The exchange takes its own memory later.
@@ -98,13 +98,14 @@ class ShiftModelRunner(ModelRunner):
             self._warm_up_collectives()
         logger.info(
             "sglang_shift: SP=%d x TP=%d and TP=%d share %d bytes of weights on this rank, "
-            "%d bytes beyond the base configuration's%s. The exchange is: %s.",
+            "%d bytes beyond the base configuration's%s. Linears in SP: %s. The exchange is: %s.",
             config.sp_size,
             self.topology.layout.base_tp_size,
             config.world_size,
             self.weight_report.total,
             self.weight_report.beyond_base,
             " (replicated KV heads)" if self.weight_report.beyond_base else "",
+            self.base_weights.text,
             exchange.text,
         )
 

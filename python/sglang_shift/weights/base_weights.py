@@ -11,11 +11,12 @@ has loaded the shards, each SP group all-gathers its shards in SP order:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from sglang.srt.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
@@ -24,6 +25,8 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang_shift.models.heads import Heads
 from sglang_shift.parallel.topology import Topology
 from sglang_shift.seams import overrides, substitutes_for
+from sglang_shift.weights.stacked import StackedShards, stack_shards
+from sglang_shift.weights.stacked_base import StackedBase, tensors_of
 
 
 class Base(Protocol):
@@ -42,6 +45,10 @@ class Base(Protocol):
 
     def rows(self, x: torch.Tensor, *, with_bias: bool) -> torch.Tensor:
         """Multiply by the shards of a row-parallel linear and sum: ``[n, S * columns of a shard]`` to ``[n, h]``."""
+
+    @property
+    def text(self) -> str:
+        """How a step multiplies with it, in a few words."""
 
     def refresh(self) -> None:
         """All-gather again, in place, after SGLang has written new values into this rank's shard. Collective."""
@@ -67,6 +74,7 @@ class BaseWeight:
     topology: Topology
     weight: torch.Tensor
     bias: torch.Tensor | None
+    text: ClassVar[str] = "one GEMM"
 
     @property
     def outputs(self) -> int:
@@ -117,6 +125,7 @@ class BaseWeights:
 
     Attributes:
         bases: The base weights so far, by linear.
+        experts: The stacked experts so far, by layer.
         stale: Whether SGLang may have written shards since they were gathered.
     """
 
@@ -124,12 +133,45 @@ class BaseWeights:
         self.model = model
         self.topology = topology
         self.bases: dict[torch.nn.Module, Base] = {}
+        self.experts: dict[torch.nn.Module, StackedShards] = {}
         self.stale = False
 
-    def assemble(self, linear: Any) -> Base:
-        """Build the base weight of a linear, and make the linear's parameters views of it. Collective."""
-        base = self.bases[linear] = _assemble(linear, self.topology)
+    def assemble(self, linear: Any, name: str = "") -> Base:
+        """Build the base weight of a linear, and make the linear's parameters views of it. Collective.
+
+        Args:
+            linear: A parallel linear of SGLang's, after loading.
+            name: Its name in the model, for errors.
+
+        Raises:
+            Refused: the linear is quantized in a way that SP mode cannot share.
+        """
+        base: Base
+        if isinstance(linear.quant_method, UnquantizedLinearMethod):
+            base = _assemble(linear, self.topology)
+        else:
+            base = StackedBase(linear, self.topology, name)
+        self.bases[linear] = base
         return base
+
+    def stack_experts(self, experts: Any, name: str = "") -> StackedShards:
+        """Give this rank the experts of all ranks of its SP group. The experts' own tensors become views. Collective.
+
+        Args:
+            experts: An experts layer of SGLang's, after loading.
+            name: Its name in the model, for errors.
+
+        Raises:
+            Refused: the experts are quantized in a way that SP mode cannot share.
+        """
+        shards = self.experts[experts] = stack_shards(experts, self.topology, name)
+        return shards
+
+    @property
+    def text(self) -> str:
+        """How SP steps multiply with the linears, in words."""
+        counts = Counter(base.text for base in self.bases.values())
+        return ", ".join(f"{count} with {text}" for text, count in counts.items())
 
     def refresh(self) -> None:
         """All-gather again, in place, after SGLang has written new values into this rank's shards.
@@ -139,6 +181,8 @@ class BaseWeights:
         self.stale = False
         for base in self.bases.values():
             base.refresh()
+        for shards in self.experts.values():
+            shards.refresh()
 
     def release_unused(self) -> None:
         """Free the base weights that were reserved for linears that need none. Their shards keep their values."""
@@ -152,6 +196,7 @@ class BaseWeights:
         """The weight memory of this rank, measured from the storages of its tensors."""
         tensors = [p.data for p in self.model.parameters()]
         tensors += [tensor for base in self.bases.values() for tensor in base.tensors()]
+        tensors += [tensor for shards in self.experts.values() for tensor in tensors_of(shards)]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         beyond = sum(_bytes_beyond_base(*pair, self.topology.layout.base_tp_size) for pair in self.bases.items())
         return WeightReport(sum(storages.values()), beyond)
