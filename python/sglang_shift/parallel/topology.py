@@ -53,7 +53,7 @@ class Topology:
 
     @relies_on(
         "sglang.srt.distributed.parallel_state:graph_capture",
-        "it lets SGLang's own groups communicate in a graph, with the custom all-reduce",
+        "This function lets SGLang's own groups communicate in a graph, with the custom all-reduce.",
     )
     @contextmanager
     def graph_capture(self, stream: Any) -> Iterator[None]:
