@@ -1,4 +1,4 @@
-"""Offline inference: SGLang's ``Engine`` with Shift Parallelism."""
+"""Provides offline inference: SGLang's ``Engine`` with Shift Parallelism."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SGLang's server arguments with our flags, their defaults and their resolution."""
+"""Adds our flags to SGLang's server arguments, and resolves their values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Subclasses of SGLang's CUDA graph runners that capture and replay in SP.
+"""Defines subclasses of SGLang's CUDA graph runners that capture and replay in SP.
 
 A replay runs no Python. So a capture is a step of its own, with its own context. After a replay, code that runs
 without a graph needs values in the step that the graph's Python would have set. These runners set them.

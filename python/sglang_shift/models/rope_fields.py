@@ -1,4 +1,4 @@
-"""Rules for the parameters of the rope (the encoding of positions) that SGLang and transformers treat differently."""
+"""Has rules for parameters of the rope (the encoding of positions) that SGLang and transformers treat differently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routes that we add to SGLang's HTTP server: the status page, its data, and policies by name."""
+"""Adds routes to SGLang's HTTP server: the status page, its data, and policies by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The entry and the exit of the token-sharded region.
+"""Enters and leaves the token-sharded region.
 
 In an SP step, each rank carries 1/S of the tokens from the output of the embedding to the final norm.
 """

@@ -1,4 +1,4 @@
-"""A topology: the groups of ranks that communicate in SP steps. They exist beside SGLang's own TP group."""
+"""Builds a topology: the groups of ranks that communicate in SP steps. They exist beside SGLang's own TP group."""
 
 from __future__ import annotations
 

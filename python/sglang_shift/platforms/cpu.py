@@ -1,4 +1,4 @@
-"""An out-of-tree SGLang platform for machines without a GPU.
+"""Defines an out-of-tree SGLang platform for machines without a GPU.
 
 With it, the published wheels of SGLang run on any CPU. If the machine has an accelerator, :func:`activate` returns
 None, and SGLang uses its own platforms.

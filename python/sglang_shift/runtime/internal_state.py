@@ -1,4 +1,4 @@
-"""SGLang's internal state (``/server_info``, ``/set_internal_state``), with the state of the mode selector added."""
+"""Adds the state of the mode selector to SGLang's internal state (``/server_info``, ``/set_internal_state``)."""
 
 from __future__ import annotations
 

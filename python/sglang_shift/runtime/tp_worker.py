@@ -1,4 +1,4 @@
-"""The TP worker: SGLang's worker with our model runner, and with a stopwatch around each step."""
+"""The TP worker is SGLang's worker with our model runner, and with a stopwatch around each step."""
 
 from __future__ import annotations
 

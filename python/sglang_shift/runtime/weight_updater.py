@@ -1,4 +1,4 @@
-"""The weight updater: after an update, the ranks gather the base weights again."""
+"""The weight updater makes the ranks gather the base weights again after an update."""
 
 from __future__ import annotations
 
