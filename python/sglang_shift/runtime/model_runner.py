@@ -186,7 +186,7 @@ class ShiftModelRunner(ModelRunner):
         """Make the context of one step: see :class:`Step`."""
         return Step(mode, self.topology, batch, self.sp_model.forwards, has_exit)
 
-    @overrides("keeps this rank's rows of embeddings that a request gives")
+    @overrides("If requests bring their own embeddings, our method keeps the rows of this rank.")
     def _extend_forward_kwargs(self, forward_batch: ForwardBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the arguments of the model's ``forward``. If they have rows of all tokens, enter the region here."""
         arguments: dict[str, Any] = super()._extend_forward_kwargs(forward_batch, *args, **kwargs)
