@@ -1,4 +1,4 @@
-"""The settings of a server: one record, equal on every rank."""
+"""Defines the settings of a server: one record, which is equal on every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our flags. Each flag is defined once, in one table, and all other code reads this table.
+"""Defines our flags. Each flag stands once, in one table, and all other code reads this table.
 
 ``python -m sglang_shift.args flags`` prints ``docs/flags.md`` from the table. This module does not import SGLang,
 because every ``sglang serve`` reads the table to see whether the command line has one of our flags.

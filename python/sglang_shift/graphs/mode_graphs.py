@@ -129,7 +129,7 @@ class ModeGraphs:
 
     @relies_on(
         "sglang.srt.model_executor.runner.prefill_cuda_graph_runner:PrefillCudaGraphRunner.can_replay_locally",
-        "it says how far a prefill may be padded",
+        "This method decides how far SGLang may pad a prefill.",
     )
     def __init__(self, runner: Any, config: ShiftConfig) -> None:
         self.runner = runner
@@ -176,11 +176,11 @@ class ModeGraphs:
 
     @relies_on(
         "sglang.srt.model_executor.model_runner_components.cuda_graph_setup:capture_decode_graph",
-        "it builds the runner of _decode_cuda_graph_runner_cls, and measures",
+        "This function builds the runner of _decode_cuda_graph_runner_cls, and measures its memory and time.",
     )
     @relies_on(
         "sglang.srt.model_executor.model_runner_components.cuda_graph_setup:capture_prefill_graph",
-        "it builds a PrefillCudaGraphRunner, and measures",
+        "This function builds a PrefillCudaGraphRunner, and measures its memory and time.",
     )
     def _capture(self, phase: str, mode: Mode) -> None:
         graphs, runner = self.phases[phase], self.runner
@@ -254,7 +254,7 @@ class ModeGraphs:
 
 @relies_on(
     "sglang.srt.model_executor.runner.base_cuda_graph_runner:get_batch_sizes_to_capture",
-    "it says which batch sizes are captured",
+    "SGLang captures the batch sizes that this function returns.",
 )
 def sglang_sizes_by_phase(runner: Any) -> dict[str, list[int]]:
     """The sizes that SGLang would capture, by phase."""

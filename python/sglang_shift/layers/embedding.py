@@ -24,7 +24,7 @@ class _Lookup:
 
     @relies_on(
         "sglang.srt.model_executor.model_runner:ModelRunner._extend_forward_kwargs",
-        "it looks up all rows if a request replaces the embeddings of some tokens",
+        "If a request replaces some embeddings, this method calls the embedding for all tokens.",
     )
     def __call__(self, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Look up ``ids``, ``[T]``, equal on every rank. Return this rank's rows, ``[ceil(T / S), h]``."""
@@ -50,7 +50,7 @@ class ShardedLookup(_Lookup):
 
     @relies_on(
         "sglang.srt.layers.vocab_parallel_embedding:VocabParallelEmbedding.forward",
-        "it sums the rows that _embed_local_shard returns, and does nothing else",
+        "This method sums the rows that _embed_local_shard returns, and does nothing else.",
     )
     def lookup(self, ids: torch.Tensor, step: Step, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Each rank looks up all tokens in its part of the table. Then each rank sums the rows of its own tokens.

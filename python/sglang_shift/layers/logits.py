@@ -26,7 +26,10 @@ class ExitToLogits:
     def __init__(self, processor: Any) -> None:
         self.processor = processor
 
-    @relies_on("sglang.srt.layers.logits_processor:LogitsProcessor.forward", "it begins with the rows of all tokens")
+    @relies_on(
+        "sglang.srt.layers.logits_processor:LogitsProcessor.forward",
+        "This method takes the rows of all tokens as its input.",
+    )
     def __call__(
         self,
         input_ids: Any,

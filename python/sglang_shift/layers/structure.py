@@ -113,7 +113,7 @@ class Structure:
 
     @relies_on(
         "sglang.srt.layers.layer_boundary.stage:StageBoundary._prepare",
-        "it gives the latents' method of its plan to the attention, which calls that method alone",
+        "This method hands the latents' method of its plan to the attention, and only the attention calls it.",
     )
     def boundaries_of(self, attention: torch.nn.Module) -> list[Any]:
         """The boundaries of SGLang's layers that compute the latents of this attention module by its method.

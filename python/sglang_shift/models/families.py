@@ -1,4 +1,4 @@
-"""The model families that are served. Each family has one record, from which everything else about it follows.
+"""Lists the model families that are served. Each family has one record, from which everything else about it follows.
 
 To add a family, add its record to :data:`FAMILIES`, and a tiny model of it to ``test/support/families.py``. The tests
 compare each record with SGLang's class and with transformers.

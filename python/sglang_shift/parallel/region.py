@@ -1,4 +1,4 @@
-"""The entry and the exit of the token-sharded region.
+"""Enters and leaves the token-sharded region.
 
 In an SP step, each rank carries 1/S of the tokens from the output of the embedding to the final norm.
 """
@@ -92,7 +92,8 @@ def pad_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 @relies_on(
-    "sglang.srt.layers.logits_processor:LogitsProcessor._get_pruned_states", "it says which rows the LM head reads"
+    "sglang.srt.layers.logits_processor:LogitsProcessor._get_pruned_states",
+    "This method decides which rows the LM head reads.",
 )
 def rows_read(batch: ForwardBatch) -> torch.Tensor | None:
     """The rows of a prefill that ``LogitsProcessor._get_pruned_states`` reads; None means all rows.

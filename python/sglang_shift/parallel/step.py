@@ -1,4 +1,4 @@
-"""The context of the step that runs: its mode, its topology, and how its rows are divided.
+"""Holds the context of the step that runs: its mode, its topology, and how its rows are divided.
 
 SGLang calls our functions (:mod:`sglang_shift.layers`), and passes no argument of ours. So they get the step from
 :func:`current`. A rank runs one forward at a time.

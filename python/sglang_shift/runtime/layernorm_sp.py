@@ -16,9 +16,13 @@ from sglang_shift.parallel.step import current, current_step
 from sglang_shift.seams import relies_on, replaces
 
 
-@replaces("sglang.srt.layers.layernorm_sp:runs_sp", "the mode of the step decides, not the kind of the batch")
+@replaces(
+    "sglang.srt.layers.layernorm_sp:runs_sp",
+    "The mode of the step must decide whether the tokens are divided, not the kind of the batch.",
+)
 @relies_on(
-    "sglang.srt.layers.logits_processor:LogitsProcessor.forward", "it leaves the region again if runs_sp says so"
+    "sglang.srt.layers.logits_processor:LogitsProcessor.forward",
+    "This method leaves the token-sharded region if runs_sp returns True.",
 )
 def runs_sp(forward_mode: ForwardMode) -> bool:
     """Whether a layer computes this rank's tokens now.
@@ -31,10 +35,12 @@ def runs_sp(forward_mode: ForwardMode) -> bool:
 
 
 @replaces(
-    "sglang.srt.layers.layernorm_sp:sp_entry_scatter", "the tokens of a rank follow its SP index, not its TP rank"
+    "sglang.srt.layers.layernorm_sp:sp_entry_scatter",
+    "The SP index of a rank must select the rank's tokens, not its TP rank.",
 )
 @relies_on(
-    "sglang.srt.layers.layer_boundary.stage:StageBoundary._select", "it enters the region before the first layer"
+    "sglang.srt.layers.layer_boundary.stage:StageBoundary._select",
+    "This method enters the token-sharded region before the first layer.",
 )
 def sp_entry_scatter(hidden_states: torch.Tensor) -> torch.Tensor:
     """Enter the region, unless the embedding has already done that.
@@ -49,15 +55,27 @@ def sp_entry_scatter(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states if step.inside else scatter_tokens(step, hidden_states)
 
 
-@replaces("sglang.srt.layers.layernorm_sp:column_parallel_g_matmul", "a linear of a layer has a projection instead")
-@relies_on("sglang.srt.layers.linear:ColumnParallelLinear.forward", "it calls column_parallel_g_matmul while sp_active")
+@replaces(
+    "sglang.srt.layers.layernorm_sp:column_parallel_g_matmul",
+    "Our function refuses a linear without a projection. A linear of a layer has a projection.",
+)
+@relies_on(
+    "sglang.srt.layers.linear:ColumnParallelLinear.forward",
+    "This method calls column_parallel_g_matmul while sp_active is set.",
+)
 def column_parallel_g_matmul(linear: Any, input_parallel: torch.Tensor, bias: Any) -> NoReturn:
     """Refuse a column-parallel linear that no SP step knows."""
     _refuse(linear)
 
 
-@replaces("sglang.srt.layers.layernorm_sp:row_parallel_gbar_matmul", "a linear of a layer has a projection instead")
-@relies_on("sglang.srt.layers.linear:RowParallelLinear.forward", "it calls row_parallel_gbar_matmul while sp_active")
+@replaces(
+    "sglang.srt.layers.layernorm_sp:row_parallel_gbar_matmul",
+    "Our function refuses a linear without a projection. A linear of a layer has a projection.",
+)
+@relies_on(
+    "sglang.srt.layers.linear:RowParallelLinear.forward",
+    "This method calls row_parallel_gbar_matmul while sp_active is set.",
+)
 def row_parallel_gbar_matmul(linear: Any, input_: torch.Tensor, bias: Any) -> NoReturn:
     """Refuse a row-parallel linear that no SP step knows."""
     _refuse(linear)

@@ -66,10 +66,10 @@ class ShiftModelRunner(ModelRunner):
     prefill_cuda_graph_runner: Any
     weight_load_mem_usage: float
 
-    @overrides("assembles the base weights around the loaded shards")
+    @overrides("Our method assembles the base weights around the loaded shards.")
     @relies_on(
         "sglang.srt.layers.layer_boundary.factories:_active_variants",
-        "it builds the sequence-parallel variant of a layer if flags.sp.enabled",
+        "This function builds the sequence-parallel variant of a layer if flags.sp.enabled is set.",
     )
     def load_model(self) -> None:
         """Load the stock full-TP shards, then assemble the base weights around them."""
@@ -131,34 +131,36 @@ class ShiftModelRunner(ModelRunner):
         current_platform.synchronize()
         current_platform.empty_cache()  # free the tensors of the warm-up
 
-    @overrides("notes that base weights must be gathered again")
+    @overrides("Our method installs our weight updater, which marks the base weights as stale.")
     def init_weight_updater(self) -> None:
         """Use our weight updater, so that the base weights follow every weight update of SGLang."""
         super().init_weight_updater()
         stock = self.weight_updater
         self.weight_updater = ShiftWeightUpdater(**{f.name: getattr(stock, f.name) for f in fields(stock)})
 
-    @overrides("notes that base weights must be gathered again")
-    @relies_on("sglang.srt.utils.weight_checker:WeightChecker.handle", "it says which action writes parameters")
+    @overrides("Our method marks the base weights as stale if the checker resets this rank's weights.")
+    @relies_on(
+        "sglang.srt.utils.weight_checker:WeightChecker.handle", "This method decides which action writes parameters."
+    )
     def check_weights(self, action: str, *args: Any, **kwargs: Any) -> Any:
         """Run SGLang's weight checker. Its action ``reset_tensors`` writes this rank's shards, too."""
         if action == "reset_tensors":
             self.base_weights.stale = True
         return super().check_weights(action, *args, **kwargs)
 
-    @overrides("captures the graphs of both modes")
+    @overrides("Our method captures the graphs of both modes.")
     def init_cuda_graphs(self, *args: Any, **kwargs: Any) -> None:
         config = shift_config_of(self.server_args)
         assert config is not None
         self.graphs = ModeGraphs(self, config)
         self.graphs.capture(partial(super().init_cuda_graphs, *args, **kwargs))
 
-    @overrides("captures them again after a weight update")
+    @overrides("After a weight update, our method captures the decode graphs of both modes again.")
     def init_decode_cuda_graph(self) -> None:
         """Capture the graphs of decode steps again, in both modes. A weight update may ask for it."""
         self.graphs.capture(super().init_decode_cuda_graph, (Phase.DECODE,))
 
-    @overrides("SGLang builds its decode graph runner of this class")
+    @overrides("SGLang makes its decode graph runner from the class that this method returns.")
     def _decode_cuda_graph_runner_cls(self) -> type:
         return SpDecodeGraphRunner if self.capture_mode is Mode.SP else super()._decode_cuda_graph_runner_cls()
 
@@ -171,7 +173,7 @@ class ShiftModelRunner(ModelRunner):
         finally:
             self.mode = Mode.TP
 
-    @overrides("is one step: its mode, its topology, its graphs")
+    @overrides("Our method runs each forward as one step, with its mode, its topology and its graphs.")
     def forward(self, forward_batch: ForwardBatch, *args: Any, **kwargs: Any) -> ModelRunnerOutput:
         """Run one step: SGLang's forward, in the step's mode and with its CUDA graphs."""
         step = self.step(self.mode, forward_batch)
@@ -185,7 +187,7 @@ class ShiftModelRunner(ModelRunner):
         """Make the context of one step: see :class:`Step`."""
         return Step(mode, self.topology, batch, self.sp_model.forwards, has_exit)
 
-    @overrides("keeps this rank's rows of embeddings that a request gives")
+    @overrides("If requests bring their own embeddings, our method keeps the rows of this rank.")
     def _extend_forward_kwargs(self, forward_batch: ForwardBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the arguments of the model's ``forward``. If they have rows of all tokens, enter the region here."""
         arguments: dict[str, Any] = super()._extend_forward_kwargs(forward_batch, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""The decorators that declare seams, and the list of all declared seams.
+"""Defines the decorators that declare seams, and lists all declared seams.
 
 A declaration registers itself when its module is imported. So :func:`seams` first imports every module of
 :data:`MODULES`. A test compares :data:`MODULES` with the sources.

@@ -204,12 +204,12 @@ class BaseWeights:
 
 @substitutes_for(
     "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod",
-    "SGLang's linears build the class of this name",
+    "SGLang's linear layers make their method from the class of this name.",
 )
 class BaseLinearMethod(UnquantizedLinearMethod):
     """SGLang's method for unquantized linears. It creates each weight as a view of its base weight."""
 
-    @overrides("creates a weight as a view of its base weight")
+    @overrides("Our method creates a weight as a view of its base weight.")
     def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)
         topology = _loading_for.get()
