@@ -186,9 +186,7 @@ DENSE_MODELS = {
     "qwen3": TinyModel("Qwen3ForCausalLM", "Qwen3Config", fields=HEAD_DIM),
     "phi3": TinyModel("Phi3ForCausalLM", "Phi3Config", fields={"vocab_size": 320}),
     "phi4": TinyModel("Phi3ForCausalLM", "Phi3Config", fields={**rope("default", partial_rotary_factor=0.75)}),
-    "gemma": TinyModel(
-        "GemmaForCausalLM", "GemmaConfig", fields={**HEAD_DIM, **TIED, "hidden_act": "gelu"}
-    ),
+    "gemma": TinyModel("GemmaForCausalLM", "GemmaConfig", fields={**HEAD_DIM, **TIED, "hidden_act": "gelu"}),
     "gemma2": TinyModel(
         "Gemma2ForCausalLM",
         "Gemma2Config",
