@@ -121,7 +121,9 @@ def facts(base_weights: Any) -> dict[str, int]:
         "outside": sum(size for place, size in storages.items() if place not in addresses),
         "peak_of_loading": loading.peak - loading.bytes,
         "peak_of_assembly": assembly.peak - assembly.bytes,
-        "shard_of_a_layer": sum(m.weight.nbytes for name, m in modules if ".layers.0." in name and m in base_weights.bases),
+        "shard_of_a_layer": sum(
+            m.weight.nbytes for name, m in modules if ".layers.0." in name and m in base_weights.bases
+        ),
     }
 
 
