@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from quantized_kernels import FP8, pack
+from quantized_kernels import FP8, awq_dequantize, from_fp4, pack, unpack
 
 HIDDEN, HEAD, HEADS, KV_HEADS, INTERMEDIATE = 256, 128, 8, 4, 1024
 GROUP = 64  # of AWQ and GPTQ
@@ -59,7 +59,7 @@ def int8_channel(c: Checkpoint, n: int, k: int) -> dict[str, torch.Tensor]:
 
 
 def int8_block(c: Checkpoint, n: int, k: int) -> dict[str, torch.Tensor]:
-    return {**int8_channel(c, n, k), "weight_scale": c.scales(0), "weight_scale_inv": c.scales(n // 64, k // 64)}
+    return {"weight": int8_channel(c, n, k)["weight"], "weight_scale_inv": c.scales(n // 64, k // 64)}
 
 
 def awq(c: Checkpoint, n: int, k: int) -> dict[str, torch.Tensor]:
@@ -92,9 +92,31 @@ def nvfp4(c: Checkpoint, n: int, k: int) -> dict[str, torch.Tensor]:
     return {
         "weight": c.integers(0, 256, n, k // 2).to(torch.uint8),
         "weight_scale": (c.scales(n, k // 16) * 640).to(FP8),
-        "weight_scale_2": c.scales(1)[0],
-        "input_scale": c.scales(1)[0],
+        # Weights that SGLang runs as one have one scale.
+        "weight_scale_2": torch.tensor(1 / 64),
+        "input_scale": torch.tensor(1 / 64),
     }
+
+
+def dense(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The float64 weight ``[n, k]`` that the tensors of a checkpoint stand for."""
+    t = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    if "g_idx" in t:
+        numbers = unpack(t["qweight"]).transpose(1, 2).flatten(0, 1) - 8
+        return (numbers * t["scales"][t["g_idx"].long()]).t()
+    if "qweight" in t:
+        return awq_dequantize(t["qweight"], t["scales"], t["qzeros"]).t()
+    if "weight_packed" in t:
+        numbers = unpack(t["weight_packed"]).flatten(1) - 8
+        return numbers * t["weight_scale"].repeat_interleave(GROUP, 1)
+    if "weight_scale_2" in t:
+        return from_fp4(t["weight"], t["weight_scale"]) * t["weight_scale_2"]
+    weight = t["weight"].double()
+    scale = t.get("weight_scale_inv", t.get("weight_scale", torch.ones(())))
+    if scale.dim() == 2:
+        scale = scale.repeat_interleave(len(weight) // len(scale), 0)
+        scale = scale.repeat_interleave(weight.shape[1] // scale.shape[1], 1)
+    return weight * scale
 
 
 def compressed(bits: int, kind: str, strategy: str, activations: dict[str, Any] | None, **weights: Any) -> Any:
@@ -132,6 +154,11 @@ def config_of(module: str, name: str, **fields: Any) -> Any:
 def gptq_config(act_order: bool) -> Any:
     fields = {"bits": 4, "group_size": GROUP, "desc_act": act_order, "sym": True, "lm_head": False}
     return config_of("gptq", "GPTQMarlinConfig", quant_method="gptq", **fields)
+
+
+def modelopt(name: str, **fields: Any) -> Any:
+    fields = {"quant_method": "modelopt", "ignore": [], "packed_modules_mapping": {}, **fields}
+    return config_of("modelopt_quant", f"ModelOpt{name}Config", **fields)
 
 
 def awq_fields() -> dict[str, Any]:
@@ -185,7 +212,7 @@ FORMATS: dict[str, Format] = {
         lambda: compressed(8, "float", "channel", per_token(8, "float")), fp8_channel, ONE
     ),
     "compressed-tensors fp8, tensor": Format(
-        lambda: compressed(8, "float", "tensor", per_token(8, "float")), fp8_tensor, EACH
+        lambda: compressed(8, "float", "tensor", per_token(8, "float")), fp8_tensor, ONE
     ),
     "compressed-tensors fp8, block": Format(
         lambda: compressed(
@@ -201,9 +228,7 @@ FORMATS: dict[str, Format] = {
         lambda: compressed(4, "int", "group", None, group_size=GROUP), packed, EACH
     ),
     "modelopt fp8": Format(
-        lambda: config_of(
-            "modelopt_quant", "ModelOptFp8Config", quant_method="modelopt", quant_algo="FP8", ignore=[], packed_modules_mapping={}
-        ),
+        lambda: modelopt("Fp8", quant_algo="FP8"),
         fp8_static, ONE,
     ),
     "awq": Format(lambda: config_of("awq", "AWQConfig", **awq_fields()), awq, EACH, torch.float16, exact_inputs=True),
@@ -213,13 +238,19 @@ FORMATS: dict[str, Format] = {
         lambda: gptq_config(True), lambda c, n, k: gptq(c, n, k, act_order=True), EACH, torch.float16
     ),
     "modelopt nvfp4": Format(
-        lambda: config_of(
-            "modelopt_quant", "ModelOptFp4Config", quant_method="modelopt", quant_algo="NVFP4", group_size=16,
-            ignore=[], packed_modules_mapping={},
-        ),
+        lambda: modelopt("Fp4", quant_algo="NVFP4", group_size=16),
         nvfp4, EACH, gpu="B200",
     ),
 }  # fmt: skip
+
+
+EXPERTS, TOP_K, EXPERT_SIZE = 4, 2, 256
+EXPERT_FORMATS: dict[str, Format] = {
+    "unquantized": Format(lambda: None, plain, EACH, torch.float32),
+    "fp8, per tensor, dynamic": FORMATS["fp8, per tensor, dynamic"],
+    "fp8, per tensor, static": FORMATS["fp8, per tensor, static"],
+    "fp8, blocks of 64": FORMATS["fp8, blocks of 64"],
+}
 
 
 @contextmanager
@@ -252,19 +283,40 @@ PARTS: dict[str, dict[Any, tuple[int, int]]] = {
 """The weights of a checkpoint that make up each linear: ``[n, k]`` by SGLang's shard id."""
 
 
-def load(layer: Any, kind: str, tensors: Callable[..., dict[str, torch.Tensor]], seed: int = 0) -> None:
-    """Load a random checkpoint with the layer's own weight loaders, and let SGLang process it."""
-    checkpoint = Checkpoint(seed)
-    for shard_id, (n, k) in PARTS[kind].items():
-        weights = dict(tensors(checkpoint, n, k))
-        if layer.bias is not None:
-            weights["bias"] = checkpoint.integers(-8, 9, n) / 8
-        for name, tensor in weights.items():
+def checkpoint(kind: str, fmt: Format, seed: int = 0) -> dict[Any, dict[str, torch.Tensor]]:
+    """A random checkpoint of a linear: its tensors, by SGLang's shard id."""
+    maker = Checkpoint(seed)
+    return {part: {**fmt.tensors(maker, n, k), "bias": maker.integers(-8, 9, n) / 8} for part, (n, k) in
+            PARTS[kind].items()}  # fmt: skip
+
+
+def load(layer: Any, weights: dict[Any, dict[str, torch.Tensor]]) -> None:
+    """Load a checkpoint with the layer's own weight loaders, and let SGLang process it."""
+    for part, tensors in weights.items():
+        for name, tensor in tensors.items():
             parameter = getattr(layer, name, None)
-            if parameter is not None:
-                loader = parameter.weight_loader
-                loader(parameter, tensor) if shard_id is None else loader(parameter, tensor, shard_id)
+            if parameter is not None:  # SGLang does not read the zero points of a symmetric format
+                parameter.weight_loader(parameter, tensor, *([] if part is None else [part]))
     layer.quant_method.process_weights_after_loading(layer)
+
+
+def build_experts(fmt: Format, seed: int = 0) -> Any:
+    """SGLang's experts, loaded and processed. SGLang's settings must be published."""
+    from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+
+    layer = FusedMoE(
+        EXPERTS, HIDDEN, EXPERT_SIZE, layer_id=0, top_k=TOP_K, params_dtype=fmt.dtype, quant_config=fmt.config(),
+        prefix="layers.0.mlp.experts",
+    )  # fmt: skip
+    maker = Checkpoint(seed)
+    shapes = {"w1": (EXPERT_SIZE, HIDDEN), "w3": (EXPERT_SIZE, HIDDEN), "w2": (HIDDEN, EXPERT_SIZE)}
+    for expert in range(EXPERTS):
+        for part, (n, k) in shapes.items():
+            for name, tensor in fmt.tensors(maker, n, k).items():
+                parameter = getattr(layer, f"w{'2' if part == 'w2' else '13'}_{name}")
+                parameter.weight_loader(parameter, tensor, f"experts.{expert}.{part}.{name}", part, expert)
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer
 
 
 def inputs(rows: int, columns: int, fmt: Format, seed: int = 1) -> torch.Tensor:

@@ -152,6 +152,9 @@ class StackedShards:
 
         Experts that every rank holds whole run in this way: the outputs are to be summed. Between two results, and
         after an error, the layer has this rank's shard.
+
+        Args:
+            run: Runs the layer. It must not change its input: SGLang's experts may write into theirs.
         """
         for number in range(len(self.shards)):
             with self._installed(number):
