@@ -11,8 +11,9 @@ import pytest
 import torch
 from harness import run_ranks
 from quantized_kernels import install
-from quantized_layers import EXPERT_FORMATS, FORMATS, inputs
+from quantized_layers import EXPERT_FORMATS
 from sglang_shift.errors import Refused
+from sglang_shift.tools.gpu_check.formats import FORMATS, inputs
 from sglang_shift.weights.layer_tensors import ALIGNMENT, describe
 from sglang_shift.weights.stacked import NO_SHARDS, StackedShards, stack_shards
 from stacked_checks import (
@@ -92,7 +93,7 @@ def tensors_of(stacked: StackedShards) -> list[torch.Tensor]:
 
 def check_memory(rank: int, world: int, name: str) -> None:
     fmt = FORMATS[name]
-    install(fmt.gpu)
+    install(fmt.capability)
     topology = topology_of(rank, world, 2)
     for kind in ("qkv", "down"):
         layer = linear(kind, fmt, topology)

@@ -17,8 +17,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from sglang_shift.tools.gpu_check.formats import FP8, pack
 
-FP8 = torch.float8_e4m3fn
 FP8_MAX, INT8_MAX, FP4_MAX = 448.0, 127.0, 6.0
 FP4_VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the column of each 4-bit number of an int32
@@ -102,12 +102,6 @@ def unpack(packed: torch.Tensor, bits: int = 4) -> torch.Tensor:
     """The numbers in each int32, from the lowest bits on, as one more dimension."""
     shifts = torch.arange(0, 32, bits)
     return (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
-
-
-def pack(numbers: torch.Tensor, bits: int = 4) -> torch.Tensor:
-    """The inverse of :func:`unpack`."""
-    shifted = numbers.long() << torch.arange(0, 32, bits)
-    return shifted.sum(-1).to(torch.uint32).view(torch.int32)
 
 
 def awq_columns(packed: torch.Tensor) -> torch.Tensor:
@@ -280,8 +274,11 @@ KERNELS: dict[str, Any] = {
 """Each kernel, under the name that SGLang imports or defines it by."""
 
 
-def install(gpu: str = "H100") -> None:
-    """Replace the kernels, and let SGLang process weights as on a GPU. This is for the life of the process."""
+def install(capability: tuple[int, int] = (8, 0)) -> None:
+    """Replace the kernels, and let SGLang process weights as on a GPU. This is for the life of the process.
+
+    The GPU is an H100, or a B200 if the format needs its compute capability.
+    """
     for target, reference in KERNELS.items():
         replace(target, reference)
     replace_everywhere_below(QUANTIZATION, "get_device_capability", lambda *args: (9, 0))
@@ -295,7 +292,7 @@ def install(gpu: str = "H100") -> None:
     defaults[index] = True
     utils.apply_fp8_linear.__defaults__ = tuple(defaults)
     use_scalar_types()
-    if gpu == "B200":
+    if capability >= (10, 0):
         use_blackwell()
 
 

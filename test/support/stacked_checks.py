@@ -10,25 +10,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from harness import GlooGroup
 from quantized_kernels import install
-from quantized_layers import (
-    EXPERTS,
-    HIDDEN,
-    TOP_K,
-    Format,
-    build,
-    build_experts,
-    checkpoint,
-    dense,
-    inputs,
-    load,
-    tensor_parallel,
-)
+from quantized_layers import EXPERTS, SIZES, TOP_K, build_experts, dense
 from sglang.benchmark import one_batch
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang_shift.models.demo import demo_model_path
 from sglang_shift.parallel.exchange.gloo import GlooExchange
 from sglang_shift.parallel.layout import RankLayout, padded_local_tokens
 from sglang_shift.parallel.topology import Topology
+from sglang_shift.tools.gpu_check.formats import KINDS, Format, build, checkpoint, inputs, load, tensor_parallel
 from sglang_shift.weights.stacked import StackedShards, stack_shards
 
 ROWS = 13  # odd: the last rank has a row that pads the step
@@ -85,8 +74,8 @@ def apply(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tenso
 def linear(kind: str, fmt: Format, topology: Topology, seed: int = 0) -> Any:
     """One of SGLang's linears, loaded and processed."""
     with tensor_parallel(topology.rank, topology.layout.world_size):
-        layer = build(kind, fmt.config(), fmt.dtype)
-        load(layer, checkpoint(kind, fmt, seed))
+        layer = build(kind, fmt, SIZES)
+        load(layer, checkpoint(kind, fmt, SIZES, seed))
     return layer
 
 
@@ -126,7 +115,7 @@ def compare_rows(layer: Any, stacked: StackedShards, x: torch.Tensor) -> tuple[f
 
 def error_of_tp(kind: str, fmt: Format, layer: Any, x: torch.Tensor, topology: Topology) -> float:
     """How far TP is from the float product of the inputs with the checkpoint's weights."""
-    weights = [(dense(t), t["bias"]) for t in checkpoint(kind, fmt).values()]
+    weights = [(dense(t), t["bias"]) for t in checkpoint(kind, fmt, SIZES).values()]
     rank, world = topology.rank, topology.layout.world_size
     if kind == "down":
         (weight, bias), width = weights[0], layer.input_size_per_partition
@@ -142,10 +131,10 @@ def error_of_tp(kind: str, fmt: Format, layer: Any, x: torch.Tensor, topology: T
 
 def figures(rank: int, world: int, sp: int, fmt: Format) -> dict[str, Figures]:
     """Compare SP with TP in each kind of linear."""
-    install(fmt.gpu)
+    install(fmt.capability)
     topology = topology_of(rank, world, sp)
     found = {}
-    for kind in ("qkv", "gate_up", "down"):
+    for kind in KINDS:
         layer = linear(kind, fmt, topology)
         x = inputs(ROWS, layer.input_size, fmt)
         error = error_of_tp(kind, fmt, layer, x, topology)
@@ -179,12 +168,12 @@ def choices(rows: int) -> StandardTopKOutput:
 
 def experts_figure(rank: int, world: int, sp: int, fmt: Format) -> float:
     """The largest difference of experts that every rank holds whole, relative to the largest output of TP."""
-    install(fmt.gpu)
+    install(fmt.capability)
     publish_settings(rank, world)
     topology = topology_of(rank, world, sp)
     layer = build_experts(fmt)
     rows = ROWS + 1  # no padding: a row that SGLang routes never has the same expert twice
-    x, chosen = inputs(rows, HIDDEN, fmt), choices(rows)
+    x, chosen = inputs(rows, SIZES.hidden, fmt), choices(rows)
     parts = all_ranks(layer(x.clone(), chosen))
     expected = my_rows(sum(parts[member] for member in topology.sp_group.ranks), topology)
     stacked = stack_shards(layer, topology, "experts")

@@ -12,7 +12,7 @@ from sglang_shift.flags import AUTO, EXCHANGE_DTYPES, EXCHANGES, FLAGS, POLICIES
 from sglang_shift.models import families, fields
 from sglang_shift.parallel.exchange import choose
 from sglang_shift.policy import builtin
-from sglang_shift.weights import base_weights
+from sglang_shift.weights import base_weights, stacked
 
 FLAGS_PAGE = """# Flags
 
@@ -56,7 +56,7 @@ The message is: {message}
 REFUSAL_SECTIONS: dict[str, tuple[ModuleType, ...]] = {
     "Flags": (refusals, builtin),
     "`--sp-size auto`": (sp_size,),
-    "The model": (model_check, fields, families, base_weights),
+    "The model": (model_check, fields, families, base_weights, stacked),
     "The exchange": (choose,),
     "CUDA graphs and matrix products": (graph_memory, gemm_backend),
 }
