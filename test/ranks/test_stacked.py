@@ -302,6 +302,10 @@ def weights_of_the_method(layer: Any, rank: int) -> None:
     layer.quant_method = SimpleNamespace(w13=SimpleNamespace(storage=SimpleNamespace(data=torch.ones(3))))
 
 
+def on_another_device(layer: Any, rank: int) -> None:
+    layer.cache = torch.zeros(3, device="meta")
+
+
 def not_loaded(layer: Any, rank: int) -> None:
     layer.weight = torch.nn.UninitializedParameter()
 
@@ -319,6 +323,7 @@ REFUSALS = [
     (subclass, "L cannot be shared by TP and SP: it hides tensors in weight, a TwoTensor; serve this model without"),
     (state_at_the_weight, r"it hides tensors in weight.quant_state\[0\], a SimpleNamespace"),
     (weights_of_the_method, "it hides tensors in quant_method.w13, a SimpleNamespace"),
+    (on_another_device, "it has tensors on several devices"),
     (not_loaded, "it gets the shape of weight from a file"),
     (method("BitsAndBytesLinearMethod"), "it is quantized by BitsAndBytesLinearMethod, which keeps the state"),
     (method("GGUFLinearMethod"), "it is quantized by GGUFLinearMethod, which pads each rank's weights"),

@@ -112,6 +112,8 @@ def describe(layer: torch.nn.Module) -> tuple[Description, list[torch.Tensor], l
                 values[path] = value
         else:
             problem = problem or _problem_with_object(path, value)
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        problem = problem or "has tensors on several devices"
     if problem:
         return Description(Layout((), ()), {}, problem), [], []
     layout, memory = _layout(tensors)
