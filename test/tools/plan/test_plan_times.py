@@ -117,7 +117,7 @@ class TestGemms:
     def test_heads_that_are_replicated_are_computed_and_read_by_each(self):
         on = gpu(Gemm(0.0, 1e300, 1.0, 2), attention=Kernel(0.0, 1.0))
         eight = times(on, 8)
-        assert eight.kv_width == 8  # 4 KV heads for 8 ranks
+        assert eight.block.values == 8  # 4 KV heads for 8 ranks
         assert eight.attention("decode") == 2 * 8 * 2 * 3
         qkv = 2 * 64 * (8 + 2 * 8)
         assert eight._gemms(1, 1) == pytest.approx(qkv + 2 * (64 * 8 + 3 * 64 * 32))
