@@ -161,25 +161,20 @@ def _is_skipped(tensor: Tensor, outline: Decoder) -> bool:
 def _divisions(name: str, module: Sequence[Tensor], outline: Decoder, experts: int) -> Divisions:
     """Return how the ranks divide a module, by its name and the shape of its largest tensor."""
     last, shape = name.rpartition(".")[2], max(module, key=lambda tensor: tensor.elements).shape
-    if len(shape) < 2 and "expert" not in name:
-        return {Division.WHOLE: Fraction(1)}
-    if ENCODER.search(name) or MIXER.search(name):
-        return {Division.SHARD if len(shape) == 2 else Division.WHOLE: Fraction(1)}
-    if not NUMBERED.search(f"{name}."):
-        is_vocabulary = shape[0] >= outline.vocabulary > 0 and len(shape) == 2
-        return {Division.VOCABULARY if is_vocabulary else Division.WHOLE: Fraction(1)}
-    if EXPERT.search(name) or (len(shape) == 3 and shape[0] == experts):
-        return {Division.EXPERTS: Fraction(1)}
-    if last in WHOLE_NAMES or shape == (experts, outline.layer.hidden) or shape[0] == 1:
-        return {Division.WHOLE: Fraction(1)}
-    if last in SHARD_NAMES:
-        return {Division.SHARD: Fraction(1)}
-    if last in KV_NAMES:
-        return {Division.KV: Fraction(1)}
-    if last in FUSED_NAMES and outline.latent is None:
+    if last in FUSED_NAMES and NUMBERED.search(name) and not (ENCODER.search(name) or outline.latent):
         heads = outline.layer.attention
         return {Division.BASE: Fraction(heads.query, heads.qkv), Division.KV: Fraction(2 * heads.kv, heads.qkv)}
-    return {Division.BASE: Fraction(1)}
+    is_table = len(shape) == 2 and shape[0] >= outline.vocabulary
+    rules = (
+        (len(shape) < 2 and "expert" not in name, Division.WHOLE),
+        (ENCODER.search(name) or MIXER.search(name), Division.SHARD if len(shape) == 2 else Division.WHOLE),
+        (not NUMBERED.search(f"{name}."), Division.VOCABULARY if is_table else Division.WHOLE),
+        (EXPERT.search(name) or (len(shape) == 3 and shape[0] == experts), Division.EXPERTS),
+        (last in WHOLE_NAMES or shape == (experts, outline.layer.hidden) or shape[0] == 1, Division.WHOLE),
+        (last in SHARD_NAMES, Division.SHARD),
+        (last in KV_NAMES, Division.KV),
+    )
+    return {next((division for applies, division in rules if applies), Division.BASE): Fraction(1)}
 
 
 def _parts(

@@ -163,6 +163,7 @@ class Decoder:
         output_bias: Whether output projections have a bias.
         norms: Number of norms of a layer.
         cached_layers: Number of layers that have a KV cache. None means all.
+        windowed_layers: Number of layers that attend to a window of tokens only.
         vision: Number of weights of encoders beside the decoder.
     """
 
@@ -178,6 +179,7 @@ class Decoder:
     output_bias: bool = False
     norms: int = 2
     cached_layers: int | None = None
+    windowed_layers: int = 0
     vision: int = 0
 
     @property

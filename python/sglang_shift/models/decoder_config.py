@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -131,7 +131,8 @@ def outline_of(config: Any) -> Decoder:
         qkv_bias=_is_true(text, traits.qkv_bias),
         output_bias=_is_true(text, traits.output_bias),
         norms=traits.norms,
-        cached_layers=_cached_layers(text, layers),
+        cached_layers=_count(text, layers, lambda kind: "linear" not in kind and "attention" in kind),
+        windowed_layers=_count(text, layers, lambda kind: "sliding" in kind or "chunked" in kind) or 0,
         vision=_vision(config),
     )
 
@@ -226,12 +227,15 @@ def _is_sparse(config: Any, index: int, layers: int) -> bool:
     )
 
 
-def _cached_layers(config: Any, layers: int) -> int | None:
-    """Return the number of layers with a KV cache. A recurrent layer has a state instead, which is not counted."""
+def _count(config: Any, layers: int, applies: Callable[[str], bool]) -> int | None:
+    """Return the number of layers of some kinds; None if the configuration does not name the kind of each layer.
+
+    A recurrent layer has a state instead of a KV cache. The state is not counted.
+    """
     kinds = getattr(config, "layer_types", None)
     if not isinstance(kinds, list) or len(kinds) != layers:
         return None
-    return sum("linear" not in kind and "attention" in kind for kind in kinds)
+    return sum(applies(str(kind)) for kind in kinds)
 
 
 def _vision(config: Any) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,23 +87,27 @@ class Model:
         return ModelSizes.of_decoder(self.decoder, self.format)
 
 
-def read_model(path: str | Path, context_length: int | None = None) -> Model:
+def read_model(path: str | Path, context_length: int | None = None, experts: str = SHARDED) -> Model:
     """Read the model of a ``config.json``, or of the folder that has this file.
 
     Args:
         path: The file or the folder.
         context_length: The value of the server's flag. None means the model's own context.
+        experts: What a rank has of the experts for SP: ``sharded`` or ``replicated``.
 
     Raises:
-        ShiftError: there is no such file, or the model is not a dense decoder that this package serves.
+        ShiftError: there is no such file, or the model is not a decoder whose matrices are known.
     """
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
-        return _model(file, json.loads(file.read_text()), context_length)
+        model = _model(file, json.loads(file.read_text()), context_length)
     except KeyError as error:
-        raise ShiftError(f"{file} has no {error}; give the config.json of a dense decoder as --model") from error
+        raise ShiftError(f"{file} has no {error}; give the config.json of a decoder as --model") from error
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ShiftError(f"{file}: {error}; give the config.json of a dense decoder as --model") from error
+        raise ShiftError(f"{file}: {error}; give the config.json of a decoder as --model") from error
+    if experts != SHARDED and model.decoder.experts is None:
+        raise ShiftError(f"--experts {experts}: {model.name} has no experts; leave it out")
+    return replace(model, experts=experts)
 
 
 def _model(file: Path, raw: Any, context_length: int | None) -> Model:
