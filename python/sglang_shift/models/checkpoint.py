@@ -165,10 +165,11 @@ def _divisions(name: str, module: Sequence[Tensor], outline: Decoder, experts: i
         heads = outline.layer.attention
         return {Division.BASE: Fraction(heads.query, heads.qkv), Division.KV: Fraction(2 * heads.kv, heads.qkv)}
     is_table = len(shape) == 2 and shape[0] >= outline.vocabulary
+    is_whole = outline.whole_embedding and "lm_head" not in name
     rules = (
         (len(shape) < 2 and "expert" not in name, Division.WHOLE),
         (ENCODER.search(name) or MIXER.search(name), Division.SHARD if len(shape) == 2 else Division.WHOLE),
-        (not NUMBERED.search(f"{name}."), Division.VOCABULARY if is_table else Division.WHOLE),
+        (not NUMBERED.search(f"{name}."), Division.VOCABULARY if is_table and not is_whole else Division.WHOLE),
         (EXPERT.search(name) or (len(shape) == 3 and shape[0] == experts), Division.EXPERTS),
         (last in WHOLE_NAMES or shape == (experts, outline.layer.hidden) or shape[0] == 1, Division.WHOLE),
         (last in SHARD_NAMES, Division.SHARD),

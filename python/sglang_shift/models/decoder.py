@@ -136,6 +136,7 @@ class Traits:
         output_bias: The same, of the output projection.
         norms: Number of norms of a layer, without those of queries and keys.
         shared_experts: Number of shared experts, if no field says it.
+        whole_embedding: Whether each rank has the whole embedding.
     """
 
     gated: bool = True
@@ -144,6 +145,7 @@ class Traits:
     output_bias: bool | str = False
     norms: int = 2
     shared_experts: int = 0
+    whole_embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ class Decoder:
         qkv_bias: Whether QKV projections have a bias.
         output_bias: Whether output projections have a bias.
         norms: Number of norms of a layer.
+        whole_embedding: Whether each rank has the whole embedding.
         cached_layers: Number of layers that have a KV cache. None means all.
         windowed_layers: Number of layers that attend to a window of tokens only.
         vision: Number of weights of encoders beside the decoder.
@@ -178,6 +181,7 @@ class Decoder:
     qkv_bias: bool = False
     output_bias: bool = False
     norms: int = 2
+    whole_embedding: bool = False
     cached_layers: int | None = None
     windowed_layers: int = 0
     vision: int = 0

@@ -33,6 +33,7 @@ BIASED = Traits(qkv_bias=True)
 BY_FIELD = Traits(qkv_bias="attention_bias", output_bias="attention_bias")
 PLAIN = Traits()
 UNGATED = Traits(gated=False)
+GEMMA_3 = replace(BY_FIELD, norms=4, qk_norm=True, whole_embedding=True)
 
 TRAITS = {
     # Dense models.
@@ -43,7 +44,8 @@ TRAITS = {
     "Qwen3ForCausalLM": replace(BY_FIELD, qk_norm=True),
     "GemmaForCausalLM": BY_FIELD,
     "Gemma2ForCausalLM": replace(BY_FIELD, norms=4),
-    "Gemma3ForCausalLM": replace(BY_FIELD, norms=4, qk_norm=True),
+    "Gemma3ForCausalLM": GEMMA_3,
+    "Gemma3ForConditionalGeneration": GEMMA_3,
     "Olmo2ForCausalLM": replace(BY_FIELD, qk_norm=True),
     "Olmo3ForCausalLM": replace(BY_FIELD, qk_norm=True),
     "GraniteForCausalLM": BY_FIELD,
@@ -131,6 +133,7 @@ def outline_of(config: Any) -> Decoder:
         qkv_bias=_is_true(text, traits.qkv_bias),
         output_bias=_is_true(text, traits.output_bias),
         norms=traits.norms,
+        whole_embedding=traits.whole_embedding,
         cached_layers=_count(text, layers, lambda kind: "linear" not in kind and "attention" in kind),
         windowed_layers=_count(text, layers, lambda kind: "sliding" in kind or "chunked" in kind) or 0,
         vision=_vision(config),

@@ -118,11 +118,6 @@ class ModelSizes:
             )
         )
 
-    def embedding_elements(self, ranks: int) -> int:
-        """Return the number of weights of the embedding and the LM head on one rank. Both modes have the same."""
-        rows = padded_vocab(self.decoder.vocabulary, ranks) // ranks
-        return rows * self.decoder.layer.hidden * (1 if self.decoder.tied_embeddings else 2)
-
     def kv_bytes_per_token(self, ranks: int, element_bytes: int) -> int:
         """Return the bytes of the KV cache of one token on one rank. They depend on neither mode nor S."""
         return self.cache.bytes_per_token(ranks, element_bytes)
@@ -154,7 +149,9 @@ def parts_of(decoder: Decoder, weights: Format) -> Iterable[Part]:
 
     Norms count as if they had the format of the matrices, because they are too small to matter.
     """
-    yield Part(Division.VOCABULARY, decoder.embeddings)
+    embedding = decoder.vocabulary * decoder.layer.hidden
+    yield Part(Division.WHOLE if decoder.whole_embedding else Division.VOCABULARY, embedding)
+    yield Part(Division.VOCABULARY, decoder.embeddings - embedding)
     yield Part(Division.SHARD, decoder.vision)
     for matrix in decoder.matrices():
         exempt = exempt_share(matrix, decoder, weights)

@@ -93,7 +93,7 @@ class TestModel:
         ],
     )
     def test_others_are_refused(self, tmp_path, changes, problem):
-        with pytest.raises(ShiftError, match=f"{problem}.*; give the config.json of a dense decoder as --model"):
+        with pytest.raises(ShiftError, match=f"{problem}.*; give the config.json of a decoder as --model"):
             read_model(config(tmp_path, **changes))
 
     def test_what_is_no_model_is_refused(self, tmp_path):

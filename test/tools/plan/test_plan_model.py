@@ -65,7 +65,7 @@ class TestAsSGLangReadsIt:
         try:
             theirs = ModelConfig(str(folder))
         except Exception:  # whatever transformers says of it
-            with pytest.raises(ShiftError, match=r"; give the config.json of a dense decoder as --model"):
+            with pytest.raises(ShiftError, match=r"; give the config.json of a decoder as --model"):
                 read_model(folder)
             assert architecture == "Phi3ForCausalLM" or changes == {"num_key_value_heads": None}, "no other is refused"
             return
@@ -168,7 +168,7 @@ class TestRefusals:
     )  # fmt: skip
     def test_in_one_sentence(self, tmp_path, changes, problem):
         folder = write(tmp_path / "m", **{"model_type": "llama", **changes})
-        with pytest.raises(ShiftError, match=f"{problem}.*; give the config.json of a dense decoder as --model") as e:
+        with pytest.raises(ShiftError, match=f"{problem}.*; give the config.json of a decoder as --model") as e:
             read_model(folder)
         assert "\n" not in str(e.value) and len(str(e.value)) < 700
 
@@ -184,6 +184,6 @@ class TestRefusals:
     def test_what_is_no_json_object(self, tmp_path, content):
         file = config(tmp_path)
         file.write_bytes(content)
-        with pytest.raises(ShiftError, match=r"config\.json: .*; give the config.json of a dense decoder") as error:
+        with pytest.raises(ShiftError, match=r"config\.json: .*; give the config.json of a decoder") as error:
             read_model(file)
         assert "\n" not in str(error.value)
