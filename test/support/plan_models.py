@@ -64,3 +64,9 @@ PUBLISHED = {
     "gpt-oss-20b": (20.9e9, 3.6e9),  # https://arxiv.org/abs/2508.10925, table 1
 }
 """Published numbers of weights, and of those that compute a token."""
+
+
+def known_config(folder, name, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(KNOWN[name] | changes))
+    return file
