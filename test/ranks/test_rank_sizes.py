@@ -38,6 +38,8 @@ def sizes_on_rank():
 
 @pytest.fixture(scope="module")
 def sizes():
+    import sglang.srt.models.registry  # noqa: F401  # it imports all models, here once for both ranks
+
     return on_first_rank(2, sizes_on_rank)
 
 

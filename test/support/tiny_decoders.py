@@ -57,6 +57,10 @@ SPARSE: dict[str, dict[str, Any]] = {
         **HEAD, "intermediate_size_mlp": 128, "num_local_experts": 8, "num_experts_per_tok": 1,
         "interleave_moe_layer_step": 2,
     },
+    "minicpm3": {
+        **ALL_HEADS, "q_lora_rank": 24, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+    },
     "deepseek_v2": {**LATENT, "q_lora_rank": None, "topk_method": "greedy", "scoring_func": "softmax"},
     "deepseek_v3": {**LATENT, "q_lora_rank": 24, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
 }  # fmt: skip

@@ -85,8 +85,8 @@ class Experts:
     def distinct(self, tokens: int) -> float:
         """Return the expected number of experts that compute at least one of the tokens: ``E (1 - (1 - k/E)^tokens)``.
 
-        Each token is assumed to choose its k experts at random, and without regard to other tokens. The formula is in
-        section 3 of https://arxiv.org/abs/2505.19645. Real routers prefer some experts, so they need fewer.
+        Each token is assumed to choose its k experts at random, and without regard to other tokens. The formula is that
+        of https://arxiv.org/abs/2505.19645 (MoESD). Real routers prefer some experts, so they need fewer.
         """
         return self.count * (1 - (1 - self.per_token / self.count) ** tokens)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from harness import REPO
 from plan_models import CONFIG, config
 from sglang.srt.configs.model_config import ModelConfig
 from sglang_shift.errors import ShiftError
 from sglang_shift.models.families import FAMILIES
-from sglang_shift.tools.plan.config import context_of, with_defaults
+from sglang_shift.tools.plan.config import PLANNED, context_of, with_defaults
 from sglang_shift.tools.plan.model import read_model
 
 TYPES = {name: family.model_type for name, family in FAMILIES.items()}
@@ -93,6 +94,11 @@ class TestAsSGLangReadsIt:
         }
         found = {name: read_model(write(tmp_path / name, rope_scaling=s)).context for name, s in contexts.items()}
         assert found == {"linear": 32768, "yarn": 8192, "llama3": 8192}
+
+
+def test_the_docs_name_every_architecture():
+    docs = (REPO / "docs" / "cost-model.md").read_text()
+    assert all(f"`{name}`" in docs for name in PLANNED)
 
 
 class TestContexts:

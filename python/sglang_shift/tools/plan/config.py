@@ -20,8 +20,8 @@ RAW_FIELDS = ("dtype", "torch_dtype", "quantization_config")
 """Fields that transformers turns into objects. This package reads them as they are in the file."""
 
 
-PLANNED = tuple(name for name, traits in TRAITS.items() if traits is not UNGATED)
-"""The architectures of models that can be planned for. Older ones count their sizes in other fields."""
+PLANNED = tuple(name for name, traits in TRAITS.items() if traits is not UNGATED and name.endswith("ForCausalLM"))
+"""The architectures of models that can be planned for: of text only, and with the usual names of fields."""
 
 
 def check_dtype(raw: dict[str, Any]) -> None:
