@@ -145,7 +145,7 @@ def classify(tensors: Iterable[Tensor], outline: Decoder, experts: int, weights:
             yield from _parts(tensor, module, divisions, outline, online)
 
 
-Divisions = Mapping[Division, Fraction]
+Divisions = Mapping[Division, int | Fraction]
 """The shares of a module's rows that ranks divide in each way. A fused QKV projection has two."""
 
 
@@ -175,7 +175,7 @@ def _divisions(name: str, module: Sequence[Tensor], outline: Decoder, experts: i
         (last in SHARD_NAMES, Division.SHARD),
         (last in KV_NAMES, Division.KV),
     )
-    return {next((division for applies, division in rules if applies), Division.BASE): Fraction(1)}
+    return {next((division for applies, division in rules if applies), Division.BASE): 1}
 
 
 def _parts(
@@ -183,7 +183,7 @@ def _parts(
 ) -> Iterator[Part]:
     last = tensor.module.rpartition(".")[2]
     is_bias = tensor.attribute == "bias"
-    whole = {Division.WHOLE: Fraction(1)}
+    whole = {Division.WHOLE: 1}
     if len(tensor.shape) < 2 and Division.EXPERTS not in divisions and not (is_bias and last not in ROW_NAMES):
         divisions = whole
     is_quantized = any(t.dtype not in FLOATS for t in module)

@@ -12,13 +12,13 @@ import pytest
 import torch
 from plan_models import CONFIG, KNOWN, PUBLISHED
 from safetensors.torch import save_file
-from sglang_shift.models.checkpoint import checkpoint_sizes, read_tensors, weight_files
+from sglang_shift.models.checkpoint import Tensor, checkpoint_sizes, classify, read_tensors, weight_files
 from sglang_shift.models.decoder import Decoder, Experts, Latent, Place
-from sglang_shift.models.decoder_config import TRAITS, decoder_of
+from sglang_shift.models.decoder_config import TRAITS, decoder_of, outline_of
 from sglang_shift.models.decoder_layer import Layer
 from sglang_shift.models.families import FAMILIES, Role
 from sglang_shift.models.formats import BFLOAT16, FP8, format_of
-from sglang_shift.models.sizes import REPLICATED, SHARDED, ModelSizes, cache_of
+from sglang_shift.models.sizes import REPLICATED, SHARDED, ModelSizes, cache_of, total
 from tiny_decoders import DECODERS, tiny_config
 from transformers import AutoModelForCausalLM
 
@@ -30,6 +30,43 @@ CLOSE = 0.013
 
 def known(name, **changes):
     return SimpleNamespace(**{**KNOWN[name], **changes})
+
+
+def deepseek_tensors(experts):
+    """Names and shapes of the tensors of DeepSeek-V3's checkpoint, with other numbers of experts."""
+
+    def plain(name, *shape, dtype="BF16", size=2):
+        return Tensor(name, shape, dtype, size * torch.Size(shape).numel())
+
+    def fp8(name, outputs, inputs):
+        scales = (-(-outputs // 128), -(-inputs // 128))
+        yield plain(f"{name}.weight", outputs, inputs, dtype="F8_E4M3", size=1)
+        yield plain(f"{name}.weight_scale_inv", *scales, dtype="F32", size=4)
+
+    def mlp(name, width):
+        yield from fp8(f"{name}.gate_proj", width, 7168)
+        yield from fp8(f"{name}.up_proj", width, 7168)
+        yield from fp8(f"{name}.down_proj", 7168, width)
+
+    yield plain("model.embed_tokens.weight", 129_280, 7168)
+    yield plain("lm_head.weight", 129_280, 7168)
+    yield plain("model.norm.weight", 7168)
+    for layer in (f"model.layers.{i}" for i in range(62)):
+        norms = {"input_layernorm": 7168, "post_attention_layernorm": 7168}
+        norms |= {"self_attn.q_a_layernorm": 1536, "self_attn.kv_a_layernorm": 512}
+        yield from (plain(f"{layer}.{name}.weight", width) for name, width in norms.items())
+        yield from fp8(f"{layer}.self_attn.q_a_proj", 1536, 7168)
+        yield from fp8(f"{layer}.self_attn.q_b_proj", 128 * 192, 1536)
+        yield from fp8(f"{layer}.self_attn.kv_a_proj_with_mqa", 576, 7168)
+        yield from fp8(f"{layer}.self_attn.kv_b_proj", 128 * 256, 512)
+        yield from fp8(f"{layer}.self_attn.o_proj", 7168, 128 * 128)
+        if layer in ("model.layers.0", "model.layers.1", "model.layers.2"):
+            yield from mlp(f"{layer}.mlp", 18432)
+            continue
+        yield plain(f"{layer}.mlp.gate.weight", experts, 7168)
+        yield plain(f"{layer}.mlp.gate.e_score_correction_bias", experts, dtype="F32", size=4)
+        for name in (*(f"experts.{i}" for i in range(experts)), "shared_experts"):
+            yield from mlp(f"{layer}.mlp.{name}", 2048)
 
 
 class TestKnownModels:
@@ -250,6 +287,16 @@ class TestHeaders:
             experts + "down_proj_bias": torch.zeros(4, 64, dtype=torch.bfloat16),
         }
         assert self.sizes(tmp_path, outline, mxfp4).weight_bytes(4, 4, 2) == 4 * 64 * (32 + 2 + 2) // 4
+
+    def test_names_and_shapes_of_deepseek_in_fp8(self):
+        """With 8 experts a layer, and the layer for speculation. The formula leaves out the scales of blocks."""
+        config = known("DeepSeek-V3", n_routed_experts=8)
+        weights = format_of({"quant_method": "fp8", "weight_block_size": [128, 128]})
+        by_headers = ModelSizes(total(classify(deepseek_tensors(8), outline_of(config), 8)), outline_of(config))
+        by_config = ModelSizes.of(config, weights)
+        for ranks, sp, experts in LAYOUTS:
+            read, computed = (sizes.weight_bytes(ranks, sp, 2, experts) for sizes in (by_headers, by_config))
+            assert computed == pytest.approx(read, rel=0.0005)
 
     def test_a_format_that_weights_get_while_they_are_loaded(self, tmp_path, outline):
         tensors = {
