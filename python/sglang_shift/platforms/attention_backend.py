@@ -6,7 +6,7 @@ sliding windows. It computes no row of a cached prefix, and decodes requests of 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
@@ -20,7 +20,7 @@ from sglang_shift.platforms.cpu import ATTENTION
 from sglang_shift.seams import extends
 
 # Where keys are in a pool: slots in any order, or a slice if the slots are consecutive. A slice needs no copy.
-Slots = torch.Tensor | slice
+Slots: TypeAlias = torch.Tensor | slice
 
 # Requests are decoded together if the longest has at most this many times the keys of the shortest, or few more keys.
 SPREAD, FEW_KEYS = 1.25, 64
