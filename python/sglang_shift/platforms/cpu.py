@@ -28,6 +28,9 @@ COLLECTIVES = (
     "reg_reduce_scatter_tensor",
     "reg_all_to_all_single",
 )
+# SGLang's name for the backend that serves every model: its rules for single models accept this name and no new one.
+# Triton's kernels cannot run here. So on this platform the name means our backend (platforms/attention_backend.py).
+ATTENTION = "triton"
 # The share of the memory that is free at start-up which the KV pools of all local ranks may take together.
 KV_FRACTION = 0.4
 # On a CPU, a larger pool than for this number of full-length requests gains nothing.
@@ -46,7 +49,7 @@ def activate() -> str | None:
     "sglang.srt.platforms.interface:SRTPlatform", "attention backend, threads and KV pools on a machine without a GPU"
 )
 class ShiftCpuPlatform(CpuDeviceMixin, SRTPlatform):
-    """Uses torch-native attention and gloo collectives, and shares threads and memory among the ranks."""
+    """Uses our attention backend and gloo collectives, and shares threads and memory among the ranks."""
 
     _enum = PlatformEnum.OOT
 
@@ -55,8 +58,8 @@ class ShiftCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return "cpu"
 
     def get_default_attention_backend(self) -> str:
-        """Return the attention backend that needs no kernels."""
-        return "torch_native"
+        """Return the name under which :meth:`init_backend` registers our attention backend."""
+        return ATTENTION
 
     def get_compile_backend(self, mode: str | None = None) -> str:
         """Return ``eager``, because there may be no compiler."""
@@ -71,8 +74,10 @@ class ShiftCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Set defaults for arguments that the user left open. This runs in the launcher, before the ranks start."""
-        if server_args.attention_backend is None:
-            server_args.attention_backend = "torch_native"
+        if server_args.attention_backend in (None, "intel_amx"):  # SGLang's default for its own CPU engine
+            server_args.attention_backend = ATTENTION
+        if server_args.moe_runner_backend == "auto":  # other runners want other layouts of the experts' weights
+            server_args.moe_runner_backend = "triton"
         server_args.disable_custom_all_reduce = True
         ranks = local_ranks(server_args)
         share_cores(ranks)
@@ -82,9 +87,13 @@ class ShiftCpuPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.max_total_tokens = kv_pool_tokens(server_args, ranks)
 
     def init_backend(self) -> None:
-        """Prepare a rank's process. SGLang calls this while it imports its model runner."""
+        """Prepare a rank's process, of a stock server too. SGLang calls this while it imports its model runner."""
+        from sglang_shift.platforms import attention_backend, fallbacks
+
         register_collectives()
-        put_in_place(keep_config)  # it is here because stock servers on this platform need it, too
+        put_in_place(keep_config)
+        attention_backend.register()
+        fallbacks.register()
 
 
 def is_active() -> bool:

@@ -4,6 +4,7 @@
 # ruff: noqa: E501
 SGLANG_VERSION = "0.5.23"
 DIGESTS = {
+    "sglang.kernels.ops.elementwise.elementwise:_launch_fused_gate_sigmoid_mul": "e12686b45b333b1a",
     "sglang.srt.arg_groups.memory_hook:reserve_for_graph_mb": "4cd5981a54925352",
     "sglang.srt.distributed.parallel_state:graph_capture": "32d9c0491e3832c5",
     "sglang.srt.layers.layer_boundary.factories:_active_variants": "887964bbd645149d",
@@ -17,8 +18,11 @@ DIGESTS = {
     "sglang.srt.layers.linear:RowParallelLinear.forward": "fdc660bd4e36a7d0",
     "sglang.srt.layers.logits_processor:LogitsProcessor._get_pruned_states": "fd309cf7f24f94fe",
     "sglang.srt.layers.logits_processor:LogitsProcessor.forward": "cb0c03324bcc376d",
+    "sglang.srt.layers.logits_processor:fused_softcap": "88ff25487cca0622",
+    "sglang.srt.layers.moe.fused_moe_native:moe_forward_native": "53b7e13072dbf344",
     "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod.create_weights": "2a544c0904bc459d",
     "sglang.srt.layers.rotary_embedding.factory:get_rope": "a2b4328e816d795e",
+    "sglang.srt.layers.rotary_embedding.factory:get_rope_cpu": "e4dff05bd224a89b",
     "sglang.srt.layers.vocab_parallel_embedding:VocabParallelEmbedding.forward": "6fb4ad967b230a90",
     "sglang.srt.layers.vocab_parallel_embedding:tensor_model_parallel_all_reduce": "8b67efd8a9f881ee",
     "sglang.srt.managers.io_struct:msgpack_decode": "3eec1cab28d10a98",
@@ -53,6 +57,7 @@ DIGESTS = {
     "sglang.srt.managers.tp_worker:BaseTpWorker.send_weights_to_remote_instance": "4879831b4fc3749d",
     "sglang.srt.managers.tp_worker:TpModelWorker._init_model_runner": "f36d22229ba4aec9",
     "sglang.srt.managers.tp_worker:TpModelWorker.forward_batch_generation": "074f2a1c07948223",
+    "sglang.srt.mem_cache.allocation:get_last_loc_triton": "1cc7065a5c474668",
     "sglang.srt.model_executor.model_runner:ModelRunner._decode_cuda_graph_runner_cls": "bda2f8ceb4572824",
     "sglang.srt.model_executor.model_runner:ModelRunner._extend_forward_kwargs": "2fb8dbbf8d795a06",
     "sglang.srt.model_executor.model_runner:ModelRunner.check_weights": "da21f8b1879fd5ba",

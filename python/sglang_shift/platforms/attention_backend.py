@@ -1,0 +1,334 @@
+"""SGLang's attention backend of the CPU platform, under the name :data:`~sglang_shift.platforms.cpu.ATTENTION`.
+
+It has what ``torch_native`` lacks: a cap of the scores, attention sinks, the log-sum-exp, and KV pools with a part for
+sliding windows. It computes no row of a cached prefix, and decodes requests of similar lengths together.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from sglang.srt.layers.attention.attention_registry import register_attention_backend
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+
+from sglang_shift.platforms.attention import Part, add_sinks, attend, attend_batch
+from sglang_shift.platforms.cpu import ATTENTION
+from sglang_shift.seams import extends
+
+# Requests are decoded together if the longest has at most this many times the keys of the shortest, or few more keys.
+SPREAD, FEW_KEYS = 1.25, 64
+
+
+class Extension(NamedTuple):
+    """The new tokens of one request in a step.
+
+    Attributes:
+        row: The request's row in the table of KV slots.
+        prefix: The number of tokens whose keys are in the KV cache already.
+        new: The number of new tokens.
+        visible: ``[new, prefix + new]``, bool: which keys a token attends to, if that is no causal order.
+    """
+
+    row: int
+    prefix: int
+    new: int
+    visible: torch.Tensor | None = None
+
+
+class Together(NamedTuple):
+    """Requests that are decoded together.
+
+    Attributes:
+        members: The indices of the requests in the batch.
+        slots: ``[requests, keys]``: where their keys are in the KV pool. Shorter requests repeat their last slot.
+        visible: ``[requests, 1, 1, keys]``, bool: which of them count; None for all.
+    """
+
+    members: torch.Tensor
+    slots: torch.Tensor
+    visible: torch.Tensor | None
+
+
+@extends("sglang.srt.layers.attention.base_attn_backend:AttentionBackend", "attention of every model on a CPU")
+class CpuAttentionBackend(AttentionBackend):
+    """Attention over SGLang's KV pools by :mod:`sglang_shift.platforms.attention`."""
+
+    def __init__(self, model_runner: Any) -> None:
+        super().__init__()
+        self.device = model_runner.device
+        self.req_to_token_pool = model_runner.req_to_token_pool
+        self.token_to_kv_pool = model_runner.token_to_kv_pool
+        pool = self.token_to_kv_pool
+        # Layers with a sliding window have slots of their own there.
+        self.window_pool = pool if isinstance(pool, SWAKVPool) and pool.swa_layer_nums > 0 else None
+        self.window_slots_of_new: torch.Tensor | None = None
+        self.extensions: list[Extension] | None = None
+        self.slots: dict[Any, Any] = {}  # of this step, for all layers of a kind
+
+    def support_triton(self) -> bool:
+        return False
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        """Forget the step before. What the layers of a step have in common is made by the first layer."""
+        self.extensions = None
+        self.slots = {}
+        self.window_slots_of_new = None
+        if self.window_pool is not None and forward_batch.out_cache_loc is not None:
+            self.window_slots_of_new = self.window_pool.translate_loc_from_full_to_swa(forward_batch.out_cache_loc)
+
+    def forward_extend(
+        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any
+    ) -> torch.Tensor:
+        """Attention of prompts, of chunks of prompts, and of drafts that are verified."""
+        return self.extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs).output.flatten(1)
+
+    def forward_decode(
+        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any
+    ) -> torch.Tensor:
+        """Attention of one new token for each request."""
+        return self.decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs).output.flatten(1)
+
+    def extend(self, q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool = True, **kwargs: Any) -> Part:
+        """Like :meth:`forward_extend`, with the log-sum-exp. Sinks count in it.
+
+        Returns:
+            A part with ``output`` ``[rows, heads, value width]`` and ``lse`` ``[rows, heads]``. Rows that only fill up
+            the batch are 0.
+        """
+        query, sinks = self._prepare(q, k, v, layer, batch, save_kv_cache, **kwargs)
+        causal = self._is_causal(layer, batch)
+        options = {"scale": layer.scaling, "causal": causal, "cap": layer.logit_cap, "window": window_of(layer, causal)}
+        keys, values = self._buffers(layer)
+        parts, start = [], 0
+        for index, extension in enumerate(self._extensions(batch)):
+            slots = self._slots_of(index, extension, layer, batch, options["window"])
+            rows = query[start : start + extension.new]
+            visible = extension.visible
+            if visible is not None:
+                visible = visible[:, visible.shape[1] - slots.shape[0] :]
+            parts.append(attend(rows, *gather(keys, values, slots, query.dtype), visible=visible, **options))
+            start += extension.new
+        if start < query.shape[0] or not parts:  # rows that fill up the batch
+            rest = query.shape[0] - start
+            lse = torch.zeros(rest, query.shape[1], dtype=torch.promote_types(query.dtype, torch.float32))
+            parts.append(Part(query.new_zeros(rest, query.shape[1], layer.v_head_dim), lse))
+        part = parts[0]
+        if len(parts) > 1:
+            part = Part(torch.cat([each.output for each in parts]), torch.cat([each.lse for each in parts]))
+        return part if sinks is None else add_sinks(part, sinks)
+
+    def decode(self, q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool = True, **kwargs: Any) -> Part:
+        """Like :meth:`forward_decode`, with the log-sum-exp. Sinks count in it.
+
+        Returns:
+            A part with ``output`` ``[requests, heads, value width]`` and ``lse`` ``[requests, heads]``.
+        """
+        query, sinks = self._prepare(q, k, v, layer, batch, save_kv_cache, **kwargs)
+        requests, heads, width = query.shape
+        keys, values = self._buffers(layer)
+        groups = self._together(layer, batch)
+        output = query.new_empty(requests, heads, layer.v_head_dim)
+        lse = torch.empty(requests, heads, dtype=torch.promote_types(query.dtype, torch.float32))
+        for group in groups:
+            whole = len(groups) == 1
+            members = query if whole else query[group.members]
+            key, value = gather(keys, values, group.slots, query.dtype)
+            part = attend_batch(
+                members.view(members.shape[0], key.shape[2], -1, width),  # heads that share keys are its queries
+                key.transpose(1, 2),
+                value.transpose(1, 2),
+                scale=layer.scaling,
+                cap=layer.logit_cap,
+                visible=group.visible,
+            )
+            part = Part(part.output.reshape(-1, heads, layer.v_head_dim), part.lse.reshape(-1, heads))
+            if whole:
+                output, lse = part
+            else:
+                output[group.members], lse[group.members] = part
+        part = Part(output, lse)
+        return part if sinks is None else add_sinks(part, sinks)
+
+    def _prepare(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        layer: Any,
+        batch: Any,
+        save_kv_cache: bool,
+        *,
+        sinks: torch.Tensor | None = None,
+        q_rope: torch.Tensor | None = None,
+        k_rope: torch.Tensor | None = None,
+        **others: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Write new keys and values to the pool. Return the queries, ``[rows, heads, width]``, and the sinks."""
+        refuse_unknown(layer, others)
+        if q_rope is not None:  # MLA's rotary part apart
+            q = torch.cat([q.view(-1, layer.tp_q_head_num, layer.v_head_dim), q_rope], -1)
+        if k_rope is not None:
+            k = torch.cat([k, k_rope.view(k.shape[0], 1, -1)], -1)
+        if save_kv_cache and k is not None and v is not None:
+            slots = batch.encoder_out_cache_loc if layer.is_cross_attention else batch.out_cache_loc
+            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(slots, self.window_slots_of_new), k, v)
+        return q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim), sinks
+
+    def _buffers(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        pool = self.token_to_kv_pool
+        return pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+
+    def _is_causal(self, layer: Any, batch: Any) -> bool:
+        if layer.attn_type == AttentionType.DECODER_BIDIRECTIONAL:
+            # Tokens of a prompt attend to later ones, and the prompt must be whole for that.
+            from sglang.srt.runtime_context import get_schedule
+
+            return get_schedule().chunked_prefill_size != -1
+        return not layer.is_cross_attention and layer.attn_type != AttentionType.ENCODER_ONLY
+
+    def _extensions(self, batch: Any) -> list[Extension]:
+        if self.extensions is None:
+            rows = batch.req_pool_indices.tolist()
+            if batch.forward_mode.is_target_verify():
+                self.extensions = verified(rows, batch.seq_lens.tolist(), batch.spec_info)
+            else:
+                lengths = zip(rows, batch.extend_prefix_lens.tolist(), batch.extend_seq_lens.tolist(), strict=True)
+                self.extensions = [Extension(*each) for each in lengths]
+        return self.extensions
+
+    def _slots_of(self, index: int, extension: Extension, layer: Any, batch: Any, window: int | None) -> torch.Tensor:
+        """Where the keys of one request are that its new tokens attend to."""
+        translate = self._has_window_slots(layer)
+        place = (index, window, translate, layer.is_cross_attention)
+        if place not in self.slots:
+            start, end = 0, extension.prefix + extension.new
+            if window is not None:
+                start = max(0, extension.prefix - window)
+            if batch.encoder_lens is not None:  # an encoder's keys come first
+                encoder = int(batch.encoder_lens[index])
+                start, end = (0, encoder) if layer.is_cross_attention else (encoder + start, encoder + end)
+            slots = self.req_to_token_pool.req_to_token[extension.row, start:end]
+            self.slots[place] = self._translated(slots) if translate else slots
+        return self.slots[place]
+
+    def _together(self, layer: Any, batch: Any) -> list[Together]:
+        """The requests of a decode, in groups of similar lengths."""
+        window, translate = window_of(layer, True), self._has_window_slots(layer)
+        place = (window, translate, layer.is_cross_attention)
+        if place not in self.slots:
+            starts, counts = self._spans(layer, batch, window)
+            table, rows = self.req_to_token_pool.req_to_token, batch.req_pool_indices
+            groups = []
+            for members in similar(counts.tolist()):
+                member = torch.tensor(members, device=rows.device)
+                count, start = counts[member].unsqueeze(1), starts[member].unsqueeze(1)
+                key = torch.arange(int(count.max()), device=rows.device)
+                visible = None
+                if int(count.min()) < key.shape[0]:
+                    visible = (key < count)[:, None, None]
+                slots = table[rows[member].unsqueeze(1), start + torch.minimum(key, count - 1)]
+                groups.append(Together(member, self._translated(slots) if translate else slots, visible))
+            self.slots[place] = groups
+        return self.slots[place]
+
+    def _spans(self, layer: Any, batch: Any, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each request of a decode, its first key in the table of slots, and the number of its keys."""
+        counts = batch.seq_lens.long()
+        starts = torch.zeros_like(counts)
+        if layer.is_cross_attention:
+            return starts, batch.encoder_lens.long()
+        if window is not None:
+            starts = (counts - 1 - window).clamp(min=0)
+        counts = counts - starts
+        return (starts if batch.encoder_lens is None else starts + batch.encoder_lens), counts
+
+    def _has_window_slots(self, layer: Any) -> bool:
+        return self.window_pool is not None and self.window_pool.layers_mapping[layer.layer_id][1]
+
+    def _translated(self, slots: torch.Tensor) -> torch.Tensor:
+        assert self.window_pool is not None
+        return self.window_pool.translate_loc_from_full_to_swa(slots.long())
+
+
+def verified(rows: list[int], lengths: list[int], drafts: Any) -> list[Extension]:
+    """The requests of a step that verifies drafts.
+
+    Args:
+        rows: The requests' rows in the table of KV slots.
+        lengths: The tokens of each request without its drafts.
+        drafts: SGLang's ``spec_info``. Its mask has ``[drafts, tokens and drafts]`` elements for each request, one
+            request after the other.
+    """
+    new, mask = drafts.draft_token_num, drafts.custom_mask
+    extensions, start = [], 0
+    for row, prefix in zip(rows, lengths, strict=True):
+        visible, size = None, new * (prefix + new)
+        if mask is not None and mask.numel() > 0:
+            visible = mask[start : start + size].view(new, -1).bool()
+        extensions.append(Extension(row, prefix, new, visible))
+        start += size
+    return extensions
+
+
+def similar(counts: list[int]) -> list[list[int]]:
+    """Indices of ``counts``, from the smallest, in groups whose counts differ little."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(counts)), key=counts.__getitem__):
+        least = counts[groups[-1][0]] if groups else 0
+        if groups and counts[index] <= max(SPREAD * least, least + FEW_KEYS):
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return [sorted(group) for group in groups]
+
+
+def gather(
+    keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys and values at ``slots``, ``[*slots, KV heads, width]``, in ``dtype``."""
+    key = take(keys, slots).to(dtype)
+    if values.data_ptr() == keys.data_ptr():  # MLA's latents are both
+        return key, key[..., : values.shape[-1]]
+    return key, take(values, slots).to(dtype)
+
+
+def take(buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """The rows of ``buffer`` at ``slots``."""
+    return buffer.index_select(0, slots.reshape(-1)).view(*slots.shape, *buffer.shape[1:])
+
+
+def window_of(layer: Any, causal: bool) -> int | None:
+    """How many tokens before its own a token of this layer attends to; None for all."""
+    size = layer.sliding_window_size
+    if not causal or layer.is_cross_attention or size is None or size < 0:
+        return None
+    return size
+
+
+def refuse_unknown(layer: Any, others: dict[str, Any]) -> None:
+    """Refuse what would silently be left out.
+
+    Raises:
+        NotImplementedError: the layer or its call needs something that this backend does not have.
+    """
+    missing = [name for name, value in others.items() if value is not None]
+    if layer.xai_temperature_len > 0:
+        missing.append("xai_temperature_len")
+    if layer.pos_encoding_mode != "NONE":
+        missing.append(f"pos_encoding_mode {layer.pos_encoding_mode}")
+    if layer.logit_cap > 0 and layer.logit_capping_method != "tanh":
+        missing.append(f"logit_capping_method {layer.logit_capping_method}")
+    if missing:
+        raise NotImplementedError(
+            f"attention layer {layer.layer_id} needs {', '.join(missing)}, which the CPU platform's attention backend "
+            "does not have; serve this model on a GPU"
+        )
+
+
+def register() -> None:
+    """Put the backend into SGLang's registry."""
+    register_attention_backend(ATTENTION)(CpuAttentionBackend)
