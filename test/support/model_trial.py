@@ -105,7 +105,7 @@ def trial(
     first = results[0]
     for rank, other in enumerate(results):
         for pattern, logits in first.logits.items():
-            if not torch.equal(logits, other.logits[pattern]):
+            if not torch.equal(logits.nan_to_num(), other.logits[pattern].nan_to_num()):
                 raise TrialError(f"rank {rank} and rank 0 computed different logits with the pattern {pattern}")
     return first
 
@@ -378,6 +378,8 @@ def report(name: str, arguments: argparse.Namespace, folder: str) -> str:
         same = bool((logits.argmax(-1) == expected.argmax(-1)).all())
         against_tp = "" if pattern == "tp" else f" (tp {difference(logits, tp):.1e})"
         parts.append(f"{pattern} {difference(logits, expected):.1e}{against_tp}{'' if same else ' OTHER TOKENS'}")
+    if arguments.verbose:  # by row: the requests of the prefill, then the decodes, and so on
+        parts.append(" ".join(f"{difference(a, b):.0e}" for a, b in zip(tp, expected, strict=True)))
     worst = max(difference(logits, expected) for logits in outcome.logits.values())
     seconds = f"{written - begin:.1f} + {time.monotonic() - written:.1f} s"
     return " | ".join([f"{'EQUAL  ' if worst < TOLERANCE else 'DIFFERS'}", *parts, seconds])

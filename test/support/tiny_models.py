@@ -34,6 +34,7 @@ class TinyModel:
         fields: Fields of the configuration besides :data:`COMMON`.
         content: Fields of ``config.json`` that transformers does not write, but published checkpoints have.
         names: Changes the names of transformers into those of published checkpoints.
+        wrapper: The ``model_type`` of the published multimodal model whose text model this is.
         zeros: Parameters that are zero, because SGLang does not read them.
         flags: Flags of a server that serves it on a CPU.
         stock: Why stock SGLang 0.5.23 does not serve it in TP of two ranks on a CPU. Empty if it does.
@@ -45,6 +46,7 @@ class TinyModel:
     fields: dict[str, Any] = field(default_factory=dict)
     content: dict[str, Any] = field(default_factory=dict)
     names: Callable[[State], State] | None = None
+    wrapper: str = ""
     zeros: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     stock: str = ""
@@ -158,6 +160,9 @@ MHA = {"num_key_value_heads": 4}
 HEAD_DIM = {"head_dim": 16}
 TIED = {"tie_word_embeddings": True}
 
+# SGLang reads the base of rope under its old name, which transformers does not write, and its default is this.
+# It computes the norms of Q and K with this epsilon.
+EXAONE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}, "rms_norm_eps": 1e-6}
 DENSE_MODELS = {
     "llama2": TinyModel("LlamaForCausalLM", LLAMA, fields={**MHA, "vocab_size": 320}),
     "llama": TinyModel("LlamaForCausalLM", LLAMA, fields={**TIED, "attention_bias": True}),
@@ -216,7 +221,7 @@ DENSE_MODELS = {
         "Olmo3ForCausalLM",
         "Olmo3Config",
         fields={**WINDOW, "layer_types": ALTERNATING},
-        content={"rope_parameters": ABSENT, "rope_theta": 10000.0, "rope_scaling": None},
+        content={"rope_parameters": ABSENT, "rope_theta": 500000.0, "rope_scaling": None},
     ),
     "granite": TinyModel(
         "GraniteForCausalLM",
@@ -249,18 +254,27 @@ DENSE_MODELS = {
         content=WINDOW,
     ),
     "glm4": TinyModel("Glm4ForCausalLM", "Glm4Config", fields=HEAD_DIM),
-    "exaone4": TinyModel("Exaone4ForCausalLM", "Exaone4Config", fields={**WINDOW, "layer_types": ALTERNATING}),
+    "exaone4": TinyModel(
+        "Exaone4ForCausalLM",
+        "Exaone4Config",
+        fields={
+            **WINDOW,
+            **EXAONE,
+            "num_hidden_layers": 4,
+            "sliding_window_pattern": "LLLG",
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        },
+    ),
     "exaone4_full": TinyModel(
         "Exaone4ForCausalLM",
         "Exaone4Config",
-        fields={"sliding_window": None, "layer_types": ["full_attention"] * 3},
-        content={"sliding_window_pattern": None},
+        fields={**EXAONE, "sliding_window": None, "layer_types": ["full_attention"] * 3},
     ),
     "apertus": TinyModel("ApertusForCausalLM", "ApertusConfig"),
     "arcee": TinyModel("ArceeForCausalLM", "ArceeConfig"),
     "starcoder2": TinyModel("Starcoder2ForCausalLM", "Starcoder2Config", fields={"sliding_window": None}),
     "stablelm": TinyModel("StableLmForCausalLM", "StableLmConfig", fields={"use_qkv_bias": True}),
-    "phi": TinyModel("PhiForCausalLM", "PhiConfig", fields=MHA),
+    "phi": TinyModel("PhiForCausalLM", "PhiConfig", fields={**MHA, "intermediate_size": 256}, zeros=("lm_head.bias",)),
     "persimmon": TinyModel("PersimmonForCausalLM", "PersimmonConfig", fields=MHA),
     "gpt2": TinyModel(
         "GPT2LMHeadModel", "GPT2Config", fields={"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, **TIED}
@@ -313,8 +327,9 @@ DENSE_MODELS = {
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
             "vocab_size_per_layer_input": 331,
             "hidden_size_per_layer_input": 16,
-            "per_layer_config": None,
+            "global_head_dim": 16,
         },
+        content={"global_head_dim": 16},
     ),
     "hrm_text": TinyModel("HrmTextForCausalLM", "HrmTextConfig", fields={**HEAD_DIM, **MHA, "num_hidden_layers": 4}),
     # These compute what another model of transformers computes, under other names.
@@ -407,7 +422,7 @@ DENSE_MODELS = {
         "SolarForCausalLM",
         LLAMA,
         # These skip connections add nothing, and without them it is Llama.
-        content={"bskcn_1": [0], "bskcn_2": [0], "bskcn_3": [1], "bskcn_4": [2], "bskcn_tv": [1.0, 1.0]},
+        content={"bskcn_1": [0], "bskcn_2": [0], "bskcn_3": [1], "bskcn_4": [2], "bskcn_tv": [0.0, 0.0]},
     ),
     # transformers has these and SGLang's registry does not.
     "smollm3": TinyModel("SmolLM3ForCausalLM", "SmolLM3Config", fields={**TIED}),
@@ -418,6 +433,8 @@ DENSE_MODELS = {
 FEW = {"num_experts_per_tok": 2}
 LATENT = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
 ROUTED = {"n_routed_experts": 8, "n_shared_experts": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
+DBRX_ATTENTION = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}
+DBRX_EXPERTS = {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}
 EXPERT_MODELS = {
     "mixtral": TinyModel("MixtralForCausalLM", "MixtralConfig", EXPERTS, fields={**FEW, "num_local_experts": 4}),
     "qwen2_moe": TinyModel(
@@ -496,10 +513,13 @@ EXPERT_MODELS = {
         },
     ),
     "llama4": TinyModel(
-        "Llama4ForCausalLM",
+        "Llama4ForConditionalGeneration",
         "Llama4TextConfig",
         EXPERTS,
-        # On a CPU SGLang computes the norms of Q and K in bfloat16. Llama 4 Maverick has no such norms.
+        wrapper="llama4",
+        names=renamed(("model.", "language_model.model."), ("lm_head", "language_model.lm_head")),
+        # On a CPU SGLang computes the norms of Q and K in bfloat16, so there are none, as in Llama 4 Maverick. And it
+        # drops the result of rope, which only its GPU kernels write in place. So the reference has no rope.
         fields={
             **HEAD_DIM,
             "num_experts_per_tok": 1,
@@ -508,8 +528,9 @@ EXPERT_MODELS = {
             "intermediate_size": 64,
             "intermediate_size_mlp": 96,
             "interleave_moe_layer_step": 2,
-            "attention_chunk_size": 32,
+            "attention_chunk_size": 512,
             "use_qk_norm": False,
+            "no_rope_layers": [0, 0, 0, 0],
         },
     ),
     "olmoe": TinyModel(
@@ -538,9 +559,10 @@ EXPERT_MODELS = {
             "n_heads": 4,
             "n_layers": 3,
             "max_seq_len": 512,
-            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
-            "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+            "attn_config": DBRX_ATTENTION,
+            "ffn_config": {**DBRX_EXPERTS, "hidden_size": 64},
         },
+        content={"attn_config": DBRX_ATTENTION, "ffn_config": DBRX_EXPERTS},
     ),
     "hunyuan_moe": TinyModel(
         "HunYuanMoEV1ForCausalLM",
@@ -610,13 +632,17 @@ EXPERT_MODELS = {
         EXPERTS,
         fields={
             **FEW,
-            **WINDOW,
+            "sliding_window": 33,
+            **EXAONE,
+            "num_hidden_layers": 4,
             "num_experts": 8,
             "moe_intermediate_size": 32,
             "num_shared_experts": 1,
-            "layer_types": ALTERNATING,
+            "sliding_window_pattern": "LLLG",
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
             "first_k_dense_replace": 1,
         },
+        content={**WINDOW, "is_moe_layer": [False, True, True, True]},
     ),
     "cohere2_moe": TinyModel(
         "Cohere2MoeForCausalLM",
@@ -625,13 +651,14 @@ EXPERT_MODELS = {
         fields={
             **HEAD_DIM,
             **FEW,
-            **WINDOW,
             **TIED,
+            "sliding_window": 33,
             "num_experts": 8,
             "layer_types": ALTERNATING,
             "logit_scale": 1.0,
             "mlp_layer_types": ["sparse"] * 3,
         },
+        content=WINDOW,
     ),
     "glm4_moe_lite": TinyModel(
         "Glm4MoeLiteForCausalLM",
@@ -641,6 +668,7 @@ EXPERT_MODELS = {
             **FEW,
             **MHA,
             **LATENT,
+            "rms_norm_eps": 1e-6,  # transformers computes the norm of the latents with it, whatever the file says
             "q_lora_rank": 32,
             "n_routed_experts": 8,
             "moe_intermediate_size": 32,
@@ -786,6 +814,8 @@ def build(model: TinyModel) -> Any:
             torch.nn.init.zeros_(parameter)
         elif name.endswith("bias"):  # zeros, the default, would hide a bias that is added twice
             torch.nn.init.normal_(parameter, std=0.3)
+        elif "alpha_" in name or name.endswith("sinks"):  # SGLang keeps them in bfloat16, whatever the model's dtype is
+            parameter.data = parameter.data.bfloat16().to(parameter.dtype if "sinks" in name else torch.bfloat16)
         elif "norm" in name or "ln_" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     for name, buffer in built.named_buffers():
@@ -804,6 +834,8 @@ def write(model: TinyModel, folder: str) -> torch.Tensor:
     file = Path(folder, "config.json")
     content = {**json.loads(file.read_text()), "architectures": [model.architecture], **model.content}
     content = {name: value for name, value in content.items() if value is not ABSENT}
+    if model.wrapper:
+        content = {"architectures": [model.architecture], "model_type": model.wrapper, "text_config": content}
     file.write_text(json.dumps(content, indent=1))
 
     def logits_of(tokens: list[int]) -> torch.Tensor:
