@@ -1,4 +1,4 @@
-"""Shift Parallelism (arXiv 2509.16495) for SGLang.
+"""This package adds Shift Parallelism (arXiv 2509.16495) to SGLang.
 
 There are three ways in: ``python -m sglang_shift.launch_server``, ``sglang serve ... --sp-size S``, and
 :class:`sglang_shift.Engine`. This module must stay light, because the processes that SGLang starts import it first.

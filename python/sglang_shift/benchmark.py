@@ -1,4 +1,4 @@
-"""``python -m sglang_shift.benchmark``: the command of :mod:`sglang_shift.tools.benchmark`."""
+"""``python -m sglang_shift.benchmark`` runs the command of :mod:`sglang_shift.tools.benchmark`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of a server: one record, equal on every rank."""
+"""Defines the settings of a server: one record, which is equal on every rank."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ class ShiftConfig:
         calibration: ``auto``, ``off``, or a file.
         exchange: The backend of the exchange: ``auto``, ``flashinfer`` or ``collective``.
         exchange_dtype: The data that the exchange sends: ``auto`` for unchanged activations, or ``fp8``.
+        experts: ``sharded`` or ``replicated``, for SP steps.
+        check: ``on`` if the server compares the modes when it starts, otherwise ``off``.
         graph_buckets: The most CUDA graphs of each phase in SP; None for all sizes that the policy may run in SP.
     """
 
@@ -40,4 +42,6 @@ class ShiftConfig:
     calibration: str = "off"
     exchange: str = "auto"
     exchange_dtype: str = "auto"
+    experts: str = "sharded"
+    check: str = "on"
     graph_buckets: int | None = None

@@ -1,4 +1,4 @@
-"""Offline inference: SGLang's ``Engine`` with Shift Parallelism."""
+"""Provides offline inference: SGLang's ``Engine`` with Shift Parallelism."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from sglang_shift.seams import check_sources, extends
 from sglang_shift.start_up_log import LAUNCHER_MESSAGES, leave_out
 
 
-@extends("sglang.srt.entrypoints.engine:Engine", "offline inference with our flags, ranks and tokenizer manager")
+@extends(
+    "sglang.srt.entrypoints.engine:Engine",
+    "Our engine adds our flags, our ranks and our tokenizer manager to offline inference.",
+)
 class Engine(SglangEngine):
     """``sglang.Engine``, with a keyword argument for each of our flags as well.
 

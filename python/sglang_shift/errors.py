@@ -1,4 +1,4 @@
-"""The errors that a user sees. Each is one sentence: what was given, what is wrong, and what to do."""
+"""Defines the errors that a user sees. Each message is one sentence: what was given, what is wrong, and what to do."""
 
 from __future__ import annotations
 

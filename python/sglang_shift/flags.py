@@ -1,4 +1,4 @@
-"""Our flags. Each flag is defined once, in one table, and all other code reads this table.
+"""Defines our flags. Each flag stands once, in one table, and all other code reads this table.
 
 ``python -m sglang_shift.args flags`` prints ``docs/flags.md`` from the table. This module does not import SGLang,
 because every ``sglang serve`` reads the table to see whether the command line has one of our flags.
@@ -22,6 +22,9 @@ POLICIES = ("calibrated", "queue-depth", "tokens", *(mode.value for mode in MODE
 EXCHANGES = (AUTO, "flashinfer", "collective")
 EXCHANGE_DTYPES = (AUTO, "fp8")
 """The data that an exchange sends: unchanged activations, or quantized activations."""
+
+CHECKS = ("on", "off")
+EXPERTS = ("sharded", "replicated")
 
 
 class Need(StrEnum):
@@ -217,6 +220,31 @@ FLAGS = (
         without="nothing is exchanged",
         choices=EXCHANGE_DTYPES,
         more="usage.md#the-exchange",
+    ),
+    Flag(
+        "shift_experts",
+        "experts",
+        str,
+        "How ranks share routed experts in SP. sharded: as in TP, so the ranks gather the tokens of a layer and sum "
+        "its outputs. replicated: each rank also has the parts of the other ranks of its SP group, so they send "
+        "nothing, and the experts take S times the memory.",
+        default="sharded",
+        need=Need.SP,
+        without="experts are sharded",
+        choices=EXPERTS,
+        more="usage.md#experts",
+    ),
+    Flag(
+        "shift_check",
+        "check",
+        str,
+        "Whether the server compares the modes when it starts. on: made-up requests run in each mode, and the server "
+        "refuses to start if their logits are farther apart than rounding explains. off: nothing is compared.",
+        default="on",
+        need=Need.SP,
+        without="there is one mode, and nothing to compare it with",
+        choices=CHECKS,
+        more="usage.md#the-check-at-start-up",
     ),
     Flag(
         "shift_graph_buckets",

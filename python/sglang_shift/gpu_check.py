@@ -1,4 +1,4 @@
-"""``python -m sglang_shift.gpu_check``: the command of :mod:`sglang_shift.tools.gpu_check`."""
+"""``python -m sglang_shift.gpu_check`` runs the command of :mod:`sglang_shift.tools.gpu_check`."""
 
 from __future__ import annotations
 

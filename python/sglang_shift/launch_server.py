@@ -1,4 +1,4 @@
-"""``python -m sglang_shift.launch_server``: SGLang's server with Shift Parallelism.
+"""``python -m sglang_shift.launch_server`` starts SGLang's server with Shift Parallelism.
 
 It takes every flag of ``python -m sglang.launch_server``, and our flags (``--help``). Without our flags, it serves with
 stock SGLang.

@@ -1,4 +1,4 @@
-"""The modes of a step, and the interface of a policy, which chooses a mode for each step."""
+"""Defines the modes of a step, and the interface of a policy, which chooses a mode for each step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m sglang_shift.plan``: the command of :mod:`sglang_shift.tools.plan`."""
+"""``python -m sglang_shift.plan`` runs the command of :mod:`sglang_shift.tools.plan`."""
 
 from __future__ import annotations
 

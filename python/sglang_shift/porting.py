@@ -1,4 +1,4 @@
-"""``python -m sglang_shift.porting``: the command of :mod:`sglang_shift.tools.porting`."""
+"""``python -m sglang_shift.porting`` runs the command of :mod:`sglang_shift.tools.porting`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings that follow from our flags, after SGLang has resolved its server arguments."""
+"""Computes the settings that follow from our flags, after SGLang has resolved its server arguments."""
 
 from __future__ import annotations
 

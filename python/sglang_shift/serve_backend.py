@@ -68,7 +68,10 @@ def run(request: ServeRequest) -> None:
     main(list(request.argv), prog="sglang serve")
 
 
-@extends("sglang.cli.serve_backends:ServeBackend", "`sglang serve` with one of our flags comes to us")
+@extends(
+    "sglang.cli.serve_backends:ServeBackend",
+    "`sglang serve` hands a command line with one of our flags to our backend.",
+)
 def backend() -> ServeBackend:
     """Make the serve backend. The package's entry points name this function."""
     from sglang.cli.serve_backends import SERVE_BACKEND_API_VERSION, ServeBackend

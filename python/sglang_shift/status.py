@@ -1,4 +1,4 @@
-"""``python -m sglang_shift.status``: the command of :mod:`sglang_shift.tools.status`."""
+"""``python -m sglang_shift.status`` runs the command of :mod:`sglang_shift.tools.status`."""
 
 from __future__ import annotations
 

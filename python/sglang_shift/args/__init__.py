@@ -1,1 +1,1 @@
-"""The command line: our flags, how we resolve them, and what we refuse."""
+"""Handles the command line: adds our flags, resolves their values, and refuses settings that we do not serve."""

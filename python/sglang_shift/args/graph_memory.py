@@ -21,7 +21,9 @@ STEPS_WITHOUT_MEMORY = Refusal(
 )
 
 
-@relies_on("sglang.srt.arg_groups.memory_hook:reserve_for_graph_mb", "it is what SGLang reserves for one set of graphs")
+@relies_on(
+    "sglang.srt.arg_groups.memory_hook:reserve_for_graph_mb", "SGLang reserves this much memory for one set of graphs."
+)
 def adjust_graph_memory(server_args: Any, config: ShiftConfig) -> Adjustment:
     """Lower ``mem_fraction_static`` by the memory that SGLang reserves for its graphs, if both modes have graphs.
 

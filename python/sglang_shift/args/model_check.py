@@ -16,13 +16,15 @@ CLASS_DISABLED = Refusal(
     "SGLANG_DISABLED_MODEL_ARCHS={module} keeps SGLang from its own {name}; unset it",
     "SGLang would serve the model by transformers' code, without a word.",
 )
-ARCHITECTURE = Refusal(
-    "architecture {name} is not served with sequence parallelism; these are: {names}",
-    f"Every mode is tested for {', '.join(FAMILIES)}. For others it is not.",
+OTHER_ATTENTION = Refusal(
+    "architecture {name} is not served with sequence parallelism, because {reason}; serve it without --sp-size and "
+    "--enable-shift-parallel",
+    "The message has the reason.",
 )
 QUANTIZED = Refusal(
-    "quantized weights ({method}) are not served with sequence parallelism yet; use an unquantized checkpoint",
-    "Quantized weights are not assembled yet.",
+    "weights quantized with {method} are not served with sequence parallelism; serve them without --sp-size and "
+    "--enable-shift-parallel, or use another format: [formats](quantization.md)",
+    "Their kernels read more than the tensors of a layer: objects at the weights, or shapes from a file.",
 )
 NOT_TEXT = Refusal(
     "{name} is served for text generation only",
@@ -46,6 +48,15 @@ FP8_WIDTH = Refusal(
     "The scales behind the columns must stay aligned.",
 )
 
+NOT_SHARED = frozenset(("bitsandbytes", "gguf"))
+"""Formats whose shards cannot be stacked. After loading, the rank checks the layers."""
+SPARSE_ATTENTION = frozenset(
+    ("DeepseekV32ForCausalLM", "DeepseekV4ForCausalLM", "GlmMoeDsaForCausalLM", "MiniMaxM3ForCausalLM")
+)
+"""Architectures with an indexer. A field of ``config.json`` names most others."""
+OWN_SEQUENCE_PARALLELISM = frozenset(("MuseSparkForConditionalGeneration",))
+STACKED_STREAMS = frozenset(("Gemma3nForCausalLM", "Gemma3nForConditionalGeneration"))
+
 
 def check_registry(name: str) -> None:
     """Check that SGLang may import its own class of the model. After loading, the rank checks the class again.
@@ -60,6 +71,17 @@ def check_registry(name: str) -> None:
         raise CLASS_DISABLED(module=module, name=name)
 
 
+def why_not_served(hf_config: Any, name: str) -> str | None:
+    """Why no SP step can serve an architecture, as a clause, or None. The rank checks the layers after loading."""
+    if name in OWN_SEQUENCE_PARALLELISM:
+        return "its class in SGLang shards tokens in its own way"
+    if name in STACKED_STREAMS:
+        return "its layers keep several streams in one tensor, whose first dimension is not the tokens"
+    if getattr(hf_config, "index_topk", None) is not None or name in SPARSE_ATTENTION:
+        return "its sparse attention chooses tokens by the hidden states of all tokens"
+    return None
+
+
 def check_model(model_config: Any, config: ShiftConfig) -> None:
     """Check that every mode can serve the model, with its sizes.
 
@@ -68,24 +90,26 @@ def check_model(model_config: Any, config: ShiftConfig) -> None:
     """
     hf_config = model_config.hf_config
     name = (getattr(hf_config, "architectures", None) or ["unknown"])[0]
-    if name not in FAMILIES:
-        raise ARCHITECTURE(name=name, names=", ".join(FAMILIES))
-    check_registry(name)
-    if model_config.quantization is not None or getattr(hf_config, "quantization_config", None):
-        raise QUANTIZED(method=model_config.quantization or "quantization_config")
+    if reason := why_not_served(hf_config, name):
+        raise OTHER_ATTENTION(name=name, reason=reason)
+    if name in FAMILIES:
+        check_registry(name)
+    if model_config.quantization in NOT_SHARED:
+        raise QUANTIZED(method=model_config.quantization)
     if not model_config.is_generation or model_config.is_multimodal:
         raise NOT_TEXT(name=name)
-    check_fields(hf_config, model_config.context_len)
+    if name in FAMILIES:
+        check_fields(hf_config, model_config.context_len)
     world_size = config.world_size
     heads = Heads(model_config.num_attention_heads, model_config.get_total_num_kv_heads())
     if not heads.divides_queries(world_size):
         raise HEADS(P=world_size, N=heads.query)
     if not heads.divides_kv(world_size):
         raise KV_HEADS(P=world_size, N=heads.kv)
-    intermediate = hf_config.intermediate_size
-    if intermediate % world_size:
+    intermediate = getattr(hf_config, "intermediate_size", None)
+    if isinstance(intermediate, int) and intermediate % world_size:
         raise INTERMEDIATE_SIZE(P=world_size, N=intermediate)
-    if config.exchange_dtype == "fp8":
+    if config.exchange_dtype == "fp8" and not hasattr(hf_config, "kv_lora_rank"):
         shard = heads.of_rank(world_size)
         for projection, count in (("QKV", shard.qkv), ("O", shard.query)):
             width = count * model_config.head_dim

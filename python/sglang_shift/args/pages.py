@@ -9,10 +9,10 @@ from types import ModuleType
 from sglang_shift.args import gemm_backend, graph_memory, model_check, refusals, sp_size
 from sglang_shift.errors import Refusal
 from sglang_shift.flags import AUTO, EXCHANGE_DTYPES, EXCHANGES, FLAGS, POLICIES, Flag, Need
+from sglang_shift.layers import structure
 from sglang_shift.models import families, fields
 from sglang_shift.parallel.exchange import choose
 from sglang_shift.policy import builtin
-from sglang_shift.weights import base_weights
 
 FLAGS_PAGE = """# Flags
 
@@ -56,7 +56,7 @@ The message is: {message}
 REFUSAL_SECTIONS: dict[str, tuple[ModuleType, ...]] = {
     "Flags": (refusals, builtin),
     "`--sp-size auto`": (sp_size,),
-    "The model": (model_check, fields, families, base_weights),
+    "The model": (model_check, fields, families, structure),
     "The exchange": (choose,),
     "CUDA graphs and matrix products": (graph_memory, gemm_backend),
 }

@@ -1,4 +1,4 @@
-"""SGLang's server arguments with our flags, their defaults and their resolution."""
+"""Adds our flags to SGLang's server arguments, and resolves their values."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ Fields: Any = msgspec.defstruct("Fields", map(_field, FLAGS), bases=(ServerArgs,
 class ShiftServerArgs(Fields, dict=True):  # type: ignore[call-arg]
     """SGLang's ``ServerArgs`` with the fields of Shift Parallelism. The constructor takes a keyword for each field."""
 
-    @overrides("the workers of --tokenizer-worker-num check requests, too")
+    @overrides("The worker processes of --tokenizer-worker-num must check requests, too.")
     def get_tokenizer_worker_class(self) -> Any:
         """The class that SGLang runs in each worker process if ``--tokenizer-worker-num`` is above 1."""
         if shift_config_of(self) is None:
@@ -61,7 +61,7 @@ class ShiftServerArgs(Fields, dict=True):  # type: ignore[call-arg]
         return ShiftTokenizerWorker
 
     @staticmethod
-    @overrides("adds our flags")
+    @overrides("Our method adds our flags to SGLang's flags.")
     def add_cli_args(parser: argparse.ArgumentParser) -> None:
         """Add SGLang's flags, then our flags as a separate group."""
         ServerArgs.add_cli_args(parser)
@@ -71,7 +71,7 @@ class ShiftServerArgs(Fields, dict=True):  # type: ignore[call-arg]
 
 @extends(
     "sglang.srt.arg_groups.resolution_hooks:register_resolution_hook",
-    "refuses what is not served, and records the effective values of our flags",
+    "Our hook refuses settings that we do not serve, and records the effective values of our flags.",
 )
 @register_resolution_hook("handle_other_validations")
 def resolve_shift(server_args: Any, previous: Any) -> None:

@@ -1,1 +1,1 @@
-"""How long a step takes: the cost model, its measurement and its file."""
+"""Predicts how long a step takes: the cost model, its measurement and its file."""

@@ -1,4 +1,4 @@
-"""A calibration: measured step times, the settings that they depend on, and the file that stores them."""
+"""Defines a calibration: measured step times, the settings that they depend on, and the file that stores them."""
 
 from __future__ import annotations
 

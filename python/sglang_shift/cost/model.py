@@ -1,4 +1,4 @@
-"""The cost model: predicts the time of a step in each mode, by monotone curves through measured step times.
+"""The cost model predicts the time of a step in each mode, by monotone curves through measured step times.
 
 A calibration file stores these classes. msgspec reads them, and checks the limits that the fields state.
 """

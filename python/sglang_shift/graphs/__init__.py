@@ -1,1 +1,1 @@
-"""CUDA graphs of every mode: their sizes, their runners, and their replays."""
+"""Captures and replays the CUDA graphs of every mode."""

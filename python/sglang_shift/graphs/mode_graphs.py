@@ -129,7 +129,7 @@ class ModeGraphs:
 
     @relies_on(
         "sglang.srt.model_executor.runner.prefill_cuda_graph_runner:PrefillCudaGraphRunner.can_replay_locally",
-        "it says how far a prefill may be padded",
+        "This method decides how far SGLang may pad a prefill.",
     )
     def __init__(self, runner: Any, config: ShiftConfig) -> None:
         self.runner = runner
@@ -176,11 +176,11 @@ class ModeGraphs:
 
     @relies_on(
         "sglang.srt.model_executor.model_runner_components.cuda_graph_setup:capture_decode_graph",
-        "it builds the runner of _decode_cuda_graph_runner_cls, and measures",
+        "This function builds the runner of _decode_cuda_graph_runner_cls, and measures its memory and time.",
     )
     @relies_on(
         "sglang.srt.model_executor.model_runner_components.cuda_graph_setup:capture_prefill_graph",
-        "it builds a PrefillCudaGraphRunner, and measures",
+        "This function builds a PrefillCudaGraphRunner, and measures its memory and time.",
     )
     def _capture(self, phase: str, mode: Mode) -> None:
         graphs, runner = self.phases[phase], self.runner
@@ -221,6 +221,24 @@ class ModeGraphs:
             for name, runner in tp.items():
                 setattr(self.runner, name, runner)
 
+    @contextmanager
+    def without(self) -> Iterator[None]:
+        """Inside of this context, every step runs eagerly, whatever its mode."""
+        tp = {name: getattr(self.runner, name) for name in RUNNERS.values()}
+        sets = [graph_set for graphs in self.phases.values() for graph_set in graphs.sets.values()]
+        runners = [graph_set.runner for graph_set in sets]
+        for name in tp:
+            setattr(self.runner, name, None)
+        for graph_set in sets:
+            graph_set.runner = None
+        try:
+            yield
+        finally:
+            for name, runner in tp.items():
+                setattr(self.runner, name, runner)
+            for graph_set, runner in zip(sets, runners, strict=True):
+                graph_set.runner = runner
+
     def captured_sizes(self) -> dict[str, dict[str, list[int]]]:
         """The captured sizes, by phase and mode; empty if there are none at all."""
         captured_sizes = {
@@ -236,7 +254,7 @@ class ModeGraphs:
 
 @relies_on(
     "sglang.srt.model_executor.runner.base_cuda_graph_runner:get_batch_sizes_to_capture",
-    "it says which batch sizes are captured",
+    "SGLang captures the batch sizes that this function returns.",
 )
 def sglang_sizes_by_phase(runner: Any) -> dict[str, list[int]]:
     """The sizes that SGLang would capture, by phase."""

@@ -1,4 +1,4 @@
-"""Subclasses of SGLang's CUDA graph runners that capture and replay in SP.
+"""Defines subclasses of SGLang's CUDA graph runners that capture and replay in SP.
 
 A replay runs no Python. So a capture is a step of its own, with its own context. After a replay, code that runs
 without a graph needs values in the step that the graph's Python would have set. These runners set them.
@@ -18,7 +18,7 @@ from sglang.srt.model_executor.runner.prefill_cuda_graph_runner import PrefillCu
 
 from sglang_shift.modes import Mode
 from sglang_shift.parallel.region import enter
-from sglang_shift.parallel.step import Step, current, run_step
+from sglang_shift.parallel.step import current, run_step
 from sglang_shift.seams import overrides, substitutes_for
 
 
@@ -31,18 +31,18 @@ class SpDecodeGraphRunner(DecodeCudaGraphRunner):
         shared = model_runner.decode_cuda_graph_runner is None
         super().__init__(model_runner, attn_backend=None if shared else new_attention_backend(model_runner))
 
-    @overrides("the groups of the base configuration communicate in a graph")
+    @overrides("Our method lets the groups of the base configuration communicate in a graph.")
     def _capture_one_stream(self, *args: Any, **kwargs: Any) -> None:
         with self.model_runner.topology.graph_capture(self.stream):
             super()._capture_one_stream(*args, **kwargs)
 
-    @overrides("captures the forward in SP")
+    @overrides("Our method captures the forward in SP.")
     def capture_one_shape(self, size: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Capture one size. Each forward in it is a step in SP, also the two forwards that SGLang runs to warm up."""
 
         @functools.wraps(forward)
         def in_sp(input_ids: torch.Tensor, positions: torch.Tensor, batch: ForwardBatch, **more: Any) -> Any:
-            with run_step(Step(Mode.SP, self.model_runner.topology, batch)):
+            with run_step(self.model_runner.step(Mode.SP, batch)):
                 return forward(input_ids, positions, batch, **more)
 
         super().capture_one_shape(size, in_sp, *args, **kwargs)
@@ -55,25 +55,25 @@ def captures_sp(model_runner: Any = None) -> bool:
 
 @substitutes_for(
     "sglang.srt.model_executor.runner.prefill_cuda_graph_runner:PrefillCudaGraphRunner",
-    "SGLang builds its prefill graph runner by this name",
+    "SGLang makes its prefill graph runner from the class of this name.",
     when=captures_sp,
     exclusive=True,
 )
 class SpPrefillGraphRunner(PrefillCudaGraphRunner):
     """Prefill graphs in SP. A graph has only the layers. Exit from the region and LM head run after a replay."""
 
-    @overrides("the groups of the base configuration communicate in a graph")
+    @overrides("Our method lets the groups of the base configuration communicate in a graph.")
     def _capture_one_stream(self) -> None:
         with self.model_runner.topology.graph_capture(self.stream):
             super()._capture_one_stream()
 
-    @overrides("captures the layers in SP")
+    @overrides("Our method captures the layers in SP.")
     def _run_forward(self, forward_batch: ForwardBatch, num_tokens: int) -> Any:
         # The exit is not part of the graph. A replay would use the rows of the batch that was captured.
-        with run_step(Step(Mode.SP, self.model_runner.topology, forward_batch, has_exit=False)):
+        with run_step(self.model_runner.step(Mode.SP, forward_batch, has_exit=False)):
             return super()._run_forward(forward_batch, num_tokens)
 
-    @overrides("a rank has fewer rows than the step has tokens")
+    @overrides("In SP, a rank has fewer rows than the step has tokens.")
     def cuda_graph_output_capacity_rows(self, output: torch.Tensor) -> int:
         """The rows of the output, ``[ceil(T / S), h]``.
 
@@ -81,7 +81,7 @@ class SpPrefillGraphRunner(PrefillCudaGraphRunner):
         """
         return output.shape[0]
 
-    @overrides("tells the exit from the region how many tokens the graph has")
+    @overrides("Our method tells the exit from the region how many tokens the graph has.")
     def _execute_body_capture(
         self, forward_batch: ForwardBatch, static_forward_batch: ForwardBatch, static_num_tokens: int, *args: Any,
         **kwargs: Any,

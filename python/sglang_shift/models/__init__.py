@@ -1,1 +1,1 @@
-"""Facts about model architectures: families, sizes, and fields of ``config.json``."""
+"""Holds facts about model architectures: families, sizes, and fields of ``config.json``."""

@@ -1,4 +1,4 @@
-"""The sizes of a dense decoder layer, and the sizes of its matrices and messages in TP and in SP."""
+"""Computes the sizes of a dense decoder layer, and the sizes of its matrices and messages in TP and in SP."""
 
 from __future__ import annotations
 

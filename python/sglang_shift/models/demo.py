@@ -1,4 +1,4 @@
-"""The demo model that ships with the package. It is served if no ``--model-path`` is given."""
+"""Finds the demo model that ships with the package. It is served if no ``--model-path`` is given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model families that are served. Each family has one record, from which everything else about it follows.
+"""Lists the model families that are served. Each family has one record, from which everything else about it follows.
 
 To add a family, add its record to :data:`FAMILIES`, and a tiny model of it to ``test/support/families.py``. The tests
 compare each record with SGLang's class and with transformers.
@@ -145,6 +145,14 @@ OTHER_CLASS = Refusal(
 )
 
 
+TRANSFORMERS_CLASSES = PACKAGE + "transformers"
+NO_CLASS = Refusal(
+    "SGLang serves architecture {name} by transformers' code ({other_class}), which SP mode cannot divide; serve this "
+    "model without --sp-size and --enable-shift-parallel",
+    "A rank checks this after loading. SGLang has no class of its own for the architecture.",
+)
+
+
 def check_class(model: Any, name: str) -> None:
     """Check that SGLang loaded its own class for the architecture.
 
@@ -153,13 +161,15 @@ def check_class(model: Any, name: str) -> None:
 
     Args:
         model: The loaded model.
-        name: The architecture, which is in :data:`FAMILIES`.
+        name: The architecture.
 
     Raises:
-        Refused: the model has another class.
+        Refused: the model has transformers' code, or its family has another class of SGLang's.
     """
-    loaded, native = _class_of(model), PACKAGE + FAMILIES[name].native
-    if loaded != native:
+    loaded = _class_of(model)
+    if loaded.startswith(TRANSFORMERS_CLASSES):
+        raise NO_CLASS(other_class=loaded, name=name)
+    if name in FAMILIES and loaded != (native := PACKAGE + FAMILIES[name].native):
         raise OTHER_CLASS(other_class=loaded, name=name, native_class=native)
 
 

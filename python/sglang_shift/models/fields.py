@@ -65,14 +65,14 @@ FIELD = Refusal(
 )
 
 
-@relies_on("sglang.srt.models.llama:LlamaDecoderLayer.__init__", "it says which fields of config.json SGLang reads")
-@relies_on("sglang.srt.models.llama:LlamaAttention.__init__", "it says which fields of config.json SGLang reads")
-@relies_on("sglang.srt.models.llama:LlamaMLP.__init__", "it says which fields of config.json SGLang reads")
-@relies_on("sglang.srt.models.qwen2:Qwen2DecoderLayer.__init__", "it says which fields of config.json SGLang reads")
-@relies_on("sglang.srt.models.qwen2:Qwen2Attention.__init__", "it says which fields of config.json SGLang reads")
-@relies_on("sglang.srt.models.qwen2:Qwen2MLP.__init__", "it says which fields of config.json SGLang reads")
-@relies_on("sglang.srt.models.qwen3:Qwen3DecoderLayer.__init__", "it says which fields of config.json SGLang reads")
-@relies_on("sglang.srt.models.qwen3:Qwen3Attention.__init__", "it says which fields of config.json SGLang reads")
+@relies_on("sglang.srt.models.llama:LlamaDecoderLayer.__init__", "Our rules list the fields that this code reads.")
+@relies_on("sglang.srt.models.llama:LlamaAttention.__init__", "Our rules list the fields that this code reads.")
+@relies_on("sglang.srt.models.llama:LlamaMLP.__init__", "Our rules list the fields that this code reads.")
+@relies_on("sglang.srt.models.qwen2:Qwen2DecoderLayer.__init__", "Our rules list the fields that this code reads.")
+@relies_on("sglang.srt.models.qwen2:Qwen2Attention.__init__", "Our rules list the fields that this code reads.")
+@relies_on("sglang.srt.models.qwen2:Qwen2MLP.__init__", "Our rules list the fields that this code reads.")
+@relies_on("sglang.srt.models.qwen3:Qwen3DecoderLayer.__init__", "Our rules list the fields that this code reads.")
+@relies_on("sglang.srt.models.qwen3:Qwen3Attention.__init__", "Our rules list the fields that this code reads.")
 def check_fields(hf_config: Any, context_len: int) -> None:
     """Check that SGLang's class computes what the model's configuration says, up to the length of the context.
 

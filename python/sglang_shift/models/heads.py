@@ -1,4 +1,4 @@
-"""The heads of an attention layer, and how ranks divide them. The rule for KV heads is only here."""
+"""Computes how ranks divide the heads of an attention layer. The rule for KV heads is only here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Llama with random weights. Its answers mean nothing. Its steps cost what steps of a real model of its size cost."""
+"""Makes a Llama with random weights. Its answers mean nothing. Its steps take as long as those of a real model."""
 
 from __future__ import annotations
 

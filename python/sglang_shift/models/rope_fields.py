@@ -1,4 +1,4 @@
-"""Rules for the parameters of the rope (the encoding of positions) that SGLang and transformers treat differently."""
+"""Has rules for parameters of the rope (the encoding of positions) that SGLang and transformers treat differently."""
 
 from __future__ import annotations
 
@@ -92,7 +92,10 @@ def yarn_sglang_parameter(checkpoint: Checkpoint) -> str | None:
 
 
 @rule("a parameter of the rope that is not in the table above", "SGLang and transformers read it differently.")
-@relies_on("sglang.srt.layers.rotary_embedding.factory:get_rope", "it says which parameters of a rope SGLang reads")
+@relies_on(
+    "sglang.srt.layers.rotary_embedding.factory:get_rope",
+    "Our rules list the rope parameters that this function reads.",
+)
 def unknown_parameter(checkpoint: Checkpoint) -> str | None:
     """:data:`ROPE_PARAMETERS` has the parameters of each type that both read."""
     kind, rope = checkpoint.rope_type, checkpoint.rope

@@ -1,4 +1,4 @@
-"""Rules for the content of a ``config.json``. Each rule has its check, and its text in ``docs/models.md``."""
+"""Defines rules for the content of a ``config.json``. Each rule has its check, and its text in ``docs/models.md``."""
 
 from __future__ import annotations
 

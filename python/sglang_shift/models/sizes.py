@@ -1,4 +1,4 @@
-"""The memory that a model takes on a rank: its weights in each mode, and the KV cache of a token."""
+"""Computes the memory that a model takes on a rank: its weights in each mode, and the KV cache of a token."""
 
 from __future__ import annotations
 

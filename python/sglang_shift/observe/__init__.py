@@ -1,1 +1,1 @@
-"""What a user sees of a running server: events, metrics, the status page."""
+"""Shows a user what a running server does: events, metrics and the status page."""

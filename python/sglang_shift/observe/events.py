@@ -1,4 +1,4 @@
-"""Step events: the scheduler publishes one for every step, for the metrics, the page and other subscribers.
+"""Defines step events. The scheduler publishes one for every step, for the metrics, the page and other programs.
 
 Rank 0 of each replica binds a ZMQ PUB socket and sends without waiting. Events that no subscriber reads in time are
 dropped, so watching never slows a step. A message has two frames: a topic (``step`` or ``state``), and a MessagePack

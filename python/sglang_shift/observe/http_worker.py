@@ -1,4 +1,4 @@
-"""SGLang's app with our routes, for each worker of ``--tokenizer-worker-num``.
+"""Provides SGLang's app with our routes, for each worker of ``--tokenizer-worker-num``.
 
 The workers import it through ``SGLANG_HTTP_SERVER_APP_PATH``. Each worker has its own hub for the page. Only the
 launcher's process feeds the metrics.

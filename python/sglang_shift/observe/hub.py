@@ -1,4 +1,4 @@
-"""The data of the page and the status view: sums up the events of the last ten minutes in bounded memory."""
+"""Sums up the events of the last ten minutes in bounded memory, for the page and the status view."""
 
 from __future__ import annotations
 

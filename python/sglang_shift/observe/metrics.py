@@ -1,4 +1,4 @@
-"""Prometheus metrics of the steps, beside SGLang's metrics, if ``--enable-metrics`` asks for them."""
+"""Adds Prometheus metrics of the steps to SGLang's metrics, if ``--enable-metrics`` asks for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routes that we add to SGLang's HTTP server: the status page, its data, and policies by name."""
+"""Adds routes to SGLang's HTTP server: the status page, its data, and policies by name."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def start(replicas: int = 1, metric_labels: Mapping[str, str] | None = None) -> 
     return hub
 
 
-@extends("sglang.srt.entrypoints.http_server:app", "the page, its data, and policies by name")
+@extends(
+    "sglang.srt.entrypoints.http_server:app", "Our routes serve the page and its data, and let a request name a policy."
+)
 def install(hub: Hub, app: FastAPI) -> None:
     """Put our routes before the app's routes, which do not change. The app's API key protects all routes but the page.
 

@@ -1,1 +1,1 @@
-"""How ranks divide a step: the layout of the ranks, their groups, the token-sharded region, and the exchange."""
+"""Divides a step among the ranks. It has the layout, the groups, the token-sharded region, and the exchange."""

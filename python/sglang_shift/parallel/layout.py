@@ -1,4 +1,4 @@
-"""The layout of the ranks of a deployment: base-TP groups and SP groups."""
+"""Computes the layout of the ranks of a deployment: base-TP groups and SP groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The entry and the exit of the token-sharded region.
+"""Enters and leaves the token-sharded region.
 
 In an SP step, each rank carries 1/S of the tokens from the output of the embedding to the final norm.
 """
@@ -17,7 +17,7 @@ from sglang_shift.seams import relies_on
 
 
 def enter(step: Step, num_tokens: int, device: torch.device) -> None:
-    """Record the tokens of a step, and plan its exit before the first layer starts.
+    """Enter the region: record the tokens of a step, and plan its exit before the first layer starts.
 
     The batch alone decides which rows leave. After the layers, the copy of these indices to a GPU would have to wait
     for the layers, and would delay the next step.
@@ -29,6 +29,7 @@ def enter(step: Step, num_tokens: int, device: torch.device) -> None:
     """
     step.num_tokens = num_tokens
     step.exit_plan = plan_exit(rows_read(step.batch), num_tokens, step.topology, device) if step.has_exit else None
+    step.enter()
 
 
 def scatter_tokens(step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -42,41 +43,57 @@ def scatter_tokens(step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
         ``[ceil(T / S), h]``: the rows from ``sp_index * ceil(T / S)`` on. Rows beyond T are zeros.
     """
     enter(step, hidden_states.shape[0], hidden_states.device)
+    return local_rows(step, hidden_states)
+
+
+def local_rows(step: Step, rows: torch.Tensor) -> torch.Tensor:
+    """Keep this rank's rows of ``rows``, ``[T, ...]``. Rows beyond T are zeros."""
     local = padded_local_tokens(step.num_tokens, step.topology.layout.sp_size)
     start = step.topology.sp_index * local
-    return pad_rows(hidden_states[start : start + local], local).contiguous()
+    return pad_rows(rows[start : start + local], local).contiguous()
 
 
-def scatter_sum(step: Step, partial: torch.Tensor) -> torch.Tensor:
-    """Enter the region with the rows that SGLang's embedding looked up, and sum the rows of this rank's tokens.
+def sum_rows(step: Step, partial: torch.Tensor) -> torch.Tensor:
+    """Sum the rows of this rank's tokens over all P ranks. Each rank has a part of the sum for all tokens.
 
-    Each rank has looked up all tokens in its part of the vocabulary. The row of a token comes from one rank, and is
-    zero on all other ranks. In SP mode a rank only needs the sum for its own tokens.
-
-    An all-to-all over the SP group with a local sum sends half as many bytes as an all-reduce. A reduce-scatter would
-    not help with gloo, because gloo runs an all-reduce for it. The sum is exact in any order.
+    In SP mode a rank only needs the sum for its own tokens. An all-to-all over the SP group with a local sum sends half
+    as many bytes as an all-reduce. A reduce-scatter would not help with gloo, because gloo runs an all-reduce for it.
 
     Args:
-        step: The step that enters the region.
+        step: The step, inside of the region.
         partial: ``[T, h]``, this rank's part of the sum.
 
     Returns:
-        ``[ceil(T / S), h]``: the rows that :func:`scatter_tokens` would keep of the sum.
+        ``[ceil(T / S), h]``: the rows that :func:`local_rows` would keep of the sum.
     """
-    enter(step, partial.shape[0], partial.device)
-    step.scattered_by_embedding = True
     topology = step.topology
     received = topology.exchange.all_to_all(kernels.pack_tokens(partial, topology.layout.sp_size))
     return topology.base_all_reduce(received.sum(0))
 
 
+def gather_rows(step: Step, local: torch.Tensor) -> torch.Tensor:
+    """All-gather this rank's rows, ``[T_local, ...]``, over the SP group. Return all rows, ``[T, ...]``.
+
+    If the last call gathered the same tensor, this call returns the same rows again: a router and its experts, for
+    example, read the same rows.
+    """
+    if step.gathered is not None and step.gathered[0] is local:
+        return step.gathered[1]
+    full = local.new_empty((step.topology.layout.sp_size * local.shape[0], *local.shape[1:]))
+    step.topology.sp_group.all_gather_into_tensor(full, local.contiguous())
+    full = full[: step.num_tokens]
+    step.gathered = (local, full)
+    return full
+
+
 def pad_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """Pad ``x``, ``[n, h]``, with zeros to ``rows`` rows. If it has ``rows`` rows, return ``x`` itself."""
-    return x if x.shape[0] == rows else F.pad(x, (0, 0, 0, rows - x.shape[0]))
+    """Pad ``x``, ``[n, ...]``, with zeros to ``rows`` rows. If it has ``rows`` rows, return ``x`` itself."""
+    return x if x.shape[0] == rows else F.pad(x, (*(0, 0) * (x.dim() - 1), 0, rows - x.shape[0]))
 
 
 @relies_on(
-    "sglang.srt.layers.logits_processor:LogitsProcessor._get_pruned_states", "it says which rows the LM head reads"
+    "sglang.srt.layers.logits_processor:LogitsProcessor._get_pruned_states",
+    "This method decides which rows the LM head reads.",
 )
 def rows_read(batch: ForwardBatch) -> torch.Tensor | None:
     """The rows of a prefill that ``LogitsProcessor._get_pruned_states`` reads; None means all rows.
@@ -154,9 +171,7 @@ def exit_gather(step: Step, local: torch.Tensor) -> torch.Tensor:
     """
     size, group, plan = step.topology.layout.sp_size, step.topology.sp_group, step.exit_plan
     if plan is None:
-        full = local.new_empty((size * local.shape[0], *local.shape[1:]))
-        group.all_gather_into_tensor(full, local.contiguous())
-        return full[: step.num_tokens]
+        return gather_rows(step, local)
     sent = local.new_zeros((plan.rows_per_rank, *local.shape[1:]))
     sent[: len(plan.local_rows)] = local[plan.local_rows]
     received = local.new_empty((size * plan.rows_per_rank, *local.shape[1:]))

@@ -1,4 +1,4 @@
-"""A topology: the groups of ranks that communicate in SP steps. They exist beside SGLang's own TP group."""
+"""Builds a topology: the groups of ranks that communicate in SP steps. They exist beside SGLang's own TP group."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Topology:
 
     @relies_on(
         "sglang.srt.distributed.parallel_state:graph_capture",
-        "it lets SGLang's own groups communicate in a graph, with the custom all-reduce",
+        "This function lets SGLang's own groups communicate in a graph, with the custom all-reduce.",
     )
     @contextmanager
     def graph_capture(self, stream: Any) -> Iterator[None]:

@@ -1,1 +1,1 @@
-"""SGLang's hardware platforms, with the extensions of this package."""
+"""Extends SGLang's hardware platforms."""

@@ -1,4 +1,4 @@
-"""An out-of-tree SGLang platform for machines without a GPU.
+"""Defines an out-of-tree SGLang platform for machines without a GPU.
 
 With it, the published wheels of SGLang run on any CPU. If the machine has an accelerator, :func:`activate` returns
 None, and SGLang uses its own platforms.
@@ -46,7 +46,8 @@ def activate() -> str | None:
 
 
 @extends(
-    "sglang.srt.platforms.interface:SRTPlatform", "attention backend, threads and KV pools on a machine without a GPU"
+    "sglang.srt.platforms.interface:SRTPlatform",
+    "Our platform chooses attention, threads and KV pools on a machine without a GPU.",
 )
 class ShiftCpuPlatform(CpuDeviceMixin, SRTPlatform):
     """Uses our attention backend and gloo collectives, and shares threads and memory among the ranks."""
@@ -117,7 +118,7 @@ def verify() -> None:
 
 @replaces(
     "sglang.srt.model_executor.model_runner:adjust_config_with_unaligned_cpu_tp",
-    "KV heads are replicated as on GPUs; SGLang would pad them up to the TP size, and then fail to load",
+    "SGLang would pad KV heads up to the TP size, and then fail to load. We replicate KV heads, as on GPUs.",
     when=is_active,
 )
 def keep_config(model_config: Any, load_config: Any, tp_size: int) -> Any:

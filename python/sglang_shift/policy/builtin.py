@@ -1,4 +1,4 @@
-"""The policies of the package, and the loader of a user's policy (``module:Class``)."""
+"""Defines the policies of the package, and loads a user's policy (``module:Class``)."""
 
 from __future__ import annotations
 

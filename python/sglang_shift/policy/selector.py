@@ -1,4 +1,4 @@
-"""The mode selector: asks the policy, keeps the state that the next step needs, and counts."""
+"""The mode selector asks the policy, keeps the state that the next step needs, and counts steps."""
 
 from __future__ import annotations
 

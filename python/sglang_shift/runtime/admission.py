@@ -158,7 +158,7 @@ def check_logprob_positions(request: Any) -> None:
 
 @relies_on(
     "sglang.srt.managers.schedule_batch:ScheduleBatch.prepare_for_extend",
-    "it puts together which rows the requests of a step replace",
+    "This method collects the rows that the requests of a step replace.",
 )
 def replace_input_embeds(request: Any) -> None:
     """Turn ``input_embeds`` into tokens whose embeddings SGLang replaces by these rows. The answer is the same.
@@ -211,7 +211,7 @@ def check_tokens(name: str, tokens: Iterable[int], vocab_size: int) -> None:
             raise ValueError(f"{name} has {token}, but the model's tokens are 0 to {vocab_size - 1}; leave it out")
 
 
-@relies_on("sglang.srt.managers.io_struct:msgpack_decode", "the ranks read messages by it")
+@relies_on("sglang.srt.managers.io_struct:msgpack_decode", "The ranks decode messages with this function.")
 def check_message(message: Any) -> None:
     """Encode and decode a message as SGLang does on the way to the ranks. Decoding checks the types of its fields.
 

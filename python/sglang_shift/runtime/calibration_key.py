@@ -1,4 +1,4 @@
-"""The settings, links and libraries that step times depend on, besides the model, P and S."""
+"""Collects the settings, links and libraries that step times depend on, besides the model, P and S."""
 
 from __future__ import annotations
 

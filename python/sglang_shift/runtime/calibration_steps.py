@@ -66,14 +66,20 @@ class SchedulerBench:
             cache.evict(EvictParams(num_tokens=int(most_missing_slots)))
         return not self.agree([max(0, needed - allocator.available_size())])[0]
 
-    def prepare(self, shape: StepShape) -> None:
-        """Allocate the requests of the shape."""
+    def prepare(self, shape: StepShape, ids_by_request: Sequence[Sequence[int]] = ()) -> None:
+        """Allocate the requests of the shape.
+
+        Args:
+            shape: The shape.
+            ids_by_request: The token ids of each request; made-up ones by default.
+        """
         self.release()
         sampling = SamplingParams(temperature=0, max_new_tokens=8)
         sampling.normalize(None)
         decode = shape.phase == "decode"
         for i, (cached, new) in enumerate(shape.requests):
-            ids = array("q", [1 + t % 97 for t in range(cached if decode else cached + new)])
+            made_up = (1 + t % 97 for t in range(cached if decode else cached + new))
+            ids = array("q", ids_by_request[i] if ids_by_request else made_up)
             req = Req(f"calibration {i}", "", ids, sampling, vocab_size=self.scheduler.model_config.vocab_size)
             req.full_untruncated_fill_ids = ids
             req.logprob_start_len = -1
@@ -117,6 +123,19 @@ class SchedulerBench:
         if on_gpu:
             torch.cuda.synchronize()
         return worker.last_lap.seconds
+
+    def decode(self, ids: Sequence[int]) -> None:
+        """Prepare a decode step after the step that ran. ``ids`` has a token for each request."""
+        self._batch.prepare_for_decode()
+        self._input_ids = torch.tensor(ids, dtype=torch.int64, device=self._batch.device)
+
+    def forward(self, mode: Mode) -> torch.Tensor:
+        """Run one step, and return the logits, ``[requests, vocabulary]``."""
+        self._batch.input_ids = self._input_ids
+        with torch.no_grad(), self.scheduler.tp_worker.model_runner.running_in(mode):
+            result = self.scheduler.tp_worker.forward_batch_generation(self._batch)
+        logits: torch.Tensor = result.logits_output.next_token_logits.clone()
+        return logits
 
     def _extend(self, cached: int, end: int | None) -> Any:
         """A batch that extends every request from ``cached`` tokens to ``end`` tokens, or to all of its tokens."""

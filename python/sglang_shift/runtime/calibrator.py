@@ -120,11 +120,11 @@ class Calibrator:
 
     @relies_on(
         "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.begin_weight_update",
-        "it notes the session during which no calibration may run",
+        "This method records an open weight update, during which no calibration may run.",
     )
     @relies_on(
         "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.release_memory_occupation",
-        "it notes the released memory without which no calibration may run",
+        "This method records released memory, without which no calibration may run.",
     )
     def _hindrance(self) -> str:
         """Why no forward may run now, although the server is idle; empty if a forward may run."""

@@ -1,4 +1,4 @@
-"""SGLang's internal state (``/server_info``, ``/set_internal_state``), with the state of the mode selector added."""
+"""Adds the state of the mode selector to SGLang's internal state (``/server_info``, ``/set_internal_state``)."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class ShiftInternalState(SchedulerInternalStateController):
 
     request_values: dict[str, Any]
 
-    @overrides("adds live counters to /server_info")
+    @overrides("Our method adds live counters to /server_info.")
     def get_internal_state(self, recv_req: GetInternalStateReq) -> GetInternalStateReqOutput:
         output = super().get_internal_state(recv_req)
         output.internal_state["shift"] = self.scheduler.shift_state()
         return output
 
-    @overrides("policy and thresholds change together")
+    @overrides("Our method takes all values of a request together, or none of them.")
     def set_internal_state(self, recv_req: SetInternalStateReq) -> Any:
         """Update all values of the request, or none. Every rank handles the request in the same iteration."""
         self.request_values = recv_req.server_args
@@ -39,7 +39,7 @@ class ShiftInternalState(SchedulerInternalStateController):
             self.scheduler.shift_reporter.publish_state()
         return output
 
-    @overrides("policy and thresholds can be set at run time")
+    @overrides("Our method lets a request set the policy and its thresholds at run time.")
     def _update_handlers(self) -> dict[str, Any]:
         handlers = super()._update_handlers()
         handlers["shift_policy"] = internal_state._UpdateHandler(self._validate_policy, self._apply_policy)

@@ -23,18 +23,19 @@ from sglang_shift_kernels.operations import ExchangeShape, warm_up
 from sglang_shift.config import ShiftConfig
 from sglang_shift.graphs.mode_graphs import ModeGraphs
 from sglang_shift.graphs.runners import SpDecodeGraphRunner
+from sglang_shift.layers.sp_model import SpModel
 from sglang_shift.models.families import check_class
 from sglang_shift.modes import Mode
 from sglang_shift.parallel.exchange.base import ExchangeVolume, SequenceExchange
 from sglang_shift.parallel.exchange.choose import Operands, make_exchange
 from sglang_shift.parallel.layout import RankLayout
-from sglang_shift.parallel.step import Step, run_step
+from sglang_shift.parallel.region import scatter_tokens
+from sglang_shift.parallel.step import Step, current, run_step
 from sglang_shift.parallel.topology import Topology, build_topology
 from sglang_shift.resolution import shift_config_of
 from sglang_shift.runtime.weight_updater import ShiftWeightUpdater
 from sglang_shift.seams import overrides, relies_on
 from sglang_shift.weights.base_weights import BaseWeights, WeightReport, loading_for
-from sglang_shift.weights.projections import OutputProjection, QkvProjection
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class ShiftModelRunner(ModelRunner):
     Attributes:
         mode: The mode of the next step. Forwards outside of :meth:`running_in` (warm-up, autotuning) run in TP.
         topology: The topology of the next step. It may be replaced between two steps.
+        sp_model: The model as SP steps run it.
         base_weights: The base weights for the topology.
         exchange_volume: How much the exchanges of an SP step send.
         capture_mode: The mode of the CUDA graphs that SGLang captures now.
@@ -53,6 +55,7 @@ class ShiftModelRunner(ModelRunner):
 
     mode: Mode = Mode.TP
     topology: Topology
+    sp_model: SpModel
     base_weights: BaseWeights
     exchange_volume: ExchangeVolume
     capture_mode: Mode = Mode.TP
@@ -63,42 +66,46 @@ class ShiftModelRunner(ModelRunner):
     prefill_cuda_graph_runner: Any
     weight_load_mem_usage: float
 
-    @overrides("assembles the base weights around the loaded shards")
+    @overrides("Our method assembles the base weights around the loaded shards.")
     @relies_on(
         "sglang.srt.layers.layer_boundary.factories:_active_variants",
-        "it builds the sequence-parallel variant of a layer if flags.sp.enabled",
+        "This function builds the sequence-parallel variant of a layer if flags.sp.enabled is set.",
     )
     def load_model(self) -> None:
         """Load the stock full-TP shards, then assemble the base weights around them."""
         config = shift_config_of(self.server_args)
         assert config is not None
-        # From here on, SGLang builds layers with its sequence-parallel batch variant.
-        get_flags().sp.enabled = True
         self.topology = build_topology(RankLayout(config.world_size, config.sp_size))
-        with loading_for(self.topology):
-            super().load_model()
+        get_flags().sp.enabled = True  # SGLang builds layers with its sequence-parallel batch variant
+        try:
+            with loading_for(self.topology):
+                super().load_model()
+        finally:
+            get_flags().sp.enabled = False  # a draft model has no such layers
         check_class(self.model, self.model_config.hf_config.architectures[0])
         before = self._free_gib() + self.weight_load_mem_usage
         backup = get_exec().features.enable_weights_cpu_backup
         with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=backup):
-            self.base_weights = BaseWeights(self.model, self.topology)
+            self.sp_model = SpModel(self.model, self.topology, replicate_experts=config.experts == "replicated")
+        self.base_weights = self.sp_model.weights
         self.weight_report = self.base_weights.report()
         # /server_info reports this as the memory of the weights, in GiB. The exchange takes its own memory later.
         self.weight_load_mem_usage = before - self._free_gib()
         exchange = self._exchange(config)
         self.topology = replace(self.topology, exchange=exchange)
-        self.exchange_volume = self.base_weights.exchange_volume(exchange, self.dtype)
+        self.exchange_volume = self.sp_model.exchange_volume(exchange, self.dtype)
         if self.device != "cpu":  # on a CPU gloo keeps hardly any memory
             self._warm_up_collectives()
         logger.info(
             "sglang_shift: SP=%d x TP=%d and TP=%d share %d bytes of weights on this rank, "
-            "%d bytes beyond the base configuration's%s. The exchange is: %s.",
+            "%d bytes beyond the base configuration's%s. Linears in SP: %s. The exchange is: %s.",
             config.sp_size,
             self.topology.layout.base_tp_size,
             config.world_size,
             self.weight_report.total,
             self.weight_report.beyond_base,
             " (replicated KV heads)" if self.weight_report.beyond_base else "",
+            self.base_weights.text,
             exchange.text,
         )
 
@@ -107,52 +114,53 @@ class ShiftModelRunner(ModelRunner):
 
     def _exchange(self, config: ShiftConfig) -> SequenceExchange:
         """Make the exchange for this model's projections and the largest step, and compile its kernels."""
-        width = qkv_width(self.base_weights)
-        operands = Operands(most_tokens(), width, self.dtype)
+        columns, size = self.sp_model.exchange_columns, config.sp_size
+        operands = Operands(most_tokens(), size * max(columns), self.dtype)
         exchange = make_exchange(config, self.topology.sp_group, self.device, get_parallel().nnodes, operands)
         if self.device == "cuda":
             # Graphs of SP have multiples of S tokens. Without the warm-up, the first step that has no multiple would
             # compile kernels while it serves.
-            hidden, out = output_shape(self.base_weights)
-            shape = ExchangeShape(config.sp_size, 2, width // config.sp_size, out // config.sp_size)
-            warm_up(shape, hidden, self.dtype, self.device, exchange.fp8)
+            shape = ExchangeShape(size, 2, max(columns), min(columns))
+            warm_up(shape, self.model_config.hidden_size, self.dtype, self.device, exchange.fp8)
         return exchange
 
     def _warm_up_collectives(self) -> None:
         """Make NCCL allocate its memory for SP steps now, because the KV pool later takes all free memory."""
-        hidden, _ = output_shape(self.base_weights)
-        self.topology.warm_up(most_tokens(), hidden, qkv_width(self.base_weights), self.dtype, self.device)
+        width = self.topology.layout.sp_size * max(self.sp_model.exchange_columns)
+        self.topology.warm_up(most_tokens(), self.model_config.hidden_size, width, self.dtype, self.device)
         current_platform.synchronize()
         current_platform.empty_cache()  # free the tensors of the warm-up
 
-    @overrides("notes that base weights must be gathered again")
+    @overrides("Our method installs our weight updater, which marks the base weights as stale.")
     def init_weight_updater(self) -> None:
         """Use our weight updater, so that the base weights follow every weight update of SGLang."""
         super().init_weight_updater()
         stock = self.weight_updater
         self.weight_updater = ShiftWeightUpdater(**{f.name: getattr(stock, f.name) for f in fields(stock)})
 
-    @overrides("notes that base weights must be gathered again")
-    @relies_on("sglang.srt.utils.weight_checker:WeightChecker.handle", "it says which action writes parameters")
+    @overrides("Our method marks the base weights as stale if the checker resets this rank's weights.")
+    @relies_on(
+        "sglang.srt.utils.weight_checker:WeightChecker.handle", "This method decides which action writes parameters."
+    )
     def check_weights(self, action: str, *args: Any, **kwargs: Any) -> Any:
         """Run SGLang's weight checker. Its action ``reset_tensors`` writes this rank's shards, too."""
         if action == "reset_tensors":
             self.base_weights.stale = True
         return super().check_weights(action, *args, **kwargs)
 
-    @overrides("captures the graphs of both modes")
+    @overrides("Our method captures the graphs of both modes.")
     def init_cuda_graphs(self, *args: Any, **kwargs: Any) -> None:
         config = shift_config_of(self.server_args)
         assert config is not None
         self.graphs = ModeGraphs(self, config)
         self.graphs.capture(partial(super().init_cuda_graphs, *args, **kwargs))
 
-    @overrides("captures them again after a weight update")
+    @overrides("After a weight update, our method captures the decode graphs of both modes again.")
     def init_decode_cuda_graph(self) -> None:
         """Capture the graphs of decode steps again, in both modes. A weight update may ask for it."""
         self.graphs.capture(super().init_decode_cuda_graph, (Phase.DECODE,))
 
-    @overrides("SGLang builds its decode graph runner of this class")
+    @overrides("SGLang makes its decode graph runner from the class that this method returns.")
     def _decode_cuda_graph_runner_cls(self) -> type:
         return SpDecodeGraphRunner if self.capture_mode is Mode.SP else super()._decode_cuda_graph_runner_cls()
 
@@ -165,15 +173,28 @@ class ShiftModelRunner(ModelRunner):
         finally:
             self.mode = Mode.TP
 
-    @overrides("is one step: its mode, its topology, its graphs")
+    @overrides("Our method runs each forward as one step, with its mode, its topology and its graphs.")
     def forward(self, forward_batch: ForwardBatch, *args: Any, **kwargs: Any) -> ModelRunnerOutput:
         """Run one step: SGLang's forward, in the step's mode and with its CUDA graphs."""
-        step = Step(self.mode, self.topology, forward_batch)
+        step = self.step(self.mode, forward_batch)
         if step.sharded and self.base_weights.stale:
             self.base_weights.refresh()  # the refresh must run on the forward's stream, as it does here
         span = torch.profiler.record_function(f"sglang_shift {step.mode.value} step")
         with span, run_step(step), self._graphs_of(step.mode):
             return super().forward(forward_batch, *args, **kwargs)
+
+    def step(self, mode: Mode, batch: ForwardBatch, has_exit: bool = True) -> Step:
+        """Make the context of one step: see :class:`Step`."""
+        return Step(mode, self.topology, batch, self.sp_model.forwards, has_exit)
+
+    @overrides("If requests bring their own embeddings, our method keeps the rows of this rank.")
+    def _extend_forward_kwargs(self, forward_batch: ForwardBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the arguments of the model's ``forward``. If they have rows of all tokens, enter the region here."""
+        arguments: dict[str, Any] = super()._extend_forward_kwargs(forward_batch, *args, **kwargs)
+        step = current()
+        if step is not None and step.sharded and "input_embeds" in arguments:
+            arguments["input_embeds"] = scatter_tokens(step, arguments["input_embeds"])
+        return arguments
 
     def _graphs_of(self, mode: Mode) -> AbstractContextManager[None]:
         return self.graphs.install(mode) if mode is not Mode.TP else nullcontext()  # SGLang installs TP's graphs itself
@@ -184,13 +205,3 @@ def most_tokens() -> int:
     schedule = get_schedule()
     chunk = schedule.chunked_prefill_size or 0
     return int(chunk if chunk > 0 else schedule.max_prefill_tokens)
-
-
-def output_shape(weights: BaseWeights) -> torch.Size:
-    """``[h, S * d]`` of the base weight of an output projection."""
-    return next(p.base.weight.shape for p in weights.projections if isinstance(p, OutputProjection))
-
-
-def qkv_width(weights: BaseWeights) -> int:
-    """``S * D`` of the widest exchange: the most rows of any base weight of QKV."""
-    return max(p.base.weight.shape[0] for p in weights.projections if isinstance(p, QkvProjection))

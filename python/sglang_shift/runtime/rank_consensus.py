@@ -20,7 +20,7 @@ NUMBERS = re.compile(r"\{(-?\d+(?:, -?\d+)+)\}")
 
 @replaces(
     "sglang.srt.utils.rank_consensus_checker:_build_payload",
-    "the checker compares what is the same on ranks that agree",
+    "The checker must compare only text that is equal on ranks that agree.",
 )
 def build_payload(tag: str, selector: Any, scope: dict[str, Any], skip_name: str | None = None) -> str:
     """The text that SGLang compares. If the values are equal on two ranks, the texts are equal, too."""

@@ -208,7 +208,7 @@ class ShiftOutputStreamer(SchedulerOutputStreamer):
 
     has_additional_customized_info = True
 
-    @overrides("sends the steps of each request by mode into its meta_info")
+    @overrides("Our method sends the steps of each request by mode, for the request's meta_info.")
     def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
         """``shift_steps`` of finished requests. SGLang needs a list, so it is a list of one ``{mode: steps}``."""
         return {META_INFO_KEY: [[_steps_of(req)] if req.finished() else [] for req in reqs]}

@@ -34,6 +34,7 @@ from sglang_shift.runtime import agreement
 from sglang_shift.runtime.admission import NO_TOKENS, replace_input_embeds
 from sglang_shift.runtime.calibrator import Calibrator
 from sglang_shift.runtime.internal_state import ShiftInternalState
+from sglang_shift.runtime.mode_check import ModeCheck
 from sglang_shift.runtime.rank_consensus import same_everywhere
 from sglang_shift.runtime.reporter import ShiftOutputStreamer, StepReporter
 from sglang_shift.runtime.tp_worker import EXPORT_REFUSED, ShiftTpModelWorker
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 @substitutes_for(
     "sglang.srt.managers.scheduler:Scheduler",
-    "SGLang's run_scheduler_process builds the class of this name",
+    "SGLang's run_scheduler_process makes the scheduler from the class of this name.",
     exclusive=True,
 )
 class ShiftScheduler(Scheduler):
@@ -53,7 +54,7 @@ class ShiftScheduler(Scheduler):
 
     tp_worker: ShiftTpModelWorker
 
-    @overrides("calibrates once everything is built")
+    @overrides("Our method calibrates after SGLang has built everything.")
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         parallel = get_parallel()
         # The first rank of each node logs.
@@ -62,6 +63,9 @@ class ShiftScheduler(Scheduler):
         self.shift_chunk = min(
             self.chunked_prefill_size or self.max_prefill_tokens, self.max_prefill_tokens, self.max_total_num_tokens
         )
+        if self.shift_config.check == "on":
+            result = ModeCheck(self).run()
+            logger.log(logging.INFO if parallel.tp_rank == 0 else logging.DEBUG, "sglang_shift: %s", result)
         self.shift_calibrator = Calibrator(self, self.shift_config, self.shift_chunk)
         self.shift_selector.calibration = self.shift_calibrator.start()
         self.set_policy(self.shift_config)
@@ -76,7 +80,7 @@ class ShiftScheduler(Scheduler):
             logger.debug("sglang_shift: %s", self.shift_config)
         self.shift_watch = agreement.StepWatch.of_replica()
 
-    @overrides("builds our worker")
+    @overrides("Our method builds our TP worker.")
     def init_tp_model_worker(self) -> None:
         """Check versions and settings against the other ranks, then build our worker."""
         config = shift_config_of(self.server_args)
@@ -93,7 +97,7 @@ class ShiftScheduler(Scheduler):
             nccl_port=self.nccl_port,
         )
 
-    @overrides("closes the exchange on all ranks")
+    @overrides("Our method closes the exchange, on every rank.")
     def release_host_resources(self) -> None:
         """Release this rank's resources, then close the exchange, while the other ranks still answer.
 
@@ -122,7 +126,7 @@ class ShiftScheduler(Scheduler):
         if config.policy == "calibrated" and costs is None:
             logger.warning("sglang_shift: without a calibration, the policy is: %s", selector.policy_text)
 
-    @overrides("chooses the mode of the step")
+    @overrides("Our method chooses the mode of the step.")
     def run_batch(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:
         decision = self.choose_mode(batch)
         if decision is None:
@@ -193,7 +197,9 @@ class ShiftScheduler(Scheduler):
             kv_reads=reads,
         )
 
-    @overrides("what a request raises is its answer; its embeddings replace those of tokens")
+    @overrides(
+        "Our method answers a request with the error that it raises. It also prepares embeddings that a request brings."
+    )
     def handle_generate_request(self, recv_req: TokenizedGenerateReqInput, **kwargs: Any) -> None:
         """Handle a request. If SGLang raises an error for it, the error is the answer, and the server goes on.
 
@@ -208,14 +214,14 @@ class ShiftScheduler(Scheduler):
             reason = FINISH_ABORT(f"the request cannot be run: {error}; correct it", HTTPStatus.BAD_REQUEST)
             self.send_abort_output(AbortReq(rid=recv_req.rid, finished_reason=reason.to_json()), recv_req)
 
-    @overrides("never runs a request without tokens")
+    @overrides("Our method answers a request without tokens with an error, and the request never runs.")
     def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
         """Queue a request. If it still has no tokens, it gets an error as its answer, and never runs."""
         if not req.origin_input_ids:
             req.set_finish_with_abort(NO_TOKENS)
         super()._add_request_to_queue(req, is_retracted)
 
-    @overrides("reports the step once its result is known")
+    @overrides("Our method reports the step when its result is known.")
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
         reporter = self.shift_reporter
         if reporter is None:
@@ -224,7 +230,7 @@ class ShiftScheduler(Scheduler):
         super().process_batch_result(batch, result)
         return reporter.after_result(batch)
 
-    @overrides("renews a calibration that has drifted")
+    @overrides("Our method renews a calibration that has drifted.")
     def on_idle(self) -> None:
         """If step times have drifted, renew the calibration while the server is idle, a few laps at a time."""
         reporter, selector = self.shift_reporter, self.shift_selector
@@ -239,16 +245,16 @@ class ShiftScheduler(Scheduler):
             reporter.tick()
         super().on_idle()
 
-    @overrides("sends the steps of each request by mode to the tokenizer manager")
+    @overrides("Our streamer sends the steps of each request by mode to the tokenizer manager.")
     def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
         """Our output streamer. SGLang's Rust server needs SGLang's streamer, because it reads no additional fields."""
         return ShiftOutputStreamer if self.rust_server is None else super().get_output_streamer_class()
 
-    @overrides("adds live counters to /server_info")
+    @overrides("Our internal state adds live counters to /server_info.")
     def init_internal_state(self) -> None:
         self.internal_state = ShiftInternalState(scheduler=self, record_step_time=sglang_scheduler.RECORD_STEP_TIME)
 
-    @overrides("refused: it would write views of the base weights")
+    @overrides("Our method refuses the export, because SGLang's method would write views of the base weights.")
     def save_remote_model(self, **kwargs: Any) -> None:
         """Refuse the export. SGLang's RPC answers with the reason.
 
@@ -257,7 +263,7 @@ class ShiftScheduler(Scheduler):
         """
         raise Refused(EXPORT_REFUSED)
 
-    @overrides("refused: it would write views of the base weights")
+    @overrides("Our method refuses the export, because SGLang's method would write views of the base weights.")
     def save_sharded_model(self, **kwargs: Any) -> None:
         self.save_remote_model(**kwargs)
 
@@ -304,9 +310,11 @@ class ShiftScheduler(Scheduler):
 
 @extends(
     "sglang.srt.entrypoints.http_server:launch_server",
-    "each rank puts our code in place before SGLang's builds its scheduler",
+    "Each rank puts our code in place before SGLang builds the rank's scheduler.",
 )
-@relies_on("sglang.srt.managers.scheduler:run_scheduler_process", "it builds a Scheduler")
+@relies_on(
+    "sglang.srt.managers.scheduler:run_scheduler_process", "This function makes the scheduler from the class Scheduler."
+)
 def run_scheduler_process(server_args: Any, *args: Any, **kwargs: Any) -> None:
     """Run SGLang's function of this name in a rank's process. With our flags, it builds our scheduler.
 

@@ -30,7 +30,7 @@ class ShiftSteps(TokenizerManager):
     SGLang would make it a list with one entry for each token, and would slice this list in streams.
     """
 
-    @overrides("adds the steps of each request by mode")
+    @overrides("Our method adds the steps of each request by mode to its meta_info.")
     def update_request_meta_info(
         self, meta_info: dict[Any, Any], state: Any, customized_info: dict[str, Any], index: int, finish_reason: Any
     ) -> None:
@@ -47,13 +47,13 @@ class RequestChecks(TokenizerManager):
     The checks are in :mod:`sglang_shift.runtime.admission`.
     """
 
-    @overrides("refuses more samples than can be made, and unknown labels")
+    @overrides("Our method refuses a request for too many samples, and a request with unknown labels.")
     def generate_request(self, obj: Any, request: Any = None) -> AsyncGenerator[Any]:
         check_samples(obj)
         check_labels(getattr(obj, "custom_labels", None))
         return super().generate_request(obj, request)
 
-    @overrides("refuses a request without tokens")
+    @overrides("Our method refuses a request without tokens.")
     def _validate_one_request(self, obj: Any, input_ids: list[int] | None) -> None:
         super()._validate_one_request(obj, input_ids)
         rows = getattr(obj, "input_embeds", None)
@@ -62,29 +62,29 @@ class RequestChecks(TokenizerManager):
         if not (input_ids if rows is None else rows) and not may_get_tokens:
             raise ValueError(NO_TOKENS)
 
-    @overrides("refuses values of another type, and those that fit no tensor")
+    @overrides("Our method refuses values of a wrong type, and values that fit no tensor.")
     def _create_tokenized_object(self, *args: Any, **kwargs: Any) -> Any:
         tokenized = super()._create_tokenized_object(*args, **kwargs)
         convert_types(tokenized)
         check_values(tokenized, self.model_config)
         return tokenized
 
-    @overrides("refuses a folder that cannot be written")
+    @overrides("Our method refuses a folder that cannot be written.")
     async def start_profile(self, req: Any = None) -> Any:
         check_folder(None if req is None else req.output_dir)
         return await super().start_profile(req)
 
-    @overrides("refuses an unknown level")
+    @overrides("Our method refuses an unknown logging level.")
     def configure_logging(self, obj: Any) -> None:
         check_logging(obj.log_requests_level)
         super().configure_logging(obj)
 
-    @overrides("refuses what the ranks could not read")
+    @overrides("Our method refuses a message that the ranks could not read.")
     def _dispatch_to_scheduler(self, obj: Any) -> None:
         check_message(obj)
         super()._dispatch_to_scheduler(obj)
 
-    @overrides("refuses what the ranks could not read")
+    @overrides("Our method refuses a message that the ranks could not read.")
     async def _async_dispatch_to_scheduler(self, obj: Any) -> None:
         check_message(obj)
         await super()._async_dispatch_to_scheduler(obj)

@@ -1,4 +1,4 @@
-"""The TP worker: SGLang's worker with our model runner, and with a stopwatch around each step."""
+"""The TP worker is SGLang's worker with our model runner, and with a stopwatch around each step."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class ShiftTpModelWorker(TpModelWorker):
 
     last_lap: Lap | None = None
 
-    @overrides("times the step")
+    @overrides("Our method measures the time of the step.")
     def forward_batch_generation(self, *args: Any, **kwargs: Any) -> Any:
         """Run and time one step: model, LM head and sampling."""
         with self.stopwatch.lap() as self.last_lap:
             return super().forward_batch_generation(*args, **kwargs)
 
-    @overrides("refused: it would send views of the base weights")
+    @overrides("Our method refuses the transfer, because SGLang's method would send views of the base weights.")
     def send_weights_to_remote_instance(self, recv_req: Any) -> tuple[bool, str]:
         return False, EXPORT_REFUSED
 
-    @overrides("builds our model runner")
+    @overrides("Our method builds our model runner.")
     def _init_model_runner(self) -> None:
         self.stopwatch = Stopwatch()
         self._model_runner = ShiftModelRunner(

@@ -1,4 +1,4 @@
-"""The weight updater: after an update, the ranks gather the base weights again."""
+"""The weight updater makes the ranks gather the base weights again after an update."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ShiftWeightUpdater(WeightUpdater):
 
     __slots__ = ()
 
-    @overrides("notes that base weights must be gathered again")
+    @overrides("Our method marks the base weights as stale, so that the ranks gather them again.")
     def update_weights_from_disk(
         self, model_path: str, load_format: str, *args: Any, **kwargs: Any
     ) -> tuple[bool, str]:
@@ -30,23 +30,23 @@ class ShiftWeightUpdater(WeightUpdater):
         self._shards_change()
         return super().update_weights_from_disk(model_path, load_format, *args, **kwargs)
 
-    @overrides("notes that base weights must be gathered again")
+    @overrides("Our method marks the base weights as stale, so that the ranks gather them again.")
     def receive_weights_from_distributed(self, *args: Any, **kwargs: Any) -> Any:
         """Receive weights, which SGLang loads later. A rank that does not receive them does not load them either."""
         self._shards_change()
         return super().receive_weights_from_distributed(*args, **kwargs)
 
-    @overrides("notes that base weights must be gathered again")
+    @overrides("Our method marks the base weights as stale, so that the ranks gather them again.")
     def update_weights_from_tensor(self, *args: Any, **kwargs: Any) -> tuple[bool, str]:
         self._shards_change()
         return super().update_weights_from_tensor(*args, **kwargs)
 
-    @overrides("notes that base weights must be gathered again")
+    @overrides("Our method marks the base weights as stale, so that the ranks gather them again.")
     def update_weights_from_ipc(self, *args: Any, **kwargs: Any) -> tuple[bool, str]:
         self._shards_change()
         return super().update_weights_from_ipc(*args, **kwargs)
 
-    @overrides("notes that base weights must be gathered again")
+    @overrides("Our method marks the base weights as stale, so that the ranks gather them again.")
     def end_weight_update(self, *args: Any, **kwargs: Any) -> None:
         """End an update session. During it, SGLang may have let others write the parameters directly."""
         self._shards_change()

@@ -1,4 +1,4 @@
-"""The seams: all places that depend on SGLang's internals. A check finds an SGLang that does not fit them.
+"""Declares the seams: all places that depend on SGLang's internals. A check finds an SGLang that does not fit them.
 
 A decorator declares each seam, beside its code:
 

@@ -1,4 +1,4 @@
-"""The decorators that declare seams, and the list of all declared seams.
+"""Defines the decorators that declare seams, and lists all declared seams.
 
 A declaration registers itself when its module is imported. So :func:`seams` first imports every module of
 :data:`MODULES`. A test compares :data:`MODULES` with the sources.
@@ -25,6 +25,9 @@ MODULES = (
     "sglang_shift.engine",
     "sglang_shift.graphs.mode_graphs",
     "sglang_shift.graphs.runners",
+    "sglang_shift.layers.embedding",
+    "sglang_shift.layers.logits",
+    "sglang_shift.layers.structure",
     "sglang_shift.models.fields",
     "sglang_shift.models.rope_fields",
     "sglang_shift.observe.routes",
@@ -43,7 +46,6 @@ MODULES = (
     "sglang_shift.runtime.scheduler",
     "sglang_shift.runtime.tokenizer_manager",
     "sglang_shift.runtime.tp_worker",
-    "sglang_shift.runtime.vocab_parallel_embedding",
     "sglang_shift.runtime.weight_updater",
     "sglang_shift.serve_backend",
     "sglang_shift.weights.base_weights",

@@ -1,4 +1,4 @@
-"""Traffic for the simulator and the benchmark: makes it from a seed, and changes its times and lengths."""
+"""Makes traffic for the simulator and the benchmark from a seed, and changes its times and lengths."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The commands beside the server. Each is a file or a folder. Modules that several commands use are here as well."""
+"""Holds the commands beside the server, each in a file or a folder, and the modules that several commands use."""

@@ -1,1 +1,1 @@
-"""One copy of the weights that serves both modes, and the linear layers that read it."""
+"""Keeps one copy of the weights for both modes, and has the linear layers that read it."""

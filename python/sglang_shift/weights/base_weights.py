@@ -1,8 +1,8 @@
 """One copy of the weights: base weights are assembled from the stock TP shards, and TP weights are views of them.
 
-When SGLang creates the weight of a projection, we allocate its base weight. The stock full-TP shard becomes a view of
-it. So nothing is in memory twice, and the base weight lies in the memory that SGLang can release and resume. After
-SGLang has loaded the shards, each SP group all-gathers its shards in SP order:
+When SGLang creates the weight of a linear, we allocate its base weight. The stock full-TP shard becomes a view of it.
+So nothing is in memory twice, and the base weight lies in the memory that SGLang can release and resume. After SGLang
+has loaded the shards, each SP group all-gathers its shards in SP order:
 
 - column-parallel (QKV, gate_up): the shards are stacked on the output dimension, ``[q0 k0 v0 | q1 k1 v1 | ...]``.
   So this rank's TP shard is a contiguous slice of rows.
@@ -11,54 +11,95 @@ SGLang has loaded the shards, each SP group all-gathers its shards in SP order:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
-from sglang.srt.layers.layernorm import RMSNorm
-from sglang.srt.layers.linear import (
-    ColumnParallelLinear,
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
-    RowParallelLinear,
-)
+from sglang.srt.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
-from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from sglang_shift.errors import Refusal
-from sglang_shift.models.families import Linear, Role, family_of
 from sglang_shift.models.heads import Heads
-from sglang_shift.parallel.exchange.base import ExchangeVolume, SequenceExchange
 from sglang_shift.parallel.topology import Topology
 from sglang_shift.seams import overrides, substitutes_for
-from sglang_shift.weights.projections import (
-    BaseWeight,
-    DownProjection,
-    GateUpProjection,
-    OutputProjection,
-    Projection,
-    QkvProjection,
-)
+from sglang_shift.weights.stacked import StackedShards, stack_shards
+from sglang_shift.weights.stacked_base import StackedBase, tensors_of
 
-KINDS: dict[Role, tuple[type, type[Projection]]] = {
-    Role.QKV: (QKVParallelLinear, QkvProjection),
-    Role.OUTPUT: (RowParallelLinear, OutputProjection),
-    Role.GATE_UP: (MergedColumnParallelLinear, GateUpProjection),
-    Role.DOWN: (RowParallelLinear, DownProjection),
-}
-"""For each role, the class of SGLang's linear, and the class of its projection in SP mode."""
 
-UNKNOWN_LAYER = Refusal(
-    "{model} has a layer that SP mode cannot run: {layer} {problem}; serve this model without --sp-size and "
-    "--enable-shift-parallel",
-    "A rank checks this after loading. A linear layer must be one of its family: "
-    "[Families](models.md#families). It must not be quantized, gather its output, split its input, or return its bias "
-    "instead of adding it. Any other layer with weights must be a norm or an embedding; experts, for example, are "
-    "neither.",
-)
+class Base(Protocol):
+    """The weight and bias of a linear in the base configuration: the TP shards of the S ranks of an SP group."""
+
+    @property
+    def outputs(self) -> int:
+        """Columns of the product: of S shards if the linear is column-parallel."""
+
+    @property
+    def inputs(self) -> int:
+        """Columns of its operand: of S shards if the linear is row-parallel."""
+
+    def columns(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply by the shards of a column-parallel linear: ``[n, h]`` to ``[n, S * columns of a shard]``."""
+
+    def rows(self, x: torch.Tensor, *, with_bias: bool) -> torch.Tensor:
+        """Multiply by the shards of a row-parallel linear and sum: ``[n, S * columns of a shard]`` to ``[n, h]``."""
+
+    @property
+    def text(self) -> str:
+        """How a step multiplies with it, in a few words."""
+
+    def refresh(self) -> None:
+        """All-gather again, in place, after SGLang has written new values into this rank's shard. Collective."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors that hold the base weight and the bias."""
+
+
+@dataclass
+class BaseWeight:
+    """The base weight of an unquantized linear: one tensor, and so one GEMM.
+
+    SGLang's ``quant_method.apply`` reads it like a layer.
+
+    Attributes:
+        linear: SGLang's linear. Its parameters are views.
+        topology: The groups that share the weight.
+        weight: ``[outputs, inputs]``.
+        bias: ``[outputs]``, or None.
+    """
+
+    linear: Any
+    topology: Topology
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    text: ClassVar[str] = "one GEMM"
+
+    @property
+    def outputs(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        return self.weight.shape[1]
+
+    def columns(self, x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = self.linear.quant_method.apply(self, x, self.bias)
+        return product
+
+    def rows(self, x: torch.Tensor, *, with_bias: bool) -> torch.Tensor:
+        product: torch.Tensor = self.linear.quant_method.apply(self, x, self.bias if with_bias else None)
+        return product
+
+    def refresh(self) -> None:
+        dim = _shard_dim(self.linear)
+        _gather_into(self.weight, self.linear.weight.data, self.topology, dim)
+        if self.bias is not None and self.linear.bias is not None and dim == 0:
+            _gather_into(self.bias, self.linear.bias.data, self.topology, 0)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
 
 
 @dataclass(frozen=True)
@@ -82,20 +123,55 @@ class BaseWeights:
         model: A loaded SGLang model whose linears hold stock full-TP shards.
         topology: The groups that share the weights.
 
-    Raises:
-        Refused: SP mode does not know the kind or the place of a layer.
+    Attributes:
+        bases: The base weights so far, by linear.
+        experts: The stacked experts so far, by layer.
+        stale: Whether SGLang may have written shards since they were gathered.
     """
 
     def __init__(self, model: torch.nn.Module, topology: Topology) -> None:
         self.model = model
         self.topology = topology
-        self.projections: list[Projection] = []
-        self.stale = False  # whether SGLang may have written shards since they were gathered
-        family = family_of(model)
-        for linear, kind in find_projections(model, family.linears if family else ()):
-            base = _assemble(linear, topology)
-            linear.shift_projection = kind(linear, base)
-            self.projections.append(linear.shift_projection)
+        self.bases: dict[torch.nn.Module, Base] = {}
+        self.experts: dict[torch.nn.Module, StackedShards] = {}
+        self.stale = False
+
+    def assemble(self, linear: Any, name: str = "") -> Base:
+        """Build the base weight of a linear, and make the linear's parameters views of it. Collective.
+
+        Args:
+            linear: A parallel linear of SGLang's, after loading.
+            name: Its name in the model, for errors.
+
+        Raises:
+            Refused: the linear is quantized in a way that SP mode cannot share.
+        """
+        base: Base
+        if isinstance(linear.quant_method, UnquantizedLinearMethod):
+            base = _assemble(linear, self.topology)
+        else:
+            base = StackedBase(linear, self.topology, name)
+        self.bases[linear] = base
+        return base
+
+    def stack_experts(self, experts: Any, name: str = "") -> StackedShards:
+        """Give this rank the experts of all ranks of its SP group. The experts' own tensors become views. Collective.
+
+        Args:
+            experts: An experts layer of SGLang's, after loading.
+            name: Its name in the model, for errors.
+
+        Raises:
+            Refused: the experts are quantized in a way that SP mode cannot share.
+        """
+        shards = self.experts[experts] = stack_shards(experts, self.topology, name)
+        return shards
+
+    @property
+    def text(self) -> str:
+        """How SP steps multiply with the linears, in words."""
+        counts = Counter(base.text for base in self.bases.values())
+        return ", ".join(f"{count} with {text}" for text, count in counts.items())
 
     def refresh(self) -> None:
         """All-gather again, in place, after SGLang has written new values into this rank's shards.
@@ -103,77 +179,37 @@ class BaseWeights:
         This is a collective. Every rank calls it before the first SP step after a weight update.
         """
         self.stale = False
-        for projection in self.projections:
-            linear, base = projection.linear, projection.base
-            _gather_into(base.weight, linear.weight.data, self.topology, _shard_dim(linear))
-            if base.bias is not None and linear.bias is not None and _shard_dim(linear) == 0:
-                _gather_into(base.bias, linear.bias.data, self.topology, 0)
+        for base in self.bases.values():
+            base.refresh()
+        for shards in self.experts.values():
+            shards.refresh()
+
+    def release_unused(self) -> None:
+        """Free the base weights that were reserved for linears that need none. Their shards keep their values."""
+        for module in self.model.modules():
+            weight: Any = getattr(module, "weight", None)
+            if module not in self.bases and hasattr(weight, "shift_base"):
+                weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+                del weight.shift_base
 
     def report(self) -> WeightReport:
         """The weight memory of this rank, measured from the storages of its tensors."""
-        tensors = [p.data for p in self.model.parameters()] + [p.base.weight for p in self.projections]
-        tensors += [p.base.bias for p in self.projections if p.base.bias is not None]
+        tensors = [p.data for p in self.model.parameters()]
+        tensors += [tensor for base in self.bases.values() for tensor in base.tensors()]
+        tensors += [tensor for shards in self.experts.values() for tensor in tensors_of(shards)]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        beyond = sum(_bytes_beyond_base(p, self.topology.layout.base_tp_size) for p in self.projections)
+        beyond = sum(_bytes_beyond_base(*pair, self.topology.layout.base_tp_size) for pair in self.bases.items())
         return WeightReport(sum(storages.values()), beyond)
-
-    def exchange_volume(self, exchange: SequenceExchange, dtype: torch.dtype) -> ExchangeVolume:
-        """How much the exchanges of one step send.
-
-        They send Q, K and V after each QKV projection, and O before each output projection.
-
-        Args:
-            exchange: The exchange of the steps.
-            dtype: The type of activations.
-        """
-        size = self.topology.layout.sp_size
-        columns = [
-            projection.base.weight.shape[0 if isinstance(projection, QkvProjection) else 1] // size
-            for projection in self.projections
-            if isinstance(projection, QkvProjection | OutputProjection)
-        ]
-        return ExchangeVolume(size, len(columns), sum(exchange.row_bytes(n, dtype.itemsize) for n in columns))
-
-
-def find_projections(model: torch.nn.Module, linears: Iterable[Linear]) -> Iterator[tuple[Any, type[Projection]]]:
-    """Find every parallel linear of a decoder, with the class of its projection in SP mode.
-
-    Args:
-        model: A loaded SGLang model.
-        linears: The linears of each layer, from the record of the model's family.
-
-    Raises:
-        Refused: the record does not have a parallel linear, or another module with weights is neither a norm nor an
-            embedding. We do not know what such a module sums, and over which ranks.
-    """
-    for name, module in model.named_modules():
-        linear = isinstance(module, ColumnParallelLinear | RowParallelLinear)
-        kind = _kind_of(name, module, linears) if linear else None
-        problem = (
-            _problem_with_linear(module, in_family=kind is not None) if linear else _problem_with_other_module(module)
-        )
-        if problem:
-            raise UNKNOWN_LAYER(model=type(model).__name__, layer=name, problem=problem)
-        if kind:
-            yield module, kind
-
-
-def _kind_of(name: str, module: torch.nn.Module, linears: Iterable[Linear]) -> type[Projection] | None:
-    """The projection class for the linear of this name; None if the record lacks the name or has another class."""
-    role = next((linear.role for linear in linears if name.endswith("." + linear.name)), None)
-    if role is None or type(module) is not KINDS[role][0]:
-        return None
-    return KINDS[role][1]
 
 
 @substitutes_for(
     "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod",
-    "SGLang's linears build the class of this name",
+    "SGLang's linear layers make their method from the class of this name.",
 )
 class BaseLinearMethod(UnquantizedLinearMethod):
     """SGLang's method for unquantized linears. It creates each weight as a view of its base weight."""
 
-    @overrides("creates a weight as a view of its base weight")
+    @overrides("Our method creates a weight as a view of its base weight.")
     def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)
         topology = _loading_for.get()
@@ -213,23 +249,6 @@ def reserve(param: torch.nn.Parameter, topology: Topology, dim: int) -> None:
     param.shift_base = base
 
 
-def _problem_with_linear(linear: Any, *, in_family: bool) -> str | None:
-    if not in_family:
-        return "is neither of a QKV/output pair nor of a gate_up/down pair"
-    if not isinstance(linear.quant_method, UnquantizedLinearMethod):
-        return f"is quantized ({type(linear.quant_method).__name__})"
-    if getattr(linear, "gather_output", False) or not getattr(linear, "input_is_parallel", True):
-        return "gathers its output or splits its input"
-    return "returns its bias instead of adding it" if linear.skip_bias_add else None
-
-
-def _problem_with_other_module(module: torch.nn.Module) -> str | None:
-    """The problem of a module that is not a parallel linear. Experts, for example, divide and sum in their own way."""
-    if isinstance(module, VocabParallelEmbedding | RMSNorm) or next(module.parameters(recurse=False), None) is None:
-        return None
-    return f"is a {type(module).__name__}, which is no projection, norm or embedding"
-
-
 def _shard_dim(linear: Any) -> int:
     return 0 if isinstance(linear, ColumnParallelLinear) else 1
 
@@ -237,10 +256,10 @@ def _shard_dim(linear: Any) -> int:
 def _assemble(linear: Any, topology: Topology) -> BaseWeight:
     """Build the base weight and bias of a linear, and make its parameters views of them."""
     dim = _shard_dim(linear)
-    weight = _gather_base(linear.weight, topology, dim)
-    if linear.bias is None or dim == 1:  # every rank has the whole bias of a row-parallel linear
-        return BaseWeight(weight, None if linear.bias is None else linear.bias.data)
-    return BaseWeight(weight, _gather_base(linear.bias, topology, 0))
+    weight, bias = _gather_base(linear.weight, topology, dim), linear.bias
+    if bias is not None:  # every rank has the whole bias of a row-parallel linear
+        bias = bias.data if dim == 1 else _gather_base(bias, topology, 0)
+    return BaseWeight(linear, topology, weight, bias)
 
 
 def _gather_base(param: torch.nn.Parameter, topology: Topology, dim: int) -> torch.Tensor:
@@ -268,13 +287,10 @@ def _gather_into(base: torch.Tensor, shard: torch.Tensor, topology: Topology, di
             rows.narrow(1, i * part.shape[1], part.shape[1]).copy_(block)
 
 
-def _bytes_beyond_base(projection: Projection, base_tp_size: int) -> int:
+def _bytes_beyond_base(linear: Any, base: Base, base_tp_size: int) -> int:
     """Bytes of K and V heads that this rank holds beyond what a rank of a stock TP = P/S deployment holds."""
-    linear = projection.linear
     if not isinstance(linear, QKVParallelLinear):
         return 0
     stock_heads = Heads(linear.total_num_heads, linear.total_num_kv_heads).of_rank(base_tp_size).qkv
-    base = projection.base
-    row_bytes = base.weight.shape[1] * base.weight.element_size()
-    row_bytes += 0 if base.bias is None else base.bias.element_size()
-    return (base.weight.shape[0] - stock_heads * linear.head_size) * row_bytes
+    beyond = base.outputs - stock_heads * linear.head_size
+    return sum(tensor.nbytes for tensor in base.tensors()) * beyond // base.outputs

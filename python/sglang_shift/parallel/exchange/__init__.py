@@ -1,1 +1,1 @@
-"""The all-to-all of a sequence-parallel step: tokens for heads, and back."""
+"""Exchanges tokens for heads, and heads for tokens, in the all-to-alls of an SP step."""

@@ -1,4 +1,4 @@
-"""The Ulysses exchange: an all-to-all between "my tokens, all heads" and "all tokens, my heads".
+"""Defines the Ulysses exchange: an all-to-all between "my tokens, all heads" and "all tokens, my heads".
 
 Ulysses sequence parallelism is arXiv 2309.14509. In both directions, a rank sends ``(S - 1) / S`` of its bytes.
 """

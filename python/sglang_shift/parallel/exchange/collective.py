@@ -1,4 +1,4 @@
-"""The collective exchange: the group's own all-to-all, with a kernel before it and a kernel after it."""
+"""The collective exchange uses the group's own all-to-all, with a kernel before it and a kernel after it."""
 
 from __future__ import annotations
 

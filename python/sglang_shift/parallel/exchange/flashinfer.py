@@ -1,4 +1,4 @@
-"""The exchange with FlashInfer's Ulysses communicator, which uses an NVLink kernel, or NCCL with its own packing."""
+"""Exchanges with FlashInfer's Ulysses communicator, which uses an NVLink kernel, or NCCL with its own packing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The exchange on CPUs, over gloo: single messages, which overlap with the matmul before or after the exchange."""
+"""Exchanges on CPUs, over gloo, by single messages, which overlap with the matmul before or after the exchange."""
 
 from __future__ import annotations
 

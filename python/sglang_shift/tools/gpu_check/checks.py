@@ -1,4 +1,4 @@
-"""The checks, in the order in which they run: correctness checks before performance checks.
+"""Defines the checks, in the order in which they run: correctness checks before performance checks.
 
 The checks are pytest tests. ``python -m sglang_shift.gpu_check`` runs each check in its own process. Each check imports
 its own libraries. So the process that starts and lists the checks imports little. If a library crashes at import, only

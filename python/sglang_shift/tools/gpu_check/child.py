@@ -1,4 +1,4 @@
-"""The pytest plugin of the process that runs one check. It limits the time, and records the findings and the end."""
+"""This pytest plugin is in the process of one check. It limits the time, and records the findings and the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pytest plugin that runs each check in its own process, so that no check can harm another.
+"""This pytest plugin runs each check in its own process, so that no check can harm another.
 
 A check may crash its process, hang in a kernel that no Python signal interrupts, or leave servers behind that hold the
 GPU. pytest-forked and pytest-xdist are not enough: a forked process cannot use CUDA, and neither plugin ends the

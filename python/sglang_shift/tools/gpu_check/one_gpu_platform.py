@@ -1,4 +1,4 @@
-"""SGLang's CUDA platform with all ranks on the first GPU. SGLang's processes load this module."""
+"""Puts all ranks of SGLang's CUDA platform on the first GPU. SGLang's processes load this module."""
 
 from __future__ import annotations
 

@@ -18,21 +18,16 @@ import torch
 import torch.nn.functional as F
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
+from sglang_shift.layers.linear import ColumnProjection, OutputProjection, QkvProjection, RowProjection
 from sglang_shift.modes import Mode
 from sglang_shift.parallel.exchange.collective import CollectiveExchange
 from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.parallel.step import Step
 from sglang_shift.parallel.topology import Topology
 from sglang_shift.tools.gpu_check.shapes import ROW_PARALLEL, Deployment
-from sglang_shift.weights.projections import (
-    BaseWeight,
-    DownProjection,
-    GateUpProjection,
-    OutputProjection,
-    QkvProjection,
-)
+from sglang_shift.weights.base_weights import BaseWeight
 
-PROJECTIONS = {"qkv": QkvProjection, "o": OutputProjection, "gate_up": GateUpProjection, "down": DownProjection}
+PROJECTIONS = {"qkv": QkvProjection, "o": OutputProjection, "gate_up": ColumnProjection, "down": RowProjection}
 
 
 class ReplicatedGroup:
@@ -132,7 +127,7 @@ class Stack:
     def _project(self, layer: Layer, name: str, x: torch.Tensor, step: Step) -> torch.Tensor:
         linear = layer.linears[name]
         if step.sharded:
-            return linear.shift_projection.forward(x, step)
+            return linear.projection.forward(x, step)
         product = linear.quant_method.apply(linear, x)
         return self.group.all_reduce(product) if name in ROW_PARALLEL else product
 
@@ -158,9 +153,14 @@ class Stack:
             weight = self._random(shard.outputs, shard.inputs) * shard.inputs**-0.5
             base = weight.repeat(1, sp) if name in ROW_PARALLEL else weight.repeat(sp, 1)
             linear = SimpleNamespace(
-                weight=base[: shard.outputs, : shard.inputs], bias=None, quant_method=UnquantizedLinearMethod()
+                weight=base[: shard.outputs, : shard.inputs],
+                bias=None,
+                skip_bias_add=False,
+                gather_output=False,
+                input_is_parallel=True,
+                quant_method=UnquantizedLinearMethod(),
             )
-            linear.shift_projection = PROJECTIONS[name](linear, BaseWeight(base, None))
+            linear.projection = PROJECTIONS[name](linear, BaseWeight(linear, self.topology, base, None))
             linears[name] = linear
         return linears
 
