@@ -256,13 +256,10 @@ def run_rank(rank: int, task: Task) -> tuple[dict[str, torch.Tensor], str]:
 
 
 def resolve(task: Task) -> Any:
-    from sglang_shift.args import server_args
-    from sglang_shift.runtime import model_runner
+    """Return the server arguments, resolved as the launcher resolves them."""
+    from sglang_shift.args.server_args import prepare_server_args
 
-    # These refuse every model that was not tried. This is the trial.
-    server_args.check_model = lambda *args: None  # type: ignore[assignment]
-    model_runner.check_class = lambda *args: None  # type: ignore[assignment]
-    args = server_args.prepare_server_args([*task.flags, "--nccl-port", str(task.port)])
+    args = prepare_server_args([*task.flags, "--nccl-port", str(task.port)])
     args.resolve_once()
     return args
 
