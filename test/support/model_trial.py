@@ -105,7 +105,7 @@ def trial(
     first = results[0]
     for rank, other in enumerate(results):
         for pattern, logits in first.logits.items():
-            if not torch.equal(logits, other.logits[pattern]):
+            if not torch.equal(logits.nan_to_num(), other.logits[pattern].nan_to_num()):
                 raise TrialError(f"rank {rank} and rank 0 computed different logits with the pattern {pattern}")
     return first
 
@@ -256,13 +256,10 @@ def run_rank(rank: int, task: Task) -> tuple[dict[str, torch.Tensor], str]:
 
 
 def resolve(task: Task) -> Any:
-    from sglang_shift.args import server_args
-    from sglang_shift.runtime import model_runner
+    """Return the server arguments, resolved as the launcher resolves them."""
+    from sglang_shift.args.server_args import prepare_server_args
 
-    # These refuse every model that was not tried. This is the trial.
-    server_args.check_model = lambda *args: None  # type: ignore[assignment]
-    model_runner.check_class = lambda *args: None  # type: ignore[assignment]
-    args = server_args.prepare_server_args([*task.flags, "--nccl-port", str(task.port)])
+    args = prepare_server_args([*task.flags, "--nccl-port", str(task.port)])
     args.resolve_once()
     return args
 
@@ -378,6 +375,8 @@ def report(name: str, arguments: argparse.Namespace, folder: str) -> str:
         same = bool((logits.argmax(-1) == expected.argmax(-1)).all())
         against_tp = "" if pattern == "tp" else f" (tp {difference(logits, tp):.1e})"
         parts.append(f"{pattern} {difference(logits, expected):.1e}{against_tp}{'' if same else ' OTHER TOKENS'}")
+    if arguments.verbose:  # by row: the requests of the prefill, then the decodes, and so on
+        parts.append(" ".join(f"{difference(a, b):.0e}" for a, b in zip(tp, expected, strict=True)))
     worst = max(difference(logits, expected) for logits in outcome.logits.values())
     seconds = f"{written - begin:.1f} + {time.monotonic() - written:.1f} s"
     return " | ".join([f"{'EQUAL  ' if worst < TOLERANCE else 'DIFFERS'}", *parts, seconds])

@@ -7,6 +7,7 @@ published weight names (``names``) and fields (``content``).
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import trial_script
 
 State = dict[str, torch.Tensor]
 
+ABSENT: Any = object()  # a field of transformers that published files do not have
 DENSE, EXPERTS, MLA, HYBRID = "dense", "experts", "mla", "hybrid"
 
 
@@ -32,6 +34,8 @@ class TinyModel:
         fields: Fields of the configuration besides :data:`COMMON`.
         content: Fields of ``config.json`` that transformers does not write, but published checkpoints have.
         names: Changes the names of transformers into those of published checkpoints.
+        wrapper: The ``model_type`` of the published multimodal model whose text model this is.
+        zeros: Parameters that are zero, because SGLang does not read them.
         flags: Flags of a server that serves it on a CPU.
         stock: Why stock SGLang 0.5.23 does not serve it in TP of two ranks on a CPU. Empty if it does.
     """
@@ -42,6 +46,8 @@ class TinyModel:
     fields: dict[str, Any] = field(default_factory=dict)
     content: dict[str, Any] = field(default_factory=dict)
     names: Callable[[State], State] | None = None
+    wrapper: str = ""
+    zeros: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     stock: str = ""
 
@@ -154,6 +160,9 @@ MHA = {"num_key_value_heads": 4}
 HEAD_DIM = {"head_dim": 16}
 TIED = {"tie_word_embeddings": True}
 
+# SGLang reads the base of rope under its old name, which transformers does not write, and its default is this.
+# It computes the norms of Q and K with this epsilon.
+EXAONE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}, "rms_norm_eps": 1e-6}
 DENSE_MODELS = {
     "llama2": TinyModel("LlamaForCausalLM", LLAMA, fields={**MHA, "vocab_size": 320}),
     "llama": TinyModel("LlamaForCausalLM", LLAMA, fields={**TIED, "attention_bias": True}),
@@ -168,25 +177,24 @@ DENSE_MODELS = {
     "ministral3": TinyModel(
         "Ministral3ForCausalLM",
         "Ministral3Config",
-        fields={
-            **HEAD_DIM,
-            **rope(
-                "yarn",
-                factor=4.0,
-                original_max_position_embeddings=128,
-                beta_fast=32.0,
-                beta_slow=1.0,
-                mscale=1.0,
-                mscale_all_dim=1.0,
-                llama_4_scaling_beta=0.1,
-            ),
-        },
+        fields={**HEAD_DIM, "rope_parameters": {**YARN["rope_parameters"], "llama_4_scaling_beta": 0.1}},
+        content={"original_max_position_embeddings": 128},
     ),
     "qwen2": TinyModel("Qwen2ForCausalLM", "Qwen2Config"),
     "qwen3": TinyModel("Qwen3ForCausalLM", "Qwen3Config", fields=HEAD_DIM),
     "phi3": TinyModel("Phi3ForCausalLM", "Phi3Config", fields={"vocab_size": 320}),
-    "phi4": TinyModel("Phi3ForCausalLM", "Phi3Config", fields={**rope("default", partial_rotary_factor=0.75)}),
-    "gemma": TinyModel("GemmaForCausalLM", "GemmaConfig", fields={**HEAD_DIM, **TIED, "hidden_act": "gelu"}),
+    "phi4": TinyModel(
+        "Phi3ForCausalLM",
+        "Phi3Config",
+        fields=rope("default", partial_rotary_factor=0.75),
+        content={"partial_rotary_factor": 0.75},
+    ),
+    "gemma": TinyModel(
+        "GemmaForCausalLM",
+        "GemmaConfig",
+        # SGLang computes the exact GELU, whatever the file says. transformers would replace "gelu".
+        fields={**HEAD_DIM, **TIED, "hidden_act": "gelu_python"},
+    ),
     "gemma2": TinyModel(
         "Gemma2ForCausalLM",
         "Gemma2Config",
@@ -199,6 +207,7 @@ DENSE_MODELS = {
             "attn_logit_softcapping": 5.0,
             "final_logit_softcapping": 8.0,
         },
+        content={"hidden_act": "gelu_pytorch_tanh"},
     ),
     "gemma3": TinyModel(
         "Gemma3ForCausalLM",
@@ -206,15 +215,19 @@ DENSE_MODELS = {
         fields={**HEAD_DIM, **TIED, **WINDOW, "query_pre_attn_scalar": 16, "layer_types": ALTERNATING},
     ),
     "olmo": TinyModel("OlmoForCausalLM", "OlmoConfig", fields=MHA),
-    "olmo_gqa": TinyModel("OlmoForCausalLM", "OlmoConfig"),
     "olmo2": TinyModel("Olmo2ForCausalLM", "Olmo2Config", fields=MHA),
     "olmo2_gqa": TinyModel("Olmo2ForCausalLM", "Olmo2Config"),
-    "olmo3": TinyModel("Olmo3ForCausalLM", "Olmo3Config", fields={**WINDOW, "layer_types": ALTERNATING}),
+    "olmo3": TinyModel(
+        "Olmo3ForCausalLM",
+        "Olmo3Config",
+        fields={**WINDOW, "layer_types": ALTERNATING},
+        content={"rope_parameters": ABSENT, "rope_theta": 500000.0, "rope_scaling": None},
+    ),
     "granite": TinyModel(
         "GraniteForCausalLM",
         "GraniteConfig",
         fields={
-            "logits_scaling": 2.0,
+            "logits_scaling": 0.5,
             "residual_multiplier": 0.5,
             "attention_multiplier": 0.2,
             "embedding_multiplier": 3.0,
@@ -226,7 +239,7 @@ DENSE_MODELS = {
         fields={
             **WINDOW,
             "layer_types": ALTERNATING,
-            "logits_scaling": 2.0,
+            "logits_scaling": 0.5,
             "residual_multiplier": 0.5,
             "attention_multiplier": 0.2,
             "embedding_multiplier": 3.0,
@@ -236,16 +249,32 @@ DENSE_MODELS = {
     "cohere2": TinyModel(
         "Cohere2ForCausalLM",
         "Cohere2Config",
-        fields={**TIED, **WINDOW, "layer_types": ALTERNATING, "logit_scale": 1.0},
+        # SGLang's window has one token more than transformers' window of the same number.
+        fields={**TIED, "sliding_window": 33, "layer_types": ALTERNATING, "logit_scale": 1.0},
+        content=WINDOW,
     ),
     "glm4": TinyModel("Glm4ForCausalLM", "Glm4Config", fields=HEAD_DIM),
-    "exaone4": TinyModel("Exaone4ForCausalLM", "Exaone4Config", fields={**WINDOW, "layer_types": ALTERNATING}),
-    "exaone4_full": TinyModel("Exaone4ForCausalLM", "Exaone4Config", fields={"sliding_window": None}),
+    "exaone4": TinyModel(
+        "Exaone4ForCausalLM",
+        "Exaone4Config",
+        fields={
+            **WINDOW,
+            **EXAONE,
+            "num_hidden_layers": 4,
+            "sliding_window_pattern": "LLLG",
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        },
+    ),
+    "exaone4_full": TinyModel(
+        "Exaone4ForCausalLM",
+        "Exaone4Config",
+        fields={**EXAONE, "sliding_window": None, "layer_types": ["full_attention"] * 3},
+    ),
     "apertus": TinyModel("ApertusForCausalLM", "ApertusConfig"),
     "arcee": TinyModel("ArceeForCausalLM", "ArceeConfig"),
     "starcoder2": TinyModel("Starcoder2ForCausalLM", "Starcoder2Config", fields={"sliding_window": None}),
     "stablelm": TinyModel("StableLmForCausalLM", "StableLmConfig", fields={"use_qkv_bias": True}),
-    "phi": TinyModel("PhiForCausalLM", "PhiConfig", fields=MHA),
+    "phi": TinyModel("PhiForCausalLM", "PhiConfig", fields={**MHA, "intermediate_size": 256}, zeros=("lm_head.bias",)),
     "persimmon": TinyModel("PersimmonForCausalLM", "PersimmonConfig", fields=MHA),
     "gpt2": TinyModel(
         "GPT2LMHeadModel", "GPT2Config", fields={"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, **TIED}
@@ -259,11 +288,17 @@ DENSE_MODELS = {
         "GPTJForCausalLM",
         "GPTJConfig",
         fields={"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, "rotary_dim": 8},
+        zeros=("lm_head.bias",),
     ),
     "opt": TinyModel(
         "OPTForCausalLM", "OPTConfig", fields={"ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.15, **TIED}
     ),
-    "hunyuan": TinyModel("HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Config", fields=HEAD_DIM),
+    "hunyuan": TinyModel(
+        "HunYuanDenseV1ForCausalLM",
+        "HunYuanDenseV1Config",
+        fields=HEAD_DIM,
+        content={"use_qk_norm": True, "attention_head_dim": 16},
+    ),
     "ernie4_5": TinyModel("Ernie4_5_ForCausalLM", "Ernie4_5Config", fields={**HEAD_DIM, **TIED}),
     "gemma3n": TinyModel(
         "Gemma3nForCausalLM",
@@ -292,7 +327,9 @@ DENSE_MODELS = {
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
             "vocab_size_per_layer_input": 331,
             "hidden_size_per_layer_input": 16,
+            "global_head_dim": 16,
         },
+        content={"global_head_dim": 16},
     ),
     "hrm_text": TinyModel("HrmTextForCausalLM", "HrmTextConfig", fields={**HEAD_DIM, **MHA, "num_hidden_layers": 4}),
     # These compute what another model of transformers computes, under other names.
@@ -325,23 +362,29 @@ DENSE_MODELS = {
         fields={
             "embedding_multiplier": 12.0,
             "residual_multiplier": 1.4 / 3**0.5,
-            "logits_scaling": 64 / 16,
+            "logits_scaling": 64 / 256,
             "attention_multiplier": 16**-0.5,
         },
-        content={"model_type": "llama", "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16},
+        content={"model_type": "llama", "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
     ),
     "baichuan": TinyModel(
         "BaichuanForCausalLM",
         LLAMA,
         names=baichuan,
         # SGLang knows the variant with rope by its hidden size.
-        fields={**MHA, "hidden_size": 4096, "head_dim": 1024, "num_hidden_layers": 2, "initializer_range": 0.02},
+        fields={
+            "hidden_size": 4096,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "num_hidden_layers": 1,
+            "initializer_range": 0.02,
+        },
     ),
     "qwen": TinyModel(
         "QWenLMHeadModel",
         "Qwen2Config",
         names=qwen1,
-        fields=MHA,
+        fields={**MHA, "vocab_size": 320},
         content={
             "intermediate_size": 192,
             "layer_norm_epsilon": 1e-6,
@@ -378,8 +421,8 @@ DENSE_MODELS = {
     "solar": TinyModel(
         "SolarForCausalLM",
         LLAMA,
-        # A skip connection that adds nothing makes it Llama's.
-        content={"bskcn_1": [0], "bskcn_2": [1], "bskcn_3": [0], "bskcn_4": [1], "bskcn_tv": [1.0, 1.0]},
+        # These skip connections add nothing, and without them it is Llama.
+        content={"bskcn_1": [0], "bskcn_2": [0], "bskcn_3": [1], "bskcn_4": [2], "bskcn_tv": [0.0, 0.0]},
     ),
     # transformers has these and SGLang's registry does not.
     "smollm3": TinyModel("SmolLM3ForCausalLM", "SmolLM3Config", fields={**TIED}),
@@ -388,6 +431,10 @@ DENSE_MODELS = {
 }
 
 FEW = {"num_experts_per_tok": 2}
+LATENT = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+ROUTED = {"n_routed_experts": 8, "n_shared_experts": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
+DBRX_ATTENTION = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}
+DBRX_EXPERTS = {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}
 EXPERT_MODELS = {
     "mixtral": TinyModel("MixtralForCausalLM", "MixtralConfig", EXPERTS, fields={**FEW, "num_local_experts": 4}),
     "qwen2_moe": TinyModel(
@@ -409,7 +456,7 @@ EXPERT_MODELS = {
         fields={
             **FEW,
             "num_local_experts": 4,
-            "logits_scaling": 2.0,
+            "logits_scaling": 0.5,
             "residual_multiplier": 0.5,
             "attention_multiplier": 0.2,
             "embedding_multiplier": 3.0,
@@ -466,9 +513,13 @@ EXPERT_MODELS = {
         },
     ),
     "llama4": TinyModel(
-        "Llama4ForCausalLM",
+        "Llama4ForConditionalGeneration",
         "Llama4TextConfig",
         EXPERTS,
+        wrapper="llama4",
+        names=renamed(("model.", "language_model.model."), ("lm_head", "language_model.lm_head")),
+        # On a CPU SGLang computes the norms of Q and K in bfloat16, so there are none, as in Llama 4 Maverick. And it
+        # drops the result of rope, which only its GPU kernels write in place. So the reference has no rope.
         fields={
             **HEAD_DIM,
             "num_experts_per_tok": 1,
@@ -477,7 +528,9 @@ EXPERT_MODELS = {
             "intermediate_size": 64,
             "intermediate_size_mlp": 96,
             "interleave_moe_layer_step": 2,
-            "attention_chunk_size": 32,
+            "attention_chunk_size": 512,
+            "use_qk_norm": False,
+            "no_rope_layers": [0, 0, 0, 0],
         },
     ),
     "olmoe": TinyModel(
@@ -506,22 +559,30 @@ EXPERT_MODELS = {
             "n_heads": 4,
             "n_layers": 3,
             "max_seq_len": 512,
-            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0},
-            "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+            "attn_config": DBRX_ATTENTION,
+            "ffn_config": {**DBRX_EXPERTS, "hidden_size": 64},
         },
+        content={"attn_config": DBRX_ATTENTION, "ffn_config": DBRX_EXPERTS},
     ),
     "hunyuan_moe": TinyModel(
         "HunYuanMoEV1ForCausalLM",
         "HunYuanMoEV1Config",
         EXPERTS,
         fields={**HEAD_DIM, "num_experts": 4, "moe_topk": 2},
-        content={"use_mixed_mlp_moe": True, "num_shared_expert": 1, "moe_intermediate_size": 96},
+        content={
+            "use_mixed_mlp_moe": True,
+            "num_shared_expert": 1,
+            "moe_intermediate_size": 96,
+            "use_qk_norm": True,
+            "attention_head_dim": 16,
+        },
     ),
     "hy_v3": TinyModel(
         "HYV3ForCausalLM",
         "HYV3Config",
         EXPERTS,
         fields={**HEAD_DIM, **FEW, "num_experts": 8, "num_shared_experts": 1, "moe_intermediate_size": 32},
+        content={"route_norm": True, "first_k_dense_replace": 1, "qk_norm": True},
     ),
     "afmoe": TinyModel(
         "AfmoeForCausalLM",
@@ -563,20 +624,7 @@ EXPERT_MODELS = {
         "MiniMaxM2Config",
         EXPERTS,
         fields={**HEAD_DIM, **FEW, "num_local_experts": 8, "intermediate_size": 32},
-    ),
-    "mimo_v2": TinyModel(
-        "MiMoV2FlashForCausalLM",
-        "MiMoV2FlashConfig",
-        EXPERTS,
-        fields={
-            **FEW,
-            **WINDOW,
-            "head_dim": 24,
-            "v_head_dim": 16,
-            "n_routed_experts": 8,
-            "moe_intermediate_size": 32,
-            "layer_types": ALTERNATING,
-        },
+        content={"scoring_func": "sigmoid", "use_routing_bias": True, "use_qk_norm": True, "rotary_dim": 16},
     ),
     "exaone_moe": TinyModel(
         "ExaoneMoEForCausalLM",
@@ -584,19 +632,33 @@ EXPERT_MODELS = {
         EXPERTS,
         fields={
             **FEW,
-            **WINDOW,
+            "sliding_window": 33,
+            **EXAONE,
+            "num_hidden_layers": 4,
             "num_experts": 8,
             "moe_intermediate_size": 32,
             "num_shared_experts": 1,
-            "layer_types": ALTERNATING,
+            "sliding_window_pattern": "LLLG",
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
             "first_k_dense_replace": 1,
         },
+        content={**WINDOW, "is_moe_layer": [False, True, True, True]},
     ),
     "cohere2_moe": TinyModel(
         "Cohere2MoeForCausalLM",
         "Cohere2MoeConfig",
         EXPERTS,
-        fields={**FEW, **WINDOW, "num_experts": 8, "layer_types": ALTERNATING, "logit_scale": 1.0},
+        fields={
+            **HEAD_DIM,
+            **FEW,
+            **TIED,
+            "sliding_window": 33,
+            "num_experts": 8,
+            "layer_types": ALTERNATING,
+            "logit_scale": 1.0,
+            "mlp_layer_types": ["sparse"] * 3,
+        },
+        content=WINDOW,
     ),
     "glm4_moe_lite": TinyModel(
         "Glm4MoeLiteForCausalLM",
@@ -605,26 +667,33 @@ EXPERT_MODELS = {
         fields={
             **FEW,
             **MHA,
+            **LATENT,
+            "rms_norm_eps": 1e-6,  # transformers computes the norm of the latents with it, whatever the file says
             "q_lora_rank": 32,
-            "kv_lora_rank": 32,
-            "qk_rope_head_dim": 16,
-            "qk_nope_head_dim": 16,
-            "v_head_dim": 16,
             "n_routed_experts": 8,
             "moe_intermediate_size": 32,
             "n_shared_experts": 1,
         },
+        content={"first_k_dense_replace": 1, "num_nextn_predict_layers": 0},
     ),
 }
 
-LATENT = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
-ROUTED = {"n_routed_experts": 8, "n_shared_experts": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
 MLA_MODELS = {
     "deepseek_v2": TinyModel(
         "DeepseekV2ForCausalLM",
         "DeepseekV2Config",
         MLA,
-        fields={**FEW, **MHA, **LATENT, **ROUTED, **YARN, "q_lora_rank": None, "topk_method": "greedy"},
+        fields={
+            **FEW,
+            **MHA,
+            **LATENT,
+            **ROUTED,
+            **YARN,
+            "q_lora_rank": None,
+            "topk_method": "greedy",
+            "n_group": 1,
+            "topk_group": 1,
+        },
         content={"scoring_func": "softmax", "moe_layer_freq": 1},
     ),
     "deepseek_v3": TinyModel(
@@ -638,7 +707,7 @@ MLA_MODELS = {
         "MiniCPM3ForCausalLM",
         "MiniCPM3Config",
         MLA,
-        fields={**MHA, **LATENT, "q_lora_rank": 32, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16},
+        fields={**MHA, **LATENT, "q_lora_rank": 32, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
     ),
 }
 
@@ -659,6 +728,7 @@ HYBRID_MODELS = {
             "linear_key_head_dim": 16,
             "linear_value_head_dim": 16,
         },
+        content={"full_attention_interval": 4},
     ),
     "qwen3_5": TinyModel(
         "Qwen3_5ForCausalLM",
@@ -672,6 +742,7 @@ HYBRID_MODELS = {
             "linear_key_head_dim": 16,
             "linear_value_head_dim": 16,
         },
+        content={"full_attention_interval": 4},
     ),
     "falcon_h1": TinyModel(
         "FalconH1ForCausalLM",
@@ -694,6 +765,7 @@ HYBRID_MODELS = {
             "moe_intermediate_size": 32,
             "moe_shared_expert_intermediate_size": 32,
         },
+        content={"layers_block_type": ["mamba", "moe", "attention", "mamba"], "layer_types": ABSENT},
     ),
     "granitemoehybrid": TinyModel(
         "GraniteMoeHybridForCausalLM",
@@ -730,18 +802,20 @@ def build(model: TinyModel) -> Any:
     import transformers
 
     config_class = getattr(transformers, model.config)
-    known = {**COMMON, **model.fields}
-    if "n_embd" in model.fields or "d_model" in model.fields:  # these have names of their own for the sizes
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "max_position_embeddings"):  # fmt: skip
-            known.pop(name)
+    # Some configurations have other names for the sizes. The record gives these.
+    declared = {one.name for one in dataclasses.fields(config_class)}
+    common = {name: value for name, value in COMMON.items() if name in declared}
     torch.manual_seed(0)
     built = transformers.AutoModelForCausalLM.from_config(
-        config_class(**known), dtype=torch.float32, attn_implementation="eager"
+        config_class(**{**common, **model.fields}), dtype=torch.float32, attn_implementation="eager"
     ).eval()
     for name, parameter in built.named_parameters():
-        if name.endswith("bias"):  # zeros, the default, would hide a bias that is added twice
+        if name in model.zeros:
+            torch.nn.init.zeros_(parameter)
+        elif name.endswith("bias"):  # zeros, the default, would hide a bias that is added twice
             torch.nn.init.normal_(parameter, std=0.3)
+        elif "alpha_" in name or name.endswith("sinks"):  # SGLang keeps them in bfloat16, whatever the model's dtype is
+            parameter.data = parameter.data.bfloat16().to(parameter.dtype if "sinks" in name else torch.bfloat16)
         elif "norm" in name or "ln_" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     for name, buffer in built.named_buffers():
@@ -759,6 +833,9 @@ def write(model: TinyModel, folder: str) -> torch.Tensor:
         rename_weights(Path(folder), model.names)
     file = Path(folder, "config.json")
     content = {**json.loads(file.read_text()), "architectures": [model.architecture], **model.content}
+    content = {name: value for name, value in content.items() if value is not ABSENT}
+    if model.wrapper:
+        content = {"architectures": [model.architecture], "model_type": model.wrapper, "text_config": content}
     file.write_text(json.dumps(content, indent=1))
 
     def logits_of(tokens: list[int]) -> torch.Tensor:
