@@ -25,8 +25,11 @@ This page is the output of `python -m sglang_shift.models`: do not edit it. It i
 
 ## Families
 
-A model is served if its `architectures` in `config.json` begins with one of these. All of them are dense decoders.
-Quantized checkpoints are refused, and so is every other architecture. The tests compare each family with transformers.
+The tests compare each of these families with transformers. A model belongs to a family if its `architectures` in
+`config.json` begins with the family's name. For these families, the fields of `config.json` are checked, too.
+
+Other decoders are served if SP steps can run each of their layers, and if both modes compute the same when the server
+starts. [refusals.md](refusals.md#the-model) says what is refused.
 
 {families}
 
