@@ -38,6 +38,7 @@ class TinyModel:
         zeros: Parameters that are zero, because SGLang does not read them.
         flags: Flags of a server that serves it on a CPU.
         stock: Why stock SGLang 0.5.23 does not serve it in TP of two ranks on a CPU. Empty if it does.
+        refused: Why this package does not serve it, in words of the message, although SGLang does.
     """
 
     architecture: str
@@ -50,6 +51,7 @@ class TinyModel:
     zeros: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     stock: str = ""
+    refused: str = ""
 
 
 # Four ranks divide the heads and the MLP. They do not divide the vocabulary, and 64 does not either.
@@ -272,12 +274,26 @@ DENSE_MODELS = {
     ),
     "apertus": TinyModel("ApertusForCausalLM", "ApertusConfig"),
     "arcee": TinyModel("ArceeForCausalLM", "ArceeConfig"),
-    "starcoder2": TinyModel("Starcoder2ForCausalLM", "Starcoder2Config", fields={"sliding_window": None}),
+    "starcoder2": TinyModel(
+        "Starcoder2ForCausalLM",
+        "Starcoder2Config",
+        fields={"sliding_window": None},
+        stock="it takes the global rank for a rank among pipeline stages, so rank 1 has no layers (starcoder2.py:238)",
+    ),
     "stablelm": TinyModel("StableLmForCausalLM", "StableLmConfig", fields={"use_qkv_bias": True}),
-    "phi": TinyModel("PhiForCausalLM", "PhiConfig", fields={**MHA, "intermediate_size": 256}, zeros=("lm_head.bias",)),
+    "phi": TinyModel(
+        "PhiForCausalLM",
+        "PhiConfig",
+        fields={**MHA, "intermediate_size": 256},
+        zeros=("lm_head.bias",),
+        stock="it takes the global rank for a rank among pipeline stages, so rank 1 has no layers (phi.py:180)",
+    ),
     "persimmon": TinyModel("PersimmonForCausalLM", "PersimmonConfig", fields=MHA),
     "gpt2": TinyModel(
-        "GPT2LMHeadModel", "GPT2Config", fields={"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, **TIED}
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        fields={"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, **TIED},
+        stock="each rank counts the KV heads of all ranks as its own (gpt2.py:79)",
     ),
     "gpt_bigcode": TinyModel(
         "GPTBigCodeForCausalLM",
@@ -298,6 +314,7 @@ DENSE_MODELS = {
         "HunYuanDenseV1Config",
         fields=HEAD_DIM,
         content={"use_qk_norm": True, "attention_head_dim": 16},
+        stock="after its norms Q has a row for each head, of which T are kept (hunyuan.py:345, graph_utils.py:226)",
     ),
     "ernie4_5": TinyModel("Ernie4_5_ForCausalLM", "Ernie4_5Config", fields={**HEAD_DIM, **TIED}),
     "gemma3n": TinyModel(
@@ -316,6 +333,7 @@ DENSE_MODELS = {
             "intermediate_size": [96] * 5,
             "activation_sparsity_pattern": [0.0] * 5,
         },
+        stock="its logits are not those of transformers with one rank either; the reason was not looked for",
     ),
     "gemma4": TinyModel(
         "Gemma4ForCausalLM",
@@ -330,8 +348,14 @@ DENSE_MODELS = {
             "global_head_dim": 16,
         },
         content={"global_head_dim": 16},
+        stock="it reads fields that transformers does not write (kv_cache_configurator.py:2512)",
     ),
-    "hrm_text": TinyModel("HrmTextForCausalLM", "HrmTextConfig", fields={**HEAD_DIM, **MHA, "num_hidden_layers": 4}),
+    "hrm_text": TinyModel(
+        "HrmTextForCausalLM",
+        "HrmTextConfig",
+        fields={**HEAD_DIM, **MHA, "num_hidden_layers": 4},
+        stock="its attention runs in Triton only (hrm_text.py)",
+    ),
     # These compute what another model of transformers computes, under other names.
     "internlm2": TinyModel("InternLM2ForCausalLM", LLAMA, names=internlm2, content={"bias": False}),
     "internlm3": TinyModel(
@@ -425,9 +449,23 @@ DENSE_MODELS = {
         content={"bskcn_1": [0], "bskcn_2": [0], "bskcn_3": [1], "bskcn_4": [2], "bskcn_tv": [0.0, 0.0]},
     ),
     # transformers has these and SGLang's registry does not.
-    "smollm3": TinyModel("SmolLM3ForCausalLM", "SmolLM3Config", fields={**TIED}),
-    "seed_oss": TinyModel("SeedOssForCausalLM", "SeedOssConfig", fields=HEAD_DIM),
-    "nemotron": TinyModel("NemotronForCausalLM", "NemotronConfig"),
+    "smollm3": TinyModel(
+        "SmolLM3ForCausalLM",
+        "SmolLM3Config",
+        fields={**TIED},
+        stock="it has no class of its own, and runs transformers' class without a word",
+    ),
+    "seed_oss": TinyModel(
+        "SeedOssForCausalLM",
+        "SeedOssConfig",
+        fields=HEAD_DIM,
+        stock="it has no class of its own, and runs transformers' class without a word",
+    ),
+    "nemotron": TinyModel(
+        "NemotronForCausalLM",
+        "NemotronConfig",
+        stock="it has no class of its own, and transformers' class cannot be divided (transformers.py:765)",
+    ),
 }
 
 FEW = {"num_experts_per_tok": 2}
@@ -532,9 +570,14 @@ EXPERT_MODELS = {
             "use_qk_norm": False,
             "no_rope_layers": [0, 0, 0, 0],
         },
+        refused="is served for text generation only",
     ),
     "olmoe": TinyModel(
-        "OlmoeForCausalLM", "OlmoeConfig", EXPERTS, fields={**FEW, **MHA, "num_experts": 8, "intermediate_size": 32}
+        "OlmoeForCausalLM",
+        "OlmoeConfig",
+        EXPERTS,
+        fields={**FEW, **MHA, "num_experts": 8, "intermediate_size": 32},
+        stock="each rank norms its part of Q and K with the weights of all heads (olmoe.py:191)",
     ),
     "phimoe": TinyModel("PhiMoEForCausalLM", "PhimoeConfig", EXPERTS, fields={**FEW, "num_local_experts": 4}),
     "ernie4_5_moe": TinyModel(
@@ -549,6 +592,7 @@ EXPERT_MODELS = {
             "moe_k": 2,
             "moe_num_shared_experts": 1,
         },
+        stock="off GPUs the router adds a bias of two dimensions as if it had one (topk.py:1121)",
     ),
     "dbrx": TinyModel(
         "DbrxForCausalLM",
@@ -563,6 +607,7 @@ EXPERT_MODELS = {
             "ffn_config": {**DBRX_EXPERTS, "hidden_size": 64},
         },
         content={"attn_config": DBRX_ATTENTION, "ffn_config": DBRX_EXPERTS},
+        stock="the experts are made on CUDA (dbrx.py:125)",
     ),
     "hunyuan_moe": TinyModel(
         "HunYuanMoEV1ForCausalLM",
@@ -576,6 +621,7 @@ EXPERT_MODELS = {
             "use_qk_norm": True,
             "attention_head_dim": 16,
         },
+        stock="after its norms Q has a row for each head, of which T are kept (hunyuan.py:345, graph_utils.py:226)",
     ),
     "hy_v3": TinyModel(
         "HYV3ForCausalLM",
@@ -598,6 +644,7 @@ EXPERT_MODELS = {
             "num_dense_layers": 1,
             "layer_types": ALTERNATING,
         },
+        stock="the experts run in Triton only (afmoe.py:284)",
     ),
     "laguna": TinyModel(
         "LagunaForCausalLM",
@@ -625,6 +672,7 @@ EXPERT_MODELS = {
         EXPERTS,
         fields={**HEAD_DIM, **FEW, "num_local_experts": 8, "intermediate_size": 32},
         content={"scoring_func": "sigmoid", "use_routing_bias": True, "use_qk_norm": True, "rotary_dim": 16},
+        stock="the norms of Q and K run on CUDA only (minimax_m2.py:205)",
     ),
     "exaone_moe": TinyModel(
         "ExaoneMoEForCausalLM",
@@ -729,6 +777,7 @@ HYBRID_MODELS = {
             "linear_value_head_dim": 16,
         },
         content={"full_attention_interval": 4},
+        stock="its recurrent layers need CUDA (qwen3_next.py:252)",
     ),
     "qwen3_5": TinyModel(
         "Qwen3_5ForCausalLM",
@@ -743,12 +792,14 @@ HYBRID_MODELS = {
             "linear_value_head_dim": 16,
         },
         content={"full_attention_interval": 4},
+        stock="its recurrent layers need CUDA (qwen3_next.py:252)",
     ),
     "falcon_h1": TinyModel(
         "FalconH1ForCausalLM",
         "FalconH1Config",
         HYBRID,
         fields={"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1},
+        stock="its convolution runs on CUDA only (mamba.py:588)",
     ),
     "nemotron_h": TinyModel(
         "NemotronHForCausalLM",
@@ -766,6 +817,7 @@ HYBRID_MODELS = {
             "moe_shared_expert_intermediate_size": 32,
         },
         content={"layers_block_type": ["mamba", "moe", "attention", "mamba"], "layer_types": ABSENT},
+        stock="it does not load the weights that transformers writes (linear.py:805)",
     ),
     "granitemoehybrid": TinyModel(
         "GraniteMoeHybridForCausalLM",
@@ -781,12 +833,14 @@ HYBRID_MODELS = {
             "mamba_d_head": 16,
             "mamba_d_state": 16,
         },
+        stock="its convolution runs on CUDA only (mamba.py:590)",
     ),
     "lfm2": TinyModel(
         "Lfm2ForCausalLM",
         "Lfm2Config",
         HYBRID,
         fields={"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+        stock="its convolution runs in Triton only",
     ),
 }
 
