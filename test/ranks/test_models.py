@@ -15,6 +15,7 @@ from model_trial import TOLERANCE, Outcome, TrialError, difference, trial
 from tiny_models import MODELS, write
 
 SERVED = [name for name, model in MODELS.items() if not model.stock]
+WITH_REFERENCE = [name for name in SERVED if not MODELS[name].dummy]
 IN_SP = [name for name in SERVED if not MODELS[name].refused]
 # These have rope scaling, caps and windows, sinks and biased experts, latents, and multipliers.
 FAST = {"llama3", "gemma2", "gpt_oss", "deepseek_v3", "granitemoe"}
@@ -30,10 +31,10 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.expected: dict[str, torch.Tensor] = {}
+        self.expected: dict[str, torch.Tensor | None] = {}
 
-    def get(self, name: str) -> tuple[str, torch.Tensor]:
-        """Return the folder of the checkpoint, and the expected logits."""
+    def get(self, name: str) -> tuple[str, torch.Tensor | None]:
+        """Return the folder of the checkpoint, and the expected logits if transformers has the model."""
         folder = self.folder / name
         if name not in self.expected:
             self.expected[name] = write(MODELS[name], str(folder))
@@ -46,17 +47,18 @@ def checkpoints():
         yield Checkpoints(Path(folder))
 
 
-def check(outcome: Outcome, expected: torch.Tensor) -> None:
+def check(outcome: Outcome, expected: torch.Tensor | None) -> None:
     """Check all patterns of modes against transformers, and against TP on the same ranks."""
-    assert expected.std() > 0.5, "these logits are too close to each other"
     tp = outcome.logits["tp"]
+    expected = tp if expected is None else expected
+    assert expected.std() > 0.5, "these logits are too close to each other"
     for pattern, logits in outcome.logits.items():
         assert difference(logits, expected) < TOLERANCE, f"{pattern} differs from transformers"
         assert difference(logits, tp) < TOLERANCE, f"{pattern} differs from TP"
         assert torch.equal(logits.argmax(-1), tp.argmax(-1)), f"{pattern} would choose other tokens than TP"
 
 
-@pytest.mark.parametrize("name", models(SERVED))
+@pytest.mark.parametrize("name", models(WITH_REFERENCE))
 def test_stock_tp_equals_transformers(name, checkpoints):
     folder, expected = checkpoints.get(name)
     check(trial(folder, tp_size=2, stock=True, flags=MODELS[name].flags), expected)

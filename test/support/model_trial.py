@@ -32,6 +32,7 @@ from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import random_shards
 import torch
 import trial_script
 from forked_server import CONTEXT, IMPORTS
@@ -263,11 +264,14 @@ def end_with_parent() -> None:
 
 def run_rank(rank: int, task: Task) -> tuple[dict[str, torch.Tensor], str]:
     """Build the model runner as a scheduler's process does, and run all patterns. Return the fields of an outcome."""
+    from sglang.srt.model_loader import loader
     from sglang_shift import seams
 
     server_args = resolve(task)
     if not task.stock:
         seams.install()
+    if "dummy" in task.flags:
+        loader.initialize_dummy_weights = random_shards.fill
     runner = build_runner(rank, task, server_args)
     logits = {name: run_pattern(runner, trial_script.PATTERNS[name], task.stock) for name in task.patterns}
     return logits, type(runner.model).__name__
@@ -388,6 +392,7 @@ def report(name: str, arguments: argparse.Namespace, folder: str) -> str:
     except TrialError as error:
         return f"FAILED  {error if arguments.verbose else reason(str(error))}"
     tp = outcome.logits["tp"]
+    expected = tp if expected is None else expected
     parts = [f"[{outcome.model_class}] std {expected.std():.2f}"]
     for pattern, logits in outcome.logits.items():
         same = bool((logits.argmax(-1) == expected.argmax(-1)).all())

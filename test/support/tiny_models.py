@@ -36,6 +36,7 @@ class TinyModel:
         names: Changes the names of transformers into those of published checkpoints.
         wrapper: The ``model_type`` of the published multimodal model whose text model this is.
         zeros: Parameters that are zero, because SGLang does not read them.
+        dummy: Whether the weights are random numbers that the ranks make up, because transformers has no such model.
         flags: Flags of a server that serves it on a CPU.
         stock: Why stock SGLang 0.5.23 does not serve it in TP of two ranks on a CPU. Empty if it does.
         refused: Why this package does not serve it, in words of the message, although SGLang does.
@@ -49,6 +50,7 @@ class TinyModel:
     names: Callable[[State], State] | None = None
     wrapper: str = ""
     zeros: tuple[str, ...] = ()
+    dummy: bool = False
     flags: tuple[str, ...] = ()
     stock: str = ""
     refused: str = ""
@@ -472,6 +474,72 @@ DENSE_MODELS = {
 }
 
 FEW = {"num_experts_per_tok": 2}
+DUMMY: dict[str, Any] = {"dummy": True, "flags": ("--load-format", "dummy")}
+DUMMY_MODELS = {
+    "nanbeige": TinyModel(
+        "NanbeigeForCausalLM", LLAMA, fields=MHA, content={"model_type": "nanbeige", "num_loops": 1}, **DUMMY
+    ),
+    "deci": TinyModel(
+        "DeciLMForCausalLM",
+        LLAMA,
+        fields=MHA,
+        content={
+            "block_configs": [
+                {
+                    "attention": {"n_heads_in_group": 1, "no_op": False, "replace_with_linear": False},
+                    "ffn": {"ffn_mult": 1.5, "no_op": False, "replace_with_linear": False},
+                }
+            ]
+            * 3
+        },
+        **DUMMY,
+    ),
+    "deepseek": TinyModel(
+        "DeepseekForCausalLM",
+        LLAMA,
+        EXPERTS,
+        fields=MHA,
+        content={
+            **FEW,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+            "moe_layer_freq": 1,
+            "norm_topk_prob": True,
+        },
+        **DUMMY,
+    ),
+    "bailing_moe": TinyModel(
+        "BailingMoeForCausalLM",
+        LLAMA,
+        EXPERTS,
+        fields={**MHA, **HEAD_DIM},
+        content={
+            **FEW,
+            "num_experts": 8,
+            "num_shared_experts": 1,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 0,
+            "norm_topk_prob": True,
+            "use_bias": False,
+            "use_qkv_bias": False,
+            "norm_head": False,
+            "embedding_dropout": 0.0,
+            "num_nextn_predict_layers": 0,
+        },
+        **DUMMY,
+    ),
+    "xverse_moe": TinyModel(
+        "XverseMoeForCausalLM",
+        LLAMA,
+        EXPERTS,
+        fields=MHA,
+        content={"num_experts": 8, "moe_top_k": 2, "num_shared_experts": 1},
+        **DUMMY,
+    ),
+}
+
 LATENT = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
 ROUTED = {"n_routed_experts": 8, "n_shared_experts": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
 DBRX_ATTENTION = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}
@@ -846,24 +914,31 @@ HYBRID_MODELS = {
     ),
 }
 
-MODELS: dict[str, TinyModel] = {**DENSE_MODELS, **EXPERT_MODELS, **MLA_MODELS, **HYBRID_MODELS}
+MODELS: dict[str, TinyModel] = {**DENSE_MODELS, **EXPERT_MODELS, **DUMMY_MODELS, **MLA_MODELS, **HYBRID_MODELS}
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Writing a checkpoint.
 
 
-def build(model: TinyModel) -> Any:
-    """Return the model in transformers, with random weights that are the same in every process."""
+def configuration(model: TinyModel) -> Any:
+    """Return the configuration in transformers."""
     import transformers
 
     config_class = getattr(transformers, model.config)
     # Some configurations have other names for the sizes. The record gives these.
     declared = {one.name for one in dataclasses.fields(config_class)}
     common = {name: value for name, value in COMMON.items() if name in declared}
+    return config_class(**{**common, **model.fields})
+
+
+def build(model: TinyModel) -> Any:
+    """Return the model in transformers, with random weights that are the same in every process."""
+    import transformers
+
     torch.manual_seed(0)
     built = transformers.AutoModelForCausalLM.from_config(
-        config_class(**{**common, **model.fields}), dtype=torch.float32, attn_implementation="eager"
+        configuration(model), dtype=torch.float32, attn_implementation="eager"
     ).eval()
     for name, parameter in built.named_parameters():
         if name in model.zeros:
@@ -881,23 +956,32 @@ def build(model: TinyModel) -> Any:
 
 
 @torch.no_grad()
-def write(model: TinyModel, folder: str) -> torch.Tensor:
-    """Write the checkpoint, and return the logits that a trial should have, ``[rows, vocabulary]`` in float32."""
-    built = build(model)
+def write(model: TinyModel, folder: str) -> torch.Tensor | None:
+    """Write the checkpoint, and return the logits that a trial should have, ``[rows, vocabulary]`` in float32.
+
+    A dummy model has only a ``config.json``, and no logits.
+    """
+    built = configuration(model) if model.dummy else build(model)
     built.save_pretrained(folder)
     if model.names is not None:
         rename_weights(Path(folder), model.names)
-    file = Path(folder, "config.json")
-    content = {**json.loads(file.read_text()), "architectures": [model.architecture], **model.content}
-    content = {name: value for name, value in content.items() if value is not ABSENT}
-    if model.wrapper:
-        content = {"architectures": [model.architecture], "model_type": model.wrapper, "text_config": content}
-    file.write_text(json.dumps(content, indent=1))
+    write_config(model, Path(folder, "config.json"))
+    if model.dummy:
+        return None
 
     def logits_of(tokens: list[int]) -> torch.Tensor:
         return built(torch.tensor([tokens]), use_cache=False).logits[0]
 
     return trial_script.reference(built.config.vocab_size, logits_of)
+
+
+def write_config(model: TinyModel, file: Path) -> None:
+    """Change what transformers wrote into what published checkpoints have."""
+    content = {**json.loads(file.read_text()), "architectures": [model.architecture], **model.content}
+    content = {name: value for name, value in content.items() if value is not ABSENT}
+    if model.wrapper:
+        content = {"architectures": [model.architecture], "model_type": model.wrapper, "text_config": content}
+    file.write_text(json.dumps(content, indent=1))
 
 
 def rename_weights(folder: Path, names: Callable[[State], State]) -> None:
