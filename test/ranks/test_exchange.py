@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from harness import GlooGroup, run_ranks
 from sglang.srt.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from sglang_shift.layers.linear import OutputProjection, QkvProjection
 from sglang_shift.modes import Mode
 from sglang_shift.parallel.exchange import gloo
 from sglang_shift.parallel.exchange.base import ExchangeCounter, ExchangeVolume
@@ -18,8 +19,7 @@ from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.parallel.region import scatter_tokens
 from sglang_shift.parallel.step import Step
 from sglang_shift.parallel.topology import Topology
-from sglang_shift.weights.base_weights import BaseLinearMethod, _gather_base, _gather_into, loading_for
-from sglang_shift.weights.projections import BaseWeight, OutputProjection, QkvProjection
+from sglang_shift.weights.base_weights import BaseLinearMethod, BaseWeight, _gather_base, _gather_into, loading_for
 from sglang_shift_kernels import reference
 
 
@@ -169,17 +169,22 @@ def check_projections(rank: int, world: int, sp: int, tokens: int) -> None:
     x = torch.randn(tokens, hidden, generator=generator)
     heads = torch.stack([F.linear(x, w, b) for w, b in zip(weights[0], biases[0], strict=True)])
     expected = sum(F.linear(2 * h, w) for h, w in zip(heads, weights[1], strict=True)) + biases[1]
-    linear = SimpleNamespace(quant_method=SimpleNamespace(apply=lambda base, x, bias: F.linear(x, base.weight, bias)))
+    linear = SimpleNamespace(
+        skip_bias_add=False,
+        quant_method=SimpleNamespace(apply=lambda base, x, bias: F.linear(x, base.weight, bias)),
+    )
     members = layout.sp_groups()[layout.base_tp_index(rank)]
-    qkv_base = BaseWeight(weights[0][members].flatten(0, 1), biases[0][members].flatten())
-    o_base = BaseWeight(torch.cat(list(weights[1][members]), 1), biases[1])
     for gloo.PART_BYTES in (1 << 30, 64):
         topology = Topology(layout, rank, group, base_group, GlooExchange(group))  # type: ignore[arg-type]
+        qkv_base = BaseWeight(linear, topology, weights[0][members].flatten(0, 1), biases[0][members].flatten())
+        o_base = BaseWeight(linear, topology, torch.cat(list(weights[1][members]), 1), biases[1])
         step, before = Step(Mode.SP, topology, None, has_exit=False), group.sent
         local = scatter_tokens(step, x)
+        assert not step.in_attention
         my_heads = QkvProjection(linear, qkv_base).forward(local, step)
-        assert torch.allclose(my_heads, heads[rank], atol=1e-5)
+        assert torch.allclose(my_heads, heads[rank], atol=1e-5) and step.in_attention
         y = OutputProjection(linear, o_base).forward(2 * my_heads, step)
+        assert not step.in_attention, "from here on, rows are complete"
         mine = slice(layout.sp_index(rank) * len(local), min(tokens, (layout.sp_index(rank) + 1) * len(local)))
         assert torch.allclose(y[: len(expected[mine])], expected[mine], atol=1e-4)
         assert group.sent - before == ExchangeVolume(sp, 2, 2 * block * 4).bytes_sent(tokens)

@@ -28,7 +28,6 @@ from sglang_shift.parallel.exchange.flashinfer import WORLD_SIZES, FlashInferExc
 from sglang_shift.parallel.exchange.gloo import GlooExchange
 from sglang_shift.runtime import model_runner
 from sglang_shift.runtime.scheduler import ShiftScheduler
-from sglang_shift.weights.projections import BaseWeight, OutputProjection, QkvProjection
 from sglang_shift_kernels.operations import ExchangeShape
 
 
@@ -263,10 +262,9 @@ def test_a_gpus_kernels_are_compiled_before_it_serves(monkeypatch, device, fp8):
     monkeypatch.setattr(model_runner, "make_exchange", lambda config, group, *args: CollectiveExchange(group, fp8))
     monkeypatch.setattr(model_runner, "get_schedule", lambda: SimpleNamespace(chunked_prefill_size=512))
     monkeypatch.setattr(model_runner, "get_parallel", lambda: SimpleNamespace(nnodes=1))
-    qkv = QkvProjection(None, BaseWeight(torch.empty(8 * 48, 64), None))
-    output = OutputProjection(None, BaseWeight(torch.empty(64, 8 * 32), None))
     mine = SimpleNamespace(
-        base_weights=SimpleNamespace(projections=[qkv, output]),
+        sp_model=SimpleNamespace(exchange_columns=[48, 32]),
+        model_config=SimpleNamespace(hidden_size=64),
         topology=SimpleNamespace(sp_group=None),
         device=device,
         dtype=torch.bfloat16,

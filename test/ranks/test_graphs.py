@@ -213,7 +213,7 @@ def check_reset(runner):
     with torch.no_grad():  # as the scheduler's event loop runs
         runner.check_weights("reset_tensors", role="target")
     run(runner, eager(runner, Mode.SP), [3], decodes=0)
-    weights = [projection.base.weight for projection in runner.base_weights.projections]
+    weights = [base.weight for base in runner.base_weights.bases.values()]
     used = [weight.clone() for weight in weights]
     runner.base_weights.refresh()
     assert all(map(torch.equal, weights, used))

@@ -14,6 +14,7 @@ from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, Forw
 from sglang.srt.model_executor.runner.prefill_cuda_graph_runner import PrefillCudaGraphRunner
 from sglang.srt.runtime_context import get_forward
 from sglang_shift.graphs.runners import SpPrefillGraphRunner
+from sglang_shift.layers.logits import ExitToLogits
 from sglang_shift.modes import Mode
 from sglang_shift.parallel.exchange.gloo import GlooExchange
 from sglang_shift.parallel.layout import RankLayout
@@ -27,12 +28,10 @@ from sglang_shift.parallel.region import (
 )
 from sglang_shift.parallel.step import Step, current, run_step
 from sglang_shift.parallel.topology import Topology
-from sglang_shift.runtime import vocab_parallel_embedding
-from sglang_shift.runtime.layernorm_sp import maybe_exit_gather, runs_sp, sp_entry_scatter
-from sglang_shift.runtime.vocab_parallel_embedding import reduce_embedding
+from sglang_shift.runtime.layernorm_sp import runs_sp, sp_entry_scatter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-VOCABULARY, WIDTH = 24, 6  # of the embedding
+WIDTH = 6  # of the rows
 
 
 def batch(**fields):
@@ -49,7 +48,7 @@ def batch(**fields):
 
 def decode():
     """A step of which all rows leave the region."""
-    return batch(forward_mode=ForwardMode.DECODE, replace_embeds=None)
+    return batch(forward_mode=ForwardMode.DECODE)
 
 
 def test_prefill_reads_the_last_row_of_each_request():
@@ -175,10 +174,16 @@ def meta_topology() -> Topology:
     return Topology(RankLayout(4, 4), 1, group, None, GlooExchange(group))  # type: ignore[arg-type]
 
 
-def leave(hidden_states, forward_mode=ForwardMode.EXTEND):
-    return maybe_exit_gather(
-        hidden_states=hidden_states, hidden_states_before_norm=hidden_states, input_ids=None, forward_mode=forward_mode
-    )
+class Processor:
+    """Stands for SGLang's logits processor, and returns the hidden states that it gets."""
+
+    def forward(self, input_ids, hidden_states, lm_head, metadata, aux_hidden_states, before_norm):
+        assert not current().inside and not get_forward().sp_active, "the LM head is outside of the region"
+        return hidden_states, before_norm
+
+
+def leave(hidden_states):
+    return ExitToLogits(Processor())(None, hidden_states, None, None, hidden_states_before_norm=hidden_states.clone())
 
 
 def test_the_rows_that_leave_are_on_the_device_before_the_first_layer_runs():
@@ -195,7 +200,9 @@ def test_the_exit_behind_a_graph_copies_nothing_either(monkeypatch):
     """The graph has 80 tokens, of which 9 pad the step; its capture copies nothing that would be replayed."""
     runner = SpPrefillGraphRunner.__new__(SpPrefillGraphRunner)
     topology = meta_topology()
-    runner.model_runner = SimpleNamespace(topology=topology)
+    runner.model_runner = SimpleNamespace(
+        step=lambda mode, batch, has_exit=True: Step(mode, topology, batch, has_exit=has_exit)
+    )
     step, counts = batch(extend_seq_lens_cpu=[30, 1, 40]), []
     step.input_ids = torch.empty(71, device="meta", dtype=torch.int64)
 
@@ -274,89 +281,11 @@ def check_topologies(rank: int, world: int) -> None:
         with run_step(Step(Mode.SP, topology, decode())):
             local = sp_entry_scatter(full)
             assert local.shape[0] == padded_local_tokens(11, size)
-            get_forward().set("sp_active", True)
-            gathered, _ = leave(local, ForwardMode.DECODE)
+            gathered, before_norm = leave(local)
+            assert not runs_sp(ForwardMode.DECODE), "SGLang's own exit has nothing to do"
+        assert torch.equal(before_norm, full)
         assert torch.equal(gathered, full)
 
 
 def test_each_step_may_have_another_topology():
     run_ranks(4, check_topologies)
-
-
-def check_embedding(rank: int, world: int, sp: int, dtype: torch.dtype) -> None:
-    everyone = GlooGroup.mine([list(range(world))])
-    vocab_parallel_embedding.tensor_model_parallel_all_reduce = everyone.all_reduce
-    layout = RankLayout(world, sp)
-    group = GlooGroup.mine(layout.sp_groups())
-    base = GlooGroup.mine(layout.base_tp_groups()) if world > sp else None
-    topology = Topology(layout, rank, group, base, GlooExchange(group))  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(0)
-    table = torch.randn(VOCABULARY, WIDTH, generator=generator).to(dtype)
-    for tokens in (1, 2, 3, 5, 8, 13, 64):
-        ids = torch.randint(VOCABULARY, (tokens,), generator=generator)
-        mine = ids // (VOCABULARY // world) == rank
-
-        def looked_up(ids: torch.Tensor = ids, mine: torch.Tensor = mine) -> torch.Tensor:
-            return table[ids] * mine[:, None].to(dtype)
-
-        with run_step(Step(Mode.TP, topology, SimpleNamespace())):
-            full = reduce_embedding(looked_up())
-        assert torch.equal(full, table[ids])
-        with run_step(Step(Mode.SP, topology, decode())):
-            given = sp_entry_scatter(full)  # as with a request's own embeddings: whole on every rank
-        with run_step(Step(Mode.SP, topology, decode())) as step:
-            rows = reduce_embedding(looked_up())
-            assert step.num_tokens == tokens
-            assert torch.equal(rows, given)
-            assert rows.shape[0] == padded_local_tokens(tokens, sp)
-            assert sp_entry_scatter(rows) is rows, "they are this rank's already"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("world", "sp"), [(2, 2), (3, 3), (4, 4), (4, 2), (6, 3)])
-def test_each_rank_gets_its_rows_of_the_sum(world, sp, dtype):
-    run_ranks(world, check_embedding, sp, dtype)
-
-
-def check_bytes(rank: int, world: int) -> None:
-    sent = []
-
-    class Recording(GlooGroup):
-        def all_to_all_single(self, output, input):
-            sent.append(input.numel() * (self.world_size - 1) // self.world_size)
-            super().all_to_all_single(output, input)
-
-    group = GlooGroup.mine([list(range(world))])
-    spy = Recording(group.ranks, group.group)
-    topology = Topology(RankLayout(world, world), rank, spy, None, GlooExchange(spy))  # type: ignore[arg-type]
-    for tokens in (8, 9):
-        with run_step(Step(Mode.SP, topology, decode())):
-            reduce_embedding(torch.ones(tokens, WIDTH))
-    assert sent == [4 * WIDTH, 5 * WIDTH]
-
-
-def test_a_rank_sends_the_rows_of_the_others_only():
-    run_ranks(2, check_bytes)
-
-
-@pytest.fixture
-def stock(monkeypatch):
-    """SGLang's all-reduce, which here does nothing but to be recognized."""
-    monkeypatch.setattr(vocab_parallel_embedding, "tensor_model_parallel_all_reduce", lambda x: ("all-reduced", x))
-    return lambda x: ("all-reduced", x)
-
-
-def test_all_rows_are_summed_where_a_request_replaces_some(stock):
-    x = torch.ones(4, WIDTH)
-    replaced = SimpleNamespace(replace_embeds=torch.ones(1, WIDTH))
-    with run_step(Step(Mode.SP, meta_topology(), replaced)) as step:
-        assert reduce_embedding(x) == stock(x)
-        assert not step.scattered_by_embedding, "the entry keeps this rank's rows"
-
-
-def test_inside_of_the_region_and_outside_of_steps_nothing_changes(stock):
-    x = torch.ones(4, WIDTH)
-    assert reduce_embedding(x) == stock(x)
-    with run_step(Step(Mode.SP, meta_topology(), decode())):
-        get_forward().set("sp_active", True)
-        assert reduce_embedding(x) == stock(x)

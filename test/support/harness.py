@@ -262,6 +262,14 @@ class GlooGroup:
 
         dist.all_gather_into_tensor(output, input, group=self.group)
 
+    def all_gather(self, x: Any, dim: int) -> Any:
+        import torch
+
+        assert dim == 0
+        output = x.new_empty((self.world_size * x.shape[0], *x.shape[1:]))
+        torch.distributed.all_gather_into_tensor(output, x.contiguous(), group=self.group)
+        return output
+
     def all_reduce(self, x: Any) -> Any:
         import torch.distributed as dist
 
@@ -274,3 +282,16 @@ class GlooGroup:
         objects = [None] * self.world_size
         dist.all_gather_object(objects, obj, group=self.group)
         return objects
+
+
+def topology_over_gloo(rank: int, world: int, sp: int, group_class: type[GlooGroup] = GlooGroup) -> Any:
+    """Build the topology of ``world`` ranks, of which ``sp`` share the tokens. All ranks must call it."""
+    from sglang_shift.parallel.exchange.gloo import GlooExchange
+    from sglang_shift.parallel.layout import RankLayout
+    from sglang_shift.parallel.topology import Topology
+
+    layout = RankLayout(world, sp)
+    plain = GlooGroup.mine(layout.sp_groups())
+    group = group_class(plain.ranks, plain.group)
+    base: Any = GlooGroup.mine(layout.base_tp_groups()) if world > sp else None
+    return Topology(layout, rank, group, base, GlooExchange(group))  # type: ignore[arg-type]

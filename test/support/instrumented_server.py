@@ -70,9 +70,9 @@ def weights_facts(scheduler: Any) -> dict[str, Any]:
     import torch
 
     base = scheduler.tp_worker.model_runner.base_weights
-    topology, facts = base.topology, {"projections": len(base.projections), "views": 0, "values": 0}
-    for p in base.projections:
-        weight, whole = p.linear.weight.data, p.base.weight
+    topology, facts = base.topology, {"projections": len(base.bases), "views": 0, "values": 0}
+    for linear, assembled in base.bases.items():
+        weight, whole = linear.weight.data, assembled.weight
         dim = 0 if weight.shape[1] == whole.shape[1] else 1
         mine = whole.narrow(dim, topology.sp_index * weight.shape[dim], weight.shape[dim])
         facts["views"] += weight.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()

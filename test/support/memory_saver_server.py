@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 WEIGHTS = "weights"
-PER_LAYER = 4  # projections of a layer
 GARBAGE = 255  # a float whose bytes all have this value is not a number
 run_rank = scheduler.run_scheduler_process
 
@@ -113,15 +112,18 @@ def facts(base_weights: Any) -> dict[str, int]:
     """Return bytes of a rank's weights: the total, the part in no region, and the peaks beyond the final size."""
     loading, assembly = [r.allocations for r in CpuMemorySaver.regions if r.tag == WEIGHTS]
     addresses = {s.data_ptr() for r in CpuMemorySaver.regions if r.tag == WEIGHTS for s in r.allocations.storages()}
-    tensors = [p.data for p in base_weights.model.parameters()] + [p.base.weight for p in base_weights.projections]
-    tensors += [p.base.bias for p in base_weights.projections if p.base.bias is not None]
+    modules: Any = base_weights.model.named_modules()
+    tensors = [p.data for p in base_weights.model.parameters()]
+    tensors += [tensor for base in base_weights.bases.values() for tensor in base.tensors()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return {
         "total": sum(storages.values()),
         "outside": sum(size for place, size in storages.items() if place not in addresses),
         "peak_of_loading": loading.peak - loading.bytes,
         "peak_of_assembly": assembly.peak - assembly.bytes,
-        "shard_of_a_layer": sum(p.linear.weight.nbytes for p in base_weights.projections[:PER_LAYER]),
+        "shard_of_a_layer": sum(
+            m.weight.nbytes for name, m in modules if ".layers.0." in name and m in base_weights.bases
+        ),
     }
 
 

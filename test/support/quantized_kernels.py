@@ -17,8 +17,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from sglang_shift.tools.gpu_check.formats import FP8, pack
 
-FP8 = torch.float8_e4m3fn
 FP8_MAX, INT8_MAX, FP4_MAX = 448.0, 127.0, 6.0
 FP4_VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the column of each 4-bit number of an int32
@@ -104,12 +104,6 @@ def unpack(packed: torch.Tensor, bits: int = 4) -> torch.Tensor:
     return (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
 
 
-def pack(numbers: torch.Tensor, bits: int = 4) -> torch.Tensor:
-    """The inverse of :func:`unpack`."""
-    shifted = numbers.long() << torch.arange(0, 32, bits)
-    return shifted.sum(-1).to(torch.uint32).view(torch.int32)
-
-
 def awq_columns(packed: torch.Tensor) -> torch.Tensor:
     """The numbers of AWQ's packed columns, in the order of the columns."""
     return unpack(packed)[..., AWQ_ORDER].flatten(-2)
@@ -173,6 +167,40 @@ def gptq_marlin_gemm(
     return product(x.double(), weight.t(), a.dtype, None)
 
 
+# Experts
+
+
+def fused_experts(
+    hidden_states: Any, w1: Any, w2: Any, topk_output: Any, moe_runner_config: Any, w1_scale: Any = None,
+    w2_scale: Any = None, a1_scale: Any = None, a2_scale: Any = None, block_shape: Any = None,
+    use_fp8_w8a8: bool = False, **options: Any,
+) -> torch.Tensor:  # fmt: skip
+    """Run experts with a gate, row by row. A dynamic scale of the whole tensor is that of the rows of this call."""
+    assert use_fp8_w8a8 and w1.is_contiguous() and w2.is_contiguous()
+    weights, experts, _ = topk_output
+    rows = hidden_states.repeat_interleave(experts.shape[1], 0)
+    chosen = experts.flatten().long()
+    gate, up = expert_product(rows, w1, w1_scale, a1_scale, block_shape, chosen).chunk(2, dim=-1)
+    inner = (torch.nn.functional.silu(gate.float()) * up.float()).to(hidden_states.dtype)
+    out = expert_product(inner, w2, w2_scale, a2_scale, block_shape, chosen)
+    summed = (out.double() * weights.double().view(-1, 1)).view(*experts.shape, -1).sum(1).to(hidden_states.dtype)
+    return hidden_states.copy_(summed) if moe_runner_config.inplace else summed
+
+
+def expert_product(x: Any, weight: Any, scale: Any, x_scale: Any, block_shape: Any, chosen: Any) -> torch.Tensor:
+    """Multiply each row with the FP8 weight of its expert."""
+    if block_shape is None:
+        x_scale = x.float().abs().max().clamp(min=1e-10) / FP8_MAX if x_scale is None else x_scale
+        values = to_fp8(x, x_scale).double() * x_scale.double()
+        dense = weight.double() * scale.double().view(-1, 1, 1)
+    else:
+        quantized, steps = per_token_group_quant_fp8(x.contiguous(), block_shape[1])
+        values = quantized.double() * steps.double().repeat_interleave(block_shape[1], 1)
+        dense = scale.double().repeat_interleave(block_shape[0], 1).repeat_interleave(block_shape[1], 2)
+        dense = weight.double() * dense
+    return torch.einsum("tk,tnk->tn", values, dense[chosen]).to(x.dtype)
+
+
 # NVFP4
 
 
@@ -228,6 +256,7 @@ KERNELS: dict[str, Any] = {
     "sglang.kernels.ops.gemm.fp8_kernel:w8a8_block_fp8_matmul_triton": w8a8_block_matmul,
     "sglang.kernels.ops.gemm.fp8_kernel:get_w8a8_channelwise_fp8_config": lambda N, K, M: None,
     f"{QUANTIZATION}.fp8_utils:fp8_scaled_mm": fp8_scaled_mm,
+    "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:fused_experts": fused_experts,
     "sglang.kernels.ops.quantization.int8_kernel:per_token_quant_int8": per_token_quant_int8,
     "sglang.kernels.ops.quantization.int8_kernel:per_token_group_quant_int8": per_token_group_quant_int8,
     "sglang.kernels.ops.gemm.int8_kernel:w8a8_block_int8_matmul": w8a8_block_matmul,
@@ -245,8 +274,11 @@ KERNELS: dict[str, Any] = {
 """Each kernel, under the name that SGLang imports or defines it by."""
 
 
-def install(gpu: str = "H100") -> None:
-    """Replace the kernels, and let SGLang process weights as on a GPU. This is for the life of the process."""
+def install(capability: tuple[int, int] = (8, 0)) -> None:
+    """Replace the kernels, and let SGLang process weights as on a GPU. This is for the life of the process.
+
+    The GPU is an H100, or a B200 if the format needs its compute capability.
+    """
     for target, reference in KERNELS.items():
         replace(target, reference)
     replace_everywhere_below(QUANTIZATION, "get_device_capability", lambda *args: (9, 0))
@@ -260,7 +292,7 @@ def install(gpu: str = "H100") -> None:
     defaults[index] = True
     utils.apply_fp8_linear.__defaults__ = tuple(defaults)
     use_scalar_types()
-    if gpu == "B200":
+    if capability >= (10, 0):
         use_blackwell()
 
 

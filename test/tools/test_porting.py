@@ -56,7 +56,7 @@ def test_changed_and_gone_seams(installed, other):
     module = "sglang.srt.layers.layernorm_sp:"
     assert changed[module + "runs_sp"] == "gone"
     assert "+    # new" in changed[module + "sp_entry_scatter"].splitlines()
-    assert module + "maybe_exit_gather" not in changed
+    assert module + "column_parallel_g_matmul" not in changed
 
 
 def test_imports_flags_and_requirements(installed, other, tmp_path):

@@ -14,8 +14,7 @@ from sglang.srt.arg_groups.overrides import (
 )
 from sglang.srt.utils import get_device_memory_capacity
 
-from sglang_shift.args.sp_size import pool_of, rank_memory_bytes, uses_shift_cpu_platform
-from sglang_shift.models.sizes import ModelSizes
+from sglang_shift.args.sp_size import pool_of, rank_memory_bytes, uses_shift_cpu_platform, weight_bytes
 
 # With at least this many rows, arithmetic limits a bfloat16 GEMM. With fewer rows, reading the weights limits it.
 # A data-centre GPU does 200 to 400 operations in the time in which it reads one byte. This is the next power of two.
@@ -65,8 +64,7 @@ def adjust_chunk_size(server_args: Any, sp_size: int) -> Adjustment:
     fraction = fraction_for_chunk(settings, chunk, get_device_memory_capacity(settings.device))
     model_config = model_config_of(server_args)
     memory = int(rank_memory_bytes(settings) * fraction / settings.mem_fraction_static)
-    sizes = ModelSizes.of(model_config.hf_config)
-    weights = sizes.weight_bytes(settings.tp_size, sp_size, model_config.dtype.itemsize)
+    weights = weight_bytes(settings, model_config, [sp_size])[sp_size]
     if weights + pool_of(settings, model_config, memory).target > memory:
         return Adjustment(
             f"--chunked-prefill-size stays {default}, SGLang's default: the activations of {chunk} tokens would take "

@@ -5,9 +5,10 @@ The launcher does this before it starts any process. It does not use an accelera
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
@@ -15,13 +16,16 @@ from sglang.srt.utils import get_device_memory_capacity
 
 from sglang_shift.errors import Refusal
 from sglang_shift.flags import AUTO
-from sglang_shift.models.sizes import MIB, ModelSizes, size_text
+from sglang_shift.models.checkpoint import checkpoint_sizes
+from sglang_shift.models.formats import Format, format_of, format_of_flag
+from sglang_shift.models.sizes import MIB, SHARDED, ModelSizes, cache_of, size_text
 from sglang_shift.platforms.cpu import ShiftCpuPlatform, local_ranks
 
 # On a machine without a GPU, the weights and KV pools of all its ranks together may take this share of the free
 # memory. The rest is for activations, and for the processes themselves.
 CPU_FRACTION = 0.8
 
+T = TypeVar("T")
 
 NOT_A_SIZE = Refusal(
     "sp_size {value} is neither a whole number of ranks nor 'auto'",
@@ -30,6 +34,11 @@ NOT_A_SIZE = Refusal(
 MEMORY_UNKNOWN = Refusal(
     "--sp-size auto cannot read the memory of this device; give --sp-size a number",
     "SGLang does not know how much memory this kind of device has.",
+)
+SIZE_UNKNOWN = Refusal(
+    "--sp-size auto cannot tell the size of {name}, whose safetensors files are not here: its configuration has "
+    "{problem}; give --sp-size a number",
+    "The size of the weights follows from the files of the checkpoint, or from the fields of its config.json.",
 )
 NO_ROOM_FOR_THE_POOL = Refusal(
     "--sp-size auto finds no S whose weights fit beside {pool} ({numbers}); give a larger --tp-size, a smaller "
@@ -131,7 +140,7 @@ def pool_of(settings: Any, model_config: Any, memory: int) -> Pool:
     kv_dtype = str(settings.kv_cache_dtype)
     kv_bytes = 1 if kv_dtype.startswith(("fp8", "mxfp8", "nvfp4", "fp4")) else model_config.dtype.itemsize
     kv_bytes = 2 if kv_dtype in ("bf16", "bfloat16") else kv_bytes
-    per_token = ModelSizes.of(model_config.hf_config).kv_bytes_per_token(settings.tp_size, kv_bytes)
+    per_token = _known(model_config, cache_of).bytes_per_token(settings.tp_size, kv_bytes)
     if settings.max_total_tokens is not None:
         size = settings.max_total_tokens * per_token
         return Pool(size, size, f"a KV pool of {settings.max_total_tokens} tokens ({size_text(size)})")
@@ -141,6 +150,82 @@ def pool_of(settings: Any, model_config: Any, memory: int) -> Pool:
     what = f"half of the memory, {size_text(target)}" if target > longest else f"{size_text(target)}"
     description = f"a KV pool of {what} (one request of {context} tokens needs {size_text(longest)})"
     return Pool(min(longest, memory // MIN_POOL_DIVISOR), target, description)
+
+
+def weight_bytes(settings: Any, model_config: Any, candidates: Iterable[int]) -> dict[int, int]:
+    """Return the bytes of the base weights on a rank for each candidate S.
+
+    Args:
+        settings: A view of the resolved server arguments.
+        model_config: SGLang's configuration of the model.
+        candidates: Values of S.
+
+    Raises:
+        Refused: neither the files of the checkpoint nor its configuration say the sizes.
+    """
+    sizes, element_bytes = model_sizes(settings, model_config), model_config.dtype.itemsize
+    experts = getattr(settings, "shift_experts", None) or SHARDED
+    return {s: sizes.weight_bytes(settings.tp_size, s, element_bytes, experts) for s in candidates}
+
+
+def model_sizes(settings: Any, model_config: Any) -> ModelSizes:
+    """Return the sizes of the model: by the headers of its safetensors files if they are here, or by its config.json.
+
+    Raises:
+        Refused: neither says the sizes.
+    """
+    hf_config, folder = model_config.hf_config, local_folder(settings, model_config)
+    online = format_of_flag(getattr(settings, "quantization", None))
+    try:
+        if folder and (sizes := checkpoint_sizes(folder, hf_config, online)):
+            return sizes
+    except (KeyError, ValueError, TypeError, OSError):
+        pass  # a file is damaged or has another layout; the loader says so if it matters
+    return _known(model_config, lambda config: ModelSizes.of(config, _format(settings, config)))
+
+
+def local_folder(settings: Any, model_config: Any) -> Path | None:
+    """Return the folder of the model's files if it is on this machine, maybe in the cache of the hub, or None."""
+    path = getattr(model_config, "model_path", None)
+    if path is None or getattr(settings, "load_format", "auto") == "dummy":
+        return None
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        revision, cache = getattr(settings, "revision", None), getattr(settings, "download_dir", None)
+        return Path(snapshot_download(path, revision=revision, cache_dir=cache, local_files_only=True))
+    except (OSError, ValueError):  # it is not in the cache, or is no name of the hub
+        return None
+
+
+def _format(settings: Any, hf_config: Any) -> Format:
+    """Return the format of the weights in memory: that of the checkpoint, or that of ``--quantization``.
+
+    Raises:
+        ValueError: the size of the checkpoint's format is not known.
+    """
+    quantization = getattr(hf_config, "quantization_config", None)
+    if quantization is not None and not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
+    return format_of(quantization) if quantization else format_of_flag(getattr(settings, "quantization", None))
+
+
+def _known(model_config: Any, read: Callable[[Any], T]) -> T:
+    """Return what a function reads from the model's configuration.
+
+    Raises:
+        Refused: the configuration does not say it.
+    """
+    hf_config = model_config.hf_config
+    try:
+        return read(hf_config)
+    except KeyError as error:
+        problem = f"no {error.args[0]}"
+    except (ValueError, TypeError) as error:
+        problem = str(error)
+    raise SIZE_UNKNOWN(name=(getattr(hf_config, "architectures", None) or ["this model"])[0], problem=problem)
 
 
 def choose_sp_size(weights: Mapping[int, int], memory: int, pool: Pool) -> SpSizeDecision:
@@ -179,10 +264,6 @@ def auto_sp_size(server_args: Any) -> SpSizeDecision:
     """
     settings, model_config = resolving_view(server_args), model_config_of(server_args)
     world_size, memory = settings.tp_size, rank_memory_bytes(settings)
-    sizes = ModelSizes.of(model_config.hf_config)
-    weights = {
-        s: sizes.weight_bytes(world_size, s, model_config.dtype.itemsize)
-        for s in range(2, world_size + 1)
-        if world_size % s == 0
-    }
+    candidates = [s for s in range(2, world_size + 1) if world_size % s == 0]
+    weights = weight_bytes(settings, model_config, candidates)
     return choose_sp_size(weights, memory, pool_of(settings, model_config, memory))

@@ -23,10 +23,25 @@ PAGE = """\
 This page is the output of `python -m sglang_shift.models`: do not edit it. It is made from the records and the rules in
 `python/sglang_shift/models/`, by which the server decides. A test compares the page with the output.
 
+## Which models are served
+
+A model is served if SGLang has a class for its architecture, serves it in TP, and its layers are of known kinds. The
+server finds the layers by their structure, and not by the name of the model. These are the kinds:
+
+- attention (`RadixAttention`) with its linears, also with latents (MLA);
+- MLPs, and experts (`FusedMoE` with `TopK`);
+- norms, embeddings, and other layers that compute each token alone.
+
+Recurrent layers (Mamba, linear attention) and sparse attention with an indexer are refused. So are models for which
+SGLang takes transformers' code. When the server starts, it runs made-up requests in each mode, and refuses the model if
+the modes differ by more than rounding explains: [the check](usage.md#the-check-at-start-up).
+[tested-models.md](tested-models.md) lists the architectures that the tests compare with transformers in every mode.
+[quantization.md](quantization.md) lists the formats of weights.
+
 ## Families
 
-A model is served if its `architectures` in `config.json` begins with one of these. All of them are dense decoders.
-Quantized checkpoints are refused, and so is every other architecture. The tests compare each family with transformers.
+For the architectures of these families, the server also compares every field of `config.json` with what SGLang's class
+computes. Other architectures are served as stock SGLang serves them: a field that SGLang ignores is ignored here, too.
 
 {families}
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
 from typing import Any
 
-from sglang_shift.models.decoder_layer import Layer
-from sglang_shift.models.families import FAMILIES, Family, Role
+from sglang_shift.models.decoder import Decoder, Division, Matrix, Place
+from sglang_shift.models.decoder_config import MOST_LAYERS, decoder_of, outline_of
+from sglang_shift.models.formats import BFLOAT16, Format
+from sglang_shift.models.heads import kv_heads_of_rank
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -14,78 +20,165 @@ MIB = 1 << 20
 VOCAB_PADDING = 64
 """SGLang pads the rows of a vocabulary to a multiple of this."""
 
+SHARDED, REPLICATED = "sharded", "replicated"
+"""What a rank has of the experts for SP: its TP shard, or the shards of its SP group."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """All weights that ranks divide in one way.
+
+    Attributes:
+        division: How the ranks divide them.
+        elements: Number of those in the model's dtype.
+        stored: Bytes of those in a dtype of their own.
+    """
+
+    division: Division
+    elements: int | Fraction = 0
+    stored: int | Fraction = 0
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """The KV cache of a model.
+
+    Attributes:
+        layers: Number of layers that have one. A sliding window is not regarded: its layers count as any other.
+        kv_heads: Number of KV heads, which ranks divide or replicate; 0 with latent attention.
+        width: Width of a head's key, which is that of its value; or the width of a latent, which every rank has.
+    """
+
+    layers: int
+    kv_heads: int
+    width: int
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> KvCache:
+        """Return the KV cache of a decoder."""
+        layers = decoder.layers if decoder.cached_layers is None else decoder.cached_layers
+        if decoder.latent:
+            return cls(layers, 0, decoder.latent.cached)
+        return cls(layers, decoder.layer.kv_heads, decoder.layer.head_dim)
+
+    def bytes_per_token(self, ranks: int, element_bytes: int) -> int:
+        """Return the bytes of one token on one rank, in all layers. They depend on neither mode nor S."""
+        vectors = 2 * kv_heads_of_rank(self.kv_heads, ranks) if self.kv_heads else 1
+        return self.layers * vectors * self.width * element_bytes
+
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """The sizes of a model. The sizes of its weights follow from them.
+    """The sizes of a model.
 
     Attributes:
-        family: Its family.
-        layer: One of its layers.
-        layers: Number of its layers.
-        vocabulary: Number of tokens in its vocabulary.
-        tied_embeddings: Whether the LM head is the embedding.
-        bias_roles: The roles of the linears that have a bias.
+        parts: Its weights.
+        decoder: The description of its attention and its embedding.
     """
 
-    family: Family
-    layer: Layer
-    layers: int
-    vocabulary: int
-    tied_embeddings: bool
-    bias_roles: frozenset[Role]
+    parts: tuple[Part, ...]
+    decoder: Decoder
 
     @classmethod
-    def of(cls, hf_config: Any) -> ModelSizes:
-        """Return the sizes from a Hugging Face configuration, whose architecture is in :data:`FAMILIES`."""
-        family = FAMILIES[hf_config.architectures[0]]
-        hidden, heads = hf_config.hidden_size, hf_config.num_attention_heads
-        layer = Layer(
-            hidden=hidden,
-            intermediate=hf_config.intermediate_size,
-            heads=heads,
-            kv_heads=getattr(hf_config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(hf_config, "head_dim", None) or hidden // heads,
-        )
-        bias_roles = frozenset(linear.role for linear in family.linears if linear.has_bias(hf_config))
-        tied_embeddings = hf_config.tie_word_embeddings
-        return cls(family, layer, hf_config.num_hidden_layers, hf_config.vocab_size, tied_embeddings, bias_roles)
+    def of(cls, hf_config: Any, weights: Format = BFLOAT16) -> ModelSizes:
+        """Return the sizes that follow from a Hugging Face configuration.
 
-    def weight_bytes(self, ranks: int, sp_size: int, element_bytes: int) -> int:
+        Args:
+            hf_config: The configuration.
+            weights: The format of the matrices. ``bfloat16`` stands for the model's dtype.
+
+        Raises:
+            KeyError, ValueError: the fields do not say the sizes.
+        """
+        return cls.of_decoder(decoder_of(hf_config), weights)
+
+    @classmethod
+    def of_decoder(cls, decoder: Decoder, weights: Format = BFLOAT16) -> ModelSizes:
+        """Return the sizes that follow from the description of a decoder."""
+        return cls(total(parts_of(decoder, weights)), decoder)
+
+    @property
+    def cache(self) -> KvCache:
+        """The KV cache."""
+        return KvCache.of(self.decoder)
+
+    def weight_bytes(self, ranks: int, sp_size: int, element_bytes: int, experts: str = SHARDED) -> int:
         """Return the bytes of the base weights on one rank; each storage counts once. The TP weights are views of them.
 
         Args:
-            ranks: P, which must suit the layer.
+            ranks: P, which must suit the layers.
             sp_size: S. With S = 1, these are the weights of stock TP.
-            element_bytes: Bytes of one weight.
-
-        Raises:
-            ShiftError: the layer cannot be divided by ``ranks``.
+            element_bytes: Bytes of one weight in the model's dtype.
+            experts: ``sharded`` or ``replicated``.
         """
-        shards = self.layer.shards(ranks)
-        roles = [linear.role for linear in self.family.linears]
-        linears = sum(self._base_elements(role, shards[role], sp_size) for role in roles)
-        norms = 2 * self.layer.hidden + (2 * self.layer.head_dim if self.family.qk_norm else 0)
-        elements = self.layers * (linears + norms) + self.layer.hidden + self.embedding_elements(ranks)
-        return elements * element_bytes
-
-    def embedding_elements(self, ranks: int) -> int:
-        """Return the number of weights of the embedding and the LM head on one rank. Both modes have the same."""
-        rows = padded_vocab(self.vocabulary, ranks) // ranks
-        return rows * self.layer.hidden * (1 if self.tied_embeddings else 2)
+        return ceil(
+            sum(
+                self._share(part.division, ranks, sp_size, experts) * (part.elements * element_bytes + part.stored)
+                for part in self.parts
+            )
+        )
 
     def kv_bytes_per_token(self, ranks: int, element_bytes: int) -> int:
-        """Return the bytes of K and V of one token on one rank, in all layers. They depend on neither mode nor S."""
-        return 2 * self.layers * self.layer.attention.of_rank(ranks).kv * self.layer.head_dim * element_bytes
+        """Return the bytes of the KV cache of one token on one rank. They depend on neither mode nor S."""
+        return self.cache.bytes_per_token(ranks, element_bytes)
 
-    def _base_elements(self, role: Role, shard: tuple[int, int], sp_size: int) -> int:
-        """Return the elements of a base weight and its bias.
+    def _share(self, division: Division, ranks: int, sp_size: int, experts: str) -> Fraction:
+        """Return the part of a weight that is on each rank. It is more than 1 if KV heads are replicated in it."""
+        if division is Division.WHOLE:
+            return Fraction(1)
+        if division is Division.VOCABULARY:
+            return Fraction(padded_vocab(self.decoder.vocabulary, ranks), self.decoder.vocabulary * ranks)
+        if division is Division.KV:
+            kv_heads = self.decoder.layer.kv_heads
+            return Fraction(sp_size * kv_heads_of_rank(kv_heads, ranks), kv_heads)
+        stacked = division is Division.BASE or (division is Division.EXPERTS and experts == REPLICATED)
+        return Fraction(sp_size if stacked else 1, ranks)
 
-        A base weight has S shards. If the ranks sum products, the bias is whole on each rank.
-        """
-        outputs, inputs = shard
-        bias = outputs if role in self.bias_roles else 0
-        return sp_size * outputs * inputs + (bias if role.row_parallel else sp_size * bias)
+
+def cache_of(hf_config: Any) -> KvCache:
+    """Return the KV cache of a model, of which only the attention must be known.
+
+    Raises:
+        KeyError, ValueError: the fields of the Hugging Face configuration do not say the sizes.
+    """
+    return KvCache.of(outline_of(hf_config))
+
+
+def parts_of(decoder: Decoder, weights: Format) -> Iterable[Part]:
+    """Yield the weights of a decoder.
+
+    Norms count as if they had the format of the matrices, because they are too small to matter.
+    """
+    embedding = decoder.vocabulary * decoder.layer.hidden
+    yield Part(Division.WHOLE if decoder.whole_embedding else Division.VOCABULARY, embedding)
+    yield Part(Division.VOCABULARY, decoder.embeddings - embedding)
+    yield Part(Division.SHARD, decoder.vision)
+    for matrix in decoder.matrices():
+        exempt = exempt_share(matrix, decoder, weights)
+        quantized = matrix.elements * (1 - exempt)
+        yield Part(matrix.division, matrix.elements - quantized, quantized * weights.bits / 8)
+        if matrix.bias:
+            yield Part(Division.WHOLE if matrix.row_parallel else matrix.division, matrix.outputs * matrix.count)
+    if latent := decoder.latent:
+        # SGLang keeps the projection from the latent a second time, as two matrices for absorbed attention.
+        copies = decoder.layers * decoder.layer.heads * (latent.nope + latent.value) * latent.rank
+        yield Part(Division.SHARD, copies)
+
+
+def exempt_share(matrix: Matrix, decoder: Decoder, weights: Format) -> Fraction:
+    """Return the share of a matrix's layers in which it has the model's dtype. Routers always have it."""
+    if not weights.quantized or matrix.place is Place.ROUTER:
+        return Fraction(1)
+    return weights.exempt_share(matrix.place.value, min(decoder.layers, MOST_LAYERS))
+
+
+def total(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """Add up the parts that ranks divide in the same way."""
+    sums: dict[Division, list[int | Fraction]] = defaultdict(lambda: [0, 0])
+    for part in parts:
+        sums[part.division][0] += part.elements
+        sums[part.division][1] += part.stored
+    return tuple(Part(division, *both) for division, both in sums.items())
 
 
 def padded_vocab(vocab_size: int, ranks: int) -> int:

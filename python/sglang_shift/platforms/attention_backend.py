@@ -6,7 +6,7 @@ sliding windows. It computes no row of a cached prefix, and decodes requests of 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
@@ -18,6 +18,9 @@ from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang_shift.platforms.attention import Part, add_sinks, attend, attend_batch
 from sglang_shift.platforms.cpu import ATTENTION
 from sglang_shift.seams import extends
+
+# Where keys are in a pool: slots in any order, or a slice if the slots are consecutive. A slice needs no copy.
+Slots: TypeAlias = torch.Tensor | slice
 
 # Requests are decoded together if the longest has at most this many times the keys of the shortest, or few more keys.
 SPREAD, FEW_KEYS = 1.25, 64
@@ -44,12 +47,12 @@ class Together(NamedTuple):
 
     Attributes:
         members: The indices of the requests in the batch.
-        slots: ``[requests, keys]``: where their keys are in the KV pool. Shorter requests repeat their last slot.
+        slots: Of all their keys, request by request. Shorter requests repeat their last slot.
         visible: ``[requests, 1, 1, keys]``, bool: which of them count; None for all.
     """
 
     members: torch.Tensor
-    slots: torch.Tensor
+    slots: Slots
     visible: torch.Tensor | None
 
 
@@ -108,9 +111,10 @@ class CpuAttentionBackend(AttentionBackend):
             slots = self._slots_of(index, extension, layer, batch, options["window"])
             rows = query[start : start + extension.new]
             visible = extension.visible
+            key, value = gather(keys, values, slots, query.dtype)
             if visible is not None:
-                visible = visible[:, visible.shape[1] - slots.shape[0] :]
-            parts.append(attend(rows, *gather(keys, values, slots, query.dtype), visible=visible, **options))
+                visible = visible[:, visible.shape[1] - key.shape[0] :]
+            parts.append(attend(rows, key, value, visible=visible, **options))
             start += extension.new
         if start < query.shape[0] or not parts:  # rows that fill up the batch
             rest = query.shape[0] - start
@@ -136,11 +140,15 @@ class CpuAttentionBackend(AttentionBackend):
         for group in groups:
             whole = len(groups) == 1
             members = query if whole else query[group.members]
-            key, value = gather(keys, values, group.slots, query.dtype)
+            # [requests, KV heads, keys, width]
+            key, value = (
+                x.unflatten(0, (members.shape[0], -1)).transpose(1, 2)
+                for x in gather(keys, values, group.slots, query.dtype)
+            )
             part = attend_batch(
-                members.view(members.shape[0], key.shape[2], -1, width),  # heads that share keys are its queries
-                key.transpose(1, 2),
-                value.transpose(1, 2),
+                members.view(members.shape[0], key.shape[1], -1, width),  # heads that share keys are its queries
+                key,
+                value,
                 scale=layer.scaling,
                 cap=layer.logit_cap,
                 visible=group.visible,
@@ -212,7 +220,7 @@ class CpuAttentionBackend(AttentionBackend):
                 encoder = int(batch.encoder_lens[index])
                 start, end = (0, encoder) if layer.is_cross_attention else (encoder + start, encoder + end)
             slots = self.req_to_token_pool.req_to_token[extension.row, start:end]
-            self.slots[place] = self._translated(slots) if translate else slots
+            self.slots[place] = sliced(self._translated(slots) if translate else slots)
         return self.slots[place]
 
     def _together(self, layer: Any, batch: Any) -> list[Together]:
@@ -231,7 +239,8 @@ class CpuAttentionBackend(AttentionBackend):
                 if int(count.min()) < key.shape[0]:
                     visible = (key < count)[:, None, None]
                 slots = table[rows[member].unsqueeze(1), start + torch.minimum(key, count - 1)]
-                groups.append(Together(member, self._translated(slots) if translate else slots, visible))
+                slots = self._translated(slots) if translate else slots
+                groups.append(Together(member, sliced(slots.reshape(-1)), visible))
             self.slots[place] = groups
         return self.slots[place]
 
@@ -287,18 +296,32 @@ def similar(counts: list[int]) -> list[list[int]]:
 
 
 def gather(
-    keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype
+    keys: torch.Tensor, values: torch.Tensor, slots: Slots, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The keys and values at ``slots``, ``[*slots, KV heads, width]``, in ``dtype``."""
+    """The keys and values at ``slots``, ``[slots, KV heads, width]``, in ``dtype``."""
     key = take(keys, slots).to(dtype)
     if values.data_ptr() == keys.data_ptr():  # MLA's latents are both
         return key, key[..., : values.shape[-1]]
     return key, take(values, slots).to(dtype)
 
 
-def take(buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """The rows of ``buffer`` at ``slots``."""
-    return buffer.index_select(0, slots.reshape(-1)).view(*slots.shape, *buffer.shape[1:])
+def take(buffer: torch.Tensor, slots: Slots) -> torch.Tensor:
+    """The rows of ``buffer`` at ``slots``. PyTorch copies rows of two dimensions faster than rows of three."""
+    if isinstance(slots, slice):
+        return buffer[slots]
+    if not buffer.is_contiguous():  # its rows cannot be flattened without a copy of the pool
+        return buffer.index_select(0, slots)
+    return buffer.flatten(1).index_select(0, slots).unflatten(1, buffer.shape[1:])
+
+
+def sliced(slots: torch.Tensor) -> Slots:
+    """``slots``, as a slice if they are consecutive: those of a prompt often are."""
+    if slots.shape[0] == 0:
+        return slots
+    first, last = int(slots[0]), int(slots[-1])
+    if last - first == slots.shape[0] - 1 and bool((slots.diff() == 1).all()):
+        return slice(first, last + 1)
+    return slots
 
 
 def window_of(layer: Any, causal: bool) -> int | None:

@@ -16,7 +16,7 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
 from sglang_shift.errors import SeamError
-from sglang_shift.models.heads import kv_heads_of_rank
+from sglang_shift.models.sizes import KvCache, cache_of
 from sglang_shift.seams import extends, put_in_place, replaces
 from sglang_shift.start_up_log import leave_out_cpu
 
@@ -164,8 +164,11 @@ def kv_pool_tokens(server_args: Any, ranks: int) -> int:
     from sglang.srt.arg_groups.overrides import model_config_of
 
     config = model_config_of(server_args)
-    heads = kv_heads_of_rank(config.get_total_num_kv_heads(), server_args.tp_size)
-    per_token = 2 * heads * config.head_dim * config.num_hidden_layers * config.dtype.itemsize
+    try:
+        cache = cache_of(config.hf_config)
+    except (KeyError, ValueError):  # of a model with other fields, SGLang knows the heads
+        cache = KvCache(config.num_hidden_layers, config.get_total_num_kv_heads(), config.head_dim)
+    per_token = cache.bytes_per_token(server_args.tp_size, config.dtype.itemsize)
     fraction = server_args.mem_fraction_static or KV_FRACTION
     fits = int(psutil.virtual_memory().available * fraction / ranks / per_token)
     return min(fits, KV_MAX_REQUESTS * config.context_len)

@@ -49,6 +49,8 @@ MODULES = (
     "sglang_shift.runtime.weight_updater",
     "sglang_shift.serve_backend",
     "sglang_shift.weights.base_weights",
+    "sglang_shift.weights.one_gemm",
+    "sglang_shift.weights.stacked",
 )
 """The names of all modules with a declaration. The list has names because this room imports from no room above it."""
 

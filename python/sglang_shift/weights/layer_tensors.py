@@ -22,8 +22,11 @@ ALIGNMENT = 32
 MODULE_INTERNALS = frozenset(vars(torch.nn.Module()))
 """What PyTorch itself keeps in a module."""
 
-NOT_WEIGHTS = frozenset(("quant_method", "quant_config", "scheme", "tp_group", "kv_tp_group", "dispatcher", "runner"))
-"""Attributes of SGLang's layers that are no weights. They may hold scratch memory, which all shards can use."""
+METHODS = frozenset(("quant_method", "scheme", "kernel"))
+"""Attributes that compute with a layer. Their own tensors are scratch memory or constants, which all shards can use."""
+
+NOT_WEIGHTS = frozenset(("quant_config", "tp_group", "kv_tp_group", "dispatcher", "runner"))
+"""Attributes of layers and methods that hold no weights."""
 
 OF_A_RANK = frozenset(("tp_rank", "moe_tp_rank"))
 """Numbers that name this rank's shard. No kernel reads them."""
@@ -99,7 +102,7 @@ def describe(layer: torch.nn.Module) -> tuple[Description, list[torch.Tensor], l
     """
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
-    problem = "has layers of its own" if any(True for _ in layer.children()) else None
+    problem = "has weights in layers of its own" if any(map(_has_weights, layer.children())) else None
     for path, value in _leaves(layer):
         if isinstance(value, torch.Tensor):
             problem = problem or _problem_with_tensor(path, value)
@@ -107,8 +110,10 @@ def describe(layer: torch.nn.Module) -> tuple[Description, list[torch.Tensor], l
         elif _is_plain(value):
             if path.rpartition(".")[2] not in OF_A_RANK:
                 values[path] = value
-        elif path not in NOT_WEIGHTS and _hides_tensors(value):
-            problem = problem or f"hides tensors in {path}, a {type(value).__name__}"
+        else:
+            problem = problem or _problem_with_object(path, value)
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        problem = problem or "has tensors on several devices"
     if problem:
         return Description(Layout((), ()), {}, problem), [], []
     layout, memory = _layout(tensors)
@@ -171,6 +176,10 @@ def _items(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
+def _has_weights(module: torch.nn.Module) -> bool:
+    return any(True for tensors in (module.parameters(), module.buffers()) for _ in tensors)
+
+
 def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str | Enum | torch.dtype)
 
@@ -183,6 +192,18 @@ def _problem_with_tensor(path: str, tensor: torch.Tensor) -> str | None:
     if tensor.layout is not torch.strided:
         return f"has {path} in the layout {tensor.layout}"
     return None
+
+
+def _problem_with_object(path: str, value: Any) -> str | None:
+    name = path.rpartition(".")[2]
+    if name in NOT_WEIGHTS:
+        return None
+    if name in METHODS:
+        parts = getattr(value, "__dict__", {}).items()
+        items = [item for key, part in parts for item in _items(f"{path}.{key}", part)]
+        problems = (_problem_with_object(key, item) for key, item in items if not isinstance(item, torch.Tensor))
+        return next(filter(None, problems), None)
+    return f"hides tensors in {path}, a {type(value).__name__}" if _hides_tensors(value) else None
 
 
 def _hides_tensors(value: Any, depth: int = 3) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.linear import ColumnParallelLinear
 
+from sglang_shift.seams import relies_on
 from sglang_shift.weights.layer_tensors import Shard, held_by, holds_tensors
 
 METHODS = frozenset(
@@ -37,6 +38,20 @@ DTYPES = frozenset(
 """Types of weights of which each element is one number. Packed and repacked weights have other types."""
 
 
+QUANTIZATION = "sglang.srt.layers.quantization"
+SCHEMES = f"{QUANTIZATION}.compressed_tensors.schemes"
+READS_COLUMNS = "it reads only the weight, its scales and the bias, and each column independently"
+
+
+@relies_on(f"{QUANTIZATION}.unquant:UnquantizedLinearMethod.apply", READS_COLUMNS)
+@relies_on(f"{QUANTIZATION}.fp8:Fp8LinearMethod.apply", READS_COLUMNS)
+@relies_on(f"{QUANTIZATION}.fp8_utils:apply_fp8_linear", READS_COLUMNS)
+@relies_on(f"{QUANTIZATION}.w8a8_fp8:W8A8Fp8LinearMethod.apply", READS_COLUMNS)
+@relies_on(f"{QUANTIZATION}.w8a8_int8:W8A8Int8LinearMethod.apply", READS_COLUMNS)
+@relies_on(f"{QUANTIZATION}.blockwise_int8:BlockInt8LinearMethod.apply", READS_COLUMNS)
+@relies_on(f"{QUANTIZATION}.modelopt_quant:ModelOptFp8LinearMethod.apply", READS_COLUMNS)
+@relies_on(f"{SCHEMES}.compressed_tensors_w8a8_fp8:CompressedTensorsW8A8Fp8.apply_weights", READS_COLUMNS)
+@relies_on(f"{SCHEMES}.compressed_tensors_w8a8_int8:CompressedTensorsW8A8Int8.apply_weights", READS_COLUMNS)
 def side_by_side(layer: Any, shards: list[Shard]) -> Shard | None:
     """All columns of a layer as one shard, in the memory of the stacked shards.
 
@@ -60,8 +75,10 @@ def side_by_side(layer: Any, shards: list[Shard]) -> Shard | None:
 
 
 def _method(layer: Any) -> str:
-    """The class that knows the layout of the weight: the scheme of a layer if it has one, or its method."""
-    return type(getattr(layer, "scheme", None) or layer.quant_method).__name__
+    """The class that computes with the weight: that of the layer's scheme if it has one, or of its method."""
+    if scheme := getattr(layer, "scheme", None):
+        return type(scheme).__name__
+    return next((cls.__name__ for cls in type(layer.quant_method).__mro__ if "apply" in vars(cls)), "")
 
 
 def _one_tensor(layer: Any, name: str, parts: list[Any]) -> torch.Tensor | None:

@@ -22,6 +22,7 @@ import torch
 
 from sglang_shift.errors import Refusal, Refused
 from sglang_shift.parallel.topology import Topology
+from sglang_shift.seams import extends
 from sglang_shift.weights.layer_tensors import (
     ALIGNMENT,
     Description,
@@ -69,6 +70,7 @@ def stack_shards(layer: torch.nn.Module, topology: Topology, name: str = "") -> 
     return StackedShards(layer, topology, name)
 
 
+@extends("sglang.srt.layers.quantization.base_config:LinearMethodBase.apply", "it runs on the shards of other ranks")
 class StackedShards:
     """The shards of a layer of all ranks of an SP group. :func:`stack_shards` makes it.
 
@@ -152,6 +154,9 @@ class StackedShards:
 
         Experts that every rank holds whole run in this way: the outputs are to be summed. Between two results, and
         after an error, the layer has this rank's shard.
+
+        Args:
+            run: Runs the layer. It must not change its input: SGLang's experts may write into theirs.
         """
         for number in range(len(self.shards)):
             with self._installed(number):

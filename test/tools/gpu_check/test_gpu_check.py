@@ -240,10 +240,21 @@ def test_the_list(capsys):
 
 def test_every_check_is_there(monkeypatch):
     """Each test runs a check of its own, all of which exist."""
-    from sglang_shift.tools.gpu_check import dispatch, engine, exchange, gemms, graphs, kernels, links, memory, steps
+    from sglang_shift.tools.gpu_check import (
+        dispatch,
+        engine,
+        exchange,
+        gemms,
+        graphs,
+        kernels,
+        links,
+        memory,
+        quantized,
+        steps,
+    )
 
     ran, record = [], Record()
-    for module in (dispatch, engine, exchange, gemms, graphs, kernels, links, memory, steps):
+    for module in (dispatch, engine, exchange, gemms, graphs, kernels, links, memory, quantized, steps):
         for name in [name for name in vars(module) if name.startswith("check")]:
             monkeypatch.setattr(module, name, lambda given, at=(module, name): ran.append((at, given)))
     for check in CHECKS:

@@ -43,7 +43,7 @@ def test_a_wrong_base_weight_is_seen(name, monkeypatch):
 
     def broken(self):
         linears = real(self)
-        linears[name].shift_projection.base.weight[-5:, -5:] += 1  # of another rank's shard, which TP does not read
+        linears[name].projection.base.weight[-5:, -5:] += 1  # of another rank's shard, which TP does not read
         return linears
 
     monkeypatch.setattr(Stack, "_linears", broken)
@@ -73,7 +73,7 @@ def test_the_bytes_that_a_step_sends_are_those_of_the_formula(ranks, sp):
 def test_tp_weights_are_views_of_base_weights():
     stack = Stack(small(4, 2), 1, BATCHES[0], torch.float32, CPU)
     for name, linear in stack.layers[0].linears.items():
-        shard, base = stack.deployment.shards[name], linear.shift_projection.base.weight
+        shard, base = stack.deployment.shards[name], linear.projection.base.weight
         assert linear.weight.shape == (shard.outputs, shard.inputs) and linear.weight.stride() == (shard.stride, 1)
         assert linear.weight.data_ptr() == base.data_ptr() and base.shape == (
             stack.deployment.bases[name].outputs,

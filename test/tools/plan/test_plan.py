@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from plan_models import config
+from plan_models import config, known_config
 from sglang.srt.arg_groups import memory_hook
 from sglang.srt.arg_groups.overrides import declare_resolution, resolution_result
 from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, PhaseConfig
@@ -93,7 +93,7 @@ class TestModel:
         ],
     )
     def test_others_are_refused(self, tmp_path, changes, problem):
-        with pytest.raises(ShiftError, match=f"{problem}.*; give the config.json of a dense decoder as --model"):
+        with pytest.raises(ShiftError, match=f"{problem}.*; give the config.json of a decoder as --model"):
             read_model(config(tmp_path, **changes))
 
     def test_what_is_no_model_is_refused(self, tmp_path):
@@ -139,6 +139,21 @@ class TestMemory:
         held = memory(FP8, on, RankLayout(ranks, 1), chunk, shifts=True)
         assert round(1 - held.reserve / held.total, 3) == resolution_result(args, "mem_fraction_static")
         assert held.graphs == memory_hook.reserve_for_graph_mb(args) * MIB
+
+    def test_replicated_experts_are_a_part_of_what_sp_needs(self, tmp_path):
+        file, experts = known_config(tmp_path, "Mixtral-8x7B"), 32 * 8 * 3 * 4096 * 14336 * 2
+        sharded, replicated = (
+            memory(read_model(file, experts=copies), H200, RankLayout(8, 4), 8192)
+            for copies in ("sharded", "replicated")
+        )
+        assert sharded.weights == replicated.weights
+        attention = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024) * 2
+        assert sharded.base == attention * 3 // 8
+        assert replicated.base == (attention + experts) * 3 // 8
+
+    def test_latents_are_on_every_rank(self, tmp_path):
+        model = read_model(known_config(tmp_path, "DeepSeek-V3"))
+        assert {memory(model, H200, RankLayout(p, 1), 8192).kv_per_token for p in (1, 8)} == {61 * 576 * 2}
 
     def test_the_rest_is_for_the_kv_cache(self):
         held = memory(FP8, H200, RankLayout(8, 2), 8192, shifts=True)

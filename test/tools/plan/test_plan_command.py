@@ -8,7 +8,7 @@ import re
 import sys
 
 import pytest
-from plan_models import config
+from plan_models import config, known_config
 from sglang_shift.tools.plan import command
 
 
@@ -43,6 +43,41 @@ class TestCommand:
         assert "(fp8, KV cache in fp8) on 1 x H200" in printed
         assert "--kv-cache-dtype fp8_e4m3" in printed
         assert "does not serve quantized models yet" in printed
+
+    @pytest.mark.parametrize("copies", ["sharded", "replicated"])
+    def test_a_mixture_of_experts(self, tmp_path, capsys, copies):
+        file = known_config(tmp_path, "Qwen3-30B-A3B")
+        arguments = ["--model", str(file), "--gpus", "2xH200", "--rate", "2", "--requests", "20", "--prompt", "8000"]
+        assert command.main([*arguments, "--output", "5", "--experts", copies]) == 0
+        printed = capsys.readouterr().out
+        assert "8 of 128 compute a token, 3.4 of 30.5 billion parameters" in printed
+        assert f"They are {copies} in SP" in printed
+        given = "--shift-experts replicated" in printed
+        assert given is (copies == "replicated" and "--sp-size" in printed)
+
+    def test_latents_experts_and_a_format_without_figures(self, tmp_path, capsys):
+        awq = {"quant_method": "awq", "bits": 4, "group_size": 128, "modules_to_not_convert": ["self_attn"]}
+        file = known_config(tmp_path, "DeepSeek-V3", quantization_config=awq)
+        arguments = ["--model", str(file), "--gpus", "8xH200", "--rate", "2", "--requests", "10", "--prompt", "800"]
+        assert command.main([*arguments, "--output", "5"]) == 0
+        printed = capsys.readouterr().out
+        for words in (
+            "(int4, KV cache in bfloat16)",
+            "Every rank caches the latents of all tokens",
+            "no figures for products of int4 weights. 4.16 bits a weight are read, and arithmetic has the rate of",
+            "does not serve mixture-of-experts and MLA and quantized models yet",
+        ):
+            assert words in printed
+
+    def test_windows_are_not_regarded(self, tmp_path, capsys):
+        file = known_config(tmp_path, "gpt-oss-20b")
+        assert command.main(["--model", str(file), "--gpus", "1xH200", "--rate", "2", "--requests", "5"]) == 0
+        assert "Layers with a sliding window count as if they attended to all tokens" in capsys.readouterr().out
+
+    def test_experts_of_a_dense_model_are_refused(self, tmp_path, capsys):
+        arguments = ["--model", str(config(tmp_path)), "--gpus", "1xH200", "--rate", "2", "--experts", "replicated"]
+        assert command.main(arguments) == 2
+        assert "has no experts; leave it out" in capsys.readouterr().err
 
     def test_what_is_cut_is_counted(self, tmp_path, capsys):
         file = config(tmp_path, max_position_embeddings=150)

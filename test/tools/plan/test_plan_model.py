@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from harness import REPO
 from plan_models import CONFIG, config
 from sglang.srt.configs.model_config import ModelConfig
 from sglang_shift.errors import ShiftError
 from sglang_shift.models.families import FAMILIES
-from sglang_shift.tools.plan.config import context_of, with_defaults
+from sglang_shift.tools.plan.config import PLANNED, context_of, with_defaults
 from sglang_shift.tools.plan.model import read_model
 
 TYPES = {name: family.model_type for name, family in FAMILIES.items()}
@@ -65,7 +66,7 @@ class TestAsSGLangReadsIt:
         try:
             theirs = ModelConfig(str(folder))
         except Exception:  # whatever transformers says of it
-            with pytest.raises(ShiftError, match=r"; give the config.json of a dense decoder as --model"):
+            with pytest.raises(ShiftError, match=r"; give the config.json of a decoder as --model"):
                 read_model(folder)
             assert architecture == "Phi3ForCausalLM" or changes == {"num_key_value_heads": None}, "no other is refused"
             return
@@ -93,6 +94,11 @@ class TestAsSGLangReadsIt:
         }
         found = {name: read_model(write(tmp_path / name, rope_scaling=s)).context for name, s in contexts.items()}
         assert found == {"linear": 32768, "yarn": 8192, "llama3": 8192}
+
+
+def test_the_docs_name_every_architecture():
+    docs = (REPO / "docs" / "cost-model.md").read_text()
+    assert all(f"`{name}`" in docs for name in PLANNED)
 
 
 class TestContexts:
@@ -168,7 +174,7 @@ class TestRefusals:
     )  # fmt: skip
     def test_in_one_sentence(self, tmp_path, changes, problem):
         folder = write(tmp_path / "m", **{"model_type": "llama", **changes})
-        with pytest.raises(ShiftError, match=f"{problem}.*; give the config.json of a dense decoder as --model") as e:
+        with pytest.raises(ShiftError, match=f"{problem}.*; give the config.json of a decoder as --model") as e:
             read_model(folder)
         assert "\n" not in str(e.value) and len(str(e.value)) < 700
 
@@ -184,6 +190,6 @@ class TestRefusals:
     def test_what_is_no_json_object(self, tmp_path, content):
         file = config(tmp_path)
         file.write_bytes(content)
-        with pytest.raises(ShiftError, match=r"config\.json: .*; give the config.json of a dense decoder") as error:
+        with pytest.raises(ShiftError, match=r"config\.json: .*; give the config.json of a decoder") as error:
             read_model(file)
         assert "\n" not in str(error.value)

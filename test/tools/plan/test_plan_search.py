@@ -87,6 +87,12 @@ class TestSearch:
         alone = report.text(replace(plan, layouts=[plan.best], settings=[]), FP8, "8 x H200", "some")
         assert "Nothing else that was tried comes within that." in alone
 
+    def test_replicated_experts_are_in_the_command_of_a_server_with_sp(self, plan):
+        model = replace(FP8, experts="replicated")
+        for trial in plan.layouts:
+            printed = report.text(replace(plan, best=trial), model, "8 x H200", "some")
+            assert ("--shift-experts replicated" in printed) is (trial.candidate.layout.sp_size > 1)
+
     def test_gpus_that_idle_are_named(self):
         plan = search(FP8, H200, 3, [Request(0.0, 1000, 10)])
         printed = report.text(plan, FP8, "3 x H200", "some")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 from math import hypot
 
@@ -9,7 +11,9 @@ import msgspec
 import pytest
 from sglang_shift.cost.model import PHASES, CostModel, Curve
 from sglang_shift.errors import ShiftError
+from sglang_shift.models.decoder import Decoder, Experts, Latent
 from sglang_shift.models.decoder_layer import Layer
+from sglang_shift.models.formats import BFLOAT16, FP8, Format
 from sglang_shift.modes import Mode, StepState
 from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.tools.plan.hardware import NODE, Gemm, Gpu, Kernel, gpus, parse_gpus
@@ -117,7 +121,7 @@ class TestGemms:
     def test_heads_that_are_replicated_are_computed_and_read_by_each(self):
         on = gpu(Gemm(0.0, 1e300, 1.0, 2), attention=Kernel(0.0, 1.0))
         eight = times(on, 8)
-        assert eight.kv_width == 8  # 4 KV heads for 8 ranks
+        assert eight.block.values == 8  # 4 KV heads for 8 ranks
         assert eight.attention("decode") == 2 * 8 * 2 * 3
         qkv = 2 * 64 * (8 + 2 * 8)
         assert eight._gemms(1, 1) == pytest.approx(qkv + 2 * (64 * 8 + 3 * 64 * 32))
@@ -178,6 +182,123 @@ class TestElementwise:
         assert count() == pytest.approx(5)
         assert count(weights="fp8") == count(Mode.SP) == pytest.approx(9)
         assert count(architecture="Qwen3ForCausalLM") == pytest.approx(6)
+
+
+def sparse_times(on, world_size=1, sp_size=1, copies="sharded", weights=None, latent=None, shared=0):
+    """Two dense layers, and one with 16 experts of 64 of which 2 compute a token."""
+    decoder = Decoder(SMALL, 3, 1024, experts=Experts(16, 2, 64, 1, shared), latent=latent)
+    fields = {"description": decoder, "quantization": weights, "experts": copies}
+    return StepTimes(Model("m", SMALL, 3, 1024, 4096, **fields), on, RankLayout(world_size, sp_size))
+
+
+EXPERT = 3 * 64 * 64
+
+
+class TestExperts:
+    @pytest.mark.parametrize("copies", ["sharded", "replicated"])
+    @pytest.mark.parametrize("sp", [1, 2, 4])
+    def test_flops_are_the_active_parameters(self, copies, sp):
+        """Each token is computed by 2 of 16 experts and by the shared one; all ranks compute the router."""
+        on = gpu(Gemm(0.0, 1e300, 1.0, 2))
+        active = 3 * SMALL.parameters - 3 * 64 * 256 + 2 * EXPERT + 3 * 64 * 128
+        for mode in Mode:
+            rows = 8 // sp if mode is Mode.SP else 8
+            total = sparse_times(on, 4, sp, copies, shared=128).parts(mode, "prefill", 8)["gemm"]
+            assert total == pytest.approx(2 * 8 * active / 4 + 2 * rows * 16 * 64 + 2 * 1024 // 4 * 64)
+
+    @pytest.mark.parametrize("tokens", [1, 4, 64])
+    def test_the_experts_that_some_token_needs_are_read(self, tokens):
+        """TP and sharded SP read 1/P of the experts of all tokens, replicated SP reads all of those of its own rows."""
+        on = gpu(Gemm(0.0, 1.0, 1e300, 2))
+
+        def read(copies, mode):
+            step = sparse_times(on, 4, 4, copies)
+            sp = 4 if mode is Mode.SP else 1
+            rows = -(-tokens // sp)
+            experts = step._gemms(rows, sp, step.mlps[1][0]) - step._gemms(rows, sp) + dense(step, rows, sp)
+            mine = rows if copies == "replicated" else rows * sp
+            shard = 64 // 4 * (sp if copies == "replicated" else 1)
+            activations = 2 * mine * (64 + 3 * shard + 64) * 2 + rows * 64 * 2 + 16 * 64 * 2 + 2 * rows * 16
+            return (experts - activations) / (2 * 3 * 64 * shard)
+
+        def dense(step, rows, sp):
+            return sum(step._product(product) for product in step.mlps[0][0].products(rows, sp))
+
+        for copies in ("sharded", "replicated"):
+            assert read(copies, Mode.TP) == pytest.approx(16 * (1 - (14 / 16) ** tokens))
+        padded = 4 * -(-tokens // 4)
+        assert read("sharded", Mode.SP) == pytest.approx(16 * (1 - (14 / 16) ** padded))
+        assert read("replicated", Mode.SP) == pytest.approx(16 * (1 - (14 / 16) ** (padded // 4)))
+
+    def test_sharded_experts_gather_and_sum_all_rows_in_sp(self):
+        """As many bytes as TP's all-reduce, in two parts, and the router's logits."""
+        on, row = gpu(all_to_alls=BYTES), 64 * 2
+
+        def communication(step):
+            return step.parts(Mode.SP, "prefill", 8)["communication"]
+
+        dense = communication(times(on, 4, 4))
+        assert communication(sparse_times(on, 4, 4)) - dense == 8 * (2 * row + 16 * 2)
+        assert communication(sparse_times(on, 4, 4, "replicated")) == dense
+
+    @pytest.mark.parametrize(("shared", "sums"), [(0, 2), (128, 3)])
+    def test_what_is_left_of_tp_sums_experts_and_shared_experts(self, shared, sums):
+        step = sparse_times(gpu(all_reduces=BYTES), 8, 4, shared=shared)
+        assert step._layer_communication(3, 4, step.mlps[1][0]) == sums * 3 * 64 * 2
+        assert step._layer_communication(3, 1, step.mlps[1][0]) == 2 * 3 * 64 * 2
+
+    def test_ranks_must_divide_the_experts(self):
+        with pytest.raises(ShiftError, match="8 ranks for experts of 64 and shared experts of 12"):
+            sparse_times(gpu(), 8, 1, shared=12)
+
+
+class TestLatents:
+    LATENT = Latent(query_rank=24, rank=32, rope=8, nope=16, value=16)
+
+    @pytest.mark.parametrize("query_rank", [24, None])
+    def test_flops(self, query_rank):
+        """A rank computes the latents of its rows, its heads of all rows, and its share of the output."""
+        latent, on = replace(self.LATENT, query_rank=query_rank), gpu(Gemm(0.0, 1e300, 1.0, 2))
+        step = sparse_times(on, 4, 4, latent=latent)
+        mlp = sum(step._product(product) for product in step.mlps[0][0].products(2, 4))
+        query = 24 * 8 * 24 if query_rank else 64 * 8 * 24
+        down = 64 * ((query_rank or 0) + 40)
+        expected = 2 * 2 * down + 2 * 8 * (query + 32 * 8 * 32 + 8 * 16 * 64) / 4
+        assert step._gemms(2, 4) - mlp == pytest.approx(expected)
+
+    def test_messages(self):
+        """The latents of 8 tokens on each rank, and each rank's heads of the output."""
+        latents = sparse_times(gpu(all_to_alls=BYTES), 4, 4, latent=self.LATENT)
+        assert latents._layer_communication(2, 4) == 8 * (24 + 40) * 2 + 8 * 2 * 16 * 2
+        queries = sparse_times(gpu(all_to_alls=BYTES), 4, 4, latent=replace(self.LATENT, query_rank=None))
+        assert queries._layer_communication(2, 4) == 8 * 40 * 2 + 8 * 2 * 16 * 2 + 8 * 2 * 24 * 2
+
+    def test_a_decode_reads_the_latent_on_every_rank(self):
+        on = gpu(attention=Kernel(0.0, 1.0))
+        for ranks in (1, 8):
+            step = sparse_times(on, ranks, latent=self.LATENT)
+            heads = 8 // ranks
+            assert step.attention("prefill") == 3 * 2 * heads * (24 + 16)
+            assert step.attention("decode") == 3 * max(40 * 2, 2 * heads * (40 + 32))
+
+
+class TestFormats:
+    def test_a_format_without_figures_reads_its_bits_and_computes_as_bfloat16(self):
+        on, int4 = gpus()["H200"], Format("int4", Fraction(4))
+        gemm, plain = on.gemm(int4), on.gemms["bfloat16"]
+        assert (gemm.flops, gemm.bandwidth, gemm.latency) == (plain.flops, plain.bandwidth, plain.latency)
+        moved = 512 * 1024 / 2 + 7 * 1024 * 2 + 2 * 7 * 512
+        expected = hypot(moved / plain.bandwidth, 2 * 7 * 512 * 1024 / plain.flops)
+        assert gemm.seconds(7, 512, 1024) == pytest.approx(plain.latency + expected)
+        assert on.gemm(FP8) is on.gemms["fp8"]
+
+    def test_matrices_that_are_not_quantized_are_those_of_bfloat16(self):
+        """gpt-oss: only its experts are quantized."""
+        kept = replace(Format("mxfp4", Fraction(4)), exempt=("model.layers.*.self_attn", "model.layers.*.mlp.router"))
+        step = sparse_times(gpu(), weights=kept)
+        assert [product.weights for product in step.block.products(1, 1)] == [BFLOAT16, BFLOAT16]
+        router, *experts = step.mlps[1][0].products(1, 1)
+        assert router.weights == BFLOAT16 and {product.weights for product in experts} == {kept}
 
 
 class TestSteps:

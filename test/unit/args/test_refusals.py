@@ -182,8 +182,14 @@ def test_features_that_do_not_combine(field):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["GemmaForCausalLM"]}, "architecture GemmaForCausalLM is not served"),
-        ({"architectures": ["MixtralForCausalLM"]}, "architecture MixtralForCausalLM is not served"),
+        (
+            {"architectures": ["MuseSparkForConditionalGeneration"]},
+            "because its class in SGLang shards tokens in its own",
+        ),
+        ({"architectures": ["Gemma3nForCausalLM"]}, "because its layers keep several streams in one tensor"),
+        ({"architectures": ["DeepseekV32ForCausalLM"]}, "because its sparse attention chooses tokens by the hidden"),
+        ({"architectures": ["LlamaForCausalLM"], "index_topk": 64}, "architecture LlamaForCausalLM is not served"),
+        ({"architectures": ["GemmaForCausalLM"], "num_key_value_heads": 3}, "3 KV heads"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized weights"),
         ({"num_attention_heads": 6}, "6 attention heads"),
         ({"num_key_value_heads": 3}, "3 KV heads"),
@@ -196,9 +202,34 @@ def test_models_that_are_not_served(changes, message):
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"architectures": ["GemmaForCausalLM"]},
+        {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8},
+        # The fields of a family are not those of other models: these compute what they say.
+        {"architectures": ["Gemma3ForCausalLM"], "sliding_window": 64, "hidden_act": "gelu_pytorch_tanh"},
+        {"architectures": ["GPT2LMHeadModel"], "intermediate_size": None},
+        {"architectures": ["Glm4MoeForCausalLM"], "intermediate_size": [768, 768]},
+    ],
+    ids=lambda changes: changes["architectures"][0],
+)
+def test_any_architecture_may_be_served(changes):
+    """A rank looks at its layers after loading: test/unit/layers/test_structure.py."""
+    check_model(demo_config(**changes), ShiftConfig(4, 4, True, "tokens", 256))
+
+
+def test_a_model_may_have_no_field_for_the_size_of_its_mlp():
+    model = demo_config(architectures=["GPT2LMHeadModel"])
+    del model.hf_config.intermediate_size
+    check_model(model, ShiftConfig(4, 4, True, "tokens", 256))
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({}, None),
+        # Latents are gathered, and not exchanged by heads.
+        ({"head_dim": 6, "kv_lora_rank": 32, "architectures": ["DeepseekV3ForCausalLM"]}, None),
         # 2 heads and half a KV head, replicated, a rank: 4 heads of QKV, 2 of O.
         ({"head_dim": 8}, None),
         ({"head_dim": 4}, "fp8 takes a multiple of 16 columns, and with --tp-size 4 a rank has 8 of O; give auto"),
@@ -231,7 +262,7 @@ def demo_config(**changes):
     )
 
 
-def test_the_allowlist_is_the_tested_families():
+def test_every_family_has_a_tiny_model():
     assert set(families.FAMILIES) == set(FAMILIES)
 
 

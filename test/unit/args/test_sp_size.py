@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from sglang.srt.arg_groups import memory_hook
 from sglang.srt.arg_groups.cuda_graph_hook import generate_decode_cuda_graph_batch_sizes
 from sglang.srt.arg_groups.overrides import declare_resolution, resolution_result, resolving_view
@@ -27,6 +28,7 @@ from sglang_shift.launch_server import resolve
 from sglang_shift.models.demo import demo_model_path
 from sglang_shift.models.families import FAMILIES
 from sglang_shift.models.sizes import GIB, VOCAB_PADDING, ModelSizes
+from sglang_shift.platforms import cpu
 from sglang_shift.resolution import shift_config_of
 
 DEMO = json.loads(Path(demo_model_path(), "config.json").read_text())
@@ -110,6 +112,104 @@ def test_padding_of_the_vocabulary(vocab, world, rows):
 @pytest.mark.parametrize(("world", "kv_heads"), [(1, 8), (4, 2), (8, 1), (16, 1)])
 def test_kv_bytes_of_a_token(world, kv_heads):
     assert ModelSizes.of(LLAMA_70B).kv_bytes_per_token(world, 2) == 2 * 80 * kv_heads * 128 * 2
+
+
+# Sources of the sizes
+
+
+def mixtral(path=None, **fields):
+    """SGLang's configuration of a tiny mixture of experts: 4 experts of 32, 2 layers of 64 hidden states."""
+    config = {
+        "architectures": ["MixtralForCausalLM"], "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 512, "tie_word_embeddings": True,
+        "num_local_experts": 4, "num_experts_per_tok": 2, **fields,
+    }  # fmt: skip
+    return SimpleNamespace(
+        hf_config=SimpleNamespace(**config), model_path=path and str(path), context_len=128, dtype=torch.bfloat16
+    )
+
+
+EXPERTS = 2 * (2 * 4 * 3 * 64 * 32)
+"""Bytes of the experts of :func:`mixtral`."""
+
+
+@pytest.mark.parametrize(("given", "copies"), [(None, 1), ("sharded", 1), ("replicated", 2)])
+def test_experts_are_held_once_or_by_every_member_of_an_sp_group(given, copies):
+    rest = 2 * (512 * 64 // 4 + 2 * 4 * 64 * 64 * 2 // 4 + 2 * 4 * 64 + 5 * 64)
+    found = sp_size.weight_bytes(settings(tp_size=4, shift_experts=given), mixtral(), [2])
+    assert found == {2: rest + copies * EXPERTS // 4}
+
+
+def test_files_that_are_here_say_more_than_the_configuration(tmp_path):
+    """The headers of the files count, except with dummy weights."""
+    save_file({"model.norm.weight": torch.zeros(64)}, tmp_path / "model.safetensors")
+    model, plain = mixtral(tmp_path), mixtral()
+    assert sp_size.weight_bytes(settings(), model, [2]) == {2: 2 * 64}
+    by_config = sp_size.weight_bytes(settings(), plain, [2])
+    assert sp_size.weight_bytes(settings(load_format="dummy"), model, [2]) == by_config
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    assert sp_size.weight_bytes(settings(), model, [2]) == by_config
+
+
+def test_files_in_the_cache_of_the_hub(tmp_path, monkeypatch):
+    folder = tmp_path / "models--a--b" / "snapshots" / "123"
+    folder.mkdir(parents=True)
+    save_file({"model.norm.weight": torch.zeros(64)}, folder / "model.safetensors")
+    (tmp_path / "models--a--b" / "refs").mkdir()
+    (tmp_path / "models--a--b" / "refs" / "main").write_text("123")
+    found = sp_size.weight_bytes(settings(download_dir=str(tmp_path)), mixtral("a/b"), [2])
+    assert found == {2: 2 * 64}
+    elsewhere = sp_size.weight_bytes(settings(download_dir=str(tmp_path / "none")), mixtral("a/b"), [2])
+    assert elsewhere == sp_size.weight_bytes(settings(), mixtral(), [2])
+
+
+def test_a_quantized_model_without_files():
+    """In eight bits the experts and the projections take half; embeddings, routers and copies of the dtype do not."""
+    fp8 = mixtral(quantization_config={"quant_method": "fp8"})
+    plain, quantized = (sp_size.weight_bytes(settings(tp_size=1), m, [1])[1] for m in (mixtral(), fp8))
+    assert quantized == plain - (EXPERTS + 2 * (2 * 4 * 64 * 64 + 5 * 64)) // 2
+    assert sp_size.weight_bytes(settings(tp_size=1, quantization="fp8"), mixtral(), [1]) == {1: quantized}
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"hidden_size": None}, "no hidden_size"),
+        ({"intermediate_size": [1]}, r"intermediate_size \[1\] is not a whole number"),
+        ({"quantization_config": {"quant_method": "gguf"}}, "quantization gguf, for which there are no figures"),
+    ],
+    ids=str,
+)
+def test_sizes_that_are_not_known_need_a_number(fields, problem):
+    with pytest.raises(Refused, match=f"cannot tell the size of MixtralForCausalLM.* {problem}.*; give --sp-size a"):
+        sp_size.weight_bytes(settings(), mixtral(**fields), [2])
+
+
+def test_the_pool_of_a_latent_cache():
+    """Every rank has the latents of all tokens."""
+    latent = {"kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    pool = pool_of(settings(max_total_tokens=10), mixtral(**latent), 64 * GIB)
+    assert pool.minimum == 10 * 2 * 40 * 2
+
+
+def test_the_pool_of_the_cpu_platform(monkeypatch):
+    """It has 0.4 of the free memory, here half for each of two ranks, and at most 64 requests of the full context."""
+    from sglang.srt.arg_groups import overrides
+
+    args = SimpleNamespace(mem_fraction_static=None, tp_size=2)
+
+    def tokens(model, free):
+        monkeypatch.setattr(cpu.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+        monkeypatch.setattr(overrides, "model_config_of", lambda _: model)
+        return cpu.kv_pool_tokens(args, 2)
+
+    latent = {"kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    assert tokens(mixtral(), 1_000_000) == 200_000 // (2 * 2 * 4 * 8 * 2)
+    assert tokens(mixtral(**latent), 1_000_000) == 200_000 // (2 * 40 * 2)
+    assert tokens(mixtral(), 10**12) == 64 * 128
+    unknown = mixtral(num_attention_heads=None)
+    unknown.__dict__.update(num_hidden_layers=2, head_dim=8, get_total_num_kv_heads=lambda: 8)
+    assert tokens(unknown, 1_000_000) == 200_000 // (2 * 2 * 4 * 8 * 2)
 
 
 # Choices

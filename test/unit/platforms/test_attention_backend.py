@@ -11,7 +11,7 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang_shift.platforms.attention import add_sinks, attend
-from sglang_shift.platforms.attention_backend import CpuAttentionBackend, similar
+from sglang_shift.platforms.attention_backend import CpuAttentionBackend, similar, sliced
 
 HEADS, KV_HEADS, WIDTH, SLOTS = 4, 2, 16, 400
 
@@ -237,6 +237,32 @@ def test_the_log_sum_exp_counts_sinks():
         query = requests.q[request].view(1, HEADS, WIDTH)
         alone = add_sinks(attend(query, requests.pool.keys[own], requests.pool.values[own], scale=0.3), sinks)
         torch.testing.assert_close(part.lse[request], alone.lse[0])
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_keys_in_consecutive_slots_are_not_copied(step):
+    requests = requests_of(step)
+    backend = CpuAttentionBackend(requests.runner)
+    table, start = requests.runner.req_to_token_pool.req_to_token, 1
+    for row, own in zip(requests.batch.req_pool_indices, requests.slots, strict=True):
+        own.copy_(torch.arange(start, start + len(own)))
+        table[row, : len(own)] = own
+        start += len(own)
+    requests.batch.out_cache_loc = torch.cat(
+        [own[prefix:] for own, prefix in zip(requests.slots, requests.prefixes, strict=True)]
+    )
+    backend.init_forward_metadata(requests.batch)
+    out = backend.forward(requests.q, requests.k, requests.v, layer_of(), requests.batch)
+    torch.testing.assert_close(out, requests.expected(), atol=1e-5, rtol=1e-5)
+    copies = [slots for slots in backend.slots.values() if isinstance(slots, torch.Tensor)]
+    assert not copies
+
+
+def test_slots_are_a_slice_only_if_they_are_consecutive():
+    assert sliced(torch.tensor([4, 5, 6])) == slice(4, 7)
+    assert sliced(torch.tensor([7])) == slice(7, 8)
+    for others in ([], [4, 6], [5, 4], [4, 4, 6], [4, 6, 5, 7]):
+        assert isinstance(sliced(torch.tensor(others, dtype=torch.int32)), torch.Tensor)
 
 
 def test_requests_of_similar_lengths_are_decoded_together():

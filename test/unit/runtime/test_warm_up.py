@@ -12,7 +12,6 @@ from sglang_shift.parallel.exchange.collective import CollectiveExchange
 from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.parallel.topology import Topology
 from sglang_shift.runtime import model_runner
-from sglang_shift.weights.projections import BaseWeight, OutputProjection, QkvProjection
 
 HIDDEN, CHUNK = 64, 1000
 QKV, OUT = 48, 32
@@ -62,11 +61,9 @@ def load(monkeypatch, world, sp, device="meta", pynccl=PyNccl):
     groups = [Group(name, size, calls, pynccl and pynccl()) for name, size in (("sp", sp), ("base", world // sp))]
     sp_group, base = groups[0], groups[1] if world > sp else None
     built = Topology(RankLayout(world, sp), 0, sp_group, base, CollectiveExchange(sp_group))  # type: ignore[arg-type]
-    qkv = QkvProjection(None, BaseWeight(torch.empty(sp * QKV, HIDDEN), None))
-    output = OutputProjection(None, BaseWeight(torch.empty(HIDDEN, sp * OUT), None))
-    weights = SimpleNamespace(
-        projections=[qkv, output],
-        report=lambda: SimpleNamespace(total=0, beyond_base=0),
+    sp_model = SimpleNamespace(
+        weights=SimpleNamespace(report=lambda: SimpleNamespace(total=0, beyond_base=0)),
+        exchange_columns=[QKV, OUT],
         exchange_volume=lambda exchange, dtype: None,
     )
     config = ShiftConfig(world, sp, True, "tokens", exchange="collective")
@@ -76,7 +73,7 @@ def load(monkeypatch, world, sp, device="meta", pynccl=PyNccl):
         "get_exec": lambda: SimpleNamespace(features=SimpleNamespace(enable_weights_cpu_backup=False)),
         "get_schedule": lambda: SimpleNamespace(chunked_prefill_size=CHUNK),
         "get_parallel": lambda: SimpleNamespace(nnodes=1),
-        "BaseWeights": lambda model, groups: weights,
+        "SpModel": lambda model, groups: sp_model,
         "check_class": lambda model, name: None,
     }.items():
         monkeypatch.setattr(model_runner, name, value)
@@ -84,7 +81,9 @@ def load(monkeypatch, world, sp, device="meta", pynccl=PyNccl):
     monkeypatch.setattr(model_runner.ModelRunner, "load_model", lambda self: None)
     mine = model_runner.ShiftModelRunner.__new__(model_runner.ShiftModelRunner)
     mine.server_args = mine.model = None
-    mine.model_config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]))
+    mine.model_config = SimpleNamespace(
+        hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]), hidden_size=HIDDEN
+    )
     mine.device, mine.dtype, mine.weight_load_mem_usage = device, torch.bfloat16, 0.0
     mine.memory_saver_adapter = SimpleNamespace(region=lambda *args, **kwargs: nullcontext())
     mine._free_gib = lambda: 0.0  # type: ignore[method-assign]

@@ -76,7 +76,7 @@ from sglang.srt.layers import layernorm_sp, linear, logits_processor
 from sglang.srt.managers import scheduler
 from sglang_shift.runtime import layernorm_sp as ours
 assert linear.layernorm_sp.row_parallel_gbar_matmul is ours.row_parallel_gbar_matmul
-assert logits_processor.layernorm_sp.maybe_exit_gather is ours.maybe_exit_gather
+assert logits_processor.layernorm_sp.runs_sp is ours.runs_sp
 assert type(scheduler.Scheduler.__new__(scheduler.Scheduler)).__name__ == "ShiftScheduler"
 print("installed")
 """
@@ -121,7 +121,7 @@ UNDO = """
 from sglang_shift.runtime.scheduler import ShiftScheduler
 
 for owner, name, other in (
-    (layernorm_sp, "maybe_exit_gather", layernorm_sp.set_sp_num_tokens),
+    (layernorm_sp, "sp_entry_scatter", layernorm_sp.set_sp_num_tokens),
     (scheduler.Scheduler, "__new__", staticmethod(lambda cls: object.__new__(cls))),
     (ShiftScheduler, "run_batch", None),
 ):
@@ -158,7 +158,7 @@ def test_isinstance_holds_for_objects_of_sglang_and_of_ours(done):
 
 def test_a_seam_that_is_undone_later_is_noticed(done):
     for message in (
-        "maybe_exit_gather is not served by sglang_shift.runtime.layernorm_sp:maybe_exit_gather",
+        "sp_entry_scatter is not served by sglang_shift.runtime.layernorm_sp:sp_entry_scatter",
         "scheduler:Scheduler is not served by sglang_shift.runtime.scheduler:ShiftScheduler in",
         "Scheduler.run_batch is not served by sglang_shift.runtime.scheduler:ShiftScheduler.run_batch",
     ):

@@ -87,6 +87,14 @@ def test_dispatch(record: Record) -> None:
     dispatch.check(record)
 
 
+@pytest.mark.timeout(240)
+def test_quantized(record: Record) -> None:
+    """SGLang's kernels of quantized weights are right on stacked shards, and are timed."""
+    from sglang_shift.tools.gpu_check import quantized
+
+    quantized.check(record)
+
+
 @pytest.mark.timeout(90)
 def test_steps(record: Record) -> None:
     """A rank's step is timed in both modes, eager and as a graph, without the links."""

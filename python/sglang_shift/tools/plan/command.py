@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sglang_shift.errors import ShiftError, print_error
+from sglang_shift.models.sizes import REPLICATED, SHARDED
 from sglang_shift.simulate.traces import MAX_TOKENS, read_trace
 from sglang_shift.simulate.traffic import Lengths, Request, cut_window, scale, steady
 from sglang_shift.tools.plan import paper, report
@@ -96,6 +97,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--gpus", metavar="NxKIND", help=f"for example 8xH200; kinds: {', '.join(gpus())}")
     add("--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help="auto is bfloat16")
     add("--context-length", type=context_length, metavar="N", help="the longest sequence, if not the model's own")
+    add("--experts", choices=(SHARDED, REPLICATED), default=SHARDED, help="what a rank has of the experts for SP")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--trace", type=Path, metavar="FILE", help="Azure's (.csv) or Mooncake's (.jsonl)")
     source.add_argument("--rate", type=factor, metavar="R", help="made-up traffic instead: requests per second")
@@ -156,7 +158,7 @@ def print_plan(args: argparse.Namespace) -> None:
     if args.plot:
         report.check_plot(args.plot)
     count, gpu = parse_gpus(args.gpus)
-    model = read_model(args.model, args.context_length)
+    model = read_model(args.model, args.context_length, args.experts)
     requests, traffic = requests_of(args, model)
     kv_dtype = "fp8" if args.kv_cache_dtype == "fp8" else "bfloat16"
     plan = search(model, gpu, count, requests, kv_dtype, lambda words: print(words, file=sys.stderr, flush=True))

@@ -9,30 +9,43 @@ from sglang.srt.utils.hf_transformers import get_context_length
 from transformers import CONFIG_MAPPING
 
 from sglang_shift.errors import ShiftError
-from sglang_shift.models.decoder_layer import MOST, size_in
+from sglang_shift.models.decoder_config import NESTED_CONFIGS, TRAITS, UNGATED
+from sglang_shift.models.decoder_layer import ELEMENT_BYTES, MOST, size_in
 from sglang_shift.models.families import FAMILIES
 
 REQUIRED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 """Sizes that must be given. If they have defaults, these are the sizes of another model."""
 
-NESTED_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
-"""Fields in which models of more than text keep the configuration of their language model."""
-
 RAW_FIELDS = ("dtype", "torch_dtype", "quantization_config")
 """Fields that transformers turns into objects. This package reads them as they are in the file."""
+
+
+PLANNED = tuple(name for name, traits in TRAITS.items() if traits is not UNGATED and name.endswith("ForCausalLM"))
+"""The architectures of models that can be planned for: of text only, and with the usual names of fields."""
+
+
+def check_dtype(raw: dict[str, Any]) -> None:
+    """Check that a server serves the model in 16 bits, which it does with a dtype of 32 bits as well, or without one.
+
+    Raises:
+        ValueError: the dtype is another one.
+    """
+    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    if dtype not in ELEMENT_BYTES:
+        raise ValueError(f"dtype {dtype}")
 
 
 def architecture_of(raw: dict[str, Any]) -> str:
     """Return the name of the class that serves the model.
 
     Raises:
-        KeyError, ValueError: the configuration names no class, or a class that this package does not serve.
+        KeyError, ValueError: the configuration names no class, or a class whose matrices are not known.
     """
     names = raw["architectures"] or ["no architecture"]
     if not (isinstance(names, list) and isinstance(names[0], str)):
         raise ValueError(f"architectures {names!r} is not a list of names")
-    if names[0] not in FAMILIES:
-        raise ValueError(f"{names[0]}, which is none of {', '.join(FAMILIES)}")
+    if names[0] not in PLANNED:
+        raise ValueError(f"{names[0]}, which is none of {', '.join(FAMILIES)} and the others of docs/cost-model.md")
     if nested := next((name for name in NESTED_CONFIGS if raw.get(name) is not None), None):
         raise ValueError(f"{nested}, a model inside another")
     return names[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from math import hypot
@@ -12,6 +12,7 @@ from typing import Any
 
 from sglang_shift.cost.model import Curve, isotonic
 from sglang_shift.errors import ShiftError
+from sglang_shift.models.formats import Format
 
 NODE = 8
 """Number of GPUs of the largest group for which there are figures."""
@@ -45,17 +46,31 @@ class Gemm:
         latency: Seconds without any work.
         bandwidth: Bytes per second.
         flops: FLOP/s.
-        weight_bytes: Bytes of an element of the weight, and of an element of the input.
+        weight_bytes: Bytes of an element of the weight.
+        input_bytes: Bytes of an element of the input; None if it has as many as the weight's.
     """
 
     latency: float
     bandwidth: float
     flops: float
-    weight_bytes: int
+    weight_bytes: float
+    input_bytes: float | None = None
 
     def seconds(self, rows: int, outputs: int, inputs: int) -> float:
         """Return the seconds of ``[rows, inputs]`` times a weight ``[outputs, inputs]``. Outputs have 2 bytes each."""
-        traffic = (rows + outputs) * inputs * self.weight_bytes + 2 * rows * outputs
+        return self.grouped_seconds(rows, outputs, inputs, 1)
+
+    def grouped_seconds(self, rows: float, outputs: int, inputs: int, weights: float) -> float:
+        """Return the seconds of a kernel that multiplies ``rows`` rows, each by one of several weights that it reads.
+
+        Args:
+            rows: Rows of all products together.
+            outputs: Rows of each weight.
+            inputs: Columns of each weight.
+            weights: Number of weights.
+        """
+        of_input = self.weight_bytes if self.input_bytes is None else self.input_bytes
+        traffic = (rows * of_input + weights * outputs * self.weight_bytes) * inputs + 2 * rows * outputs
         return self.latency + hypot(traffic / self.bandwidth, 2 * rows * outputs * inputs / self.flops)
 
 
@@ -86,6 +101,13 @@ class Gpu:
     elementwise: Kernel
     all_reduces: dict[int, Curve]
     all_to_alls: dict[int, Curve]
+
+    def gemm(self, weights: Format) -> Gemm:
+        """Return the matrix products of a format. Without figures of the format, the arithmetic is that of bfloat16."""
+        if weights.name in self.gemms:
+            return self.gemms[weights.name]
+        input_bytes = 1 if weights.quantizes_inputs else 2
+        return replace(self.gemms["bfloat16"], weight_bytes=float(weights.bits / 8), input_bytes=input_bytes)
 
     def all_reduce(self, ranks: int, size: float) -> float:
         """Return the seconds of an all-reduce of ``size`` bytes. One rank takes no time."""

@@ -83,6 +83,4 @@ def memory(
 
 def _weights(model: Model, ranks: int, sp: int) -> int:
     """Return the bytes of the base weights of S = ``sp``. Embeddings and LM head are never quantized."""
-    if not model.quantized:
-        return model.sizes.weight_bytes(ranks, sp, 2)
-    return model.sizes.weight_bytes(ranks, sp, 1) + model.sizes.embedding_elements(ranks)
+    return model.sizes.weight_bytes(ranks, sp, 2, model.experts)

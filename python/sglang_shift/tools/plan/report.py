@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from sglang_shift.cost.model import PHASES, CostModel
 from sglang_shift.errors import ShiftError
-from sglang_shift.models.sizes import GIB
+from sglang_shift.models.sizes import GIB, REPLICATED
 from sglang_shift.tools.plan.memory import Memory
 from sglang_shift.tools.plan.model import Model
+from sglang_shift.tools.plan.notes import notes
 from sglang_shift.tools.plan.search import PEAK_REQUESTS, RATIO_ERROR, Candidate, Plan, Trial
 from sglang_shift.tools.plotting import DPI, STYLES, panels
 
@@ -43,6 +44,8 @@ def text(plan: Plan, model: Model, gpus: str, traffic: str) -> str:
     command = ["python", "-m", "sglang_shift.launch_server", *flags(best, plan.best.memory, model.path, plan.kv_dtype)]
     if model.context_is_given:
         command += ["--context-length", str(model.context)]
+    if model.experts == REPLICATED and best.layout.sp_size > 1:
+        command += ["--shift-experts", REPLICATED]
     lines = [
         f"# {model.name} ({model.weights}, KV cache in {plan.kv_dtype}) on {gpus}\n",
         f"Traffic: {traffic}.\n",
@@ -52,9 +55,8 @@ def text(plan: Plan, model: Model, gpus: str, traffic: str) -> str:
         f"Faster mode, predicted: {_crossovers(plan.best.costs) if best.layout.sp_size > 1 else 'TP, as S is 1'}.\n",
         _alternatives(plan),
     ]
-    if model.quantized:
-        lines.append("\nsglang_shift does not serve quantized models yet: this plan is for when it does.")
     lines += [
+        *(f"\n{note}" for note in notes(model)),
         "\n## Layouts\n",
         "Memory is of one GPU, in GiB: the full-TP shard, what SP and Shift need beside it, activations and graphs, KV"
         f" cache. TTFT, TPOT and E2E are means. Peak: {PEAK_REQUESTS} such requests at once.\n",

@@ -141,7 +141,7 @@ def layouts(model: Model, gpus: int) -> Iterator[tuple[RankLayout, int]]:
         if ranks > gpus:
             continue
         try:
-            model.layer.shards(ranks)
+            model.decoder.check(ranks)
         except ShiftError:
             continue
         for sp in GROUPS:

@@ -6,18 +6,15 @@ engine's own time between steps. All requests of a chunk together need one row o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from sglang_shift.cost.model import PHASES, CostModel, Curve, isotonic
-from sglang_shift.models.families import Role
 from sglang_shift.modes import MODES, Mode
 from sglang_shift.parallel.layout import RankLayout, padded_local_tokens
+from sglang_shift.tools.plan.blocks import ELEMENT, Attention, Mlp, Product, attention_of, mlps_of
 from sglang_shift.tools.plan.hardware import Gpu
 from sglang_shift.tools.plan.model import Model
-
-ELEMENT = 2
-"""Bytes of an activation."""
 
 TOKENS = tuple(sorted({1, *(n * 2**i for i in range(14) for n in (2, 3))}))
 """Numbers of tokens for which step times are computed. Times in between are interpolated."""
@@ -63,25 +60,18 @@ class StepTimes:
     ) -> None:
         self.model, self.gpu, self.layout = model, gpu, layout
         self.kv_dtype, self.engine = kv_dtype, engine or Engine()
-        layer, ranks = model.layer, layout.world_size
-        self.shards = layer.shards(ranks)
-        heads = layer.attention.of_rank(ranks)
-        self.query_width, self.kv_width = heads.query * layer.head_dim, heads.kv * layer.head_dim
+        decoder, weights = model.decoder, model.format
+        decoder.check(layout.world_size)
+        self.block: Attention = attention_of(decoder, layout, weights)
+        self.mlps: list[tuple[Mlp, int]] = mlps_of(decoder, layout, weights, model.experts)
 
     def seconds(self, mode: Mode, phase: str, tokens: int) -> float:
         """Return the seconds of a step of ``tokens``, without its attention to other tokens."""
         return sum(self.parts(mode, phase, tokens).values()) + self.engine.step
 
     def attention(self, phase: str) -> float:
-        """Return the seconds per pair of a query token and a KV-cache token, in all layers. Both modes take the same.
-
-        In a prefill this is the time of arithmetic: two products of a head's size for each head of the rank. In a
-        decode it is the time to read K and V of the rank's heads.
-        """
-        if phase == "prefill":
-            return 4 * self.query_width * self.model.layers / self.gpu.prefill_attention.rate
-        size = 1 if self.kv_dtype == "fp8" else ELEMENT
-        return 2 * self.kv_width * size * self.model.layers / self.gpu.decode_attention[self.kv_dtype].rate
+        """Return the seconds per pair of a query token and a KV-cache token, in all layers and in both modes."""
+        return self.model.layers * self.block.seconds_per_pair(phase, self.gpu, self.kv_dtype)
 
     def parts(self, mode: Mode, phase: str, tokens: int) -> Parts:
         """Return the seconds by kind of work, in all layers, embedding and LM head.
@@ -94,63 +84,57 @@ class StepTimes:
         sp = self.layout.sp_size if mode is Mode.SP else 1
         rows = padded_local_tokens(tokens, sp)
         attention = self.gpu.prefill_attention if phase == "prefill" else self.gpu.decode_attention[self.kv_dtype]
-        layers = self.model.layers
         outputs = tokens if phase == "decode" else 1
+        communication = self._over_layers(lambda mlp: self._layer_communication(rows, sp, mlp))
+        elementwise = self._over_layers(lambda mlp: self._elementwise(tokens, rows, sp, mlp))
         return {
-            "gemm": layers * self._gemms(rows, sp) + self._head_gemm(outputs),
-            "elementwise": layers * self._elementwise(tokens, rows, sp) + self._pass(tokens, self.model.layer.hidden),
-            "attention": layers * attention.latency,
-            "communication": layers * self._layer_communication(rows, sp) + self._ends(tokens, rows, outputs, sp),
+            "gemm": self._over_layers(lambda mlp: self._gemms(rows, sp, mlp)) + self._head_gemm(outputs),
+            "elementwise": elementwise + self._pass(tokens, self.model.layer.hidden),
+            "attention": self.model.layers * attention.latency,
+            "communication": communication + self._ends(tokens, rows, outputs, sp),
         }
 
-    def _gemms(self, rows: int, sp: int) -> float:
-        """Return the seconds of a layer's GEMMs. Base weights are the shards of S ranks, side by side."""
-        gemm, (qkv, out, gate_up, down) = self.gpu.gemms[self.model.weights], self.shards.values()
-        seconds = (
-            gemm.seconds(rows, sp * qkv[0], qkv[1])
-            + gemm.seconds(rows, out[0], sp * out[1])
-            + gemm.seconds(rows, sp * gate_up[0], gate_up[1])
-            + gemm.seconds(rows, down[0], sp * down[1])
-        )
-        return seconds * self.engine.factor(rows)
+    def _over_layers(self, seconds: Callable[[Mlp], float]) -> float:
+        """Return the seconds of all layers, if the function returns the seconds of a layer with an MLP."""
+        return sum(count * seconds(mlp) for mlp, count in self.mlps)
+
+    def _gemms(self, rows: int, sp: int, mlp: Mlp | None = None) -> float:
+        """Return the seconds of a layer's products. Base weights are the shards of S ranks, side by side.
+
+        Args:
+            rows: Rows of a rank.
+            sp: S, or 1 in TP.
+            mlp: The MLP of the layer; None means that of the first layers.
+        """
+        products = (*self.block.products(rows, sp), *(mlp or self.mlps[0][0]).products(rows, sp))
+        return sum(self._product(product) for product in products)
+
+    def _product(self, product: Product) -> float:
+        gemm = self.gpu.gemm(product.weights)
+        seconds = gemm.grouped_seconds(product.rows, product.outputs, product.inputs, product.count)
+        return seconds * self.engine.factor(int(product.rows / product.count))
 
     def _head_gemm(self, rows: int) -> float:
         vocabulary = -(-self.model.vocabulary // self.layout.world_size)
         return self.gpu.gemms["bfloat16"].seconds(rows, vocabulary, self.model.layer.hidden)
 
-    def _elementwise(self, tokens: int, rows: int, sp: int) -> float:
+    def _elementwise(self, tokens: int, rows: int, sp: int, mlp: Mlp) -> float:
         """Return the seconds of a layer's elementwise kernels. docs/cost-model.md has their bytes per row."""
-        hidden, queries, values = self.model.layer.hidden, self.query_width, self.kv_width
-        inner = sp * self.shards[Role.DOWN][1]
-        width = queries + 2 * values
-        work = [
-            # The residual and the norm occur twice.
-            rows * 4 * hidden * ELEMENT,
-            rows * 4 * hidden * ELEMENT,
-            # These are the rotary embedding, the copy of K and V into the cache, and the activation of gate and up.
-            tokens * 2 * (queries + values) * ELEMENT,
-            tokens * 4 * values * ELEMENT,
-            rows * 3 * inner * ELEMENT,
-        ]
-        if self.model.qk_norm:
-            work.append(tokens * 2 * (queries + values) * ELEMENT)
-        if self.model.quantized:
-            work += [rows * (ELEMENT + 1) * size for size in (hidden, sp * queries, hidden, inner)]
-        if sp > 1:
-            # Each exchange packs and unpacks its data.
-            work += 2 * [rows * 2 * sp * width * ELEMENT, rows * 2 * sp * queries * ELEMENT]
-        return sum(self.gpu.elementwise.seconds(size) for size in work)
+        norms = 2 * [rows * 4 * self.model.layer.hidden * ELEMENT]  # the residual and the norm occur twice
+        blocks = (*self.block.elementwise(tokens, rows, sp), *mlp.elementwise(tokens, rows, sp))
+        return sum(self.gpu.elementwise.seconds(size) for size in (*norms, *blocks))
 
     def _pass(self, tokens: int, width: int) -> float:
         return self.gpu.elementwise.seconds(2 * tokens * width * ELEMENT)
 
-    def _layer_communication(self, rows: int, sp: int) -> float:
-        """Return the seconds of two all-reduces in a base-TP group and, in SP, of the two exchanges."""
-        all_reduce = self.gpu.all_reduce(self.layout.world_size // sp, rows * self.model.layer.hidden * ELEMENT)
-        width = sp * (self.query_width + 2 * self.kv_width)
-        exchange_in = self.gpu.all_to_all(sp, rows * width * ELEMENT)
-        exchange_out = self.gpu.all_to_all(sp, rows * sp * self.query_width * ELEMENT)
-        return 2 * all_reduce + exchange_in + exchange_out
+    def _layer_communication(self, rows: int, sp: int, mlp: Mlp | None = None) -> float:
+        """Return the seconds of a layer's all-reduces in a base-TP group and, in SP, of what an SP group exchanges."""
+        base = self.layout.world_size // sp
+        seconds = 0.0
+        for messages in (self.block.messages(rows, sp), (mlp or self.mlps[0][0]).messages(rows, sp)):
+            seconds += sum(self.gpu.all_reduce(base, size) for size in messages.all_reduces)
+            seconds += sum(self.gpu.all_to_all(sp, size) for size in messages.all_to_alls)
+        return seconds
 
     def _ends(self, tokens: int, rows: int, outputs: int, sp: int) -> float:
         """Return the seconds of the embedding, of the gather before the LM head, and of the gather of the logits."""

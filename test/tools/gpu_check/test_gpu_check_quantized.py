@@ -1,0 +1,62 @@
+"""The GPU check of quantized linears, on a CPU with references in the place of SGLang's kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import run_ranks
+from quantized_kernels import install
+from sglang_shift.tools.gpu_check import quantized
+from sglang_shift.tools.gpu_check.formats import FORMATS, KINDS, Sizes
+from sglang_shift.tools.gpu_check.record import Record
+
+CPU = torch.device("cpu")
+STEPS = (1, 5)
+
+
+def check(name: str, kind: str) -> Record:
+    record = Record()
+    quantized.check_linear(record, name, kind, Sizes(), CPU, STEPS)
+    return record
+
+
+def check_formats(rank: int, world: int) -> None:
+    install()
+    for name in ("fp8, blocks of 64", "compressed-tensors int8", "gptq_marlin, desc_act"):
+        for kind in KINDS:
+            record = check(name, kind)
+            assert record.problems == []
+            assert [row["rows"] for row in record.rows] == list(STEPS)
+            assert all(row["error"] == 0 and row["us"] > 0 and row["us of a shard"] > 0 for row in record.rows)
+            gemms = FORMATS[name].columns if kind != "down" else "a GEMM for each shard"
+            assert {row["gemms"] for row in record.rows} == {gemms}
+            strided = [note for note in record.notes if "a strided weight is refused" in note]
+            assert len(strided) == ("marlin" not in name), "the references want what SGLang's kernels want"
+
+
+def test_formats_that_are_right():
+    """Each check runs in a process of its own, because the references stay in place."""
+    run_ranks(1, check_formats)
+
+
+def check_wrong_kernel(rank: int, world: int) -> None:
+    install()
+    right = quantized.product_of_sp
+    quantized.product_of_sp = lambda stacked, x: right(stacked, x) * 1.5
+    (first, _) = check("w8a8_int8", "qkv").problems
+    assert first == "w8a8_int8, qkv, 1 rows: differs by 0.5 of its norm (one GEMM)"
+
+    def failing(stacked, x):
+        raise RuntimeError("misaligned\naddress")
+
+    quantized.product_of_sp = failing
+    assert check("w8a8_int8", "qkv").problems[0] == "w8a8_int8, qkv, 1 rows: RuntimeError: misaligned address"
+
+
+def test_a_kernel_that_is_wrong_on_stacked_shards():
+    run_ranks(1, check_wrong_kernel)
+
+
+def test_a_kernel_that_this_machine_lacks():
+    with pytest.raises(pytest.skip.Exception, match="qkv: SGLang itself fails here"):
+        check("w8a8_int8", "qkv")
