@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -31,6 +32,7 @@ from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import random_shards
 import torch
 import trial_script
 from forked_server import CONTEXT, IMPORTS
@@ -131,7 +133,7 @@ class Ranks:
         self.pipes: list[Any] = []
         self.processes: list[Any] = []
         with mock.patch.dict(os.environ, ENVIRONMENT):
-            CONTEXT.set_forkserver_preload(IMPORTS)
+            CONTEXT.set_forkserver_preload([*IMPORTS, "sglang.benchmark.one_batch"])
             forkserver.ensure_running()
         for rank in range(size):
             receiver, sender = CONTEXT.Pipe(duplex=False)
@@ -217,13 +219,8 @@ def started(task: Task, size: int) -> Iterator[Ranks]:
 
 def rank_main(rank: int, task: Task, pipe: Any, log: str) -> None:
     """Run a rank, in its own process, and send its outcome or its traceback."""
-    with open(log, "ab") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    faulthandler.register(signal.SIGUSR1)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    os.environ.update(ENVIRONMENT)
-    torch.set_num_threads(1)
+    prepare_process(log)
+    save_time()
     answer: Any
     try:
         logits, model_class = run_rank(rank, task)
@@ -236,7 +233,29 @@ def rank_main(rank: int, task: Task, pipe: Any, log: str) -> None:
     os._exit(0)  # SGLang's groups would wait for a scheduler's shutdown
 
 
+def prepare_process(log: str) -> None:
+    """Write to the log, show the stacks at SIGUSR1, and end with the process that runs the trial."""
+    with open(log, "ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    faulthandler.register(signal.SIGUSR1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    os.environ.update(ENVIRONMENT)
+
+
+def save_time() -> None:
+    """Leave out what takes half of the time of a trial, and is tested elsewhere."""
+    import torch._dynamo
+    from sglang_shift.seams import check
+
+    torch.set_num_threads(1)  # the threads of a forked process would not run
+    torch._dynamo.config.disable = True  # on a CPU the platform's compiler changes nothing
+    gc.freeze()  # SGLang collects garbage, and this process has inherited millions of objects
+    check.check_sources = lambda: None  # type: ignore[assignment]
+
+
 def end_with_parent() -> None:
+    """End this process when the one that runs the trial ends."""
     parent = parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])
@@ -245,11 +264,14 @@ def end_with_parent() -> None:
 
 def run_rank(rank: int, task: Task) -> tuple[dict[str, torch.Tensor], str]:
     """Build the model runner as a scheduler's process does, and run all patterns. Return the fields of an outcome."""
+    from sglang.srt.model_loader import loader
     from sglang_shift import seams
 
     server_args = resolve(task)
     if not task.stock:
         seams.install()
+    if "dummy" in task.flags:
+        loader.initialize_dummy_weights = random_shards.fill
     runner = build_runner(rank, task, server_args)
     logits = {name: run_pattern(runner, trial_script.PATTERNS[name], task.stock) for name in task.patterns}
     return logits, type(runner.model).__name__
@@ -370,6 +392,7 @@ def report(name: str, arguments: argparse.Namespace, folder: str) -> str:
     except TrialError as error:
         return f"FAILED  {error if arguments.verbose else reason(str(error))}"
     tp = outcome.logits["tp"]
+    expected = tp if expected is None else expected
     parts = [f"[{outcome.model_class}] std {expected.std():.2f}"]
     for pattern, logits in outcome.logits.items():
         same = bool((logits.argmax(-1) == expected.argmax(-1)).all())

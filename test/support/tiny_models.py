@@ -36,8 +36,10 @@ class TinyModel:
         names: Changes the names of transformers into those of published checkpoints.
         wrapper: The ``model_type`` of the published multimodal model whose text model this is.
         zeros: Parameters that are zero, because SGLang does not read them.
+        dummy: Whether the weights are random numbers that the ranks make up, because transformers has no such model.
         flags: Flags of a server that serves it on a CPU.
         stock: Why stock SGLang 0.5.23 does not serve it in TP of two ranks on a CPU. Empty if it does.
+        refused: Why this package does not serve it, in words of the message, although SGLang does.
     """
 
     architecture: str
@@ -48,8 +50,10 @@ class TinyModel:
     names: Callable[[State], State] | None = None
     wrapper: str = ""
     zeros: tuple[str, ...] = ()
+    dummy: bool = False
     flags: tuple[str, ...] = ()
     stock: str = ""
+    refused: str = ""
 
 
 # Four ranks divide the heads and the MLP. They do not divide the vocabulary, and 64 does not either.
@@ -157,6 +161,8 @@ def chatglm(state: State) -> State:
 LLAMA = "LlamaConfig"
 WINDOW = {"sliding_window": 32}
 MHA = {"num_key_value_heads": 4}
+# For models whose K is normed over all heads: SGLang fails if there are more ranks than KV heads.
+GQA = {"num_attention_heads": 8, "num_key_value_heads": 4}
 HEAD_DIM = {"head_dim": 16}
 TIED = {"tie_word_embeddings": True}
 
@@ -215,12 +221,11 @@ DENSE_MODELS = {
         fields={**HEAD_DIM, **TIED, **WINDOW, "query_pre_attn_scalar": 16, "layer_types": ALTERNATING},
     ),
     "olmo": TinyModel("OlmoForCausalLM", "OlmoConfig", fields=MHA),
-    "olmo2": TinyModel("Olmo2ForCausalLM", "Olmo2Config", fields=MHA),
-    "olmo2_gqa": TinyModel("Olmo2ForCausalLM", "Olmo2Config"),
+    "olmo2": TinyModel("Olmo2ForCausalLM", "Olmo2Config", fields=GQA),
     "olmo3": TinyModel(
         "Olmo3ForCausalLM",
         "Olmo3Config",
-        fields={**WINDOW, "layer_types": ALTERNATING},
+        fields={**GQA, **WINDOW, "layer_types": ALTERNATING},
         content={"rope_parameters": ABSENT, "rope_theta": 500000.0, "rope_scaling": None},
     ),
     "granite": TinyModel(
@@ -245,7 +250,9 @@ DENSE_MODELS = {
             "embedding_multiplier": 3.0,
         },
     ),
-    "cohere": TinyModel("CohereForCausalLM", "CohereConfig", fields={**TIED, "use_qk_norm": True, "logit_scale": 1.0}),
+    "cohere": TinyModel(
+        "CohereForCausalLM", "CohereConfig", fields={**GQA, **TIED, "use_qk_norm": True, "logit_scale": 1.0}
+    ),
     "cohere2": TinyModel(
         "Cohere2ForCausalLM",
         "Cohere2Config",
@@ -272,12 +279,26 @@ DENSE_MODELS = {
     ),
     "apertus": TinyModel("ApertusForCausalLM", "ApertusConfig"),
     "arcee": TinyModel("ArceeForCausalLM", "ArceeConfig"),
-    "starcoder2": TinyModel("Starcoder2ForCausalLM", "Starcoder2Config", fields={"sliding_window": None}),
+    "starcoder2": TinyModel(
+        "Starcoder2ForCausalLM",
+        "Starcoder2Config",
+        fields={"sliding_window": None},
+        stock="it takes the global rank for a rank among pipeline stages, so rank 1 has no layers (starcoder2.py:238)",
+    ),
     "stablelm": TinyModel("StableLmForCausalLM", "StableLmConfig", fields={"use_qkv_bias": True}),
-    "phi": TinyModel("PhiForCausalLM", "PhiConfig", fields={**MHA, "intermediate_size": 256}, zeros=("lm_head.bias",)),
+    "phi": TinyModel(
+        "PhiForCausalLM",
+        "PhiConfig",
+        fields={**MHA, "intermediate_size": 256},
+        zeros=("lm_head.bias",),
+        stock="it takes the global rank for a rank among pipeline stages, so rank 1 has no layers (phi.py:180)",
+    ),
     "persimmon": TinyModel("PersimmonForCausalLM", "PersimmonConfig", fields=MHA),
     "gpt2": TinyModel(
-        "GPT2LMHeadModel", "GPT2Config", fields={"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, **TIED}
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        fields={"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, **TIED},
+        stock="each rank counts the KV heads of all ranks as its own (gpt2.py:79)",
     ),
     "gpt_bigcode": TinyModel(
         "GPTBigCodeForCausalLM",
@@ -298,6 +319,7 @@ DENSE_MODELS = {
         "HunYuanDenseV1Config",
         fields=HEAD_DIM,
         content={"use_qk_norm": True, "attention_head_dim": 16},
+        stock="after its norms Q has a row for each head, of which T are kept (hunyuan.py:345, graph_utils.py:226)",
     ),
     "ernie4_5": TinyModel("Ernie4_5_ForCausalLM", "Ernie4_5Config", fields={**HEAD_DIM, **TIED}),
     "gemma3n": TinyModel(
@@ -316,6 +338,7 @@ DENSE_MODELS = {
             "intermediate_size": [96] * 5,
             "activation_sparsity_pattern": [0.0] * 5,
         },
+        stock="its logits are not those of transformers with one rank either; the reason was not looked for",
     ),
     "gemma4": TinyModel(
         "Gemma4ForCausalLM",
@@ -330,8 +353,14 @@ DENSE_MODELS = {
             "global_head_dim": 16,
         },
         content={"global_head_dim": 16},
+        stock="it reads fields that transformers does not write (kv_cache_configurator.py:2512)",
     ),
-    "hrm_text": TinyModel("HrmTextForCausalLM", "HrmTextConfig", fields={**HEAD_DIM, **MHA, "num_hidden_layers": 4}),
+    "hrm_text": TinyModel(
+        "HrmTextForCausalLM",
+        "HrmTextConfig",
+        fields={**HEAD_DIM, **MHA, "num_hidden_layers": 4},
+        stock="its attention runs in Triton only (hrm_text.py)",
+    ),
     # These compute what another model of transformers computes, under other names.
     "internlm2": TinyModel("InternLM2ForCausalLM", LLAMA, names=internlm2, content={"bias": False}),
     "internlm3": TinyModel(
@@ -424,13 +453,93 @@ DENSE_MODELS = {
         # These skip connections add nothing, and without them it is Llama.
         content={"bskcn_1": [0], "bskcn_2": [0], "bskcn_3": [1], "bskcn_4": [2], "bskcn_tv": [0.0, 0.0]},
     ),
-    # transformers has these and SGLang's registry does not.
-    "smollm3": TinyModel("SmolLM3ForCausalLM", "SmolLM3Config", fields={**TIED}),
-    "seed_oss": TinyModel("SeedOssForCausalLM", "SeedOssConfig", fields=HEAD_DIM),
-    "nemotron": TinyModel("NemotronForCausalLM", "NemotronConfig"),
+    # SGLang has no class for these, and takes transformers' class without a word.
+    "smollm3": TinyModel(
+        "SmolLM3ForCausalLM",
+        "SmolLM3Config",
+        fields={**TIED},
+        refused="by transformers' code",
+    ),
+    "seed_oss": TinyModel(
+        "SeedOssForCausalLM",
+        "SeedOssConfig",
+        fields=HEAD_DIM,
+        refused="by transformers' code",
+    ),
+    "nemotron": TinyModel(
+        "NemotronForCausalLM",
+        "NemotronConfig",
+        stock="it has no class of its own, and transformers' class cannot be divided (transformers.py:765)",
+    ),
 }
 
 FEW = {"num_experts_per_tok": 2}
+DUMMY: dict[str, Any] = {"dummy": True, "flags": ("--load-format", "dummy")}
+DUMMY_MODELS = {
+    "nanbeige": TinyModel(
+        "NanbeigeForCausalLM", LLAMA, fields=MHA, content={"model_type": "nanbeige", "num_loops": 1}, **DUMMY
+    ),
+    "deci": TinyModel(
+        "DeciLMForCausalLM",
+        LLAMA,
+        fields=MHA,
+        content={
+            "block_configs": [
+                {
+                    "attention": {"n_heads_in_group": 1, "no_op": False, "replace_with_linear": False},
+                    "ffn": {"ffn_mult": 1.5, "no_op": False, "replace_with_linear": False},
+                }
+            ]
+            * 3
+        },
+        **DUMMY,
+    ),
+    "deepseek": TinyModel(
+        "DeepseekForCausalLM",
+        LLAMA,
+        EXPERTS,
+        fields=MHA,
+        content={
+            **FEW,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+            "moe_layer_freq": 1,
+            "norm_topk_prob": True,
+        },
+        **DUMMY,
+    ),
+    "bailing_moe": TinyModel(
+        "BailingMoeForCausalLM",
+        LLAMA,
+        EXPERTS,
+        fields={**MHA, **HEAD_DIM},
+        content={
+            **FEW,
+            "num_experts": 8,
+            "num_shared_experts": 1,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 0,
+            "norm_topk_prob": True,
+            "use_bias": False,
+            "use_qkv_bias": False,
+            "norm_head": False,
+            "embedding_dropout": 0.0,
+            "num_nextn_predict_layers": 0,
+        },
+        **DUMMY,
+    ),
+    "xverse_moe": TinyModel(
+        "XverseMoeForCausalLM",
+        LLAMA,
+        EXPERTS,
+        fields=MHA,
+        content={"num_experts": 8, "moe_top_k": 2, "num_shared_experts": 1},
+        **DUMMY,
+    ),
+}
+
 LATENT = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
 ROUTED = {"n_routed_experts": 8, "n_shared_experts": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
 DBRX_ATTENTION = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}
@@ -534,7 +643,11 @@ EXPERT_MODELS = {
         },
     ),
     "olmoe": TinyModel(
-        "OlmoeForCausalLM", "OlmoeConfig", EXPERTS, fields={**FEW, **MHA, "num_experts": 8, "intermediate_size": 32}
+        "OlmoeForCausalLM",
+        "OlmoeConfig",
+        EXPERTS,
+        fields={**FEW, **MHA, "num_experts": 8, "intermediate_size": 32},
+        stock="each rank norms its part of Q and K with the weights of all heads (olmoe.py:191)",
     ),
     "phimoe": TinyModel("PhiMoEForCausalLM", "PhimoeConfig", EXPERTS, fields={**FEW, "num_local_experts": 4}),
     "ernie4_5_moe": TinyModel(
@@ -549,6 +662,7 @@ EXPERT_MODELS = {
             "moe_k": 2,
             "moe_num_shared_experts": 1,
         },
+        stock="off GPUs the router adds a bias of two dimensions as if it had one (topk.py:1121)",
     ),
     "dbrx": TinyModel(
         "DbrxForCausalLM",
@@ -563,6 +677,7 @@ EXPERT_MODELS = {
             "ffn_config": {**DBRX_EXPERTS, "hidden_size": 64},
         },
         content={"attn_config": DBRX_ATTENTION, "ffn_config": DBRX_EXPERTS},
+        stock="the experts are made on CUDA (dbrx.py:125)",
     ),
     "hunyuan_moe": TinyModel(
         "HunYuanMoEV1ForCausalLM",
@@ -576,6 +691,7 @@ EXPERT_MODELS = {
             "use_qk_norm": True,
             "attention_head_dim": 16,
         },
+        stock="after its norms Q has a row for each head, of which T are kept (hunyuan.py:345, graph_utils.py:226)",
     ),
     "hy_v3": TinyModel(
         "HYV3ForCausalLM",
@@ -598,6 +714,7 @@ EXPERT_MODELS = {
             "num_dense_layers": 1,
             "layer_types": ALTERNATING,
         },
+        stock="the experts run in Triton only (afmoe.py:284)",
     ),
     "laguna": TinyModel(
         "LagunaForCausalLM",
@@ -625,6 +742,7 @@ EXPERT_MODELS = {
         EXPERTS,
         fields={**HEAD_DIM, **FEW, "num_local_experts": 8, "intermediate_size": 32},
         content={"scoring_func": "sigmoid", "use_routing_bias": True, "use_qk_norm": True, "rotary_dim": 16},
+        stock="the norms of Q and K run on CUDA only (minimax_m2.py:205)",
     ),
     "exaone_moe": TinyModel(
         "ExaoneMoEForCausalLM",
@@ -729,6 +847,7 @@ HYBRID_MODELS = {
             "linear_value_head_dim": 16,
         },
         content={"full_attention_interval": 4},
+        stock="its recurrent layers need CUDA (qwen3_next.py:252)",
     ),
     "qwen3_5": TinyModel(
         "Qwen3_5ForCausalLM",
@@ -743,12 +862,14 @@ HYBRID_MODELS = {
             "linear_value_head_dim": 16,
         },
         content={"full_attention_interval": 4},
+        stock="its recurrent layers need CUDA (qwen3_next.py:252)",
     ),
     "falcon_h1": TinyModel(
         "FalconH1ForCausalLM",
         "FalconH1Config",
         HYBRID,
         fields={"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1},
+        stock="its convolution runs on CUDA only (mamba.py:588)",
     ),
     "nemotron_h": TinyModel(
         "NemotronHForCausalLM",
@@ -766,6 +887,7 @@ HYBRID_MODELS = {
             "moe_shared_expert_intermediate_size": 32,
         },
         content={"layers_block_type": ["mamba", "moe", "attention", "mamba"], "layer_types": ABSENT},
+        stock="it does not load the weights that transformers writes (linear.py:805)",
     ),
     "granitemoehybrid": TinyModel(
         "GraniteMoeHybridForCausalLM",
@@ -781,33 +903,42 @@ HYBRID_MODELS = {
             "mamba_d_head": 16,
             "mamba_d_state": 16,
         },
+        stock="its convolution runs on CUDA only (mamba.py:590)",
     ),
     "lfm2": TinyModel(
         "Lfm2ForCausalLM",
         "Lfm2Config",
         HYBRID,
         fields={"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+        stock="its convolution runs in Triton only",
     ),
 }
 
-MODELS: dict[str, TinyModel] = {**DENSE_MODELS, **EXPERT_MODELS, **MLA_MODELS, **HYBRID_MODELS}
+MODELS: dict[str, TinyModel] = {**DENSE_MODELS, **EXPERT_MODELS, **DUMMY_MODELS, **MLA_MODELS, **HYBRID_MODELS}
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Writing a checkpoint.
 
 
-def build(model: TinyModel) -> Any:
-    """Return the model in transformers, with random weights that are the same in every process."""
+def configuration(model: TinyModel) -> Any:
+    """Return the configuration in transformers."""
     import transformers
 
     config_class = getattr(transformers, model.config)
     # Some configurations have other names for the sizes. The record gives these.
     declared = {one.name for one in dataclasses.fields(config_class)}
     common = {name: value for name, value in COMMON.items() if name in declared}
+    return config_class(**{**common, **model.fields})
+
+
+def build(model: TinyModel) -> Any:
+    """Return the model in transformers, with random weights that are the same in every process."""
+    import transformers
+
     torch.manual_seed(0)
     built = transformers.AutoModelForCausalLM.from_config(
-        config_class(**{**common, **model.fields}), dtype=torch.float32, attn_implementation="eager"
+        configuration(model), dtype=torch.float32, attn_implementation="eager"
     ).eval()
     for name, parameter in built.named_parameters():
         if name in model.zeros:
@@ -825,23 +956,32 @@ def build(model: TinyModel) -> Any:
 
 
 @torch.no_grad()
-def write(model: TinyModel, folder: str) -> torch.Tensor:
-    """Write the checkpoint, and return the logits that a trial should have, ``[rows, vocabulary]`` in float32."""
-    built = build(model)
+def write(model: TinyModel, folder: str) -> torch.Tensor | None:
+    """Write the checkpoint, and return the logits that a trial should have, ``[rows, vocabulary]`` in float32.
+
+    A dummy model has only a ``config.json``, and no logits.
+    """
+    built = configuration(model) if model.dummy else build(model)
     built.save_pretrained(folder)
     if model.names is not None:
         rename_weights(Path(folder), model.names)
-    file = Path(folder, "config.json")
-    content = {**json.loads(file.read_text()), "architectures": [model.architecture], **model.content}
-    content = {name: value for name, value in content.items() if value is not ABSENT}
-    if model.wrapper:
-        content = {"architectures": [model.architecture], "model_type": model.wrapper, "text_config": content}
-    file.write_text(json.dumps(content, indent=1))
+    write_config(model, Path(folder, "config.json"))
+    if model.dummy:
+        return None
 
     def logits_of(tokens: list[int]) -> torch.Tensor:
         return built(torch.tensor([tokens]), use_cache=False).logits[0]
 
     return trial_script.reference(built.config.vocab_size, logits_of)
+
+
+def write_config(model: TinyModel, file: Path) -> None:
+    """Change what transformers wrote into what published checkpoints have."""
+    content = {**json.loads(file.read_text()), "architectures": [model.architecture], **model.content}
+    content = {name: value for name, value in content.items() if value is not ABSENT}
+    if model.wrapper:
+        content = {"architectures": [model.architecture], "model_type": model.wrapper, "text_config": content}
+    file.write_text(json.dumps(content, indent=1))
 
 
 def rename_weights(folder: Path, names: Callable[[State], State]) -> None:

@@ -1,0 +1,97 @@
+"""Every architecture in every mode, against transformers: tiny checkpoints through SGLang's loaders, over gloo.
+
+``tiny_models`` has the checkpoints, and ``model_trial`` runs them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from model_trial import TOLERANCE, Outcome, TrialError, difference, trial
+from tiny_models import MODELS, write
+
+SERVED = [name for name, model in MODELS.items() if not model.stock]
+WITH_REFERENCE = [name for name in SERVED if not MODELS[name].dummy]
+IN_SP = [name for name in SERVED if not MODELS[name].refused]
+# These have rope scaling, caps and windows, sinks and biased experts, latents, and multipliers.
+FAST = {"llama3", "gemma2", "gpt_oss", "deepseek_v3", "granitemoe"}
+
+
+def models(names: list[str], fast: bool = True) -> list[Any]:
+    """Return parameters: a few models in the fast tier, and all in the full tier."""
+    return [pytest.param(name, marks=[] if fast and name in FAST else pytest.mark.full) for name in names]
+
+
+class Checkpoints:
+    """Writes each checkpoint once, and keeps the logits that its trials should have."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.expected: dict[str, torch.Tensor | None] = {}
+
+    def get(self, name: str) -> tuple[str, torch.Tensor | None]:
+        """Return the folder of the checkpoint, and the expected logits if transformers has the model."""
+        folder = self.folder / name
+        if name not in self.expected:
+            self.expected[name] = write(MODELS[name], str(folder))
+        return str(folder), self.expected[name]
+
+
+@pytest.fixture(scope="module")
+def checkpoints():
+    with TemporaryDirectory(prefix="sglang_shift_tiny_") as folder:
+        yield Checkpoints(Path(folder))
+
+
+def check(outcome: Outcome, expected: torch.Tensor | None) -> None:
+    """Check all patterns of modes against transformers, and against TP on the same ranks."""
+    tp = outcome.logits["tp"]
+    expected = tp if expected is None else expected
+    assert expected.std() > 0.5, "these logits are too close to each other"
+    for pattern, logits in outcome.logits.items():
+        assert difference(logits, expected) < TOLERANCE, f"{pattern} differs from transformers"
+        assert difference(logits, tp) < TOLERANCE, f"{pattern} differs from TP"
+        assert torch.equal(logits.argmax(-1), tp.argmax(-1)), f"{pattern} would choose other tokens than TP"
+
+
+@pytest.mark.parametrize("name", models(WITH_REFERENCE))
+def test_stock_tp_equals_transformers(name, checkpoints):
+    folder, expected = checkpoints.get(name)
+    check(trial(folder, tp_size=2, stock=True, flags=MODELS[name].flags), expected)
+
+
+@pytest.mark.parametrize("name", models(IN_SP))
+def test_every_mode_equals_transformers(name, checkpoints):
+    folder, expected = checkpoints.get(name)
+    check(trial(folder, tp_size=2, sp_size=2, flags=MODELS[name].flags), expected)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sp_size", [4, 2])
+@pytest.mark.parametrize("name", IN_SP)
+def test_every_mode_of_four_ranks_equals_transformers(name, sp_size, checkpoints):
+    folder, expected = checkpoints.get(name)
+    patterns = ("tp", "sp", "mixed")
+    check(trial(folder, tp_size=4, sp_size=sp_size, patterns=patterns, flags=MODELS[name].flags), expected)
+
+
+@pytest.mark.parametrize("name", models([name for name in SERVED if MODELS[name].refused], fast=False))
+def test_a_model_is_refused_for_its_reason(name, checkpoints):
+    folder, _ = checkpoints.get(name)
+    with pytest.raises(TrialError, match=MODELS[name].refused):
+        trial(folder, tp_size=2)
+
+
+@pytest.mark.parametrize("name", models([name for name, model in MODELS.items() if model.stock], fast=False))
+def test_stock_does_not_serve_the_others(name, checkpoints):
+    """If SGLang or the CPU platform learns to serve a model, its record should say so."""
+    folder, expected = checkpoints.get(name)
+    try:
+        outcome = trial(folder, tp_size=2, stock=True)
+    except TrialError:
+        return
+    assert difference(outcome.logits["tp"], expected) >= TOLERANCE, f"{name} is served now: empty its field `stock`"
