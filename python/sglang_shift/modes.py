@@ -46,6 +46,7 @@ class StepState:
             sum of the sequence lengths.
         previous_mode: The mode that was chosen for the previous step; None for the first step.
         steps_since_switch: The steps since the mode last changed.
+        needs_tp: Why the step must run in TP; None if any mode can run it. Policies see only steps of any mode.
     """
 
     num_tokens: int
@@ -57,6 +58,7 @@ class StepState:
     kv_reads: int = 0
     previous_mode: Mode | None = None
     steps_since_switch: int = 0
+    needs_tp: str | None = None
 
     def __post_init__(self) -> None:
         tokens, by_mode = self.num_tokens, self.padded

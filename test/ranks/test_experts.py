@@ -8,13 +8,13 @@ import pytest
 import torch
 from harness import GlooGroup, run_ranks, topology_over_gloo
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
-from sglang_shift.layers.experts import Experts, Router
+from sglang_shift.layers.experts import Experts, ReplicatedExperts, Router
 from sglang_shift.layers.sums import SumOfCompleteRows
 from sglang_shift.modes import Mode
-from sglang_shift.parallel.exchange.gloo import GlooExchange
 from sglang_shift.parallel.forwards import Forwards
-from sglang_shift.parallel.region import exit_gather, local_rows, scatter_tokens
+from sglang_shift.parallel.region import exit_gather, gather_rows, local_rows, scatter_tokens
 from sglang_shift.parallel.step import Step, run_step
+from sglang_shift.weights.stacked import stack_shards
 
 HIDDEN, WIDTH, EXPERTS, CHOSEN = 8, 12, 5, 2
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -39,7 +39,8 @@ class FusedMoE(torch.nn.Module):
 
     def __init__(self, up, down):
         super().__init__()
-        self.up, self.down = up, down
+        self.up = torch.nn.Parameter(up.contiguous(), requires_grad=False)
+        self.down = torch.nn.Parameter(down.contiguous(), requires_grad=False)
 
     def forward(self, hidden_states, topk_output):
         weights, ids = topk_output
@@ -47,7 +48,7 @@ class FusedMoE(torch.nn.Module):
         products = torch.einsum("th,ehn->ten", hidden_states, self.up).relu()
         products = torch.einsum("ten,enh->teh", products, self.down)
         chosen = products.gather(1, ids[..., None].expand(-1, -1, HIDDEN))
-        return (weights[..., None] * chosen).sum(1)
+        return hidden_states.copy_((weights[..., None] * chosen).sum(1))  # SGLang's experts may write into their input
 
 
 class Block(torch.nn.Module):
@@ -90,7 +91,7 @@ class Counting(GlooGroup):
         super().all_to_all_single(output, input)
 
 
-def check_experts(rank: int, world: int, sp: int) -> None:
+def check_experts(rank: int, world: int, sp: int, replicated: bool) -> None:
     topology = topology_over_gloo(rank, world, sp, Counting)
     counts = topology.sp_group
     everyone = GlooGroup.mine([list(range(world))])
@@ -98,31 +99,37 @@ def check_experts(rank: int, world: int, sp: int) -> None:
     whole = Block(gate, TopK(), FusedMoE(up, down), Alone)
     block = Block(gate, TopK(), FusedMoE(up.chunk(world, 2)[rank], down.chunk(world, 1)[rank]), everyone)
     forwards = Forwards()
-    forwards.replace(block.topk, Router(block.topk))
-    forwards.replace(block.experts, Experts(block.experts))
+    if replicated:
+        forwards.replace(block.experts, ReplicatedExperts(block.experts, stack_shards(block.experts, topology)))
+    else:
+        forwards.replace(block.topk, Router(block.topk))
+        forwards.replace(block.experts, Experts(block.experts))
+    # Sharded, the rows and the router's logits are gathered once, and the parts are summed once.
+    expected = (0, 0) if replicated else (2, 1)
     forwards.replace(everyone, SumOfCompleteRows(everyone), "all_reduce")  # type: ignore[arg-type]
     for tokens in (1, 2, 5, 8, 13):
-        full = whole(x[:tokens])
+        full = whole(x[:tokens].clone())
         with run_step(Step(Mode.TP, topology, None, forwards)):
-            assert torch.allclose(block(x[:tokens]), full, **CLOSE)
+            assert torch.allclose(block(x[:tokens].clone()), full, **CLOSE)
         step = Step(Mode.SP, topology, SimpleNamespace(forward_mode=ForwardMode.DECODE), forwards)
         with run_step(step):
             local = scatter_tokens(step, x[:tokens])
             before = counts.gathers, counts.exchanges
-            rows = block(local)
-            assert (counts.gathers - before[0], counts.exchanges - before[1]) == (2, 1), (
-                "the rows and the router's logits are gathered once, and the parts are summed once"
-            )
+            given = local.clone()
+            rows = block(given)
+            assert (counts.gathers - before[0], counts.exchanges - before[1]) == expected
             real = max(0, min(tokens - topology.sp_index * len(local), len(local)))
             assert rows.shape == local.shape
             assert torch.allclose(rows[:real], local_rows(step, full)[:real], **CLOSE)
+            assert torch.equal(given, local), "a shared expert may read the rows after the routed ones"
+            assert torch.equal(gather_rows(step, given), x[:tokens]), "what the experts overwrote is gathered anew"
             assert torch.allclose(exit_gather(step, rows), full, **CLOSE)
             # The next layer's rows are other rows, and are gathered anew.
             again = exit_gather(step, block(rows))
-            assert torch.allclose(again, whole(full), **CLOSE)
-    assert isinstance(topology.exchange, GlooExchange)
+            assert torch.allclose(again, whole(full.clone()), **CLOSE)
 
 
+@pytest.mark.parametrize("replicated", [False, True], ids=["sharded", "replicated"])
 @pytest.mark.parametrize(("world", "sp"), [(2, 2), (4, 4), (4, 2), (3, 3)])
-def test_experts_that_ranks_divide(world, sp):
-    run_ranks(world, check_experts, sp)
+def test_experts_that_ranks_divide(world, sp, replicated):
+    run_ranks(world, check_experts, sp, replicated)

@@ -31,15 +31,16 @@ from stacked_checks import (
 from torch.testing._internal.two_tensor import TwoTensor
 
 P2, P4 = (2, 2), (4, 2)  # P and S
-FAST = ("fp8, blocks of 64", "gptq_marlin, desc_act")  # the formats of which the fast tier tests P = 4
+# The fast tier tests a format of each layout with P = 2, and two of them with P = 4.
+FAST_P4 = ("fp8, blocks of 64", "gptq_marlin, desc_act")
+FAST = (*FAST_P4, "unquantized", "fp8, per tensor, static", "compressed-tensors int8", "awq", "modelopt nvfp4")
 
 
 def layouts(names: Iterable[str]) -> list[Any]:
     """Each format in both layouts."""
-    full = pytest.mark.full
     return [
-        pytest.param(name, *layout, id=f"{name}-{layout[0]}", marks=full if layout == P4 and name not in FAST else [])
-        for name in names for layout in (P2, P4)
+        pytest.param(name, *layout, id=f"{name}-{layout[0]}", marks=() if name in fast else pytest.mark.full)
+        for name in names for layout, fast in ((P2, FAST), (P4, FAST_P4))
     ]  # fmt: skip
 
 

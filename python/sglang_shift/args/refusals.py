@@ -50,8 +50,6 @@ FEATURES = (
     Feature("--disaggregation-mode", lambda a: a.disaggregation_mode not in (None, "null"),
      "it has not been verified yet"),
     Feature("speculative decoding", lambda a: a.speculative_algorithm is not None, "it has not been verified yet"),
-    Feature("LoRA", lambda a: bool(a.enable_lora or a.lora_paths),
-     "SGLang's LoRA layers read TP shards of the weights"),
     Feature("--torchao-config", lambda a: bool(getattr(a, "torchao_config", "")),
      "its weights are objects of another kind than tensors"),
     Feature("--enable-torch-compile", lambda a: a.enable_torch_compile, "compiled code is keyed by shape, not by mode"),

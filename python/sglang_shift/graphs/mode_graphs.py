@@ -20,7 +20,7 @@ from sglang.srt.model_executor.model_runner_components.cuda_graph_setup import (
 from sglang.srt.model_executor.runner.base_cuda_graph_runner import get_batch_sizes_to_capture
 from sglang.srt.model_executor.runner.prefill_cuda_graph_runner import _MAX_PREFILL_CUDA_GRAPH_PADDING_FACTOR
 from sglang.srt.platforms import current_platform
-from sglang.srt.runtime_context import get_exec, get_observability
+from sglang.srt.runtime_context import get_exec, get_lora, get_observability
 
 from sglang_shift.config import ShiftConfig
 from sglang_shift.graphs.plan import GraphPlan, padded, plan_graphs
@@ -136,7 +136,10 @@ class ModeGraphs:
         exact = get_exec().graph.disable_cuda_graph_padding
         factors = {Phase.DECODE: 1.0 if exact else math.inf, Phase.PREFILL: _MAX_PREFILL_CUDA_GRAPH_PADDING_FACTOR}
         sizes_by_phase = sglang_sizes_by_phase(runner)
-        plans = {phase: plan_graphs(sizes, config, exact, factors[phase]) for phase, sizes in sizes_by_phase.items()}
+        plans = {
+            phase: plan_graphs(sizes, config, exact, factors[phase], steps_need_tp=bool(get_lora().enable_lora))
+            for phase, sizes in sizes_by_phase.items()
+        }
         if get_observability().forward_hooks:
             # SGLang registers the hooks after its own capture, so its graphs do not have them. A later capture would.
             none: dict[Mode, tuple[int, ...]] = dict.fromkeys(SHIFT_MODES, ())
@@ -294,9 +297,13 @@ def limit_sizes(sizes: dict[str, tuple[int, ...]]) -> Iterator[None]:
 
 @contextmanager
 def capturing(runner: Any, mode: Mode) -> Iterator[None]:
-    """Inside of this context, SGLang builds graph runners of ``mode`` for ``runner``."""
-    runner.capture_mode = mode
+    """Inside of this context, SGLang builds graph runners of ``mode`` for ``runner``.
+
+    These graphs have no LoRA adapters. With SGLang's LoRA manager, a graph runner would also make new buffers for the
+    adapters, and the graphs of TP would go on to read the old ones.
+    """
+    runner.capture_mode, adapters, runner.lora_manager = mode, runner.lora_manager, None
     try:
         yield
     finally:
-        runner.capture_mode = Mode.TP
+        runner.capture_mode, runner.lora_manager = Mode.TP, adapters

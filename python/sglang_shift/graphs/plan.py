@@ -29,9 +29,14 @@ class GraphPlan:
 
 
 def plan_graphs(
-    sglang_sizes: Sequence[int], config: ShiftConfig, exact: bool = False, factor: float = math.inf
+    sglang_sizes: Sequence[int],
+    config: ShiftConfig,
+    exact: bool = False,
+    factor: float = math.inf,
+    *,
+    steps_need_tp: bool = False,
 ) -> GraphPlan:
-    """Capture each size in the modes that the policy may choose for it, and in no other.
+    """Capture each size in the modes in which a step of this size may run, and in no other.
 
     In SP, sizes are rounded up to multiples of S. A rank then has the same number of rows, and there are fewer graphs.
     ``--shift-graph-buckets`` limits the number of these graphs.
@@ -42,8 +47,11 @@ def plan_graphs(
             threshold changes at run time, a step may find no graph.
         exact: Whether a graph only serves steps of its own size (``--disable-cuda-graph-padding``).
         factor: A step may be padded to at most ``factor`` times its tokens.
+        steps_need_tp: Whether steps of any size may have to run in TP, whatever the policy chooses.
     """
     sizes = {mode: tuple(size for size in sglang_sizes if mode in modes_of(size, config)) for mode in MODES}
+    if steps_need_tp:
+        sizes[Mode.TP] = tuple(sglang_sizes)
     sp = round_up_sizes(sizes[Mode.SP], 1 if exact else config.sp_size)
     sizes[Mode.SP] = tuple(sp if config.graph_buckets is None else select_sizes(sp, config.graph_buckets, factor))
     return GraphPlan(tuple(sglang_sizes), sizes)

@@ -50,6 +50,7 @@ class Experts:
         """``[T_local, h]`` and the choice of all tokens to ``[T_local, h]``."""
         step = current_step()
         rows = gather_rows(step, hidden_states)
+        step.gathered = None  # SGLang's experts may write into their input
         partial = type(self.experts).forward(self.experts, rows, topk_output, *args, **kwargs)
         return sum_rows(step, partial)
 

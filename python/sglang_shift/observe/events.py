@@ -76,7 +76,7 @@ class StepEvent(msgspec.Struct):
         seconds: Seconds that the step took; None if they could not be measured.
         predicted: Seconds that the cost model predicts, by mode; empty without a cost model.
         switched: Whether the policy chose another mode than for the step before. Probes do not count.
-        reason: The reason for the mode, if the step switched or is a probe; else empty.
+        reason: The reason for the mode, if the step switched, is a probe, or must run in TP; else empty.
         exchanged_bytes: Bytes that this rank has sent in exchanges since the start.
         exchanges: Number of exchanges since the start.
         finished: Requests that finished in the step.

@@ -79,6 +79,8 @@ class ShiftCpuPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.attention_backend = ATTENTION
         if server_args.moe_runner_backend == "auto":  # other runners want other layouts of the experts' weights
             server_args.moe_runner_backend = "triton"
+        if server_args.lora_backend == "csgmv":  # SGLang's default, which needs Triton
+            server_args.lora_backend = "torch_native"
         server_args.disable_custom_all_reduce = True
         ranks = local_ranks(server_args)
         share_cores(ranks)
@@ -90,9 +92,11 @@ class ShiftCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def init_backend(self) -> None:
         """Prepare a rank's process, of a stock server too. SGLang calls this while it imports its model runner."""
         from sglang_shift.platforms import attention_backend, fallbacks
+        from sglang_shift.platforms.lora import CpuLoRAManager
 
         register_collectives()
         put_in_place(keep_config)
+        put_in_place(CpuLoRAManager)
         attention_backend.register()
         fallbacks.register()
 

@@ -63,8 +63,9 @@ class Decision:
     Attributes:
         step: The state that the policy saw.
         mode: The mode of the step.
-        switched: Whether the policy chose another mode than for the step before. Probes do not count.
-        probe: Whether the step runs in a mode that the policy did not choose.
+        switched: Whether the policy chose another mode than for the step before. Steps that the policy did not choose
+            do not count.
+        probe: Whether the step runs in a mode that the policy did not choose, to measure its time.
     """
 
     step: StepState
@@ -84,7 +85,7 @@ class ModeSelector:
         count: Number of steps so far.
         steps: Number of steps so far, by mode.
         tokens: Number of tokens so far, by mode.
-        switches: Changes of mode so far, without probes.
+        switches: Changes of mode so far, as the policy chose them.
     """
 
     def __init__(self, policy: ShiftPolicy) -> None:
@@ -129,26 +130,33 @@ class ModeSelector:
     def choose(self, step: StepState) -> Decision:
         """Choose the mode of ``step``. This fills in its ``previous_mode`` and ``steps_since_switch``.
 
-        If a user's policy fails, ``tokens`` replaces it for good. This happens on every rank in the same step.
+        A step that needs TP gets TP, and the policy is not asked.
         """
         step = replace(step, previous_mode=self.previous_mode, steps_since_switch=self.steps_since_switch)
+        decision = self._ask(step) if step.needs_tp is None else Decision(step, Mode.TP, switched=False)
+        self.count += 1
+        self.steps[decision.mode] += 1
+        self.tokens[decision.mode] += step.num_tokens
+        self.switches += decision.switched
+        self.steps_since_switch = 0 if decision.switched else self.steps_since_switch + 1
+        return decision
+
+    def _ask(self, step: StepState) -> Decision:
+        """Ask the policy, and keep its choice.
+
+        If a user's policy fails, ``tokens`` replaces it for good. This happens on every rank in the same step.
+        """
         try:
             chosen = self._policy.choose(step)
         except PolicyFailed as error:
             fallback = TokenThreshold(ShiftConfig.threshold)
             logger.error("sglang_shift: %s; from now on: %s", error, fallback.describe())
             self.policy = fallback
-            return self.choose(step)
+            return self._ask(step)
         switched = self.previous_mode not in (None, chosen)
         probe = self.probes.probe_mode(step, chosen, switched) if self.probes is not None else None
-        mode = probe or chosen
-        self.count += 1
-        self.steps[mode] += 1
-        self.tokens[mode] += step.num_tokens
-        self.switches += switched
-        self.steps_since_switch = 0 if switched else self.steps_since_switch + 1
         self.previous_mode = chosen  # without the probe: a policy that keeps its mode must not follow a probe
-        return Decision(step, mode, switched, probe is not None)
+        return Decision(step, probe or chosen, switched, probe is not None)
 
     def predict(self, step: StepState) -> dict[Mode, float]:
         """Return the predicted seconds in each mode; empty without a calibration."""

@@ -27,6 +27,7 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.radix_attention import RadixAttention
 
 from sglang_shift.errors import Refusal
+from sglang_shift.layers.adapters import outermost
 from sglang_shift.layers.linear import OutputProjection, Projection, QkvProjection
 from sglang_shift.modes import MODES, Mode
 from sglang_shift.runtime.calibration_steps import SchedulerBench
@@ -210,9 +211,10 @@ def noisy_linears(runner: Any, seed: int) -> Iterator[None]:
     def of_experts(experts: Any) -> Callable[..., Any]:
         return lambda module, args, out: noisy(out, experts.hidden_size)
 
-    handles = [p.linear.register_forward_hook(of_linear(p)) for p in runner.sp_model.projections]
+    called = outermost(runner.model)
+    handles = [called(p.linear).register_forward_hook(of_linear(p)) for p in runner.sp_model.projections]
     experts = [module for module in runner.model.modules() if isinstance(module, FusedMoE)]
-    handles += [module.register_forward_hook(of_experts(module)) for module in experts]
+    handles += [called(module).register_forward_hook(of_experts(module)) for module in experts]
     try:
         yield
     finally:

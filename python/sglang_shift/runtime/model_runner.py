@@ -23,6 +23,7 @@ from sglang_shift_kernels.operations import ExchangeShape, warm_up
 from sglang_shift.config import ShiftConfig
 from sglang_shift.graphs.mode_graphs import ModeGraphs
 from sglang_shift.graphs.runners import SpDecodeGraphRunner
+from sglang_shift.layers.adapters import pass_over_adapters
 from sglang_shift.layers.sp_model import SpModel
 from sglang_shift.models.families import check_class
 from sglang_shift.modes import Mode
@@ -108,6 +109,11 @@ class ShiftModelRunner(ModelRunner):
             self.base_weights.text,
             exchange.text,
         )
+
+    @overrides("After SGLang has wrapped layers for LoRA adapters, our method lets SP steps run the wrapped layers.")
+    def init_lora_manager(self) -> None:
+        super().init_lora_manager()
+        pass_over_adapters(self.model, self.sp_model.forwards)
 
     def _free_gib(self) -> float:
         return get_available_gpu_memory(self.device, self.gpu_id)

@@ -85,10 +85,12 @@ class StepReporter:
         step, mode = decision.step, decision.mode
         if decision.probe:
             reason = f"a probe: what {mode.name} takes, beside the predicted time"
+        elif step.needs_tp is not None:
+            reason = step.needs_tp
         else:
             reason = self._explain(decision) if decision.switched else ""
         seconds = in_flight.lap.seconds if in_flight.lap is not None else None
-        if seconds is not None and in_flight.predicted:
+        if seconds is not None and in_flight.predicted and step.needs_tp is None:  # such a step computes more
             self.drift.add(mode, in_flight.predicted[mode], seconds, step.phase)
         self._steps += 1
         if self._steps % DRIFT_LOG_STEPS == 0:

@@ -37,6 +37,7 @@ from sglang_shift.runtime.internal_state import ShiftInternalState
 from sglang_shift.runtime.mode_check import ModeCheck
 from sglang_shift.runtime.rank_consensus import same_everywhere
 from sglang_shift.runtime.reporter import ShiftOutputStreamer, StepReporter
+from sglang_shift.runtime.tp_only import reason_for_tp, tp_rules
 from sglang_shift.runtime.tp_worker import EXPORT_REFUSED, ShiftTpModelWorker
 from sglang_shift.seams import extends, overrides, relies_on, substitutes_for
 from sglang_shift.start_up_log import NOT_ON_CPU, quiet_other_ranks
@@ -60,6 +61,7 @@ class ShiftScheduler(Scheduler):
         # The first rank of each node logs.
         with quiet_other_ranks(parallel.tp_rank % max(1, parallel.tp_size // parallel.nnodes) == 0):
             super().__init__(*args, **kwargs)
+        self.shift_tp_rules = tp_rules(adapters=bool(self.enable_lora), images=self.model_config.is_multimodal)
         self.shift_chunk = min(
             self.chunked_prefill_size or self.max_prefill_tokens, self.max_prefill_tokens, self.max_total_num_tokens
         )
@@ -195,6 +197,7 @@ class ShiftScheduler(Scheduler):
             pending_prefill_tokens=pending,
             padded=self.tp_worker.model_runner.graphs.for_phase(prefill > 0).padded(tokens),
             kv_reads=reads,
+            needs_tp=reason_for_tp(self.shift_tp_rules, batch),
         )
 
     @overrides(

@@ -89,21 +89,21 @@ def install() -> None:
     """
     check_sources()
     for seam in seams():
-        if seam.kind is Kind.REPLACES and seam.condition():
+        if seam.kind is Kind.SUBSTITUTES_FOR or (seam.kind is Kind.REPLACES and seam.condition()):
             put_in_place(seam.ours)
-        elif seam.kind is Kind.SUBSTITUTES_FOR:
-            _substitute(resolve(seam.target), seam)
     verify()
 
 
-def put_in_place(function: Any) -> None:
-    """Replace one function of SGLang by its declared replacement. SGLang may call it before :func:`install` runs."""
-    target = replacement_by(function).target
-    original = resolve(target)
-    if original is not function:
-        _originals[target] = original
-        module, _, name = target.partition(":")
-        setattr(resolve(module), name, function)
+def put_in_place(ours: Any) -> None:
+    """Put one declared replacement or substitute in place. SGLang may use it before :func:`install` runs."""
+    seam = replacement_by(ours)
+    original = resolve(seam.target)
+    if seam.kind is Kind.SUBSTITUTES_FOR:
+        _substitute(original, seam)
+    elif original is not ours:
+        _originals[seam.target] = original
+        module, _, name = seam.target.partition(":")
+        setattr(resolve(module), name, ours)
 
 
 def _substitute(stock: type, seam: Seam) -> None:

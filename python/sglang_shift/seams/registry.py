@@ -36,6 +36,7 @@ MODULES = (
     "sglang_shift.platforms.attention_backend",
     "sglang_shift.platforms.cpu",
     "sglang_shift.platforms.fallbacks",
+    "sglang_shift.platforms.lora",
     "sglang_shift.runtime.admission",
     "sglang_shift.runtime.calibrator",
     "sglang_shift.runtime.internal_state",
@@ -173,9 +174,10 @@ def seams() -> list[Seam]:
     return sorted(_seams + override_seams, key=lambda seam: (kinds.index(seam.kind), seam.target, seam.place))
 
 
-def replacement_by(function: Any) -> Seam:
-    """The seam of a replacement. Unlike :func:`seams`, this imports no other module."""
-    return next(seam for seam in _seams if seam.kind is Kind.REPLACES and seam.ours is function)
+def replacement_by(ours: Any) -> Seam:
+    """The seam of a replacement or a substitute. Unlike :func:`seams`, this imports no other module."""
+    kinds = (Kind.REPLACES, Kind.SUBSTITUTES_FOR)
+    return next(seam for seam in _seams if seam.kind in kinds and seam.ours is ours)
 
 
 def targets_of(method: Any) -> list[str]:

@@ -39,6 +39,27 @@ def test_the_policy_sees_the_past():
     assert selector.switches == 2
 
 
+def test_a_step_that_needs_tp_runs_in_tp_and_the_policy_does_not_see_it():
+    selector = ModeSelector(Recorder())
+    steps = [StepState(num_tokens=1), *[StepState(num_tokens=2, needs_tp="an adapter")] * 2, StepState(num_tokens=4)]
+    choices = [selector.choose(step) for step in [*steps, StepState(num_tokens=8), *steps[1:2]]]
+    assert [c.mode for c in choices] == ["tp", "tp", "tp", "tp", "sp", "tp"]
+    assert [s.num_tokens for s in selector.policy.seen] == [1, 4, 8]
+    assert [s.previous_mode for s in selector.policy.seen] == [None, "tp", "tp"]
+    assert [c.switched for c in choices] == [False, False, False, False, True, False]
+    assert not any(c.probe for c in choices)
+    assert selector.previous_mode is Mode.SP, "the policy's choice, not the step that had to run in TP"
+    assert selector.steps == {Mode.TP: 5, Mode.SP: 1}
+    assert selector.switches == 1
+
+
+@pytest.mark.parametrize("policy", [FixedMode(Mode.SP), TokenThreshold(0)])
+def test_a_step_that_needs_tp_runs_in_tp_whatever_the_policy_is(policy):
+    selector = ModeSelector(policy)
+    assert selector.choose(StepState(num_tokens=9)).mode is Mode.SP
+    assert selector.choose(StepState(num_tokens=9, needs_tp="an adapter")).mode is Mode.TP
+
+
 class Failing(ShiftPolicy):
     def choose(self, step):
         if step.num_tokens > 5:

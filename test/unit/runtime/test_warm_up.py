@@ -62,7 +62,7 @@ def load(monkeypatch, world, sp, device="meta", pynccl=PyNccl):
     sp_group, base = groups[0], groups[1] if world > sp else None
     built = Topology(RankLayout(world, sp), 0, sp_group, base, CollectiveExchange(sp_group))  # type: ignore[arg-type]
     sp_model = SimpleNamespace(
-        weights=SimpleNamespace(report=lambda: SimpleNamespace(total=0, beyond_base=0)),
+        weights=SimpleNamespace(report=lambda: SimpleNamespace(total=0, beyond_base=0), text=""),
         exchange_columns=[QKV, OUT],
         exchange_volume=lambda exchange, dtype: None,
     )
@@ -73,7 +73,7 @@ def load(monkeypatch, world, sp, device="meta", pynccl=PyNccl):
         "get_exec": lambda: SimpleNamespace(features=SimpleNamespace(enable_weights_cpu_backup=False)),
         "get_schedule": lambda: SimpleNamespace(chunked_prefill_size=CHUNK),
         "get_parallel": lambda: SimpleNamespace(nnodes=1),
-        "SpModel": lambda model, groups: sp_model,
+        "SpModel": lambda model, groups, replicate_experts: sp_model,
         "check_class": lambda model, name: None,
     }.items():
         monkeypatch.setattr(model_runner, name, value)
