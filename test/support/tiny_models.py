@@ -476,24 +476,6 @@ DENSE_MODELS = {
 FEW = {"num_experts_per_tok": 2}
 DUMMY: dict[str, Any] = {"dummy": True, "flags": ("--load-format", "dummy")}
 DUMMY_MODELS = {
-    "nanbeige": TinyModel(
-        "NanbeigeForCausalLM", LLAMA, fields=MHA, content={"model_type": "nanbeige", "num_loops": 1}, **DUMMY
-    ),
-    "deci": TinyModel(
-        "DeciLMForCausalLM",
-        LLAMA,
-        fields=MHA,
-        content={
-            "block_configs": [
-                {
-                    "attention": {"n_heads_in_group": 1, "no_op": False, "replace_with_linear": False},
-                    "ffn": {"ffn_mult": 1.5, "no_op": False, "replace_with_linear": False},
-                }
-            ]
-            * 3
-        },
-        **DUMMY,
-    ),
     "deepseek": TinyModel(
         "DeepseekForCausalLM",
         LLAMA,
@@ -508,6 +490,7 @@ DUMMY_MODELS = {
             "moe_layer_freq": 1,
             "norm_topk_prob": True,
         },
+        stock="the experts run in Triton only (deepseek.py:215)",
         **DUMMY,
     ),
     "bailing_moe": TinyModel(
@@ -536,6 +519,7 @@ DUMMY_MODELS = {
         EXPERTS,
         fields=MHA,
         content={"num_experts": 8, "moe_top_k": 2, "num_shared_experts": 1},
+        stock="the experts run in Triton only (xverse_moe.py:181)",
         **DUMMY,
     ),
 }
