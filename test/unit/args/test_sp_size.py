@@ -181,7 +181,7 @@ def test_a_quantized_model_without_files():
     ids=str,
 )
 def test_sizes_that_are_not_known_need_a_number(fields, problem):
-    with pytest.raises(Refused, match=f"cannot tell the size of MixtralForCausalLM.* {problem}.*; give --sp-size a"):
+    with pytest.raises(Refused, match=rf"cannot tell the size of MixtralForCausalLM.*\({problem}.*\); give --sp-size a number"):
         sp_size.weight_bytes(settings(), mixtral(**fields), [2])
 
 
