@@ -16,6 +16,7 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
 from sglang_shift.errors import SeamError
+from sglang_shift.models.heads import kv_heads_of_rank
 from sglang_shift.seams import extends, put_in_place, replaces
 from sglang_shift.start_up_log import leave_out_cpu
 
