@@ -37,6 +37,7 @@ MODULES = (
     "sglang_shift.platforms.cpu",
     "sglang_shift.platforms.fallbacks",
     "sglang_shift.platforms.lora",
+    "sglang_shift.platforms.speculation",
     "sglang_shift.runtime.admission",
     "sglang_shift.runtime.calibrator",
     "sglang_shift.runtime.internal_state",

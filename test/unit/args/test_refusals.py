@@ -130,7 +130,7 @@ ASKING = {
     "pp_size": 2, "attn_dp_size": 2, "dcp_size": 2, "attn_cp_size": 2, "enable_layernorm_sp": True,
     "enable_attn_tp_input_scattered": True, "ep_size": 2,
     "enable_two_batch_overlap": True, "enable_pdmux": True, "disaggregation_mode": "prefill",
-    "speculative_algorithm": "NGRAM", "enable_lora": True, "quantization": "fp8", "enable_torch_compile": True,
+    "speculative_algorithm": "EAGLE", "speculative_adaptive": True, "quantization": "fp8", "enable_torch_compile": True,
     "cuda_graph_config": SimpleNamespace(prefill=SimpleNamespace(backend="full")),
     "dllm_algorithm": "x", "elastic_ep_backend": "mooncake", "use_ray": True, "encoder_only": True,
     "grpc_mode": True, "weight_cache_mode": "on", "startup_weight_load_mode": "overlap",
