@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from harness import TWO_RANKS
 from prompts import assert_same_answers
+from sglang_shift.models.demo import demo_model_path
 
 DRAFTS = 4
 NGRAM = ("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", str(DRAFTS))
@@ -67,3 +71,42 @@ def test_calibrated(servers, reference):
     assert server.state["calibration"].startswith("calibrat")
     assert server.state["costs"] is not None
     assert_same_answers(server.generate_all(reference.prompts[::8], 4), reference.answers[16][::8])
+
+
+STEPS = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4")
+DRAFT_MODELS = {"EAGLE": "LlamaForCausalLMEagle", "EAGLE3": "LlamaForCausalLMEagle3"}
+
+
+@pytest.fixture(scope="module")
+def draft_flags(request, tmp_path_factory):
+    """The flags of an algorithm with a draft model.
+
+    STANDALONE takes a whole model: here it is the served model itself, so all drafts are accepted. EAGLE's models get
+    hidden states of the served model. They have random weights here.
+    """
+    algorithm = request.param
+    flags = ("--speculative-algorithm", algorithm, *STEPS)
+    if algorithm == "STANDALONE":
+        return (*flags, "--speculative-draft-model-path", demo_model_path())
+    folder = tmp_path_factory.mktemp(algorithm)
+    config = json.loads(Path(demo_model_path(), "config.json").read_text())
+    changes = {"architectures": [DRAFT_MODELS[algorithm]], "num_hidden_layers": 1, "draft_vocab_size": None}
+    Path(folder, "config.json").write_text(json.dumps({**config, **changes, "tie_word_embeddings": False}))
+    return (*flags, "--speculative-draft-model-path", str(folder), "--speculative-draft-load-format", "dummy")
+
+
+@pytest.mark.server
+@pytest.mark.full
+@pytest.mark.parametrize("draft_flags", ["STANDALONE", *DRAFT_MODELS], indirect=True)
+def test_draft_models(servers, reference, draft_flags):
+    """The draft model runs in TP. The answers are those without it, whatever the mode of the served model is."""
+    server = servers.get(*TWO_RANKS, *draft_flags)
+    for policy in ("tp", "sp", "tokens"):
+        for concurrency in (1, 16):
+            with server.policy(policy, threshold=2 * DRAFTS) as steps:
+                answers = server.generate_all(reference.prompts[::4], concurrency)
+            assert_same_answers(answers, reference.answers[concurrency][::4])
+            assert (steps["tp"] > 0, steps["sp"] > 0) == (policy != "sp", policy != "tp")
+            if "STANDALONE" in draft_flags:
+                # Of the 8 tokens, the prefill computes one, and each step 4 more: 3 drafts and the token after them.
+                assert {answer.meta["spec_verify_ct"] for answer in answers} == {2}

@@ -91,6 +91,10 @@ class ShiftCpuPlatform(CpuDeviceMixin, SRTPlatform):
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = kv_pool_tokens(server_args, ranks)
 
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        """Whether the platform has what SGLang's draft worker for ``algorithm`` needs."""
+        return algorithm in ("EAGLE", "EAGLE3", "STANDALONE")
+
     def get_speculative_worker_cls(self, algorithm: str) -> type | None:
         """Return None for SGLang's own worker, which needs our kernels on this platform."""
         from sglang_shift.platforms import speculation

@@ -7,6 +7,8 @@ import torch
 from sglang_shift.platforms.speculation import (
     accept_greedily,
     accepted_slots,
+    build_tree,
+    draft_slots,
     first_slots,
     reconstruct_tree,
     slots_of,
@@ -44,6 +46,27 @@ def test_the_links_of_a_tree():
     assert index.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
     assert child.tolist() == [list(each) for each in CHILDREN]
     assert sibling.tolist() == [list(each) for each in SIBLINGS]
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_the_tree_of_a_draft_model(mode):
+    """Drafts 0 and 1 follow the root, 2 and 3 follow draft 0, and 4 and 5 follow draft 1. Draft 2 is no node."""
+    lengths = [2, 3]
+    mask = torch.ones(sum(SIZE * ((0 if mode else n) + SIZE) for n in lengths), dtype=torch.bool)
+    positions = torch.empty(2 * SIZE, dtype=torch.int64)
+    index, child, sibling = (torch.empty(2, SIZE, dtype=torch.int64) for _ in range(3))
+    parents, nodes = torch.tensor([[-1, 0, 1]] * 2), torch.tensor([[0, 1, 3, 4]] * 2)
+    build_tree(parents, nodes, torch.tensor(lengths), mask, positions, index, child, sibling, 2, 2, SIZE, mode)
+    start = 0
+    for request, length in enumerate(lengths):
+        columns = SIZE + (0 if mode else length)
+        rows = mask[start : start + SIZE * columns].view(SIZE, columns)
+        assert rows[:, :-SIZE].all() and torch.equal(rows[:, -SIZE:], mask_of(PARENTS[0]))
+        start += SIZE * columns
+        assert positions.view(2, SIZE)[request].tolist() == [length + depth for depth in DEPTHS[0]]
+    assert index.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert child.tolist() == [list(CHILDREN[0])] * 2
+    assert sibling.tolist() == [list(SIBLINGS[0])] * 2
 
 
 @pytest.mark.parametrize(
@@ -88,6 +111,12 @@ def test_slots():
         draft_token_num=2, device="cpu",
     )  # fmt: skip
     assert read.tolist() == [11, 12, 14, 15] and read.dtype == torch.int64
+
+
+def test_slots_of_a_draft_model():
+    table, out = torch.arange(24, dtype=torch.int32).view(3, 8), torch.empty(4, dtype=torch.int64)
+    draft_slots(torch.tensor([2, 0]), table, torch.tensor([1, 4]), out, 1, 2)
+    assert out.tolist() == [17, 18, 4, 5]
 
 
 def test_slots_of_accepted_drafts():
