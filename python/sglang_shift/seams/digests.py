@@ -5,6 +5,7 @@
 SGLANG_VERSION = "0.5.23"
 DIGESTS = {
     "sglang.kernels.ops.elementwise.elementwise:_launch_fused_gate_sigmoid_mul": "e12686b45b333b1a",
+    "sglang.kernels.ops.speculative.cache_locs:assign_draft_cache_locs_contiguous_func": "fffc7b57bab54d17",
     "sglang.srt.arg_groups.memory_hook:reserve_for_graph_mb": "4cd5981a54925352",
     "sglang.srt.distributed.parallel_state:graph_capture": "32d9c0491e3832c5",
     "sglang.srt.layers.layer_boundary.factories:_active_variants": "887964bbd645149d",
@@ -104,6 +105,9 @@ DIGESTS = {
     "sglang.srt.models.qwen3:Qwen3DecoderLayer.__init__": "ab092ad8604aea9f",
     "sglang.srt.server_args:ServerArgs.add_cli_args": "8d5f9b207365f5ba",
     "sglang.srt.server_args:ServerArgs.get_tokenizer_worker_class": "9e6576d8392ceef6",
+    "sglang.srt.speculative.draft_utils:DraftBackendFactory._create_triton_decode_backend": "5ab352e9be92c6fc",
+    "sglang.srt.speculative.draft_utils:DraftBackendFactory._create_triton_prefill_backend": "f0c9ea193824d581",
+    "sglang.srt.speculative.eagle_utils:build_tree_kernel_efficient_func": "b137949fdf7eef32",
     "sglang.srt.speculative.eagle_utils:verify_tree_greedy_func": "dae05d6e8dcf80ae",
     "sglang.srt.speculative.spec_utils:fill_accept_out_cache_loc_func": "f2d2ccad169e141b",
     "sglang.srt.speculative.spec_utils:fill_front_out_cache_loc_func": "219d8596532f4b96",
