@@ -41,7 +41,7 @@ def pass_over_adapters(model: torch.nn.Module, forwards: Forwards) -> None:
 
 def _forward_of(layer: Any) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return layer.forward(*args, **kwargs)  # looked up in each call, because SP steps put another one in its place
+        return layer.forward(*args, **kwargs)  # the forward of this step: SP steps have another one
 
     return forward
 

@@ -7,6 +7,7 @@ None, and SGLang uses its own platforms.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -88,8 +89,26 @@ class ShiftCpuPlatform(CpuDeviceMixin, SRTPlatform):
         share_cores(ranks)
         # The ranks share the memory of one machine, so a difference between two readings means nothing.
         os.environ.setdefault("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "0")
+        os.environ.setdefault("SGLANG_NATIVE_MOVE_KV_CACHE", "1")  # SGLang's other way is a Triton kernel
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = kv_pool_tokens(server_args, ranks)
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        """Whether the platform has what SGLang's draft worker for ``algorithm`` needs."""
+        return algorithm in ("EAGLE", "EAGLE3", "STANDALONE")
+
+    def get_speculative_worker_cls(self, algorithm: str) -> type | None:
+        """Return None for SGLang's own worker, which needs our kernels on this platform."""
+        from sglang_shift.platforms import speculation
+
+        speculation.register()
+        return None
+
+    def get_speculative_cache_locs_fn(self) -> Callable[..., torch.Tensor]:
+        """Return our function that reads the KV slots of drafts."""
+        from sglang_shift.platforms.speculation import slots_of
+
+        return slots_of
 
     def init_backend(self) -> None:
         """Prepare a rank's process, of a stock server too. SGLang calls this while it imports its model runner."""
