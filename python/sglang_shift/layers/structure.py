@@ -17,7 +17,6 @@ from sglang.srt.layers.linear import ColumnParallelLinear, RowParallelLinear, ge
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.topk import TopK
-from sglang.srt.layers.pooler import CrossEncodingPooler, Pooler
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
@@ -56,7 +55,7 @@ class Structure:
         experts: The routed experts, with their names.
         embeddings: The embeddings, without LM heads.
         logits: The logits processors.
-        poolers: The poolers.
+        decoders: The modules that have the stacks.
 
     Raises:
         Refused: the model has no attention that SP mode knows, or a recurrent layer.
@@ -75,7 +74,7 @@ class Structure:
         self.experts: dict[str, Any] = {}
         self.embeddings: list[torch.nn.Module] = []
         self.logits: list[torch.nn.Module] = []
-        self.poolers: list[torch.nn.Module] = []
+        self.decoders = [model.get_submodule(name.rpartition(".")[0]) for name in stacks]
         for name, module in model.named_modules():
             in_stack = any(name.startswith(stack + ".") for stack in stacks)
             if in_stack and _is_recurrent(module):
@@ -91,8 +90,6 @@ class Structure:
                     self.embeddings.append(module)
             elif isinstance(module, LogitsProcessor):
                 self.logits.append(module)
-            elif isinstance(module, Pooler | CrossEncodingPooler):
-                self.poolers.append(module)
 
     def refusal(self, layer: str, problem: str) -> Exception:
         """The error for a layer that SP mode cannot run."""
