@@ -24,9 +24,7 @@ class Pair:
     def __init__(self, prefill: tuple[str, ...], decode: tuple[str, ...]) -> None:
         self.bootstrap_port = free_port()
         self.prefill = self._start("prefill", prefill)
-        self.decode = self._start("decode", decode)
-        for server in (self.prefill, self.decode):
-            server.wait_ready()
+        self.decode = self._start("decode", (*decode, "--disaggregation-decode-retraction-backup", "cpu_tensor"))
 
     def _start(self, role: str, flags: tuple[str, ...]) -> Server:
         transfer = ("--disaggregation-transfer-backend", "mooncake")
@@ -53,16 +51,25 @@ class Pair:
 def pair(reference, servers):
     servers.stop()
     pair = Pair(SMALL_CHUNKS, TWO_RANKS)
-    yield pair
-    pair.stop()
+    try:
+        pair.prefill.wait_ready()
+        pair.decode.wait_ready()
+        yield pair
+    finally:
+        pair.stop()
 
 
 @pytest.mark.parametrize("decoder", ["tp", "sp"])
 @pytest.mark.parametrize("prefiller", ["tp", "sp", "tokens"])
 def test_same_answers(pair, reference, prefiller, decoder):
     pair.prefill.flush_cache()
-    with pair.prefill.policy(prefiller, 64) as prefills, pair.decode.policy(decoder) as decodes, ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(pair.generate, reference.prompts))
+    with pair.prefill.policy(prefiller, 64) as prefills, pair.decode.policy(decoder) as decodes:
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(pair.generate, reference.prompts))
     assert_same_answers(answers, reference.answers[16])
-    assert {mode for mode, steps in prefills.items() if steps} == ({"tp", "sp"} if prefiller == "tokens" else {prefiller})
-    assert {mode for mode, steps in decodes.items() if steps} == {decoder}
+    assert modes(prefills) == ({"tp", "sp"} if prefiller == "tokens" else {prefiller})
+    assert modes(decodes) == {decoder}
+
+
+def modes(steps: dict[str, int]) -> set[str]:
+    return {mode for mode, count in steps.items() if count}

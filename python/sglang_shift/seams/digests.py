@@ -64,6 +64,7 @@ DIGESTS = {
     "sglang.srt.managers.tokenizer_manager:TokenizerManager.configure_logging": "b2a9ba0d7d293331",
     "sglang.srt.managers.tokenizer_manager:TokenizerManager.generate_request": "894e0b7b04509520",
     "sglang.srt.managers.tokenizer_manager:TokenizerManager.update_request_meta_info": "acccc58e0ca8eb2f",
+    "sglang.srt.managers.tp_worker:BaseTpWorker.forward_batch_embedding": "0cab1c5909f20451",
     "sglang.srt.managers.tp_worker:BaseTpWorker.send_weights_to_remote_instance": "4879831b4fc3749d",
     "sglang.srt.managers.tp_worker:TpModelWorker._init_model_runner": "f36d22229ba4aec9",
     "sglang.srt.managers.tp_worker:TpModelWorker.forward_batch_generation": "074f2a1c07948223",
