@@ -75,7 +75,7 @@ class SpModel:
         for embedding in structure.embeddings:
             self.forwards.replace(embedding, lookup_for(embedding))
         if pools:
-            for decoder in structure.decoders:
+            for decoder in structure.decoders():
                 self.forwards.replace(decoder, ExitAfterLayers(decoder))
         else:
             for processor in structure.logits:

@@ -116,7 +116,6 @@ def test_command_line_serves_the_demo_model_by_default():
             {**SHIFT, "shift_exchange": "flashinfer", "shift_exchange_dtype": "fp8"},
             "flashinfer is not possible: it sends activations as they are, and --shift-exchange-dtype is fp8",
         ),
-        ({**SHIFT, "is_embedding": True}, "pooler"),
         ({**SHIFT, "model_path": "/does/not/exist"}, "/does/not/exist does not exist"),
     ],
 )
@@ -129,13 +128,13 @@ def test_refused_at_resolution(flags, message):
 ASKING = {
     "pp_size": 2, "attn_dp_size": 2, "dcp_size": 2, "attn_cp_size": 2, "enable_layernorm_sp": True,
     "enable_attn_tp_input_scattered": True, "ep_size": 2,
-    "enable_two_batch_overlap": True, "enable_pdmux": True, "disaggregation_mode": "prefill",
+    "enable_two_batch_overlap": True, "enable_pdmux": True,
     "speculative_algorithm": "NGRAM", "enable_lora": True, "quantization": "fp8", "enable_torch_compile": True,
     "cuda_graph_config": SimpleNamespace(prefill=SimpleNamespace(backend="full")),
     "dllm_algorithm": "x", "elastic_ep_backend": "mooncake", "use_ray": True, "encoder_only": True,
     "grpc_mode": True, "weight_cache_mode": "on", "startup_weight_load_mode": "overlap",
     "debug_cuda_graph": True, "remote_instance_weight_loader_start_seed_via_transfer_engine": True,
-    "load_format": "sharded_state", "enable_memory_saver": True, "cpu_offload_gb": 1, "is_embedding": True,
+    "load_format": "sharded_state", "enable_memory_saver": True, "cpu_offload_gb": 1,
     "model_impl": "transformers", "enable_deterministic_inference": True, "rl_on_policy_target": "fsdp",
     "enable_return_aux_hidden_states": True, "enable_nvidia_megakernel": True,
     "enable_mscclpp": True,
