@@ -74,14 +74,18 @@ class SpModel:
                 self.forwards.replace(experts, Experts(experts))
         for embedding in structure.embeddings:
             self.forwards.replace(embedding, lookup_for(embedding))
+        self._add_exit(structure, pools)
+        for group in _sum_groups():
+            self.forwards.replace(group, SumOfCompleteRows(group), "all_reduce")
+
+    def _add_exit(self, structure: Structure, pools: bool) -> None:
+        """Add the places at which a step leaves the region."""
         if pools:
             for decoder in structure.decoders():
                 self.forwards.replace(decoder, ExitAfterLayers(decoder))
         else:
             for processor in structure.logits:
                 self.forwards.replace(processor, ExitToLogits(processor))
-        for group in _sum_groups():
-            self.forwards.replace(group, SumOfCompleteRows(group), "all_reduce")
 
     def _add_attention(self, structure: Structure, name: str) -> None:
         """Add the linears of an attention module, and the latents if it has MLA."""

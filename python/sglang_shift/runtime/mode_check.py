@@ -147,7 +147,9 @@ class ModeCheck:
                 with recorded_attention(self.runner.model, attention):
                     prefill = self.bench.forward(modes[0])
                 if not self.runner.is_generation:
-                    return Trace(prefill.reshape(1, -1).float(), attention)  # a reward is one number: compare all at once
+                    return Trace(
+                        prefill.reshape(1, -1).float(), attention
+                    )  # a reward is one number: compare all at once
                 self.bench.decode([each[-1] for each in ids])
                 decode = self.bench.forward(modes[1])
             finally:
