@@ -6,10 +6,10 @@ What a prefill server writes in SP, a decode server reads in TP or SP, and gives
 from __future__ import annotations
 
 import itertools
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import requests
 from harness import SMALL_CHUNKS, SUPPORT, TWO_RANKS, Answer, Server, free_port
 from prompts import assert_same_answers
 
@@ -63,9 +63,9 @@ def pair(reference, servers):
 @pytest.mark.parametrize("prefiller", ["tp", "sp", "tokens"])
 def test_same_answers(pair, reference, prefiller, decoder):
     pair.prefill.flush_cache()
-    with pair.prefill.policy(prefiller, 64) as prefills, pair.decode.policy(decoder) as decodes:
-        with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(pair.generate, reference.prompts))
+    prefill, decode = pair.prefill.policy(prefiller, 64), pair.decode.policy(decoder)
+    with prefill as prefills, decode as decodes, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(pair.generate, reference.prompts))
     assert_same_answers(answers, reference.answers[16])
     assert modes(prefills) == ({"tp", "sp"} if prefiller == "tokens" else {prefiller})
     assert modes(decodes) == {decoder}
@@ -73,3 +73,12 @@ def test_same_answers(pair, reference, prefiller, decoder):
 
 def modes(steps: dict[str, int]) -> set[str]:
     return {mode for mode, count in steps.items() if count}
+
+
+def test_finished_requests_are_reported(pair, reference):
+    """A prefill server's requests finish after their last step, and a decode server's begin with their KV cache."""
+    for _ in range(2):
+        pair.generate(reference.prompts[40])
+    for server in (pair.prefill, pair.decode):
+        requested = requests.get(server.url + "/shift/status", timeout=60).json()["requests"]
+        assert requested["count"] > 0 and requested["ttft"]["p50"] > 0, requested

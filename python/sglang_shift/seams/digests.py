@@ -6,6 +6,7 @@ SGLANG_VERSION = "0.5.23"
 DIGESTS = {
     "sglang.kernels.ops.elementwise.elementwise:_launch_fused_gate_sigmoid_mul": "e12686b45b333b1a",
     "sglang.srt.arg_groups.memory_hook:reserve_for_graph_mb": "4cd5981a54925352",
+    "sglang.srt.disaggregation.prefill:SchedulerDisaggregationPrefillMixin.process_disagg_prefill_inflight_queue": "41c14e7c6d8ff1e2",
     "sglang.srt.distributed.parallel_state:graph_capture": "32d9c0491e3832c5",
     "sglang.srt.layers.layer_boundary.factories:_active_variants": "887964bbd645149d",
     "sglang.srt.layers.layer_boundary.stage:StageBoundary._prepare": "545ac98ca1f6a032",
