@@ -20,6 +20,9 @@ IN_SP = [name for name in SERVED if not MODELS[name].refused]
 # These have rope scaling, caps and windows, sinks and biased experts, latents, and multipliers.
 FAST = {"llama3", "gemma2", "gpt_oss", "deepseek_v3", "granitemoe"}
 
+# The other tests let all ranks divide each expert.
+EXPERT_PARALLEL = ["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.full)]
+
 
 def models(names: list[str], fast: bool = True) -> list[Any]:
     """Return parameters: a few models in the fast tier, and all in the full tier."""
@@ -77,6 +80,15 @@ def test_every_mode_of_four_ranks_equals_transformers(name, sp_size, checkpoints
     folder, expected = checkpoints.get(name)
     patterns = ("tp", "sp", "mixed")
     check(trial(folder, tp_size=4, sp_size=sp_size, patterns=patterns, flags=MODELS[name].flags), expected)
+
+
+@pytest.mark.parametrize(("tp_size", "sp_size"), [(2, 2), pytest.param(4, 2, marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", EXPERT_PARALLEL)
+def test_every_mode_with_whole_experts_on_each_rank(name, tp_size, sp_size, checkpoints):
+    """``--ep-size``: a rank has some experts, and of each expert all or a larger part."""
+    folder, expected = checkpoints.get(name)
+    flags = (*MODELS[name].flags, "--ep-size", "2")
+    check(trial(folder, tp_size=tp_size, sp_size=sp_size, flags=flags), expected)
 
 
 @pytest.mark.parametrize("name", models([name for name in SERVED if MODELS[name].refused], fast=False))

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
-from families import FAMILIES, make_model
-from harness import Answer
+from families import FAMILIES, greedy, make_model
 from prompts import assert_same_answers
 
 pytestmark = [pytest.mark.server, pytest.mark.full]
 
 NEW_TOKENS = 16
 LENGTHS = [1, 2, 3, 5, 17, 64, 101, 200]
-
-
-@torch.no_grad()
-def greedy(model: Any, ids: list[int]) -> Answer:
-    """Greedy decoding without a KV cache: the plainest reference."""
-    tokens, logprobs = list(ids), []
-    for _ in range(NEW_TOKENS):
-        step = model(torch.tensor([tokens]), use_cache=False).logits[0, -1].log_softmax(-1)
-        tokens.append(int(step.argmax()))
-        logprobs.append(float(step.max()))
-    return Answer(tokens[len(ids) :], logprobs, {})
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -35,6 +20,6 @@ def test_same_tokens_as_transformers(name, servers, tmp_path):
     server = servers.get("--dtype", "float32", "--model-path", str(tmp_path), *family.flags)
     answers = server.generate_all(prompts, 1, NEW_TOKENS) + server.generate_all(prompts, 8, NEW_TOKENS)
     steps = server.state["steps"]
-    assert_same_answers(answers, [greedy(model, ids) for ids in prompts] * 2)
+    assert_same_answers(answers, [greedy(model, ids, NEW_TOKENS) for ids in prompts] * 2)
     assert steps["sp"] > 0
     assert (steps["tp"] > 0) == (family.mode == "both"), f"{steps}: --sp-size alone must run every step in SP"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from harness import Answer
 from sglang_shift.models.demo import demo_model_path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -64,3 +65,14 @@ def make_model(path: str, family: Family) -> Any:
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return model
+
+
+@torch.no_grad()
+def greedy(model: Any, ids: list[int], count: int) -> Answer:
+    """Greedy decoding without a KV cache: the plainest reference."""
+    tokens, logprobs = list(ids), []
+    for _ in range(count):
+        step = model(torch.tensor([tokens]), use_cache=False).logits[0, -1].log_softmax(-1)
+        tokens.append(int(step.argmax()))
+        logprobs.append(float(step.max()))
+    return Answer(tokens[len(ids) :], logprobs, {})

@@ -192,12 +192,14 @@ def test_the_simulator():
 
 
 def test_the_counters_of_a_request():
-    times = SimpleNamespace(prefill_finished_time=2.0, completion_time=3.0, wait_queue_entry_time=1.0)
+    times = SimpleNamespace(
+        prefill_finished_time=2.0, completion_time=3.0, wait_queue_entry_time=1.0, decode_prealloc_queue_entry_time=0.0
+    )
     steps = {TP: 1, SP: 0, THIRD: 4}
     req = SimpleNamespace(
         finished=lambda: True, time_stats=times, output_ids=[1, 2], origin_input_ids=[1], shift_steps=steps
     )
-    [finished] = finished_requests(SimpleNamespace(reqs=[req]))
+    [finished] = finished_requests([req])
     assert finished.steps == steps
     info = ShiftOutputStreamer.build_additional_customized_info(None, [req])
     assert info == {"shift_steps": [[{"tp": 1, "sp": 0, "third": 4}]]}

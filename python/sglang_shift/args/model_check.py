@@ -27,8 +27,8 @@ QUANTIZED = Refusal(
     "Their kernels read more than the tensors of a layer: objects at the weights, or shapes from a file.",
 )
 NOT_TEXT = Refusal(
-    "{name} is served for text generation only",
-    "Embedding and multimodal models are not tested.",
+    "{name} is served for text only",
+    "Multimodal models are not tested.",
 )
 HEADS = Refusal(
     "--tp-size {P} does not divide the model's {N} attention heads; choose a divisor of {N}",
@@ -109,7 +109,7 @@ def check_model(model_config: Any, config: ShiftConfig) -> None:
         check_registry(name)
     if model_config.quantization in NOT_SHARED:
         raise QUANTIZED(method=model_config.quantization)
-    if not model_config.is_generation or model_config.is_multimodal:
+    if model_config.is_multimodal:
         raise NOT_TEXT(name=name)
     if name in FAMILIES:
         check_fields(hf_config, model_config.context_len)

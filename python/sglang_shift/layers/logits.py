@@ -1,4 +1,8 @@
-"""The logits processor in SP steps: a step leaves the token-sharded region here, before the LM head."""
+"""The end of a model in SP steps: a step leaves the token-sharded region here.
+
+A model that generates leaves it in the logits processor, before the LM head. A model that pools leaves it after its
+layers.
+"""
 
 from __future__ import annotations
 
@@ -58,23 +62,30 @@ class ExitToLogits:
         )
 
 
-class ExitToPooler:
-    """SGLang's pooler. It gets all rows.
+class ExitAfterLayers:
+    """The decoder inside of a model that pools: an embedding model, a reward model, or a classifier.
+
+    The decoder has the layers and the final norm. What follows it differs among models: heads before or after a pooler,
+    or several poolers. All of it gets the rows of all tokens, as in TP.
 
     Args:
-        pooler: SGLang's ``Pooler``.
+        decoder: The module that has the list of layers.
     """
 
-    def __init__(self, pooler: Any) -> None:
-        self.pooler = pooler
+    def __init__(self, decoder: torch.nn.Module) -> None:
+        self.decoder = decoder
 
-    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Gather all rows, leave the region, and run SGLang's pooler."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the decoder, gather all rows of what it returns, and leave the region."""
         step = current_step()
+        output = type(self.decoder).forward(self.decoder, *args, **kwargs)
         step.exit_plan = None
-        hidden_states = leave(step, hidden_states)
+        if isinstance(output, torch.Tensor):
+            output = leave(step, output)
+        else:
+            output = tuple(leave(step, each) if isinstance(each, torch.Tensor) else each for each in output)
         step.leave()
-        return type(self.pooler).forward(self.pooler, hidden_states, *args, **kwargs)
+        return output
 
 
 def leave(step: Step, hidden_states: torch.Tensor) -> torch.Tensor:

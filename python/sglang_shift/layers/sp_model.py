@@ -20,7 +20,7 @@ from sglang_shift.layers.linear import (
     QkvProjection,
     RowProjection,
 )
-from sglang_shift.layers.logits import ExitToLogits, ExitToPooler
+from sglang_shift.layers.logits import ExitAfterLayers, ExitToLogits
 from sglang_shift.layers.structure import HEADS_OF_LATENTS, Structure, returns_shard_of_bias
 from sglang_shift.layers.sums import SumOfCompleteRows
 from sglang_shift.parallel.exchange.base import ExchangeVolume, SequenceExchange
@@ -38,6 +38,7 @@ class SpModel:
         model: A loaded SGLang model whose linears hold stock full-TP shards.
         topology: The groups that share the weights.
         replicate_experts: Whether each rank gets the experts' parts of all ranks of its SP group.
+        pools: Whether the model pools, and does not generate.
 
     Attributes:
         weights: The base weights of its linears.
@@ -48,7 +49,9 @@ class SpModel:
         Refused: SP mode cannot run a layer.
     """
 
-    def __init__(self, model: torch.nn.Module, topology: Topology, *, replicate_experts: bool = False) -> None:
+    def __init__(
+        self, model: torch.nn.Module, topology: Topology, *, replicate_experts: bool = False, pools: bool = False
+    ) -> None:
         self.topology = topology
         self.weights = BaseWeights(model, topology)
         self.forwards = Forwards()
@@ -71,12 +74,18 @@ class SpModel:
                 self.forwards.replace(experts, Experts(experts))
         for embedding in structure.embeddings:
             self.forwards.replace(embedding, lookup_for(embedding))
-        for processor in structure.logits:
-            self.forwards.replace(processor, ExitToLogits(processor))
-        for pooler in structure.poolers:
-            self.forwards.replace(pooler, ExitToPooler(pooler))
+        self._add_exit(structure, pools)
         for group in _sum_groups():
             self.forwards.replace(group, SumOfCompleteRows(group), "all_reduce")
+
+    def _add_exit(self, structure: Structure, pools: bool) -> None:
+        """Add the places at which a step leaves the region."""
+        if pools:
+            for decoder in structure.decoders():
+                self.forwards.replace(decoder, ExitAfterLayers(decoder))
+        else:
+            for processor in structure.logits:
+                self.forwards.replace(processor, ExitToLogits(processor))
 
     def _add_attention(self, structure: Structure, name: str) -> None:
         """Add the linears of an attention module, and the latents if it has MLA."""

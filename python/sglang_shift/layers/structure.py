@@ -17,7 +17,6 @@ from sglang.srt.layers.linear import ColumnParallelLinear, RowParallelLinear, ge
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.topk import TopK
-from sglang.srt.layers.pooler import CrossEncodingPooler, Pooler
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
@@ -56,7 +55,7 @@ class Structure:
         experts: The routed experts, with their names.
         embeddings: The embeddings, without LM heads.
         logits: The logits processors.
-        poolers: The poolers.
+        stacks: The names of the stacks.
 
     Raises:
         Refused: the model has no attention that SP mode knows, or a recurrent layer.
@@ -65,7 +64,7 @@ class Structure:
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
         attention = [(name, module) for name, module in model.named_modules() if _is_attention(module)]
-        stacks = [name for name, module in model.named_modules() if _is_stack(name, module, attention)]
+        self.stacks = stacks = [name for name, module in model.named_modules() if _is_stack(name, module, attention)]
         if not stacks:
             raise NO_ATTENTION(model=type(model).__name__)
         self.attention = dict(attention)
@@ -75,7 +74,6 @@ class Structure:
         self.experts: dict[str, Any] = {}
         self.embeddings: list[torch.nn.Module] = []
         self.logits: list[torch.nn.Module] = []
-        self.poolers: list[torch.nn.Module] = []
         for name, module in model.named_modules():
             in_stack = any(name.startswith(stack + ".") for stack in stacks)
             if in_stack and _is_recurrent(module):
@@ -91,12 +89,22 @@ class Structure:
                     self.embeddings.append(module)
             elif isinstance(module, LogitsProcessor):
                 self.logits.append(module)
-            elif isinstance(module, Pooler | CrossEncodingPooler):
-                self.poolers.append(module)
 
     def refusal(self, layer: str, problem: str) -> Exception:
         """The error for a layer that SP mode cannot run."""
         return UNKNOWN_LAYER(model=type(self.model).__name__, layer=layer, problem=problem)
+
+    def decoders(self) -> list[torch.nn.Module]:
+        """The modules that have the stacks, and the norm after each stack.
+
+        Raises:
+            Refused: the model itself has a stack, so it does not return the hidden states.
+        """
+        inner = [name for name in self.stacks if any(name.startswith(other + ".") for other in self.stacks)]
+        owners = {name.rpartition(".")[0] for name in self.stacks if name not in inner}
+        if "" in owners:
+            raise self.refusal("the model", "pools without a module that returns its hidden states")
+        return [self.model.get_submodule(name) for name in sorted(owners)]
 
     def linears_of(self, name: str) -> Iterator[tuple[str, Any]]:
         """The parallel linears of the attention module of this name, with their own names.

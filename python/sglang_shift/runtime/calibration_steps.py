@@ -76,8 +76,9 @@ class SchedulerBench:
         self.release()
         sampling = SamplingParams(temperature=0, max_new_tokens=8)
         sampling.normalize(None)
-        # A step that verifies drafts computes what a prefill of as many tokens computes.
-        decode = shape.phase == "decode" and shape.width == 1
+        # A step that verifies drafts computes what a prefill of as many tokens computes. A model that pools has no decode
+        # steps. Their shapes extend each request by one token, so that the calibration has both phases.
+        decode = shape.phase == "decode" and shape.width == 1 and self.scheduler.is_generation
         for i, (cached, new) in enumerate(shape.requests):
             made_up = (1 + t % 97 for t in range(cached if decode else cached + new))
             ids = array("q", ids_by_request[i] if ids_by_request else made_up)
@@ -120,7 +121,7 @@ class SchedulerBench:
                 if each is not None:
                     self._batch.input_ids = self._input_ids
                     with worker.model_runner.running_in(each):
-                        worker.forward_batch_generation(self._batch)
+                        self._forward()
         if on_gpu:
             torch.cuda.synchronize()
         return worker.last_lap.seconds
@@ -131,12 +132,20 @@ class SchedulerBench:
         self._input_ids = torch.tensor(ids, dtype=torch.int64, device=self._batch.device)
 
     def forward(self, mode: Mode) -> torch.Tensor:
-        """Run one step, and return the logits, ``[requests, vocabulary]``."""
+        """Run one step, and return its logits, ``[requests, vocabulary]``, or what a model that pools computes."""
         self._batch.input_ids = self._input_ids
         with torch.no_grad(), self.scheduler.tp_worker.model_runner.running_in(mode):
-            result = self.scheduler.tp_worker.forward_batch_generation(self._batch)
-        logits: torch.Tensor = result.logits_output.next_token_logits.clone()
-        return logits
+            output = self._forward()
+        return output.clone()
+
+    def _forward(self) -> torch.Tensor:
+        """Run the batch on the worker. Return the logits of a model that generates, or the embeddings."""
+        worker = self.scheduler.tp_worker
+        if self.scheduler.is_generation:
+            logits: torch.Tensor = worker.forward_batch_generation(self._batch).logits_output.next_token_logits
+            return logits
+        pooled = worker.forward_batch_embedding(self._batch)[0].embeddings
+        return pooled if isinstance(pooled, torch.Tensor) else torch.stack(pooled)
 
     def _extend(self, cached: int, end: int | None) -> Any:
         """A batch that extends every request from ``cached`` tokens to ``end`` tokens, or to all of its tokens."""

@@ -68,7 +68,8 @@ class Trace:
     """What one run has computed.
 
     Attributes:
-        logits: Of a prefill and of a decode step after it, ``[2 * requests, vocabulary]`` in float32.
+        logits: Of a prefill and of a decode step after it, ``[2 * requests, vocabulary]`` in float32. If the model
+            pools, this is what it computes in a prefill, as one row.
         attention: By the name of an attention layer, what went into it in the prefill: this rank's heads of all tokens.
     """
 
@@ -146,6 +147,9 @@ class ModeCheck:
                 self.bench.prepare(_Shape(), [each[:-1] for each in ids])  # type: ignore[arg-type]
                 with recorded_attention(self.runner.model, attention):
                     prefill = self.bench.forward(modes[0])
+                if not self.runner.is_generation:
+                    # A reward is one number and has no spread. So the values of all requests are one row.
+                    return Trace(prefill.reshape(1, -1).float(), attention)
                 self.bench.decode([each[-1] for each in ids])
                 decode = self.bench.forward(modes[1])
             finally:

@@ -87,7 +87,12 @@ class ShiftModelRunner(ModelRunner):
         before = self._free_gib() + self.weight_load_mem_usage
         backup = get_exec().features.enable_weights_cpu_backup
         with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=backup):
-            self.sp_model = SpModel(self.model, self.topology, replicate_experts=config.experts == "replicated")
+            self.sp_model = SpModel(
+                self.model,
+                self.topology,
+                replicate_experts=config.experts == "replicated",
+                pools=not self.is_generation,
+            )
         self.base_weights = self.sp_model.weights
         self.weight_report = self.base_weights.report()
         # /server_info reports this as the memory of the weights, in GiB. The exchange takes its own memory later.

@@ -56,6 +56,7 @@ class StepReporter:
         self._switch_log_due = 0.0
         self._switches_unlogged = 0
         self._drift_logged = False
+        self._transferred: list[Any] = []
 
     def on_launch(self, forward_iter: int, decision: Decision, lap: Lap | None, replayed: bool | None) -> None:
         """Record that a step was launched. ``replayed`` is the field of :class:`StepEvent`."""
@@ -112,12 +113,17 @@ class StepReporter:
                 reason=reason,
                 exchanged_bytes=self.exchange.bytes_sent,
                 exchanges=self.exchange.calls,
-                finished=finished_requests(batch),
+                finished=finished_requests([*self._transferred, *batch.reqs]),
                 replayed=in_flight.replayed,
                 replica=self.publisher.replica,
             )
         )
+        self._transferred = []
         self.tick()
+
+    def on_transfer(self, reqs: list[Any]) -> None:
+        """Record that a prefill server has sent the KV cache of requests. The next step reports them."""
+        self._transferred += reqs
 
     def tick(self) -> None:
         """Publish the state every :data:`STATE_S` seconds, for subscribers that connect late."""
@@ -160,25 +166,28 @@ class StepReporter:
             logger.info("Step times have drifted from the predicted ones (median of the last steps): %s", text)
 
 
-def finished_requests(batch: Any) -> list[Finished]:
+def finished_requests(reqs: list[Any]) -> list[Finished]:
     """The requests that finished with this step. Their times come from SGLang's time stamps."""
     finished = []
-    for req in batch.reqs:
+    for req in reqs:
         steps = getattr(req, "shift_steps", None)
         if steps is None or not req.finished() or hasattr(req, "shift_reported"):
             continue
         req.shift_reported = True
         times, count = req.time_stats, len(req.output_ids)
-        first, end = times.prefill_finished_time, times.completion_time or time.perf_counter()
-        if first <= 0 or times.wait_queue_entry_time <= 0:
+        begin, first, end = times.wait_queue_entry_time, times.prefill_finished_time, times.completion_time
+        if times.decode_prealloc_queue_entry_time > 0:  # a decode server gets the first token with the KV cache
+            begin, first = times.decode_prealloc_queue_entry_time, begin
+        end = end or time.perf_counter()
+        if first <= 0 or begin <= 0:
             continue  # the request was aborted before its first token
         finished.append(
             Finished(
                 prompt_tokens=len(req.origin_input_ids),
                 output_tokens=count,
-                ttft=first - times.wait_queue_entry_time,
+                ttft=first - begin,
                 tpot=(end - first) / (count - 1) if count > 1 else None,
-                e2e=end - times.wait_queue_entry_time,
+                e2e=end - begin,
                 steps=steps,
             )
         )

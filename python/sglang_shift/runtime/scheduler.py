@@ -241,6 +241,13 @@ class ShiftScheduler(Scheduler):
         super().process_batch_result(batch, result)
         return reporter.after_result(batch)
 
+    @overrides("Our method reports the requests of a prefill server. They finish after their last step.")
+    def process_disagg_prefill_inflight_queue(self, *args: Any, **kwargs: Any) -> list[Req]:
+        done: list[Req] = super().process_disagg_prefill_inflight_queue(*args, **kwargs)
+        if self.shift_reporter is not None:
+            self.shift_reporter.on_transfer(done)
+        return done
+
     @overrides("Our method renews a calibration that has drifted.")
     def on_idle(self) -> None:
         """If step times have drifted, renew the calibration while the server is idle, a few laps at a time."""

@@ -33,6 +33,12 @@ class ShiftTpModelWorker(TpModelWorker):
         with self.stopwatch.lap() as self.last_lap:
             return super().forward_batch_generation(*args, **kwargs)
 
+    @overrides("Our method measures the time of the step.")
+    def forward_batch_embedding(self, *args: Any, **kwargs: Any) -> Any:
+        """Run and time one step of a model that pools."""
+        with self.stopwatch.lap() as self.last_lap:
+            return super().forward_batch_embedding(*args, **kwargs)
+
     @overrides("Our method refuses the transfer, because SGLang's method would send views of the base weights.")
     def send_weights_to_remote_instance(self, recv_req: Any) -> tuple[bool, str]:
         return False, EXPORT_REFUSED

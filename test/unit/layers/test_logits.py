@@ -1,4 +1,4 @@
-"""The exit from the token-sharded region: everything that the logits processor or the pooler reads is gathered."""
+"""The exit from the token-sharded region: everything that a logits processor or a pooler reads is gathered."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardMode
 from sglang.srt.runtime_context import get_forward
-from sglang_shift.layers.logits import ExitToLogits, ExitToPooler
+from sglang_shift.layers.logits import ExitAfterLayers, ExitToLogits
 from sglang_shift.modes import Mode
 from sglang_shift.parallel.forwards import Forwards
 from sglang_shift.parallel.layout import RankLayout
@@ -39,11 +39,11 @@ class Processor(torch.nn.Module):
         return SimpleNamespace(**{k: v for k, v in locals().items() if k != "self"})
 
 
-class Pooler(torch.nn.Module):
-    """Stands for SGLang's pooler."""
+class Decoder(torch.nn.Module):
+    """Stands for the layers of a model. They add 1."""
 
-    def forward(self, hidden_states, forward_batch):
-        return hidden_states, forward_batch
+    def forward(self, hidden_states, *others):
+        return (hidden_states + 1, *others) if others else hidden_states + 1
 
 
 def prefill(**fields):
@@ -113,24 +113,32 @@ def test_hidden_states_of_layers_side_by_side_and_before_the_norm():
     assert torch.equal(got.hidden_states, everyones(local))
 
 
-@pytest.mark.parametrize(("module", "kind"), [(Processor(), ExitToLogits), (Pooler(), ExitToPooler)])
+@pytest.mark.parametrize(("module", "kind"), [(Processor(), ExitToLogits), (Decoder(), ExitAfterLayers)])
 def test_a_step_that_never_entered_is_an_error(module, kind):
     with (
         run_step(step_of(module, kind)),
         pytest.raises(RuntimeError, match=r"without an embedding that sglang_shift knows.*serve this model without"),
     ):
-        module(*[FULL] * 4) if kind is ExitToLogits else module(FULL, None)
+        module(*[FULL] * 4) if kind is ExitToLogits else module(FULL)
     assert "forward" not in vars(module)
 
 
 def test_a_pooler_reads_all_rows():
-    pooler = Pooler()
-    with run_step(step_of(pooler, ExitToPooler)) as step:
+    decoder = Decoder()
+    with run_step(step_of(decoder, ExitAfterLayers)) as step:
         local = scatter_tokens(step, FULL)
         assert step.exit_plan is not None
-        hidden_states, batch = pooler(local, "batch")
-        assert step.left and batch == "batch"
-    assert torch.equal(hidden_states, everyones(local))
+        assert torch.equal(decoder(local), everyones(local + 1))
+        assert step.left and not get_forward().sp_active
+
+
+def test_all_tensors_of_a_decoder_are_gathered():
+    decoder = Decoder()
+    with run_step(step_of(decoder, ExitAfterLayers)) as step:
+        local = scatter_tokens(step, FULL)
+        hidden_states, before_norm, nothing = decoder(local, local + 7, None)
+    assert nothing is None
+    assert torch.equal(hidden_states, everyones(local + 1)) and torch.equal(before_norm, everyones(local + 7))
 
 
 def test_tp_steps_run_sglangs_processor():

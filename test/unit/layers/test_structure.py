@@ -84,10 +84,10 @@ def llama():
     return build(Case("LlamaForCausalLM").model_config().hf_config)
 
 
-def replaced(model):
+def replaced(model, **options):
     """What SP steps run, by the name of the module, or why they cannot run the model."""
     try:
-        sp_model = SpModel(model, TOPOLOGY)
+        sp_model = SpModel(model, TOPOLOGY, **options)
     except Refused as refusal:
         return str(refusal)
     with sp_model.forwards.installed():
@@ -219,6 +219,7 @@ def found():
             of[name, "biased layer"] = layer_of(build(Case(name, fields).model_config().hf_config))
         for name in OTHERS:
             of[name] = replaced(other_model(name))
+        of["pools"], of["pools itself"] = replaced(llama(), pools=True), replaced(llama().model, pools=True)
         of |= changed_llamas()
         of["tower"], of["latent weights"], of["columns"] = tower(), latent_weights(), columns()
     return of
@@ -249,8 +250,14 @@ def test_a_dense_decoder_has_four_a_layer(name, projections):
     of = projections[name]
     assert [layer(of, i) for i in range(TINY["num_hidden_layers"])] == [DENSE] * TINY["num_hidden_layers"]
     around = {key: kind for key, kind in of.items() if ".layers." not in key}
-    # With one TP rank, as here, the table is whole. A pooler serves models of embeddings.
-    assert around == {"model.embed_tokens": "WholeLookup", "pooler": "ExitToPooler", **AROUND}
+    # With one TP rank, as here, the table is whole.
+    assert around == {"model.embed_tokens": "WholeLookup", **AROUND}
+
+
+def test_a_model_that_pools_leaves_after_its_layers(projections):
+    around = {key: kind for key, kind in projections["pools"].items() if ".layers." not in key}
+    assert around == {"model": "ExitAfterLayers", "model.embed_tokens": "WholeLookup"}
+    assert "pools without a module that returns its hidden states" in projections["pools itself"]
 
 
 KINDS = {

@@ -27,4 +27,3 @@ def notes(model: Model) -> list[str]:
     if decoder.windowed_layers:
         found.append("Layers with a sliding window count as if they attended to all tokens and cached all of them.")
     return found
-
