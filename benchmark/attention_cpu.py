@@ -1,6 +1,8 @@
-"""Attention of one layer on a CPU: SGLang's torch_native backend beside this package's, step by step in turn.
+"""Attention of one layer on a CPU: SGLang's torch_native backend beside this package's.
 
-python benchmark/attention_cpu.py
+    python benchmark/attention_cpu.py
+
+The two take turns. A time is the median CPU time of the process, so other processes of the machine matter little.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from statistics import median
-from time import perf_counter
+from time import process_time
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -97,12 +99,12 @@ class Bench:
 
 
 def seconds(run: Callable[[], torch.Tensor], least: float = 0.002) -> float:
-    """The time of one run. A short one runs several times."""
-    start, times = perf_counter(), 0
-    while times == 0 or perf_counter() - start < least:
+    """The CPU time of one run. A short one runs several times."""
+    start, times = process_time(), 0
+    while times == 0 or process_time() - start < least:
         run()
         times += 1
-    return (perf_counter() - start) / times
+    return (process_time() - start) / times
 
 
 def measure(bench: Bench, case: Case, rounds: int) -> tuple[float, float]:

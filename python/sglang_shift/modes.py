@@ -33,7 +33,7 @@ class StepState:
     """The state that a policy may use. It is equal on every rank.
 
     Attributes:
-        num_tokens: Tokens that the step computes: new prompt tokens, and one token for each decoding request.
+        num_tokens: Tokens that the step computes: new prompt tokens, and ``width`` tokens for each decoding request.
         num_prefill_tokens: The new prompt tokens among ``num_tokens``.
         num_running: Requests that have a KV cache and decode.
         num_waiting: Requests in the waiting queue.
@@ -42,10 +42,11 @@ class StepState:
         padded: By mode, the tokens that the step computes in this mode. If it would replay a CUDA graph, this is
             ``num_tokens`` padded to the graph; if it would run eagerly, ``num_tokens``. For TP, ``num_tokens`` is
             padded to SGLang's sizes, whether or not TP has graphs of them. A mode that is not given is not padded.
-        kv_reads: Pairs of a query token and a KV-cache token that attention computes. For a decode step, this is the
-            sum of the sequence lengths.
+        kv_reads: Pairs of a query token and a KV-cache token that attention computes. For a decode step of width 1,
+            this is the sum of the sequence lengths.
         previous_mode: The mode that was chosen for the previous step; None for the first step.
         steps_since_switch: The steps since the mode last changed.
+        width: Tokens of each decoding request: 1, or the drafts that speculative decoding verifies.
         needs_tp: Why the step must run in TP; None if any mode can run it. Policies see only steps of any mode.
     """
 
@@ -58,6 +59,7 @@ class StepState:
     kv_reads: int = 0
     previous_mode: Mode | None = None
     steps_since_switch: int = 0
+    width: int = 1
     needs_tp: str | None = None
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -30,16 +30,8 @@ CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 @contextmanager
 def eager(runner, mode):
     """Forwards inside run in ``mode`` without graphs."""
-    names = ("decode_cuda_graph_runner", "prefill_cuda_graph_runner")
-    saved = [getattr(runner, name) for name in names]
-    for name in names:
-        setattr(runner, name, None)
-    runner._graphs_of = lambda mode: nullcontext()
-    with runner.running_in(mode):
+    with runner.graphs.without(), runner.running_in(mode):
         yield
-    del runner._graphs_of
-    for name, value in zip(names, saved, strict=True):
-        setattr(runner, name, value)
 
 
 def run(runner, context, lengths, decodes=2):
@@ -143,7 +135,7 @@ def bytes_on_the_wire(runner):
 
 
 def check_verify_steps(runner):
-    """Speculation, which is refused so far: three draft tokens a request; the graphs are of 3 T rows."""
+    """Speculation: three draft tokens a request; the graphs are of 3 T rows."""
     width = 3
     runner.spec_algorithm = SpeculativeAlgorithm.NGRAM
     get_context().override("test", speculative_num_draft_tokens=width)
@@ -152,6 +144,10 @@ def check_verify_steps(runner):
     sp_runner = runner.graphs.for_phase(False).sets[Mode.SP].runner
     assert sp_runner.capture_forward_mode is ForwardMode.TARGET_VERIFY
     assert sp_runner.captured_req_width == width and sp_runner.attn_backend.graph_state == (6, 18)
+    assert runner.graphs.for_phase(False).padded(5 * width, width) == {Mode.TP: 6 * width, Mode.SP: 6 * width}
+    with runner.running_in(Mode.SP):  # a draft worker prepares the graph of the next forward
+        assert runner.decode_cuda_graph_runner is sp_runner
+    assert runner.decode_cuda_graph_runner is not sp_runner
     for lengths in ([4], [5, 2, 3], [1, 2, 3, 4, 5, 6, 7]):
         reference = verify(runner, eager(runner, Mode.TP), lengths, width)
         assert not reference.can_run_graph

@@ -13,6 +13,7 @@ from sglang_shift.models.demo import demo_model_path
 from transformers import AutoModelForCausalLM
 
 TOKENS = 8
+FEW = ("q_proj", "v_proj", "down_proj", EMBEDDING)  # SGLang asks for both projections of q and v
 
 
 def base_model() -> torch.nn.Module:
@@ -25,7 +26,7 @@ def folders(tmp_path_factory):
     root, model = tmp_path_factory.mktemp("adapters"), base_model()
     return {
         "all-linears": write_adapter(root / "a", model, rank=8, seed=1),
-        "few-layers": write_adapter(root / "b", model, rank=4, seed=2, targets=("q_proj", "down_proj", EMBEDDING)),
+        "few-layers": write_adapter(root / "b", model, rank=4, seed=2, targets=FEW),
     }
 
 

@@ -48,6 +48,15 @@ FP8_WIDTH = Refusal(
     "The scales behind the columns must stay aligned.",
 )
 
+IGNORED_FIELDS: dict[str, dict[str, Any]] = {
+    name: {"decoder_sparse_step": 1, "mlp_only_layers": []} for name in ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
+}
+"""By architecture outside of the families, fields that SGLang's class ignores, and the values that change nothing."""
+IGNORED = Refusal(
+    "config.json has {field} {value}, which SGLang's {name} ignores, so its answers would be wrong; serve another "
+    "checkpoint",
+    "Qwen2-MoE and Qwen3-MoE with some dense layers have such a field.",
+)
 NOT_SHARED = frozenset(("bitsandbytes", "gguf"))
 """Formats whose shards cannot be stacked. After loading, the rank checks the layers."""
 SPARSE_ATTENTION = frozenset(
@@ -92,6 +101,10 @@ def check_model(model_config: Any, config: ShiftConfig) -> None:
     name = (getattr(hf_config, "architectures", None) or ["unknown"])[0]
     if reason := why_not_served(hf_config, name):
         raise OTHER_ATTENTION(name=name, reason=reason)
+    for field, neutral in IGNORED_FIELDS.get(name, {}).items():
+        value = getattr(hf_config, field, None)
+        if value is not None and value != neutral:
+            raise IGNORED(field=field, value=value, name=name)
     if name in FAMILIES:
         check_registry(name)
     if model_config.quantization in NOT_SHARED:

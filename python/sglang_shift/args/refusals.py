@@ -28,6 +28,9 @@ class Feature(NamedTuple):
     why: str
 
 
+SPECULATION = ("NGRAM", "EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
+"""The algorithms of speculative decoding that are served. SGLang resolves NEXTN to one of the others."""
+
 FEATURES = (
     Feature("--pp-size > 1", lambda a: a.pp_size > 1,
      "the token-sharded residual stream does not cross pipeline stages"),
@@ -49,7 +52,13 @@ FEATURES = (
     Feature("--enable-pdmux", lambda a: a.enable_pdmux, "it runs two batches at once"),
     Feature("--disaggregation-mode", lambda a: a.disaggregation_mode not in (None, "null"),
      "it has not been verified yet"),
-    Feature("speculative decoding", lambda a: a.speculative_algorithm is not None, "it has not been verified yet"),
+    Feature("--speculative-algorithm other than NGRAM, EAGLE, EAGLE3 and STANDALONE",
+     lambda a: a.speculative_algorithm is not None and a.speculative_algorithm.upper() not in SPECULATION,
+     "its draft model has not been tested with SP steps"),
+    Feature("--speculative-adaptive", lambda a: a.speculative_adaptive,
+     "the policy and the CUDA graphs need to know how many drafts a step verifies"),
+    Feature("--enable-multi-layer-eagle", lambda a: a.enable_multi_layer_eagle,
+     "its draft models have not been tested with SP steps"),
     Feature("--torchao-config", lambda a: bool(getattr(a, "torchao_config", "")),
      "its weights are objects of another kind than tensors"),
     Feature("--enable-torch-compile", lambda a: a.enable_torch_compile, "compiled code is keyed by shape, not by mode"),

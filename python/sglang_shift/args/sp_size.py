@@ -36,8 +36,8 @@ MEMORY_UNKNOWN = Refusal(
     "SGLang does not know how much memory this kind of device has.",
 )
 SIZE_UNKNOWN = Refusal(
-    "--sp-size auto cannot tell the size of {name}, whose safetensors files are not here: its configuration has "
-    "{problem}; give --sp-size a number",
+    "--sp-size auto cannot tell the size of {name}: neither safetensors files on this machine nor its config.json say "
+    "it ({problem}); give --sp-size a number",
     "The size of the weights follows from the files of the checkpoint, or from the fields of its config.json.",
 )
 NO_ROOM_FOR_THE_POOL = Refusal(

@@ -38,18 +38,20 @@ class StepShape:
         tokens: Tokens that the step computes.
         context: Prefill: cached tokens before the new tokens. Decode: tokens in the cache of each request.
         longest: Tokens of the longest sequence of the model.
+        width: Decode: new tokens of each request. Speculative decoding verifies several.
     """
 
     phase: str
     tokens: int
     context: int
     longest: int
+    width: int = 1
 
     @property
     def requests(self) -> list[tuple[int, int]]:
         """``[(cached, new), ...]``: the tokens of each request of the step."""
         if self.phase == "decode":
-            return [(self.context, 1)] * self.tokens
+            return [(self.context, self.width)] * (self.tokens // self.width)
         room = self.longest - self.context
         full, rest = divmod(self.tokens, room)
         return [(self.context, room)] * full + ([(self.context, rest)] if rest else [])
@@ -70,7 +72,7 @@ def kv_reads(cached: int, new: int) -> int:
     return new * cached + new * (new + 1) // 2
 
 
-def grid(chunk: int, max_requests: int, longest: int, slots: int) -> list[StepShape]:
+def grid(chunk: int, max_requests: int, longest: int, slots: int, width: int = 1) -> list[StepShape]:
     """Return the shapes of a calibration, from small to large.
 
     They are prefills of 1 token to a chunk, and decodes of 1 request to the most requests, by powers of two. Some
@@ -81,14 +83,17 @@ def grid(chunk: int, max_requests: int, longest: int, slots: int) -> list[StepSh
         max_requests: Requests of the largest decode step.
         longest: Tokens of the longest sequence of the model.
         slots: KV-cache tokens that the shapes may occupy.
+        width: New tokens of each request in a decode step.
     """
     longest = min(longest, slots)
     short, long = min(CONTEXT, longest // 2), min(LONG_CONTEXT, longest // 2)
     shapes = [StepShape("prefill", n, 0, longest) for n in powers(min(chunk, slots))]
     shapes += [StepShape("prefill", n, long, longest) for n in powers(min(chunk, longest - long))[-3::2]]
-    most = min(max_requests, MAX_DECODE, max(1, slots // (short + 1)))
-    shapes += [StepShape("decode", n, short, longest) for n in powers(most)]
-    shapes += [StepShape("decode", n, long, longest) for n in powers(most)[::3] if n * (long + 1) <= slots]
+    most = min(max_requests, MAX_DECODE, max(1, slots // (short + width)))
+    shapes += [StepShape("decode", n * width, short, longest, width) for n in powers(most)]
+    shapes += [
+        StepShape("decode", n * width, long, longest, width) for n in powers(most)[::3] if n * (long + width) <= slots
+    ]
     return sorted({s for s in shapes if s.slots <= slots}, key=lambda s: (s.tokens * (s.context + 64), s))
 
 

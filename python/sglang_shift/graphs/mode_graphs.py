@@ -87,13 +87,17 @@ class PhaseGraphs:
     factor: float = math.inf
     sets: dict[Mode, GraphSet] = field(default_factory=_no_graphs)
 
-    def padded(self, tokens: int) -> dict[Mode, int]:
+    def padded(self, tokens: int, width: int = 1) -> dict[Mode, int]:
         """By mode, ``tokens`` padded to the size of the graph that a step would replay.
 
         For TP this is the next of SGLang's sizes, whether or not TP has a graph of that size.
+
+        Args:
+            tokens: Tokens of the step.
+            width: Tokens of each request of a decode step.
         """
         sizes = {mode: graph_set.sizes for mode, graph_set in self.sets.items()} | {Mode.TP: self.plan.sglang_sizes}
-        return {mode: padded(tokens, of_mode, self.factor) for mode, of_mode in sizes.items()}
+        return {mode: width * padded(tokens // width, of_mode, self.factor) for mode, of_mode in sizes.items()}
 
     def count(self, mode: Mode, replayed: bool) -> bool | None:
         """Count a step. Return ``replayed``, or None if the phase has no graphs.
@@ -137,7 +141,14 @@ class ModeGraphs:
         factors = {Phase.DECODE: 1.0 if exact else math.inf, Phase.PREFILL: _MAX_PREFILL_CUDA_GRAPH_PADDING_FACTOR}
         sizes_by_phase = sglang_sizes_by_phase(runner)
         plans = {
-            phase: plan_graphs(sizes, config, exact, factors[phase], steps_need_tp=bool(get_lora().enable_lora))
+            phase: plan_graphs(
+                sizes,
+                config,
+                exact,
+                factors[phase],
+                width=runner.decode_num_tokens_per_req() if phase == Phase.DECODE else 1,
+                steps_need_tp=bool(get_lora().enable_lora),
+            )
             for phase, sizes in sizes_by_phase.items()
         }
         if get_observability().forward_hooks:

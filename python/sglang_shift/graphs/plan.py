@@ -34,6 +34,7 @@ def plan_graphs(
     exact: bool = False,
     factor: float = math.inf,
     *,
+    width: int = 1,
     steps_need_tp: bool = False,
 ) -> GraphPlan:
     """Capture each size in the modes in which a step of this size may run, and in no other.
@@ -47,9 +48,10 @@ def plan_graphs(
             threshold changes at run time, a step may find no graph.
         exact: Whether a graph only serves steps of its own size (``--disable-cuda-graph-padding``).
         factor: A step may be padded to at most ``factor`` times its tokens.
+        width: Tokens of each request of a decode step, or 1 for prefills.
         steps_need_tp: Whether steps of any size may have to run in TP, whatever the policy chooses.
     """
-    sizes = {mode: tuple(size for size in sglang_sizes if mode in modes_of(size, config)) for mode in MODES}
+    sizes = {mode: tuple(size for size in sglang_sizes if mode in modes_of(size * width, config)) for mode in MODES}
     if steps_need_tp:
         sizes[Mode.TP] = tuple(sglang_sizes)
     sp = round_up_sizes(sizes[Mode.SP], 1 if exact else config.sp_size)
@@ -58,7 +60,7 @@ def plan_graphs(
 
 
 def modes_of(size: int, config: ShiftConfig) -> tuple[Mode, ...]:
-    """The modes that the policy may choose for a step that is padded to ``size``.
+    """The modes that the policy may choose for a step that is padded to ``size`` tokens.
 
     These are all modes if the choice depends on more than the size: on the queue, on measured times, or on the user's
     code. Measuring times also runs all modes.

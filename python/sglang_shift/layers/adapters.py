@@ -40,8 +40,10 @@ def pass_over_adapters(model: torch.nn.Module, forwards: Forwards) -> None:
 
 
 def _forward_of(layer: Any) -> Callable[..., Any]:
-    # The layer has another ``forward`` in SP steps, so it is looked up in each call.
-    return lambda *args, **kwargs: layer.forward(*args, **kwargs)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return layer.forward(*args, **kwargs)  # the forward of this step: SP steps have another one
+
+    return forward
 
 
 def _logits(head: Any) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -58,10 +58,16 @@ class Together(NamedTuple):
 
 @extends("sglang.srt.layers.attention.base_attn_backend:AttentionBackend", "attention of every model on a CPU")
 class CpuAttentionBackend(AttentionBackend):
-    """Attention over SGLang's KV pools by :mod:`sglang_shift.platforms.attention`."""
+    """Attention over SGLang's KV pools by :mod:`sglang_shift.platforms.attention`.
 
-    def __init__(self, model_runner: Any) -> None:
+    Args:
+        model_runner: SGLang's model runner.
+        ahead: Tokens that a decode attends to beyond the lengths of the batch: those that a draft model has proposed.
+    """
+
+    def __init__(self, model_runner: Any, ahead: int = 0) -> None:
         super().__init__()
+        self.ahead = ahead
         self.device = model_runner.device
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.token_to_kv_pool = model_runner.token_to_kv_pool
@@ -246,7 +252,7 @@ class CpuAttentionBackend(AttentionBackend):
 
     def _spans(self, layer: Any, batch: Any, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """For each request of a decode, its first key in the table of slots, and the number of its keys."""
-        counts = batch.seq_lens.long()
+        counts = batch.seq_lens.long() + self.ahead
         starts = torch.zeros_like(counts)
         if layer.is_cross_attention:
             return starts, batch.encoder_lens.long()

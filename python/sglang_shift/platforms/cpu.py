@@ -7,6 +7,7 @@ None, and SGLang uses its own platforms.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -16,7 +17,7 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
 from sglang_shift.errors import SeamError
-from sglang_shift.models.sizes import KvCache, cache_of
+from sglang_shift.models.heads import kv_heads_of_rank
 from sglang_shift.seams import extends, put_in_place, replaces
 from sglang_shift.start_up_log import leave_out_cpu
 
@@ -81,13 +82,33 @@ class ShiftCpuPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.moe_runner_backend = "triton"
         if server_args.lora_backend == "csgmv":  # SGLang's default, which needs Triton
             server_args.lora_backend = "torch_native"
+        if not self.capabilities.graph_capture:
+            server_args.cuda_graph_config = without_graphs(server_args.cuda_graph_config)
         server_args.disable_custom_all_reduce = True
         ranks = local_ranks(server_args)
         share_cores(ranks)
         # The ranks share the memory of one machine, so a difference between two readings means nothing.
         os.environ.setdefault("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "0")
+        os.environ.setdefault("SGLANG_NATIVE_MOVE_KV_CACHE", "1")  # SGLang's other way is a Triton kernel
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = kv_pool_tokens(server_args, ranks)
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        """Whether the platform has what SGLang's draft worker for ``algorithm`` needs."""
+        return algorithm in ("EAGLE", "EAGLE3", "STANDALONE")
+
+    def get_speculative_worker_cls(self, algorithm: str) -> type | None:
+        """Return None for SGLang's own worker, which needs our kernels on this platform."""
+        from sglang_shift.platforms import speculation
+
+        speculation.register()
+        return None
+
+    def get_speculative_cache_locs_fn(self) -> Callable[..., torch.Tensor]:
+        """Return our function that reads the KV slots of drafts."""
+        from sglang_shift.platforms.speculation import slots_of
+
+        return slots_of
 
     def init_backend(self) -> None:
         """Prepare a rank's process, of a stock server too. SGLang calls this while it imports its model runner."""
@@ -145,6 +166,15 @@ def has_cpu_kernel(name: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"sglang::{name}", "CPU")
 
 
+def without_graphs(config: Any) -> Any:
+    """Return SGLang's ``cuda_graph_config`` with no graphs. SGLang does this for ``torch_native`` by itself."""
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+    for phase in Phase.ALL:
+        config = with_phase(config, phase, backend=Backend.DISABLED)
+    return config
+
+
 def local_ranks(server_args: Any) -> int:
     """Return the number of ranks that this node runs."""
     return max(1, server_args.dp_size * server_args.tp_size * server_args.pp_size // server_args.nnodes)
@@ -168,11 +198,16 @@ def kv_pool_tokens(server_args: Any, ranks: int) -> int:
     from sglang.srt.arg_groups.overrides import model_config_of
 
     config = model_config_of(server_args)
-    try:
-        cache = cache_of(config.hf_config)
-    except (KeyError, ValueError):  # of a model with other fields, SGLang knows the heads
-        cache = KvCache(config.num_hidden_layers, config.get_total_num_kv_heads(), config.head_dim)
-    per_token = cache.bytes_per_token(server_args.tp_size, config.dtype.itemsize)
+    per_token = kv_width(config, server_args.tp_size) * config.num_hidden_layers * config.dtype.itemsize
     fraction = server_args.mem_fraction_static or KV_FRACTION
     fits = int(psutil.virtual_memory().available * fraction / ranks / per_token)
     return min(fits, KV_MAX_REQUESTS * config.context_len)
+
+
+def kv_width(config: Any, tp_size: int) -> int:
+    """Return how many numbers a rank caches for a token in each layer: keys and values, or MLA's latents."""
+    from sglang.srt.configs.model_config import AttentionArch
+
+    if config.attention_arch == AttentionArch.MLA:
+        return int(config.kv_lora_rank + config.qk_rope_head_dim)
+    return int(2 * kv_heads_of_rank(config.get_total_num_kv_heads(), tp_size) * config.head_dim)

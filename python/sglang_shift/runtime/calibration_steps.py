@@ -76,7 +76,8 @@ class SchedulerBench:
         self.release()
         sampling = SamplingParams(temperature=0, max_new_tokens=8)
         sampling.normalize(None)
-        decode = shape.phase == "decode"
+        # A step that verifies drafts computes what a prefill of as many tokens computes.
+        decode = shape.phase == "decode" and shape.width == 1
         for i, (cached, new) in enumerate(shape.requests):
             made_up = (1 + t % 97 for t in range(cached if decode else cached + new))
             ids = array("q", ids_by_request[i] if ids_by_request else made_up)

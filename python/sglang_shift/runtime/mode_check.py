@@ -58,6 +58,7 @@ class _Shape:
 
     requests: tuple[tuple[int, int], ...] = tuple((0, length) for length in LENGTHS)
     phase: str = "prefill"
+    width: int = 1
     context: int = 0
     slots: int = sum(LENGTHS) + len(LENGTHS)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -172,10 +172,14 @@ class ShiftModelRunner(ModelRunner):
 
     @contextmanager
     def running_in(self, mode: Mode) -> Iterator[None]:
-        """Steps inside of this context run in ``mode``."""
+        """Steps inside of this context run in ``mode``, and the runner has the graphs of ``mode``.
+
+        A worker of speculative decoding prepares the graph of a step before its forward.
+        """
         self.mode = mode
         try:
-            yield
+            with self.graphs.install(mode):
+                yield
         finally:
             self.mode = Mode.TP
 
@@ -186,7 +190,7 @@ class ShiftModelRunner(ModelRunner):
         if step.sharded and self.base_weights.stale:
             self.base_weights.refresh()  # the refresh must run on the forward's stream, as it does here
         span = torch.profiler.record_function(f"sglang_shift {step.mode.value} step")
-        with span, run_step(step), self._graphs_of(step.mode):
+        with span, run_step(step):
             return super().forward(forward_batch, *args, **kwargs)
 
     def step(self, mode: Mode, batch: ForwardBatch, has_exit: bool = True) -> Step:
@@ -201,9 +205,6 @@ class ShiftModelRunner(ModelRunner):
         if step is not None and step.sharded and "input_embeds" in arguments:
             arguments["input_embeds"] = scatter_tokens(step, arguments["input_embeds"])
         return arguments
-
-    def _graphs_of(self, mode: Mode) -> AbstractContextManager[None]:
-        return self.graphs.install(mode) if mode is not Mode.TP else nullcontext()  # SGLang installs TP's graphs itself
 
 
 def most_tokens() -> int:

@@ -37,6 +37,7 @@ from sglang_shift.runtime.internal_state import ShiftInternalState
 from sglang_shift.runtime.mode_check import ModeCheck
 from sglang_shift.runtime.rank_consensus import same_everywhere
 from sglang_shift.runtime.reporter import ShiftOutputStreamer, StepReporter
+from sglang_shift.runtime.speculation import verify_width
 from sglang_shift.runtime.tp_only import reason_for_tp, tp_rules
 from sglang_shift.runtime.tp_worker import EXPORT_REFUSED, ShiftTpModelWorker
 from sglang_shift.seams import extends, overrides, relies_on, substitutes_for
@@ -61,6 +62,7 @@ class ShiftScheduler(Scheduler):
         # The first rank of each node logs.
         with quiet_other_ranks(parallel.tp_rank % max(1, parallel.tp_size // parallel.nnodes) == 0):
             super().__init__(*args, **kwargs)
+        self.shift_width = verify_width()
         self.shift_tp_rules = tp_rules(adapters=bool(self.enable_lora), images=self.model_config.is_multimodal)
         self.shift_chunk = min(
             self.chunked_prefill_size or self.max_prefill_tokens, self.max_prefill_tokens, self.max_total_num_tokens
@@ -172,7 +174,7 @@ class ShiftScheduler(Scheduler):
     def step_state(self, batch: ScheduleBatch) -> StepState:
         """The state that the policy gets. It may only hold values that are equal on every rank."""
         mode = batch.forward_mode
-        running, reads = self.running_batch.batch_size(), 0
+        running, reads, width = self.running_batch.batch_size(), 0, 1
         if mode.is_idle() or mode.is_prebuilt():
             tokens = prefill = 0
         elif mode.is_extend():
@@ -184,8 +186,13 @@ class ShiftScheduler(Scheduler):
                 prefill = tokens
             reads = sum(map(kv_reads, batch.prefix_lens, batch.extend_lens))
         else:
-            tokens, prefill = batch.batch_size(), 0
-            reads = int(batch.seq_lens_cpu.sum())
+            width = self.shift_width
+            tokens, prefill = batch.batch_size() * width, 0
+            # Speculative decoding may not know the lengths of the sequences before the step before has ended. The
+            # requests know the tokens that the scheduler has processed, and these are the same on every rank.
+            reads = (
+                int(batch.seq_lens_cpu.sum()) if width == 1 else sum(kv_reads(r.seqlen - 1, width) for r in batch.reqs)
+            )
         pending = sum(req.seqlen for req in islice(self.waiting_queue, PENDING_REQUESTS))
         if self.chunked_req is not None:
             pending += max(0, len(self.chunked_req.origin_input_ids) - (self.chunked_req.extend_end or 0))
@@ -195,8 +202,9 @@ class ShiftScheduler(Scheduler):
             num_running=running,
             num_waiting=len(self.waiting_queue),
             pending_prefill_tokens=pending,
-            padded=self.tp_worker.model_runner.graphs.for_phase(prefill > 0).padded(tokens),
+            padded=self.tp_worker.model_runner.graphs.for_phase(prefill > 0).padded(tokens, width),
             kv_reads=reads,
+            width=width,
             needs_tp=reason_for_tp(self.shift_tp_rules, batch),
         )
 

@@ -102,8 +102,8 @@ def put_in_place(ours: Any) -> None:
         _substitute(original, seam)
     elif original is not ours:
         _originals[seam.target] = original
-        module, _, name = seam.target.partition(":")
-        setattr(resolve(module), name, ours)
+        owner, _, name = seam.target.replace(":", ".").rpartition(".")
+        setattr(resolve(owner), name, ours)
 
 
 def _substitute(stock: type, seam: Seam) -> None:

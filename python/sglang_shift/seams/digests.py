@@ -5,6 +5,7 @@
 SGLANG_VERSION = "0.5.23"
 DIGESTS = {
     "sglang.kernels.ops.elementwise.elementwise:_launch_fused_gate_sigmoid_mul": "e12686b45b333b1a",
+    "sglang.kernels.ops.speculative.cache_locs:assign_draft_cache_locs_contiguous_func": "fffc7b57bab54d17",
     "sglang.srt.arg_groups.memory_hook:reserve_for_graph_mb": "4cd5981a54925352",
     "sglang.srt.distributed.parallel_state:graph_capture": "32d9c0491e3832c5",
     "sglang.srt.layers.layer_boundary.factories:_active_variants": "887964bbd645149d",
@@ -67,6 +68,7 @@ DIGESTS = {
     "sglang.srt.managers.tp_worker:BaseTpWorker.send_weights_to_remote_instance": "4879831b4fc3749d",
     "sglang.srt.managers.tp_worker:TpModelWorker._init_model_runner": "f36d22229ba4aec9",
     "sglang.srt.managers.tp_worker:TpModelWorker.forward_batch_generation": "074f2a1c07948223",
+    "sglang.srt.mem_cache.allocation:assign_req_to_token_pool_func": "fdbe87d4a60cc13a",
     "sglang.srt.mem_cache.allocation:get_last_loc_triton": "1cc7065a5c474668",
     "sglang.srt.model_executor.model_runner:ModelRunner._decode_cuda_graph_runner_cls": "bda2f8ceb4572824",
     "sglang.srt.model_executor.model_runner:ModelRunner._extend_forward_kwargs": "2fb8dbbf8d795a06",
@@ -103,6 +105,12 @@ DIGESTS = {
     "sglang.srt.models.qwen3:Qwen3DecoderLayer.__init__": "ab092ad8604aea9f",
     "sglang.srt.server_args:ServerArgs.add_cli_args": "8d5f9b207365f5ba",
     "sglang.srt.server_args:ServerArgs.get_tokenizer_worker_class": "9e6576d8392ceef6",
+    "sglang.srt.speculative.draft_utils:DraftBackendFactory._create_triton_decode_backend": "5ab352e9be92c6fc",
+    "sglang.srt.speculative.draft_utils:DraftBackendFactory._create_triton_prefill_backend": "f0c9ea193824d581",
+    "sglang.srt.speculative.eagle_utils:build_tree_kernel_efficient_func": "b137949fdf7eef32",
+    "sglang.srt.speculative.eagle_utils:verify_tree_greedy_func": "dae05d6e8dcf80ae",
+    "sglang.srt.speculative.spec_utils:fill_accept_out_cache_loc_func": "f2d2ccad169e141b",
+    "sglang.srt.speculative.spec_utils:fill_front_out_cache_loc_func": "219d8596532f4b96",
     "sglang.srt.utils.rank_consensus_checker:_build_payload": "c1ff3e8a046fa2e3",
     "sglang.srt.utils.weight_checker:WeightChecker.handle": "bb3730e7135ab75c",
 }

@@ -37,6 +37,7 @@ MODULES = (
     "sglang_shift.platforms.cpu",
     "sglang_shift.platforms.fallbacks",
     "sglang_shift.platforms.lora",
+    "sglang_shift.platforms.speculation",
     "sglang_shift.runtime.admission",
     "sglang_shift.runtime.calibrator",
     "sglang_shift.runtime.internal_state",
@@ -106,7 +107,7 @@ def replaces(target: str, why: str, *, when: Callable[[], bool] = lambda: True) 
     """Declare that a function replaces ``target``.
 
     Args:
-        target: ``module:name``, in the module that SGLang's callers get it from.
+        target: ``module:name``, in the module that SGLang's callers get it from, or ``module:Class.method``.
         why: The reason.
         when: Returns whether this process needs the replacement.
     """

@@ -170,3 +170,13 @@ def test_counts_of_a_phase():
 def test_refusals(flags, message):
     with pytest.raises(Refused, match=message):
         resolve(prepare_server_args(["--tp-size", "2", *flags.split()]))
+
+
+def test_steps_that_must_run_in_tp_have_graphs():
+    """A step with a LoRA adapter runs in TP, whatever the policy is."""
+    assert plan_graphs(LADDER, config("sp"), steps_need_tp=True) == plan(LADDER, LADDER, (8, 16, 24, 32))
+
+
+def test_the_width_of_a_step_counts():
+    """With speculative decoding a size is a number of requests, and the threshold is one of tokens."""
+    assert plan_graphs(LADDER, config("tokens", threshold=16), width=4) == plan(LADDER, (1, 2, 4), (8, 16, 24, 32))

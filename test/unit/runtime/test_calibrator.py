@@ -98,6 +98,15 @@ def test_kv_reads_by_brute_force():
         assert kv_reads(cached, new) == sum(cached + i + 1 for i in range(new))
 
 
+def test_decode_shapes_verify_drafts():
+    """With speculative decoding, each request of a decode shape has new tokens for all its drafts."""
+    shapes = [shape for shape in grid(512, 64, 4095, 20_000, width=4) if shape.phase == "decode"]
+    assert {4, 256} <= {shape.tokens for shape in shapes}
+    assert all({new for _, new in shape.requests} == {4} for shape in shapes)
+    assert all(sum(new for _, new in shape.requests) == shape.tokens for shape in shapes)
+    assert all(shape.slots <= 20_000 for shape in shapes)
+
+
 def test_powers():
     assert powers(1) == [1]
     assert powers(8) == [1, 2, 4, 8]

@@ -1,4 +1,4 @@
-"""What a reader must know of a plan: experts, latents, formats without figures, and what is not served yet."""
+"""What a reader must know of a plan: experts, latents, and formats without figures."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from sglang_shift.tools.plan.model import Model
 def notes(model: Model) -> list[str]:
     """Return what a reader must know of a plan for this kind of model, in sentences."""
     decoder, weights, found = model.decoder, model.format, []
-    if new := _not_served(model):
-        found.append(f"sglang_shift does not serve {new} models yet: this plan is for when it does.")
     if experts := decoder.experts:
         total, active = decoder.parameters / 1e9, decoder.active_parameters / 1e9
         found.append(
@@ -30,12 +28,3 @@ def notes(model: Model) -> list[str]:
         found.append("Layers with a sliding window count as if they attended to all tokens and cached all of them.")
     return found
 
-
-def _not_served(model: Model) -> str:
-    """Return what sglang_shift does not serve yet of this model; an empty text if it serves everything."""
-    kinds = {
-        "mixture-of-experts": model.decoder.experts is not None,
-        "MLA": model.decoder.latent is not None,
-        "quantized": model.quantized,
-    }
-    return " and ".join(kind for kind, applies in kinds.items() if applies)
