@@ -4,6 +4,7 @@
 
 A number is the largest distance of a logit, over all patterns of modes, from transformers' logits (or from TP's, for
 models that transformers does not have), in standard deviations of the logits. The weights are random, in float32.
+A model that the file has already is not tried again. Remove the file, or the model's line, to try it again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +49,33 @@ def row(name: str, model: TinyModel) -> dict[str, str]:
     return cells
 
 
-def rows() -> Iterator[dict[str, str]]:
-    for name, model in MODELS.items():
-        cells = row(name, model)
-        print(*cells.values(), sep="  ", flush=True)
-        yield cells
+def read(table: Path) -> dict[str, dict[str, str]]:
+    """Return the rows of the file, by model."""
+    if not table.exists():
+        return {}
+    with table.open(newline="") as file:
+        return {cells["model"]: cells for cells in csv.DictReader(file)}
+
+
+def save(table: Path, rows: dict[str, dict[str, str]]) -> None:
+    """Write the rows in the order of the models."""
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[name] for name in MODELS if name in rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=Path, required=True, help="the file to write")
-    table = parser.parse_args().table
-    finished = list(rows())
-    with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(finished)
+    parser.add_argument("names", nargs="*", default=list(MODELS), help="names of tiny_models; all if none is given")
+    arguments = parser.parse_args()
+    rows = read(arguments.table)
+    for name in arguments.names:
+        if name not in rows:
+            rows[name] = row(name, MODELS[name])
+            print(*rows[name].values(), sep="  ", flush=True)
+            save(arguments.table, rows)
 
 
 if __name__ == "__main__":

@@ -359,7 +359,7 @@ DENSE_MODELS = {
         "HrmTextForCausalLM",
         "HrmTextConfig",
         fields={**HEAD_DIM, **MHA, "num_hidden_layers": 4},
-        stock="its attention runs in Triton only (hrm_text.py)",
+        stock="in transformers a token of the prompt attends to the whole prompt, and in SGLang only to earlier tokens",
     ),
     # These compute what another model of transformers computes, under other names.
     "internlm2": TinyModel("InternLM2ForCausalLM", LLAMA, names=internlm2, content={"bias": False}),
@@ -846,7 +846,7 @@ HYBRID_MODELS = {
             "linear_value_head_dim": 16,
         },
         content={"full_attention_interval": 4},
-        stock="its recurrent layers need CUDA (qwen3_next.py:252)",
+        stock="its recurrent layers run in Triton only (qwen3_next.py)",
     ),
     "falcon_h1": TinyModel(
         "FalconH1ForCausalLM",
