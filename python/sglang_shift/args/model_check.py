@@ -91,6 +91,18 @@ def why_not_served(hf_config: Any, name: str) -> str | None:
     return None
 
 
+def check_ignored_fields(hf_config: Any, name: str) -> None:
+    """Check the fields that SGLang's class is known to ignore.
+
+    Raises:
+        Refused: such a field changes what the model computes.
+    """
+    for field, neutral in IGNORED_FIELDS.get(name, {}).items():
+        value = getattr(hf_config, field, None)
+        if value is not None and value != neutral:
+            raise IGNORED(field=field, value=value, name=name)
+
+
 def check_model(model_config: Any, config: ShiftConfig) -> None:
     """Check that every mode can serve the model, with its sizes.
 
@@ -101,10 +113,7 @@ def check_model(model_config: Any, config: ShiftConfig) -> None:
     name = (getattr(hf_config, "architectures", None) or ["unknown"])[0]
     if reason := why_not_served(hf_config, name):
         raise OTHER_ATTENTION(name=name, reason=reason)
-    for field, neutral in IGNORED_FIELDS.get(name, {}).items():
-        value = getattr(hf_config, field, None)
-        if value is not None and value != neutral:
-            raise IGNORED(field=field, value=value, name=name)
+    check_ignored_fields(hf_config, name)
     if name in FAMILIES:
         check_registry(name)
     if model_config.quantization in NOT_SHARED:

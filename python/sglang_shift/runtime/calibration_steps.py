@@ -76,8 +76,8 @@ class SchedulerBench:
         self.release()
         sampling = SamplingParams(temperature=0, max_new_tokens=8)
         sampling.normalize(None)
-        # A step that verifies drafts computes what a prefill of as many tokens computes. A model that pools has no decode
-        # steps. Their shapes extend each request by one token, so that the calibration has both phases.
+        # A step that verifies drafts computes what a prefill of as many tokens computes. A model that pools has no
+        # decode steps: their shapes extend each request by one token, so that the calibration has both phases.
         decode = shape.phase == "decode" and shape.width == 1 and self.scheduler.is_generation
         for i, (cached, new) in enumerate(shape.requests):
             made_up = (1 + t % 97 for t in range(cached if decode else cached + new))
