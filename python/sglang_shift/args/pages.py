@@ -13,6 +13,7 @@ from sglang_shift.layers import structure
 from sglang_shift.models import families, fields
 from sglang_shift.parallel.exchange import choose
 from sglang_shift.policy import builtin
+from sglang_shift.runtime import mode_check
 from sglang_shift.weights import stacked
 
 FLAGS_PAGE = """# Flags
@@ -57,7 +58,7 @@ The message is: {message}
 REFUSAL_SECTIONS: dict[str, tuple[ModuleType, ...]] = {
     "Flags": (refusals, builtin),
     "`--sp-size auto`": (sp_size,),
-    "The model": (model_check, fields, families, structure, stacked),
+    "The model": (model_check, fields, families, structure, stacked, mode_check),
     "The exchange": (choose,),
     "CUDA graphs and matrix products": (graph_memory, gemm_backend),
 }

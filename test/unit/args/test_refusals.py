@@ -108,7 +108,6 @@ def test_command_line_serves_the_demo_model_by_default():
         ({**SHIFT, "shift_policy": "tp", "shift_calibration": "here.json"}, "no meaning with --shift-policy tp"),
         ({"tp_size": 2, "sp_size": 2, "shift_calibration": "off"}, "--shift-calibration off needs --enable-shift"),
         ({"tp_size": 16, "sp_size": 16}, "does not divide the model's 8 attention heads"),
-        ({"tp_size": 2, "sp_size": 2, "quantization": "fp8"}, "quantized weights are not assembled yet"),
         ({"tp_size": 2, "shift_exchange": "auto"}, "--shift-exchange auto needs --sp-size or --enable-shift-parallel"),
         ({**SHIFT, "shift_exchange": "flashinfer"}, "flashinfer is not possible: it needs CUDA, and the device is cpu"),
         ({"tp_size": 2, "shift_exchange_dtype": "fp8"}, "--shift-exchange-dtype fp8 needs --sp-size or --enable-shift"),
@@ -127,10 +126,10 @@ def test_refused_at_resolution(flags, message):
 
 ASKING = {
     "pp_size": 2, "attn_dp_size": 2, "dcp_size": 2, "attn_cp_size": 2, "enable_layernorm_sp": True,
-    "enable_attn_tp_input_scattered": True, "ep_size": 2,
+    "enable_attn_tp_input_scattered": True, "moe_a2a_backend": "deepep", "ep_size": 2,
     "enable_two_batch_overlap": True, "enable_pdmux": True,
     "speculative_algorithm": "DFLASH", "speculative_adaptive": True, "enable_multi_layer_eagle": True,
-    "quantization": "fp8", "enable_torch_compile": True,
+    "torchao_config": "int8wo", "enable_torch_compile": True,
     "cuda_graph_config": SimpleNamespace(prefill=SimpleNamespace(backend="full")),
     "dllm_algorithm": "x", "elastic_ep_backend": "mooncake", "use_ray": True, "encoder_only": True,
     "grpc_mode": True, "weight_cache_mode": "on", "startup_weight_load_mode": "overlap",
@@ -142,7 +141,7 @@ ASKING = {
 }  # fmt: skip
 
 
-ALSO = {"enable_mscclpp": {"enable_symm_mem": True}}
+ALSO = {"enable_mscclpp": {"enable_symm_mem": True}, "ep_size": {"shift_experts": "replicated"}}
 """With which other settings a feature is refused; alone it is served."""
 
 
@@ -168,6 +167,14 @@ def test_ways_to_communicate_that_are_served(field):
     check_flags(SimpleNamespace(**{**{name: value(plain, name) for name in plain.__struct_fields__}, field: True}))
 
 
+@pytest.mark.parametrize(
+    "settings", [{"enable_lora": True}, {"quantization": "fp8"}, {"ep_size": 2, "shift_experts": "sharded"}], ids=str
+)
+def test_features_that_are_served(settings):
+    plain = resolved(**SHIFT)
+    check_flags(SimpleNamespace(**{**{name: value(plain, name) for name in plain.__struct_fields__}, **settings}))
+
+
 @pytest.mark.parametrize("field", ASKING)
 def test_features_that_do_not_combine(field):
     """The settings as SGLang resolves them, with one feature asked for."""
@@ -190,7 +197,6 @@ def test_features_that_do_not_combine(field):
         ({"architectures": ["DeepseekV32ForCausalLM"]}, "because its sparse attention chooses tokens by the hidden"),
         ({"architectures": ["LlamaForCausalLM"], "index_topk": 64}, "architecture LlamaForCausalLM is not served"),
         ({"architectures": ["GemmaForCausalLM"], "num_key_value_heads": 3}, "3 KV heads"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantized weights"),
         ({"num_attention_heads": 6}, "6 attention heads"),
         ({"num_key_value_heads": 3}, "3 KV heads"),
         ({"intermediate_size": 770}, "intermediate size 770"),
@@ -216,6 +222,18 @@ def test_models_that_are_not_served(changes, message):
 def test_any_architecture_may_be_served(changes):
     """A rank looks at its layers after loading: test/unit/layers/test_structure.py."""
     check_model(demo_config(**changes), ShiftConfig(4, 4, True, "tokens", 256))
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gguf", "fp8", "awq", "gptq", "compressed-tensors"])
+def test_formats_whose_shards_cannot_be_stacked(method):
+    """A rank looks at the tensors of other formats after loading."""
+    model, config = demo_config(quantization_config={"quant_method": method}), ShiftConfig(4, 4, True, "tokens", 256)
+    model.quantization = method
+    if method in ("bitsandbytes", "gguf"):
+        with pytest.raises(Refused, match=f"weights quantized with {method} are not served"):
+            check_model(model, config)
+    else:
+        check_model(model, config)
 
 
 def test_a_model_may_have_no_field_for_the_size_of_its_mlp():
