@@ -13,8 +13,6 @@ import torch
 from sglang.srt.arg_groups.overrides import resolution_result
 from sglang.srt.runtime_context import get_schedule
 
-from sglang_shift.runtime.speculation import verify_width
-
 SERVER_ARGS = (
     "bf16_gemm_backend",
     "disable_custom_all_reduce",
@@ -57,8 +55,8 @@ def settings_of(scheduler: Any, chunk: int, places: Sequence[str]) -> dict[str, 
         "environment": communication_environment(),
         **{name: resolution_result(scheduler.server_args, name) for name in SERVER_ARGS},
     }
-    if (width := verify_width()) > 1:
-        settings["verify_width"] = width
+    if scheduler.shift_width > 1:
+        settings["verify_width"] = scheduler.shift_width
     if sizes := runner.graphs.captured_sizes():
         settings["graphs"] = sizes
     return settings

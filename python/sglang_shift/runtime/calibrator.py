@@ -20,7 +20,6 @@ from sglang_shift.modes import MODES, Mode
 from sglang_shift.policy.selector import DRIFT_STEPS
 from sglang_shift.runtime.calibration_key import host_and_links, settings_of
 from sglang_shift.runtime.calibration_steps import SchedulerBench
-from sglang_shift.runtime.speculation import verify_width
 from sglang_shift.seams import relies_on
 
 logger = logging.getLogger(__name__)
@@ -147,7 +146,7 @@ class Calibrator:
         requests = min(scheduler.max_running_requests, scheduler.req_to_token_pool.available_size())
         slots = scheduler.token_to_kv_pool_allocator.available_size()
         requests, slots = (-int(number) for number in self.bench.agree([-requests, -slots]))
-        return grid(self.chunk, requests, scheduler.model_config.context_len - 1, slots, verify_width())
+        return grid(self.chunk, requests, scheduler.model_config.context_len - 1, slots, scheduler.shift_width)
 
     def _load(self) -> tuple[Calibration | None, str, bool]:
         """On rank 0: the saved calibration or None, a text for the log, and whether to measure."""

@@ -208,6 +208,7 @@ class FakeScheduler:
     """What a Calibrator asks of the scheduler; one rank."""
 
     max_running_requests = 64
+    shift_width = 1
     server_args = SimpleNamespace(**dict.fromkeys(calibration_key.SERVER_ARGS))
     tp_group = SimpleNamespace(
         broadcast_object=lambda value, src: value, all_gather_object=lambda value: [value, value]
@@ -615,6 +616,7 @@ def bench_of(rank: int, free: int, cached: int, rows: int = 64):
         page_size=1,
         max_total_num_tokens=4000,
         max_running_requests=64,
+        shift_width=1,
         model_config=SimpleNamespace(context_len=512),
         token_to_kv_pool_allocator=pool,
         tree_cache=pool,
