@@ -48,6 +48,16 @@ def write_slots(
         table[row, place] = new.to(table.dtype)
 
 
+@replaces(
+    "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool._init_kv_copy_and_warmup",
+    "SGLang's method compiles a Triton kernel. With SGLANG_NATIVE_MOVE_KV_CACHE, nothing uses the kernel.",
+    when=is_active,
+)
+def prepare_no_copies(pool: Any) -> None:
+    """Prepare nothing for copies inside of a KV pool, in place of ``_init_kv_copy_and_warmup``."""
+    pool._kv_copy_config = None
+
+
 def slots_of(
     *, req_pool_indices: torch.Tensor, req_to_token: torch.Tensor, start_offset: torch.Tensor,
     end_offset: torch.Tensor, batch_size: int, draft_token_num: int, device: Any,
@@ -307,7 +317,7 @@ def draft_extend_backend(factory: Any) -> tuple[str, CpuAttentionBackend]:
 def register() -> None:
     """Put all of them in place. A server with speculative decoding needs this before it builds its draft worker."""
     for function in (
-        write_slots, first_slots, accepted_slots, accept_greedily, build_tree, draft_slots, draft_decode_backend,
+        write_slots, prepare_no_copies, first_slots, accepted_slots, accept_greedily, build_tree, draft_slots, draft_decode_backend,
         draft_extend_backend,
     ):  # fmt: skip
         put_in_place(function)

@@ -72,6 +72,7 @@ DIGESTS = {
     "sglang.srt.managers.tp_worker:TpModelWorker.forward_batch_generation": "074f2a1c07948223",
     "sglang.srt.mem_cache.allocation:assign_req_to_token_pool_func": "fdbe87d4a60cc13a",
     "sglang.srt.mem_cache.allocation:get_last_loc_triton": "1cc7065a5c474668",
+    "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool._init_kv_copy_and_warmup": "8b563b1e5c696e24",
     "sglang.srt.model_executor.model_runner:ModelRunner._decode_cuda_graph_runner_cls": "bda2f8ceb4572824",
     "sglang.srt.model_executor.model_runner:ModelRunner._extend_forward_kwargs": "2fb8dbbf8d795a06",
     "sglang.srt.model_executor.model_runner:ModelRunner.check_weights": "da21f8b1879fd5ba",
