@@ -317,8 +317,8 @@ def draft_extend_backend(factory: Any) -> tuple[str, CpuAttentionBackend]:
 def register() -> None:
     """Put all of them in place. A server with speculative decoding needs this before it builds its draft worker."""
     for function in (
-        write_slots, prepare_no_copies, first_slots, accepted_slots, accept_greedily, build_tree, draft_slots, draft_decode_backend,
-        draft_extend_backend,
+        write_slots, prepare_no_copies, first_slots, accepted_slots, accept_greedily, build_tree, draft_slots,
+        draft_decode_backend, draft_extend_backend,
     ):  # fmt: skip
         put_in_place(function)
     kernels = ModuleType(KERNELS, "Kernels for CPUs. SGLang's library of this name cannot be imported without CUDA.")
