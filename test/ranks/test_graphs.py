@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from adapters import write_adapter
 from recorded_graphs import run_model_ranks
 from sglang.benchmark.one_batch import decode, extend, prepare_synthetic_inputs_for_latency_test
 from sglang.srt.layers.layer_boundary.contracts import BatchVariant
@@ -16,7 +17,9 @@ from sglang.srt.runtime_context import get_context
 from sglang.srt.speculative.ngram_info import NgramVerifyInput
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang_shift.graphs.runners import SpDecodeGraphRunner
+from sglang_shift.models.demo import demo_model_path
 from sglang_shift.modes import Mode
+from transformers import AutoModelForCausalLM
 
 SIZES = [
     *("--cuda-graph-bs-decode", "1", "2", "3", "4", "6", "--cuda-graph-bs-prefill", "4", "8", "13", "24"),
@@ -34,12 +37,14 @@ def eager(runner, mode):
         yield
 
 
-def run(runner, context, lengths, decodes=2):
+def run(runner, context, lengths, decodes=2, adapter=None):
     """Prompts of these lengths and some decode steps: the logits of each step, and whether it replayed a graph."""
     clear(runner)
     ids = random.Random(0)
     prompts = [[ids.randrange(1, 400) for _ in range(n)] for n in lengths]
     reqs = prepare_synthetic_inputs_for_latency_test(len(prompts), 0, prompts)
+    for req in reqs:
+        req.lora_id = adapter
     logits, replayed, forward = [], [], type(runner).forward
 
     def recording(batch, *args, **kwargs):
@@ -272,6 +277,37 @@ def check_sp_alone(runner):
 @pytest.mark.server
 def test_sp_alone_and_bounded():
     run_model_ranks(2, check_sp_alone, [*SIZES, "--sp-size", "2", "--shift-graph-buckets", "2"])
+
+
+def check_adapters(runner):
+    """TP has graphs for steps with an adapter, although the policy would never choose TP. SP's have no adapters."""
+    decodes = runner.graphs.for_phase(False)
+    assert {mode: graphs.sizes for mode, graphs in decodes.sets.items()} == {Mode.TP: (1, 2, 3, 4, 6), Mode.SP: (2, 6)}
+    manager = runner.lora_manager
+    (adapter,) = manager.lora_refs
+    made = []
+    make = manager.init_decode_cuda_graph_batch_info
+    manager.init_decode_cuda_graph_batch_info = lambda **sizes: (made.append(sizes), make(**sizes))
+    runner.recapture_decode_cuda_graph()
+    assert len(made) == 1, "TP's graphs would go on to read the first buffers"
+    for lengths in ([4, 4], [3, 1, 2]):
+        bare, _ = run(runner, eager(runner, Mode.TP), lengths)
+        for mode, expected in ((Mode.SP, [True, True, True]), (Mode.TP, [False, True, True])):
+            logits, replayed = run(runner, runner.running_in(mode), lengths)
+            assert same(logits, bare), mode
+            assert replayed == expected, "SGLang's torch_native has no prefill graphs with adapters"
+        adapted, _ = run(runner, eager(runner, Mode.TP), lengths, adapter=adapter)
+        assert not same(adapted, bare)
+        logits, replayed = run(runner, runner.running_in(Mode.TP), lengths, adapter=adapter)
+        assert same(logits, adapted) and replayed == [False, True, True]
+
+
+@pytest.mark.server
+def test_graphs_with_adapters(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32)
+    adapter = write_adapter(tmp_path / "adapter", model, rank=4, seed=1)
+    flags = [*SIZES, "--sp-size", "2", "--shift-graph-buckets", "2", "--lora-paths", f"a={adapter}"]
+    run_model_ranks(2, check_adapters, flags)
 
 
 def check_none(runner):
