@@ -35,7 +35,7 @@ server finds the layers by their structure, and not by the name of the model. Th
 Recurrent layers (Mamba, linear attention) and sparse attention with an indexer are refused. So are models for which
 SGLang takes transformers' code. When the server starts, it runs made-up requests in each mode, and refuses the model if
 the modes differ by more than rounding explains: [the check](usage.md#the-check-at-start-up).
-[tested-models.md](tested-models.md) lists the architectures that the tests compare with transformers in every mode.
+[data/models.csv](data/models.csv) lists the architectures that were compared with transformers in every mode.
 [quantization.md](quantization.md) lists the formats of weights.
 
 ## Families
