@@ -58,7 +58,7 @@ REQUESTS = {
     ),
     "an EBNF grammar": generate({"ebnf": 'root ::= ("red" | "green") " " [0-9]+ "."', "ignore_eos": False}),
     "a JSON schema": generate({"json_schema": SCHEMA, "ignore_eos": False, "max_new_tokens": 40}),
-    "a tool call": chat(tools=[TOOL], tool_choice="required"),
+    "a tool call": chat(tools=[TOOL], tool_choice="required", max_tokens=100),
     "reasoning": chat(separate_reasoning=True, logprobs=True, top_logprobs=2),
     "scores": ("/v1/score", {"query": IDS[:60], "items": [IDS[60:100], IDS[90:95]], "label_token_ids": [9, 90]}),
 }
@@ -98,7 +98,8 @@ def check(name: str, answer: Any) -> None:
     elif name == "an EBNF grammar":
         assert answer["text"].split()[0] in ("red", "green")
     elif name == "a tool call":
-        assert answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "open_file"
+        (call,) = answer["choices"][0]["message"]["tool_calls"]
+        assert call["function"]["name"] == "open_file"
 
 
 def of_content(answer: Any) -> Any:
@@ -134,7 +135,8 @@ def test_a_session_continues_in_the_other_mode(server):
         whole = server.generate([*first, *expected.tokens, *second], 6)
     for order in (("sp", "tp"), ("tp", "sp")):
         server.flush_cache()
-        session = {"id": server.post("/open_session", {"capacity_of_str_len": 1000})}
+        session = {"id": f"turns in {order[0]} and {order[1]}"}
+        server.post("/open_session", {"capacity_of_str_len": 1000, "session_id": session["id"]})
         with server.policy(order[0]):
             one = server.generate(first, 6, session_params=session)
         with server.policy(order[1]):

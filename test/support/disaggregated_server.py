@@ -44,7 +44,7 @@ class TransferEngine:
         """Copy each block from this process into the process of ``session``. Return 0, or a negative error."""
         process = int(session.rpartition(":")[2])
         for source, target, length in zip(sources, targets, lengths, strict=True):
-            here, there = IoVector(source, length), IoVector(target, length)
+            here, there = IoVector(int(source), int(length)), IoVector(int(target), int(length))
             if LIBC.process_vm_writev(process, ctypes.byref(here), 1, ctypes.byref(there), 1, 0) != length:
                 print(f"process_vm_writev: {os.strerror(ctypes.get_errno())}", flush=True)
                 return -1

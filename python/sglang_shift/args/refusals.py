@@ -72,7 +72,7 @@ FEATURES = (
     Feature("--weight-cache-mode", lambda a: a.weight_cache_mode != "off",
      "it shares the stock shards between processes"),
     Feature("--startup-weight-load-mode", lambda a: a.startup_weight_load_mode not in (None, "serial"),
-     "base weights are assembled right after loading"),
+     "SGLang then fills the weights after they were gathered, and checks that none has moved"),
     Feature("--load-format sharded_state or remote_instance",
      lambda a: a.load_format in ("sharded_state", "remote_instance"), "it copies whole parameter buffers"),
     Feature("--remote-instance-weight-loader-start-seed-via-transfer-engine",
