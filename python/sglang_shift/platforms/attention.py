@@ -184,7 +184,9 @@ def _fused(
 ) -> Part:
     """PyTorch's kernel. It wants keys and values of the same width, and adds its mask to the scores."""
     width = v.shape[3]
-    if width < k.shape[3]:
+    if width < k.shape[3] and _first_columns(v, k):  # MLA
+        v = k
+    elif width < k.shape[3]:
         v = pad(v, (0, k.shape[3] - width))
     elif width > k.shape[3]:
         q, k = (pad(x, (0, width - x.shape[3])) for x in (q, k))
@@ -193,6 +195,12 @@ def _fused(
         mask = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, -math.inf)
     output, lse = flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     return Part(output[..., :width], lse)
+
+
+def _first_columns(v: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether the values are a view of the keys. The strides of dimensions of size 1 do not matter."""
+    strides = zip(v.stride(), k.stride(), v.shape, strict=True)
+    return v.data_ptr() == k.data_ptr() and all(own == other for own, other, size in strides if size > 1)
 
 
 def _eager(

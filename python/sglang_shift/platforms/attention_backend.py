@@ -6,6 +6,7 @@ sliding windows. It computes no row of a cached prefix, and decodes requests of 
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -122,10 +123,9 @@ class CpuAttentionBackend(AttentionBackend):
                 visible = visible[:, visible.shape[1] - key.shape[0] :]
             parts.append(attend(rows, key, value, visible=visible, **options))
             start += extension.new
-        if start < query.shape[0] or not parts:  # rows that fill up the batch
-            rest = query.shape[0] - start
-            lse = torch.zeros(rest, query.shape[1], dtype=torch.promote_types(query.dtype, torch.float32))
-            parts.append(Part(query.new_zeros(rest, query.shape[1], layer.v_head_dim), lse))
+        rest = query[start:]  # rows that fill up the batch
+        if rest.shape[0] or not parts:
+            parts.append(Part(query.new_zeros(*rest.shape[:2], layer.v_head_dim), no_lse(rest)))
         part = parts[0]
         if len(parts) > 1:
             part = Part(torch.cat([each.output for each in parts]), torch.cat([each.lse for each in parts]))
@@ -141,30 +141,26 @@ class CpuAttentionBackend(AttentionBackend):
         requests, heads, width = query.shape
         keys, values = self._buffers(layer)
         groups = self._together(layer, batch)
-        output = query.new_empty(requests, heads, layer.v_head_dim)
-        lse = torch.empty(requests, heads, dtype=torch.promote_types(query.dtype, torch.float32))
+        parts = []
         for group in groups:
-            whole = len(groups) == 1
-            members = query if whole else query[group.members]
-            # [requests, KV heads, keys, width]
-            key, value = (
-                x.unflatten(0, (members.shape[0], -1)).transpose(1, 2)
-                for x in gather(keys, values, group.slots, query.dtype)
-            )
+            members = query if len(groups) == 1 else query[group.members]
+            key, value = gather(keys, values, group.slots, query.dtype)
+            together, kv_heads = members.shape[0], key.shape[1]
             part = attend_batch(
-                members.view(members.shape[0], key.shape[1], -1, width),  # heads that share keys are its queries
-                key,
-                value,
+                members.view(together, kv_heads, -1, width),  # heads that share keys are its queries
+                key.view(together, -1, kv_heads, width).transpose(1, 2),
+                value.view(together, -1, kv_heads, layer.v_head_dim).transpose(1, 2),
                 scale=layer.scaling,
                 cap=layer.logit_cap,
                 visible=group.visible,
             )
-            part = Part(part.output.reshape(-1, heads, layer.v_head_dim), part.lse.reshape(-1, heads))
-            if whole:
-                output, lse = part
-            else:
-                output[group.members], lse[group.members] = part
-        part = Part(output, lse)
+            parts.append(Part(part.output.reshape(together, heads, -1), part.lse.reshape(together, heads)))
+        if len(parts) == 1:
+            part = parts[0]
+        else:
+            part = Part(query.new_empty(requests, heads, layer.v_head_dim), no_lse(query))
+            for group, own in zip(groups, parts, strict=True):
+                part.output[group.members], part.lse[group.members] = own
         return part if sinks is None else add_sinks(part, sinks)
 
     def _prepare(
@@ -317,7 +313,7 @@ def take(buffer: torch.Tensor, slots: Slots) -> torch.Tensor:
         return buffer[slots]
     if not buffer.is_contiguous():  # its rows cannot be flattened without a copy of the pool
         return buffer.index_select(0, slots)
-    return buffer.flatten(1).index_select(0, slots).unflatten(1, buffer.shape[1:])
+    return buffer.view(buffer.shape[0], -1).index_select(0, slots).view(-1, *buffer.shape[1:])
 
 
 def sliced(slots: torch.Tensor) -> Slots:
@@ -328,6 +324,12 @@ def sliced(slots: torch.Tensor) -> Slots:
     if last - first == slots.shape[0] - 1 and bool((slots.diff() == 1).all()):
         return slice(first, last + 1)
     return slots
+
+
+def no_lse(query: torch.Tensor) -> torch.Tensor:
+    """The log-sum-exp of no keys, ``[rows, heads]``."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return torch.full(query.shape[:2], -math.inf, dtype=dtype, device=query.device)
 
 
 def window_of(layer: Any, causal: bool) -> int | None:

@@ -10,6 +10,7 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang_shift.platforms import attention
 from sglang_shift.platforms.attention import add_sinks, attend
 from sglang_shift.platforms.attention_backend import CpuAttentionBackend, similar, sliced
 
@@ -172,6 +173,21 @@ def test_latents_of_mla(step, apart):
         q, k = heads[..., :WIDTH].reshape(-1, HEADS * WIDTH), k[..., :WIDTH]
     out = backend.forward(q, k, requests.v, layer, requests.batch, **ropes)
     torch.testing.assert_close(out, requests.expected(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_latents_are_not_copied_to_be_values(step, monkeypatch):
+    storages = []
+    fused = attention.flash
+
+    def recorded(q, k, v, *others, **options):
+        storages.append((k.untyped_storage().data_ptr(), v.untyped_storage().data_ptr()))
+        return fused(q, k, v, *others, **options)
+
+    monkeypatch.setattr(attention, "flash", recorded)
+    requests_of(step, pool=LatentPool(), width=24, kv_heads=1).run(CpuAttentionBackend, layer_of(width=24, kv_heads=1))
+    assert storages
+    assert all(key == value for key, value in storages)
 
 
 @pytest.mark.parametrize("step", STEPS)

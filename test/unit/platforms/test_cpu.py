@@ -20,6 +20,7 @@ def defaults(platform=None, **given):
         **{
             "attention_backend": None,
             "moe_runner_backend": "auto",
+            "lora_backend": "csgmv",
             "cuda_graph_config": CudaGraphConfig(),
             "max_total_tokens": 100,
             "dp_size": 1,
