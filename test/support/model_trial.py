@@ -72,6 +72,7 @@ class Task:
     patterns: tuple[str, ...]
     stock: bool
     port: int
+    adapter: bool = False
 
 
 def trial(
@@ -82,6 +83,7 @@ def trial(
     patterns: Sequence[str] = tuple(trial_script.PATTERNS),
     flags: Sequence[str] = (),
     stock: bool = False,
+    adapter: bool = False,
     seconds: float = SECONDS,
 ) -> Outcome:
     """Serve a checkpoint with ``tp_size`` ranks, and return the logits of all steps.
@@ -93,6 +95,7 @@ def trial(
         patterns: Names of :data:`trial_script.PATTERNS`. A stock runner only knows TP.
         flags: Further flags of the server.
         stock: Build SGLang's model runner, and put nothing of ours in place.
+        adapter: Whether all requests have the server's first LoRA adapter.
         seconds: The trial fails if it takes longer.
 
     Raises:
@@ -101,7 +104,7 @@ def trial(
     flags = ("--model-path", model_path, "--tp-size", str(tp_size), *COMMON_FLAGS, *flags)
     if not stock:
         flags += ("--sp-size", str(sp_size or tp_size), *SHIFT_FLAGS)
-    task = Task(flags, ("tp",) if stock else tuple(patterns), stock, free_port())
+    task = Task(flags, ("tp",) if stock else tuple(patterns), stock, free_port(), adapter)
     with started(task, tp_size) as ranks:
         results = ranks.results(seconds)
     first = results[0]
@@ -273,7 +276,8 @@ def run_rank(rank: int, task: Task) -> tuple[dict[str, torch.Tensor], str]:
     if "dummy" in task.flags:
         loader.initialize_dummy_weights = random_shards.fill
     runner = build_runner(rank, task, server_args)
-    logits = {name: run_pattern(runner, trial_script.PATTERNS[name], task.stock) for name in task.patterns}
+    adapter = next(iter(runner.lora_manager.lora_refs)) if task.adapter else None
+    logits = {name: run_pattern(runner, trial_script.PATTERNS[name], task.stock, adapter) for name in task.patterns}
     return logits, type(runner.model).__name__
 
 
@@ -283,6 +287,7 @@ def resolve(task: Task) -> Any:
 
     args = prepare_server_args([*task.flags, "--nccl-port", str(task.port)])
     args.resolve_once()
+    args.check_server_args()  # it also reads the paths of LoRA adapters
     return args
 
 
@@ -319,7 +324,7 @@ def build_runner(rank: int, task: Task, server_args: Any) -> Any:
     return runner
 
 
-def run_pattern(runner: Any, pattern: str, stock: bool) -> torch.Tensor:
+def run_pattern(runner: Any, pattern: str, stock: bool, adapter: str | None = None) -> torch.Tensor:
     """Run all steps from an empty KV pool, each in its mode, and return their logits."""
     from sglang.benchmark import one_batch
     from sglang_shift.modes import Mode
@@ -339,7 +344,7 @@ def run_pattern(runner: Any, pattern: str, stock: bool) -> torch.Tensor:
                 ids = torch.tensor([step.tokens[places[id(request)]][0] for request in batch.reqs])
                 _, logits = one_batch.decode(ids, batch, runner)
             else:
-                chunk = [extended(requests, number, tokens) for number, tokens in step.tokens.items()]
+                chunk = [extended(requests, number, tokens, adapter) for number, tokens in step.tokens.items()]
                 _, logits, batch = one_batch.extend(chunk, runner)
         for number, tokens in step.tokens.items():
             if step.decode:
@@ -348,7 +353,7 @@ def run_pattern(runner: Any, pattern: str, stock: bool) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def extended(requests: dict[int, Any], number: int, tokens: list[int]) -> Any:
+def extended(requests: dict[int, Any], number: int, tokens: list[int], adapter: str | None = None) -> Any:
     """Return a request that computes ``tokens`` next. Its earlier tokens are its cached prefix."""
     from array import array
 
@@ -357,7 +362,7 @@ def extended(requests: dict[int, Any], number: int, tokens: list[int]) -> Any:
 
     if number not in requests:
         sampling = SamplingParams(temperature=0, max_new_tokens=64)
-        request = Req(str(number), "", array("q", tokens), sampling)
+        request = Req(str(number), "", array("q", tokens), sampling, lora_id=adapter)
         request.full_untruncated_fill_ids = array("q")
         request.logprob_start_len = -1
         requests[number] = request

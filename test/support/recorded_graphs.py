@@ -179,6 +179,7 @@ def model_runner(rank: int, port: int, flags: list[str]) -> Any:
     record_graphs()
     server_args = prepare_server_args(flags)
     resolve(server_args)
+    server_args.check_server_args()  # it also reads the paths of LoRA adapters
     world_rank = spawn_world_rank(server_args, tp_rank=rank, pp_rank=0)
     publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=world_rank, gpu_id=rank))
     seams.install()
