@@ -23,7 +23,9 @@ def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
 if __name__ == "__main__":
     from sglang.srt.arg_groups.choices import add_attention_backend_choices
     from sglang_shift import launch_server
+    from sglang_shift.platforms import cpu
 
     add_attention_backend_choices(["recorded"])
+    cpu.without_graphs = lambda config: config  # the platform would switch graphs off, because it cannot capture any
     scheduler.run_scheduler_process = run_scheduler_process
     launch_server.main(sys.argv[1:])

@@ -21,7 +21,7 @@ from sglang_shift.layers.linear import (
     RowProjection,
 )
 from sglang_shift.layers.logits import ExitAfterLayers, ExitToLogits
-from sglang_shift.layers.structure import HEADS_OF_LATENTS, Structure, returns_shard_of_bias
+from sglang_shift.layers.structure import HEADS_OF_LATENTS, NO_ATTENTION, Structure, returns_shard_of_bias
 from sglang_shift.layers.sums import SumOfCompleteRows
 from sglang_shift.parallel.exchange.base import ExchangeVolume, SequenceExchange
 from sglang_shift.parallel.forwards import Forwards
@@ -59,6 +59,8 @@ class SpModel:
         structure = Structure(model)
         for name in structure.attention:
             self._add_attention(structure, name)
+        if not self.projections:
+            raise NO_ATTENTION(model=type(model).__name__)
         for name, linear in structure.linears.items():
             if returns_shard_of_bias(linear):
                 raise structure.refusal(name, "returns its bias instead of adding it")

@@ -37,7 +37,7 @@ UNKNOWN_LAYER = Refusal(
 NO_ATTENTION = Refusal(
     "{model} has no list of layers with SGLang's attention, so SP mode cannot divide it; serve this model without "
     "--sp-size and --enable-shift-parallel",
-    "A rank checks this after loading. Attention must be a `RadixAttention`.",
+    "A rank checks this after loading. Attention must be a `RadixAttention`, and its linears must be beside it.",
 )
 
 

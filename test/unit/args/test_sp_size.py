@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from sglang.srt.arg_groups import memory_hook
 from sglang.srt.arg_groups.cuda_graph_hook import generate_decode_cuda_graph_batch_sizes
 from sglang.srt.arg_groups.overrides import declare_resolution, resolution_result, resolving_view
+from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.layers.vocab_parallel_embedding import DEFAULT_VOCAB_PADDING_SIZE
 from sglang_shift.args import chunk_size as chunk_size_module
 from sglang_shift.args import graph_memory, sp_size
@@ -204,13 +205,14 @@ def test_the_pool_of_the_cpu_platform(monkeypatch):
         monkeypatch.setattr(overrides, "model_config_of", lambda _: model)
         return cpu.kv_pool_tokens(args, 2)
 
-    latent = {"kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
-    assert tokens(mixtral(), 1_000_000) == 200_000 // (2 * 2 * 4 * 8 * 2)
-    assert tokens(mixtral(**latent), 1_000_000) == 200_000 // (2 * 40 * 2)
-    assert tokens(mixtral(), 10**12) == 64 * 128
-    unknown = mixtral(num_attention_heads=None)
-    unknown.__dict__.update(num_hidden_layers=2, head_dim=8, get_total_num_kv_heads=lambda: 8)
-    assert tokens(unknown, 1_000_000) == 200_000 // (2 * 2 * 4 * 8 * 2)
+    model = SimpleNamespace(
+        attention_arch=AttentionArch.MHA, get_total_num_kv_heads=lambda: 8, head_dim=8, num_hidden_layers=2,
+        dtype=torch.bfloat16, context_len=128,
+    )  # fmt: skip
+    assert tokens(model, 1_000_000) == 200_000 // (2 * 2 * 4 * 8 * 2)
+    assert tokens(model, 10**12) == 64 * 128
+    model.__dict__.update(attention_arch=AttentionArch.MLA, kv_lora_rank=32, qk_rope_head_dim=8)
+    assert tokens(model, 1_000_000) == 200_000 // (2 * 40 * 2)
 
 
 # Choices
@@ -387,7 +389,7 @@ def test_auto_is_refused_where_nothing_fits(monkeypatch):
     ("fields", "message"),
     [
         ({"tp_size": 1}, "--tp-size 1 leaves nothing to shift"),
-        ({"tp_size": 2, "quantization": "fp8"}, "quantized weights are not assembled yet"),
+        ({"tp_size": 2, "torchao_config": "int8wo"}, "its weights are objects of another kind than tensors"),
         ({"tp_size": 16}, "does not divide the model's 8 attention heads"),
     ],
 )
@@ -407,6 +409,7 @@ def on_eight_gpus(monkeypatch, tmp_path, gib, **fields):
     config = {**vars(LLAMA_70B), "model_type": "llama", "torch_dtype": "bfloat16", "max_position_embeddings": 8192}
     (tmp_path / "config.json").write_text(json.dumps(config))
     args = ShiftServerArgs(model_path=str(tmp_path), tp_size=8, skip_tokenizer_init=True)
+    monkeypatch.setattr(cpu, "without_graphs", lambda config: config)  # the CPU platform switches them off
     resolve(args)
     gpu = {"device": "cuda", "max_total_tokens": None, "mem_fraction_static": 0.85}
     declare_resolution(args, "test", **{**gpu, "enable_shift_parallel": True, **fields})

@@ -736,6 +736,7 @@ def test_a_lap_is_timed_as_serving_runs_it(monkeypatch, on_gpu, overlap):
     def forward(batch):
         done.append("forward")
         worker.last_lap = SimpleNamespace(seconds=next(laps))
+        return SimpleNamespace(logits_output=SimpleNamespace(next_token_logits=None))
 
     class Stream(str):
         def wait_stream(self, other):
@@ -748,6 +749,7 @@ def test_a_lap_is_timed_as_serving_runs_it(monkeypatch, on_gpu, overlap):
     )
     scheduler = SimpleNamespace(
         tp_worker=worker,
+        is_generation=True,
         enable_overlap=overlap,
         forward_stream=Stream("forward stream"),
         schedule_stream=Stream("schedule stream"),

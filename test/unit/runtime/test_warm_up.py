@@ -73,7 +73,7 @@ def load(monkeypatch, world, sp, device="meta", pynccl=PyNccl):
         "get_exec": lambda: SimpleNamespace(features=SimpleNamespace(enable_weights_cpu_backup=False)),
         "get_schedule": lambda: SimpleNamespace(chunked_prefill_size=CHUNK),
         "get_parallel": lambda: SimpleNamespace(nnodes=1),
-        "SpModel": lambda model, groups, replicate_experts: sp_model,
+        "SpModel": lambda model, groups, **options: sp_model,
         "check_class": lambda model, name: None,
     }.items():
         monkeypatch.setattr(model_runner, name, value)
@@ -81,6 +81,7 @@ def load(monkeypatch, world, sp, device="meta", pynccl=PyNccl):
     monkeypatch.setattr(model_runner.ModelRunner, "load_model", lambda self: None)
     mine = model_runner.ShiftModelRunner.__new__(model_runner.ShiftModelRunner)
     mine.server_args = mine.model = None
+    mine.is_generation = True
     mine.model_config = SimpleNamespace(
         hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]), hidden_size=HIDDEN
     )
