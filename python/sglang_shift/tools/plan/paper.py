@@ -147,8 +147,8 @@ def table(cells: list[Cell]) -> str:
 
 
 WITHOUT_ENGINE = (
-    "These predictions use three figures of the paper's engine (see below), which plans do not use. The next figures are "
-    "without them."
+    "These predictions use three figures of the paper's engine (see below), which plans do not use. The next figures "
+    "are without them."
 )
 
 
