@@ -290,7 +290,7 @@ def check_adapters(runner):
     manager.init_decode_cuda_graph_batch_info = lambda **sizes: (made.append(sizes), make(**sizes))
     runner.recapture_decode_cuda_graph()
     assert len(made) == 1, "TP's graphs would go on to read the first buffers"
-    for lengths in ([4, 4], [3, 1, 2]):
+    for lengths in ([4, 4], [4, 3, 2]):
         bare, _ = run(runner, eager(runner, Mode.TP), lengths)
         for mode, expected in ((Mode.SP, [True, True, True]), (Mode.TP, [False, True, True])):
             logits, replayed = run(runner, runner.running_in(mode), lengths)
