@@ -389,7 +389,7 @@ def test_auto_is_refused_where_nothing_fits(monkeypatch):
     ("fields", "message"),
     [
         ({"tp_size": 1}, "--tp-size 1 leaves nothing to shift"),
-        ({"tp_size": 2, "torchao_config": "int8wo"}, "its weights are objects of another kind than tensors"),
+        ({"tp_size": 2, "pp_size": 2}, "--pp-size > 1 cannot be combined with sequence parallelism"),
         ({"tp_size": 16}, "does not divide the model's 8 attention heads"),
     ],
 )
