@@ -44,13 +44,14 @@ class Weights:
 
 @pytest.fixture(scope="module", params=MODELS)
 def weights(request, tmp_path_factory):
-    return Weights(MODELS[request.param], tmp_path_factory.mktemp("weights"))
+    weights = Weights(MODELS[request.param], tmp_path_factory.mktemp("weights"))
+    weights.flags = MODELS[request.param].flags
+    return weights
 
 
 @pytest.fixture(scope="module")
-def server(request, weights, servers):
-    family = MODELS[request.node.callspec.params["weights"]]
-    return servers.get("--dtype", "float32", "--model-path", str(weights.folders[0]), *family.flags)
+def server(weights, servers):
+    return servers.get("--dtype", "float32", "--model-path", str(weights.folders[0]), *weights.flags)
 
 
 def check(server: Any, expected: list[Answer]) -> None:

@@ -314,11 +314,30 @@ def draft_extend_backend(factory: Any) -> tuple[str, CpuAttentionBackend]:
     return ATTENTION, CpuAttentionBackend(factory.draft_model_runner)
 
 
+@replaces(
+    "sglang.kernels.ops.speculative.eagle:fill_bonus_tokens_func",
+    "SGLang's function launches a Triton kernel.",
+    when=is_active,
+)
+def last_accepted(tokens: torch.Tensor, counts: torch.Tensor, out: torch.Tensor, stride: int, batch_size: int) -> None:
+    """Put the last accepted token of each request into ``out``, in place of ``fill_bonus_tokens_func``.
+
+    Args:
+        tokens: ``[requests * stride]``, the accepted tokens of each request from its first place on.
+        counts: ``[requests]``, how many tokens of each request are accepted.
+        out: ``[requests]``.
+        stride: The places of each request.
+        batch_size: The number of requests.
+    """
+    last = torch.arange(batch_size, device=tokens.device) * stride + counts[:batch_size].long() - 1
+    out[:batch_size] = tokens.flatten()[last].to(out.dtype)
+
+
 def register() -> None:
     """Put all of them in place. A server with speculative decoding needs this before it builds its draft worker."""
     for function in (
         write_slots, prepare_no_copies, first_slots, accepted_slots, accept_greedily, build_tree, draft_slots,
-        draft_decode_backend, draft_extend_backend,
+        draft_decode_backend, draft_extend_backend, last_accepted,
     ):  # fmt: skip
         put_in_place(function)
     kernels = ModuleType(KERNELS, "Kernels for CPUs. SGLang's library of this name cannot be imported without CUDA.")

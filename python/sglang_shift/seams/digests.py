@@ -6,6 +6,7 @@ SGLANG_VERSION = "0.5.23"
 DIGESTS = {
     "sglang.kernels.ops.elementwise.elementwise:_launch_fused_gate_sigmoid_mul": "e12686b45b333b1a",
     "sglang.kernels.ops.speculative.cache_locs:assign_draft_cache_locs_contiguous_func": "fffc7b57bab54d17",
+    "sglang.kernels.ops.speculative.eagle:fill_bonus_tokens_func": "0c0844c876f9992a",
     "sglang.srt.arg_groups.memory_hook:reserve_for_graph_mb": "4cd5981a54925352",
     "sglang.srt.disaggregation.prefill:SchedulerDisaggregationPrefillMixin.process_disagg_prefill_inflight_queue": "41c14e7c6d8ff1e2",
     "sglang.srt.distributed.parallel_state:graph_capture": "32d9c0491e3832c5",
