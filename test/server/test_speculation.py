@@ -97,6 +97,7 @@ def draft_flags(request, tmp_path_factory):
 
 @pytest.mark.server
 @pytest.mark.full
+@pytest.mark.xfail(reason="after a merge, SGLang's draft worker reaches Triton kernels on the CPU platform again")
 @pytest.mark.parametrize("draft_flags", ["STANDALONE", *DRAFT_MODELS], indirect=True)
 def test_draft_models(servers, reference, draft_flags):
     """The draft model runs in TP. The answers are those without it, whatever the mode of the served model is."""
