@@ -58,7 +58,9 @@ REQUESTS = {
     ),
     "an EBNF grammar": generate({"ebnf": 'root ::= ("red" | "green") " " [0-9]+ "."', "ignore_eos": False}),
     "a JSON schema": generate({"json_schema": SCHEMA, "ignore_eos": False, "max_new_tokens": 40}),
-    "a tool call": chat(tools=[TOOL], tool_choice="required", max_tokens=100),
+    "a tool call": chat(
+        tools=[TOOL], tool_choice="required", max_tokens=100, chat_template_kwargs={"enable_thinking": False}
+    ),
     "reasoning": chat(separate_reasoning=True, logprobs=True, top_logprobs=2),
     "scores": ("/v1/score", {"query": IDS[:60], "items": [IDS[60:100], IDS[90:95]], "label_token_ids": [9, 90]}),
 }

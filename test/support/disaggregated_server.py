@@ -1,6 +1,7 @@
 """Runs a server of a prefill and decode pair on one machine, with SGLang's Mooncake connection and without RDMA.
 
-Only Mooncake's transfer engine is replaced. The engine here writes into the memory of another process of this machine.
+Mooncake's transfer engine is replaced. The engine here writes into the memory of another process of this machine. And
+events and streams are those of CPUs, where SGLang takes CUDA's.
 
 python test/support/disaggregated_server.py --port N [the flags of launch_server]
 """
@@ -12,7 +13,12 @@ import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
+import torch
+from sglang_shift.runtime import scheduler
+
+run_rank = scheduler.run_scheduler_process
 LIBC = ctypes.CDLL(None, use_errno=True)
 PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)
 
@@ -56,7 +62,17 @@ engine.TransferEngine = TransferEngine
 mooncake.engine = engine
 sys.modules |= {"mooncake": mooncake, "mooncake.engine": engine}
 
+
+def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
+    from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
+
+    MooncakeKVSender.supports_host_tensor_indices = False  # SGLang would copy them to pinned memory
+    torch.cuda.Event = torch.cpu.Event
+    run_rank(*args, **kwargs)
+
+
 if __name__ == "__main__":
     from sglang_shift import launch_server
 
+    scheduler.run_scheduler_process = run_scheduler_process
     launch_server.main(sys.argv[1:])

@@ -1,7 +1,7 @@
 """Runs a server whose KV cache continues in host memory, without a GPU.
 
-SGLang's copies between device and host are CUDA kernels. Here one of them is PyTorch's indexing. All else is SGLang's:
-which pages are written and loaded, when, and who waits for them.
+SGLang's copies between device and host are CUDA kernels. Here one of them is PyTorch's indexing, and host memory is not
+registered with CUDA. All else is SGLang's: which pages are written and loaded, when, and who waits for them.
 
 python test/support/host_cache_server.py --port N [the flags of launch_server]
 """
@@ -27,9 +27,12 @@ def transfer_kv_direct(
 
 
 def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
-    from sglang.srt.mem_cache.pool_host import mha
+    from sglang.srt.mem_cache.pool_host import common, mha
 
     mha.transfer_kv_direct = transfer_kv_direct
+    common.ALLOC_MEMORY_FUNCS["cpu"] = lambda *args, **kwargs: common.alloc_with_host_register(
+        *args, **{**kwargs, "pin_memory": False}
+    )
     run_rank(*args, **kwargs)
 
 
