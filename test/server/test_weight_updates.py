@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -71,24 +72,31 @@ def test_from_disk(server, weights):
 
 def test_from_a_trainer(server, weights):
     """The trainer is this process: rank 0 of a group with the ranks of the server."""
-    group = {"group_name": "trainer", "master_address": "127.0.0.1", "master_port": free_port()}
-    joined = {**group, "rank_offset": 1, "world_size": 3, "backend": "gloo"}
+    port = free_port()
+    group = {"group_name": f"trainer at {port}", "master_address": "127.0.0.1", "master_port": port, "world_size": 3}
+    tensors = load_file(weights.folders[1] / "model.safetensors")
+    body = {
+        "names": list(tensors),
+        "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
+        "shapes": [list(tensor.shape) for tensor in tensors.values()],
+        "group_name": group["group_name"],
+    }
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(server.post, "/init_weights_update_group", joined)
-        trainer = trainers_group(**group, world_size=3)
-        assert answer.result()["success"]
-        tensors = load_file(weights.folders[1] / "model.safetensors")
-        body = {
-            "names": list(tensors),
-            "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
-            "shapes": [list(tensor.shape) for tensor in tensors.values()],
-            "group_name": "trainer",
-        }
-        answer = pool.submit(server.post, "/update_weights_from_distributed", body)
-        for tensor in tensors.values():
-            torch.distributed.broadcast(tensor, src=0, group=trainer)
-        assert answer.result()["success"]
+        joined = pool.submit(server.post, "/init_weights_update_group", {**group, "rank_offset": 1, "backend": "gloo"})
+        trainer = trainers_group(**group)
+        assert joined.result()["success"]
+        assert server.post("/begin_weight_update", {})["success"]
+        sent = pool.submit(send, trainer, list(tensors.values()))
+        assert server.post("/update_weights_from_distributed", body)["success"]
+        sent.result()
+        assert server.post("/end_weight_update", {})["success"]
+    torch.distributed.destroy_process_group(trainer)
     check(server, weights.answers[1])
+
+
+def send(trainer: ProcessGroup, tensors: list[torch.Tensor]) -> None:
+    for tensor in tensors:
+        torch.distributed.broadcast(tensor, src=0, group=trainer)
 
 
 def trainers_group(group_name: str, master_address: str, master_port: int, world_size: int) -> ProcessGroup:
@@ -97,6 +105,6 @@ def trainers_group(group_name: str, master_address: str, master_port: int, world
 
     group: ProcessGroup = init_custom_process_group(
         backend="gloo", init_method=f"tcp://{master_address}:{master_port}", world_size=world_size, rank=0,
-        group_name=group_name,
+        group_name=group_name, timeout=timedelta(seconds=60),
     )  # fmt: skip
     return group
