@@ -36,6 +36,7 @@ class Node(Server):
         launch += ["--nnodes", str(NODES), "--node-rank", str(self.rank), "--dist-init-addr", self.link.rendezvous]
         command = self.link.command(self.rank, [*launch, "--host", "0.0.0.0", "--port", str(self.port)])
         env = {**os.environ, **self.link.environment(self.rank), "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1"}
+        env.pop("SGLANG_CPU_OMP_THREADS_BIND", None)  # of an earlier server; the link places one rank on each node
         with self.log.open("wb") as log:
             return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
 

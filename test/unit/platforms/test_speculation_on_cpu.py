@@ -10,6 +10,7 @@ from sglang_shift.platforms.speculation import (
     build_tree,
     draft_slots,
     first_slots,
+    last_accepted,
     reconstruct_tree,
     slots_of,
     write_slots,
@@ -126,3 +127,9 @@ def test_slots_of_accepted_drafts():
     out.zero_()
     accepted_slots(torch.tensor([[0, 2, -1], [5, -1, -1]]), slots, out, 6)
     assert out.tolist() == [20, 22, 25, 0, 0, 0, 0, 0]
+
+
+def test_the_last_accepted_token():
+    last = torch.empty(2, dtype=torch.int32)
+    last_accepted(torch.tensor([[1, 2, 0], [3, 0, 0]]), torch.tensor([2, 1]), last, 3, 2)
+    assert last.tolist() == [2, 3]
