@@ -103,6 +103,7 @@ def test_adapters_come_and_go_while_requests_run(server, asked, expected, folder
         assert_same_answers(running.result(), expected[:2] * 4)
     with server.policy("sp") as steps:
         assert_same_answers(answers(server, asked, 8), expected)
+        assert_same_answers(answers(server, asked[:1], 1), expected[:1])  # without an adapter, so in SP
     assert min(steps.values()) > 0
 
 

@@ -148,13 +148,13 @@ def test_a_session_continues_in_the_other_mode(server):
 
 
 def test_priorities(server):
-    """Requests of all priorities at once, some of which wait."""
+    """Requests of all priorities at once, some of which wait. They end one after the other: the last steps are small."""
     prompts = [[n + 5 * i for i in range(30 + n)] for n in range(24)]
     answers = {}
     for policy in ("tp", "tokens"):
         server.flush_cache()
         with server.policy(policy, 20) as steps, ThreadPoolExecutor(24) as pool:
-            asked = [pool.submit(server.generate, ids, 6, priority=i % 5) for i, ids in enumerate(prompts)]
+            asked = [pool.submit(server.generate, ids, 4 + i, priority=i % 5) for i, ids in enumerate(prompts)]
             answers[policy] = [future.result() for future in asked]
     assert min(steps.values()) > 0
     assert_same_answers(answers["tokens"], answers["tp"])
