@@ -42,6 +42,7 @@ def test_sources_are_found_as_they_are_when_sglang_is_imported(installed):
 def test_a_release_beside_itself_has_no_difference(installed):
     assert porting.changed_seams(installed, installed) == {}
     assert porting.missing_imports(installed, PACKAGE) == []
+    assert porting.gone_classes(installed, PACKAGE) == []
     report = porting.report(installed, installed, PACKAGE)
     assert "0 server flags that are new\n\n0 server flags that are gone" in report
     assert {"tp_size", "model_path"} <= installed.flags()
@@ -57,6 +58,20 @@ def test_changed_and_gone_seams(installed, other):
     assert changed[module + "runs_sp"] == "gone"
     assert "+    # new" in changed[module + "sp_entry_scatter"].splitlines()
     assert module + "column_parallel_g_matmul" not in changed
+
+
+def test_classes_that_are_gone(other):
+    backends = {"base_attn_backend": "class AttentionBackend: ...", "torch_native_backend": ""}
+    for name, text in backends.items():
+        file = other / f"sglang/srt/layers/attention/{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    package = other / "package"
+    package.mkdir()
+    seams = [f'@extends("sglang.srt.layers.attention.{name}:AttentionBackend", "why")' for name in backends]
+    (package / "a.py").write_text("".join(f"{seam}\nclass Ours: ...\n" for seam in seams))
+    gone = porting.gone_classes(Release.unpacked(other), package)
+    assert gone == ["sglang.srt.layers.attention.torch_native_backend:AttentionBackend"]
 
 
 def test_imports_flags_and_requirements(installed, other, tmp_path):

@@ -23,6 +23,8 @@ PACKAGE = Path(__file__).parents[1]
 """The folder of ``sglang_shift``."""
 FLAGS = "sglang.srt.arg_groups.fields"
 """The package whose classes have the server's flags as fields."""
+WITHOUT_DIGEST = ("substitutes_for", "extends")
+"""The decorators of seams whose targets only have to exist."""
 
 
 class Release:
@@ -165,6 +167,21 @@ def changed_seams(old: Release, new: Release) -> dict[str, str]:
     return changed
 
 
+def gone_classes(new: Release, package: Path) -> list[str]:
+    """Return the targets that files of ``package`` substitute or extend, and that the release does not have.
+
+    These seams have no digest, because the source of such a target may change.
+    """
+    calls = [node for file in package.rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
+    targets = {
+        call.args[0].value
+        for call in calls
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in WITHOUT_DIGEST
+        if isinstance(call.args[0], ast.Constant) and isinstance(call.args[0].value, str)
+    }
+    return sorted(target for target in targets if new.source(target) is None)
+
+
 def missing_imports(new: Release, package: Path) -> list[str]:
     """Return the names that files of ``package`` import from SGLang and that the release does not have."""
     missing = set()
@@ -188,6 +205,7 @@ def report(old: Release, new: Release, package: Path) -> str:
     for target, difference in seams.items():
         lines += ["", f"## {target}", difference]
     sections = {
+        "classes and functions that we substitute or extend and that are gone": gone_classes(new, package),
         "imports of ours that are gone": missing_imports(new, package),
         "server flags that are new": sorted(new.flags() - old.flags()),
         "server flags that are gone": [name + users(name, package) for name in sorted(old.flags() - new.flags())],
