@@ -148,7 +148,7 @@ def test_a_session_continues_in_the_other_mode(server):
 
 
 def test_priorities(server):
-    """Requests of all priorities at once, some of which wait. They end one after the other: the last steps are small."""
+    """Requests of all priorities at once, some of which wait. The last steps are small."""
     prompts = [[n + 5 * i for i in range(30 + n)] for n in range(24)]
     answers = {}
     for policy in ("tp", "tokens"):

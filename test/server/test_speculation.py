@@ -81,9 +81,9 @@ DRAFT_MODELS = {"EAGLE": "LlamaForCausalLMEagle", "EAGLE3": "LlamaForCausalLMEag
 def draft_flags(request, tmp_path_factory):
     """The flags of an algorithm with a draft model.
 
-    STANDALONE takes a whole model: here it is the served model itself, so many drafts are accepted. Not all are, because
-    SGLang leaves out the first token of a prompt. EAGLE's models get hidden states of the served model. They have random
-    weights here.
+    STANDALONE takes a whole model: here it is the served model itself, so many drafts are accepted. Not all are,
+    because SGLang leaves out the first token of a prompt. EAGLE's models get hidden states of the served model. They
+    have random weights here.
     """
     algorithm = request.param
     flags = ("--speculative-algorithm", algorithm, *STEPS)
