@@ -115,6 +115,6 @@ def test_sp_alone(servers, asked, expected, flags):
     before = server.state["steps"]
     assert_same_answers(answers(server, asked, 8), expected)
     middle = server.state["steps"]
-    assert all(middle[mode] > before[mode] for mode in ("tp", "sp"))
+    assert middle["tp"] > before["tp"]
     assert_same_answers(answers(server, asked[:1], 1), expected[:1])
     assert server.state["steps"] == {"tp": middle["tp"], "sp": middle["sp"] + TOKENS}

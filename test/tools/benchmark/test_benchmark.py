@@ -17,9 +17,10 @@ from sglang_shift.errors import ShiftError
 from sglang_shift.simulate import traffic
 from sglang_shift.tools.benchmark import command, link, link_rate, options, watch
 from sglang_shift.tools.benchmark.campaign import Campaign, Settings
+from sglang_shift.tools.benchmark.client import Client
 from sglang_shift.tools.benchmark.contenders import parse_contender, parse_contenders
 from sglang_shift.tools.benchmark.records import Visits
-from sglang_shift.tools.benchmark.workloads import prompt_ids
+from sglang_shift.tools.benchmark.workloads import Workload, prompt_ids
 from sglang_shift.tools.servers import Failure
 
 CONTEXT = 4096
@@ -59,6 +60,18 @@ class TestWorkloads:
         long = [r.prompt for r in made.requests if r.prompt > 20]
         assert long == [CONTEXT - 9] * 3, "as long as the context allows"
         assert made.tokens / made.requests[-1].time == pytest.approx(50.0)
+
+    def test_streams_and_the_prompts_that_arrive_beside_them(self):
+        words = ("--workloads", "long-prompts", "--streams", "3", "--stream-output", "99", "--arriving", "50", "60",
+                 "--arriving-requests", "40", "--arriving-rate", "0.5", "--prompt", "10", "20", "--output", "5",
+                 "9")  # fmt: skip
+        [made] = plan(*words).workloads(100.0)
+        streams, arriving = made.requests[:3], made.requests[3:]
+        assert {(r.time, r.prompt, r.output) for r in streams} == {(0.0, 10, 99)}
+        assert len(arriving) == 40
+        assert all(50 <= r.prompt <= 60 and 5 <= r.output <= 9 for r in arriving)
+        tokens = sum(r.prompt + r.output for r in arriving)
+        assert tokens / arriving[-1].time == pytest.approx(50.0)
 
     def test_a_trace_at_a_load_or_a_speed(self, tmp_path):
         rows = "".join(f"2023-11-16 18:17:{i:02}.0,{1000 + i},20\n" for i in range(50))
@@ -103,6 +116,10 @@ class TestContenders:
         assert parse_contender("sp", 4, sp_size=2).flags == ("--tp-size", "4", "--sp-size", "2")
         assert parse_contender("shift:tokens", 2).flags[-2:] == ("--shift-policy", "tokens")
         assert parse_contender("shift:my.module:Policy", 2).flags[-1] == "my.module:Policy"
+        assert parse_contender("sarathi:512", 4).flags == (
+            "--tp-size", "4", "--enable-mixed-chunk", "--chunked-prefill-size", "512",
+        )  # fmt: skip
+        assert parse_contender("tbt:100", 2).flags[-3:] == ("--enable-shift-parallel", "--shift-tbt-target", "100")
 
     def test_replicas_share_the_memory_of_the_pool(self):
         assert parse_contender("stock-dp", 4, kv_tokens=1000).flags == (
@@ -114,6 +131,7 @@ class TestContenders:
     @pytest.mark.parametrize(
         ("words", "match"),
         [(["fast"], "none of stock-tp"), (["sp:tokens"], "none of"), (["shift:nope"], "the policy is none of"),
+         (["tbt"], "tbt:MS"), (["sarathi:0"], "sarathi:TOKENS"), (["sarathi:many"], "sarathi:TOKENS"),
          (["x=ftp://a"], "URL of http"), (["=http://a"], "NAME=URL"), (["sp", "sp"], "named twice")],
     )  # fmt: skip
     def test_wrong_words(self, words, match):
@@ -167,6 +185,7 @@ class FakeServer:
     def __init__(self) -> None:
         self.prompts: list[list[int]] = []
         self.fail = 0  # fails from this prompt on, where not 0
+        self.together = 1  # tokens of a delivery
         self.app = FastAPI()
         self.app.post("/generate")(self.generate)
         self.app.get("/get_model_info")(lambda: {"model_path": "x"})
@@ -186,10 +205,10 @@ class FakeServer:
             return PlainTextResponse("no more", status_code=500)
 
         async def answer():
-            for i in range(body["sampling_params"]["max_new_tokens"]):
+            for n in range(1, body["sampling_params"]["max_new_tokens"] + 1, self.together):
                 await asyncio.sleep(0.01)
-                meta = {"prompt_tokens": len(body["input_ids"]), "completion_tokens": i + 1, "cached_tokens": 3}
-                yield f"data: {json.dumps({'text': 'x' * (i + 1), 'meta_info': meta})}\n\n".encode()
+                meta = {"prompt_tokens": len(body["input_ids"]), "completion_tokens": n, "cached_tokens": 3}
+                yield f"data: {json.dumps({'text': 'x' * n, 'meta_info': meta})}\n\n".encode()
             yield b"data: [DONE]\n\n"
 
         return StreamingResponse(answer())
@@ -208,6 +227,19 @@ def campaign(tmp_path, fake, **facts) -> Campaign:
     settings = Settings(tmp_path, 2, [], False, None, 4096, "default", 30, 0, facts)
     names = [f"a=http://127.0.0.1:{fake.port}", f"b=http://127.0.0.1:{fake.port}"]
     return Campaign(plan(*words), parse_contenders(names, 2), settings)
+
+
+def test_the_gap_of_tokens_that_come_together(fake):
+    fake.together = 3
+    client = Client(f"http://127.0.0.1:{fake.port}", "sglang", "default", 4096, 30)
+    [record] = client.run(Workload("one", "single", [traffic.Request(0.0, 5, 7)]), seed=1)
+    assert (len(record.itl), len(record.gaps)) == (6, 2)
+    assert sum(record.gaps) == pytest.approx(sum(record.itl), abs=1e-5)
+    assert record.gaps[0] == pytest.approx(3 * record.itl[0], abs=1e-5)
+    fake.together = 1
+    [record] = client.run(Workload("one", "single", [traffic.Request(0.0, 5, 7)]), seed=1)
+    assert record.gaps == record.itl
+    assert len(record.itl) == 6
 
 
 def test_a_campaign_is_measured_once(fake, tmp_path, monkeypatch):

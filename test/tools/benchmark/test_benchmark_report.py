@@ -57,6 +57,7 @@ def test_figures_of_a_visit():
         "tpot_p50": 0.03, "tpot_p90": 0.046, "tpot_mean": 0.03,
         "e2e_p50": 0.6, "e2e_p99": 0.992,  # 0.2, 0.4 to 1.0
         "itl_p50": 0.03, "itl_p90": 0.05, "itl_mean": 0.03,  # ten of each; p90 at place 44.1
+        "gap_p50": 0.03, "gap_p90": 0.05, "gap_max": 0.05,
         "requests_per_s": 0.5, "total_tokens_per_s": 55.5, "output_tokens_per_s": 5.5,
         "goodput": 0.2, "goodput_share": 2 / 6,  # the first two: the third takes 0.6 s
         "cached_share": 0.25,
@@ -130,9 +131,10 @@ def test_tables():
         "| `bursty` | TTFT p50, ms | 1200 (600 to 2400) | 600 (300 to 1200) | 960 (480 to 1920) | "
         "**480** (240 to 960) | 0.800 (0.800 to 0.800) |"
     )
-    assert [row.split(" | ")[1] for row in bursty[5:14]] == [
-        "TTFT p99, ms", "TPOT p50, ms", "TPOT p99, ms", "E2E p50, ms", "E2E p99, ms", "total tokens/s",
-        "output tokens/s", "goodput, requests/s", "good requests, %",
+    assert [row.split(" | ")[1] for row in bursty[5:17]] == [
+        "TTFT p99, ms", "TPOT p50, ms", "TPOT p99, ms", "E2E p50, ms", "E2E p99, ms",
+        "gap p50, ms", "gap p99, ms", "gap max, ms", "total tokens/s", "output tokens/s",
+        "goodput, requests/s", "good requests, %",
     ]  # fmt: skip
     assert "|  | exchanged, MiB | - | - | 3 (3 to 3) | 3 (3 to 3) |  |" in bursty
     assert "|  | steps TP / SP | - | - | 50 / 150 | 50 / 150 |  |" in bursty

@@ -10,7 +10,8 @@ import argparse
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 from sglang_shift.tools.benchmark.records import RequestRecord
@@ -103,7 +104,20 @@ class Client:
             return failed_record(due, f"{answer.output_len} tokens came instead of {output}")
         ttft, latency, *itl = (round(t, 6) for t in (answer.ttft, answer.latency, *answer.itl))
         sent = round(answer.start_time - started, 6)
-        return RequestRecord(due, sent, ttft, latency, itl, answer.prompt_len, answer.output_len, answer.cached_tokens)
+        gaps = deliveries(answer.itl)
+        return RequestRecord(
+            due, sent, ttft, latency, itl, answer.prompt_len, answer.output_len, answer.cached_tokens,
+            deliveries=gaps if len(gaps) < len(itl) else [],
+        )  # fmt: skip
+
+
+def deliveries(itl: Sequence[float]) -> list[float]:
+    """Return the times between deliveries of tokens, from ``bench_serving``'s times between tokens.
+
+    ``bench_serving`` divides the time of a delivery by its number of tokens, and repeats the quotient, one and the same
+    object, for each token. So the sum over equal objects is the time of the delivery.
+    """
+    return [round(sum(group), 6) for group in (list(same) for _, same in groupby(itl, key=id))]
 
 
 def failed_record(due: float, error: str) -> RequestRecord:

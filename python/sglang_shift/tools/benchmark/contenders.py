@@ -10,6 +10,8 @@ from sglang_shift.flags import POLICIES
 
 BASELINE = "stock-tp"
 DEFAULT = (BASELINE, "stock-dp", "sp", "shift")
+NUMBERED = {"sarathi": "TOKENS", "tbt": "MS"}
+"""The contenders that need a number: the size of a chunk of a prompt, and a target for the time between tokens."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ def parse_contender(text: str, ranks: int, sp_size: int | None = None, kv_tokens
     """Return the contender that a user's word names.
 
     Args:
-        text: ``stock-tp``, ``stock-dp``, ``tp``, ``sp``, ``shift``, ``shift:POLICY`` or ``NAME=URL``.
+        text: ``stock-tp``, ``stock-dp``, ``sarathi:TOKENS``, ``tp``, ``sp``, ``shift``, ``shift:POLICY``, ``tbt:MS`` or
+            ``NAME=URL``.
         ranks: P.
         sp_size: S of ``sp`` and ``shift``. None means P.
         kv_tokens: Number of tokens that all KV pools of a contender hold together. A rank of TP or SP holds 1/P of the
@@ -52,17 +55,22 @@ def parse_contender(text: str, ranks: int, sp_size: int | None = None, kv_tokens
     base = ["--sp-size", str(ranks if sp_size is None else sp_size)]
     kinds = {
         BASELINE: size,
+        "sarathi": [*size, "--enable-mixed-chunk", "--chunked-prefill-size"],
         "stock-dp": ["--tp-size", "1", "--dp-size", str(ranks)],
         "tp": [*size, *base, "--enable-shift-parallel", "--shift-policy", "tp"],
         "sp": [*size, *base],
         "shift": [*size, *base, "--enable-shift-parallel"],
+        "tbt": [*size, *base, "--enable-shift-parallel", "--shift-tbt-target"],
     }
-    kind, _, policy = text.partition(":")
-    if kind not in kinds or (policy and kind != "shift"):
-        raise ShiftError(f"contender {text!r} is none of {', '.join(kinds)}, shift:POLICY or NAME=URL")
-    if policy and policy not in POLICIES and ":" not in policy:
+    kind, _, value = text.partition(":")
+    if kind not in kinds or (value and kind not in ("shift", *NUMBERED)):
+        names = [f"{name}:{NUMBERED[name]}" if name in NUMBERED else name for name in kinds]
+        raise ShiftError(f"contender {text!r} is none of {', '.join(names)}, shift:POLICY or NAME=URL")
+    if kind in NUMBERED and not (value.isdecimal() and int(value)):
+        raise ShiftError(f"contender {text!r} is not {kind}:{NUMBERED[kind]} with a whole number above 0")
+    if kind == "shift" and value and value not in POLICIES and ":" not in value:
         raise ShiftError(f"contender {text!r}: the policy is none of {', '.join(POLICIES)} or module:Class")
-    flags = kinds[kind] + (["--shift-policy", policy] if policy else [])
+    flags = kinds[kind] + ["--shift-policy"] * (kind == "shift" and bool(value)) + [value] * bool(value)
     replicas = ranks if kind == "stock-dp" else 1
     if kv_tokens is not None:
         flags += ["--max-total-tokens", str(kv_tokens // replicas)]

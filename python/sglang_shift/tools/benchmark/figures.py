@@ -15,11 +15,13 @@ SHIFT = "shift"
 BASELINES = ("stock-tp", "stock-dp", "sp")
 """The contenders that the targets of the project compare ``shift`` with."""
 
-LATENCIES = ("ttft", "tpot", "itl", "e2e")
+LATENCIES = ("ttft", "tpot", "itl", "gap", "e2e")
 PERCENTS = (50, 90, 99)
 STATISTICS = ("mean", *(f"p{percent}" for percent in PERCENTS))
 
-LOWER_IS_BETTER = frozenset(f"{latency}_{statistic}" for latency in LATENCIES for statistic in STATISTICS)
+LOWER_IS_BETTER = frozenset(
+    [*(f"{latency}_{statistic}" for latency in LATENCIES for statistic in STATISTICS), "gap_max"]
+)
 HIGHER_IS_BETTER = frozenset(
     ("requests_per_s", "total_tokens_per_s", "output_tokens_per_s", "goodput", "goodput_share")
 )  # fmt: skip
@@ -49,8 +51,10 @@ def figures(visit: Visit, limits: Limits | None = None) -> dict[str, float]:
     ``requests`` and ``errors``, and are never good.
 
     Returns:
-        ``{ttft,tpot,itl,e2e}_{mean,p50,p90,p99}``: Seconds. Percentiles interpolate linearly between the two closest
-            values, as numpy's percentiles do by default. The ITLs of all requests are taken together.
+        ``{ttft,tpot,itl,gap,e2e}_{mean,p50,p90,p99}``, ``gap_max``: Seconds. Percentiles interpolate linearly between
+            the two closest values, as numpy's percentiles do by default. The ITLs of all requests are taken together,
+            and so are their gaps. A gap is the time between two deliveries of tokens. Several tokens that come
+            together have one gap, but an ITL each.
         ``requests_per_s``, ``total_tokens_per_s`` (prompt and output), ``output_tokens_per_s``: Amounts of the
             requests that did not fail, over the seconds of the visit.
         ``goodput``, ``goodput_share``: Requests/s that met ``limits``, and the share of such requests in all requests.
@@ -78,6 +82,7 @@ def _latencies(served: Sequence[RequestRecord]) -> dict[str, float]:
         "ttft": [r.ttft for r in served],
         "tpot": [r.tpot for r in served if r.tpot is not None],
         "itl": [seconds for r in served for seconds in r.itl],
+        "gap": [seconds for r in served for seconds in r.gaps],
         "e2e": [r.latency for r in served],
     }
     figures: dict[str, float] = {}
@@ -86,6 +91,8 @@ def _latencies(served: Sequence[RequestRecord]) -> dict[str, float]:
             quantiles = np.percentile(seconds, PERCENTS).tolist()
             figures |= {f"{name}_p{percent}": value for percent, value in zip(PERCENTS, quantiles, strict=True)}
             figures[f"{name}_mean"] = fmean(seconds)
+    if values["gap"]:
+        figures["gap_max"] = max(values["gap"])
     return figures
 
 

@@ -36,7 +36,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=list(DEFAULT),
         metavar="NAME",
-        help="stock-tp, stock-dp, tp, sp, shift, shift:POLICY, or NAME=URL of a server that runs; the "
+        help="stock-tp, stock-dp, sarathi:TOKENS, tp, sp, shift, shift:POLICY, tbt:MS, or NAME=URL of a server that "
+        "runs; the "
         "first one's throughput is the unit of the arrival rates",
     )
     p.add_argument("--model-path", help="model to serve; the package's demo model if left out")
@@ -132,6 +133,18 @@ def _workloads(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--long-every", type=int, default=s.long_every, help="every so many requests one is long")
     group.add_argument("--mix-requests", type=int, default=s.mix_requests, help="requests of long-mix")
     group.add_argument("--mix-rate", type=float, default=s.mix_rate, metavar="X", help="its rate, as --rates")
+    group.add_argument("--streams", type=int, default=s.streams, help="streams of long-prompts")
+    group.add_argument("--stream-output", type=int, default=s.stream_output, help="output tokens of each stream")
+    group.add_argument(
+        "--arriving",
+        type=int,
+        nargs=2,
+        default=s.arriving,
+        metavar=("FROM", "TO"),
+        help="their prompt tokens",
+    )
+    group.add_argument("--arriving-requests", type=int, default=s.arriving_requests, help="prompts beside the streams")
+    group.add_argument("--arriving-rate", type=float, default=s.arriving_rate, metavar="X", help="rate, as --rates")
     for kind, what in (("azure", "an Azure LLM inference trace (CSV)"), ("mooncake", "a Mooncake trace (JSONL)")):
         group.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"replay {what}")
         group.add_argument(
@@ -175,12 +188,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = p.parse_args(argv)
     counts = ("tp_size", "rounds", "singles", "saturated", "rate_requests", "burst", "bursts", "long_every",
               "mix_requests", "single_output", "long", "timeout", "azure_length", "mooncake_length", "trace_load",
-              "mix_rate", "burst_stream", "burst_every", "kv_tokens", "sp_size", "trace_speed",
+              "mix_rate", "burst_stream", "burst_every", "kv_tokens", "sp_size", "trace_speed", "streams",
+              "stream_output", "arriving_requests", "arriving_rate",
               "link_rate")  # fmt: skip
     for name in counts:
         if (value := getattr(args, name)) is not None and value <= 0:
             p.error(f"--{name.replace('_', '-')} {value:g} is not positive")
-    for name in ("prompt", "output"):
+    for name in ("prompt", "output", "arriving"):
         if not 1 <= getattr(args, name)[0] <= getattr(args, name)[1]:
             p.error(f"--{name} takes two numbers, the first from 1 on and not above the second")
     if (args.link or args.link_rate) and args.kv_tokens is None:

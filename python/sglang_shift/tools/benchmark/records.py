@@ -9,7 +9,7 @@ import msgspec
 
 from sglang_shift.modes import Mode
 
-MADE_UP = ("single", "saturated", "rate", "bursty", "long-mix")
+MADE_UP = ("single", "saturated", "rate", "bursty", "long-mix", "long-prompts")
 TRACES = ("azure", "mooncake")
 KINDS = MADE_UP + TRACES
 """The kinds of workload, in the order of reports."""
@@ -24,6 +24,7 @@ class RequestRecord(msgspec.Struct, frozen=True):
         ttft: Time from sending to the first token.
         latency: Time from sending to the last token.
         itl: Times between the tokens, ``output - 1`` values. Tokens that came together share their time.
+        deliveries: Times between deliveries of tokens, if tokens came together. It is empty if each came alone.
         prompt: Number of prompt tokens.
         output: Number of tokens that the server generated.
         cached: Number of prompt tokens in the server's prefix cache; 0 if the server does not say.
@@ -39,6 +40,12 @@ class RequestRecord(msgspec.Struct, frozen=True):
     output: int
     cached: int = 0
     error: str = ""
+    deliveries: list[float] = msgspec.field(default_factory=list)
+
+    @property
+    def gaps(self) -> list[float]:
+        """The times for which a reader of the stream saw nothing new, after the first token."""
+        return self.deliveries or self.itl
 
     @property
     def end(self) -> float:

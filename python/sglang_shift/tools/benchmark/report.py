@@ -17,20 +17,31 @@ from sglang_shift.tools.benchmark.figures import BASELINES, SHIFT, Comparison, L
 from sglang_shift.tools.benchmark.records import TRACES, Visit
 
 _TIMES = ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99", "e2e_p50", "e2e_p99")
+_GAPS = ("gap_p50", "gap_p99", "gap_max")
+_MEANS = ("ttft_mean", "gap_mean", "e2e_mean")
 _TRAFFIC = (
     *_TIMES,
+    *_GAPS,
     *("total_tokens_per_s", "output_tokens_per_s", "goodput", "goodput_share"),
     *("cached_share", "kv_max", "queue_max"),
 )
+
+
+def _latency(metric: str) -> str:
+    name, _, statistic = metric.partition("_")
+    return f"{name if name == 'gap' else name.upper()} {statistic}"
+
+
 ROWS = {
-    "single": ("ttft_p50", "tpot_p50"),
-    "saturated": ("total_tokens_per_s", "output_tokens_per_s"),
-    "rate": ("ttft_p50", "ttft_p99", "tpot_p50", "total_tokens_per_s", "goodput"),
+    "single": ("ttft_p50", "tpot_p50", *_GAPS),
+    "saturated": ("total_tokens_per_s", "output_tokens_per_s", *_GAPS),
+    "rate": ("ttft_p50", "ttft_p99", "tpot_p50", *_GAPS, "total_tokens_per_s", "goodput"),
+    "long-prompts": (*_MEANS, *_TRAFFIC),
     **dict.fromkeys(("bursty", "long-mix", *TRACES), _TRAFFIC),
 }
 """The metrics in the table of each kind of workload."""
 
-LABELS = {name: (f"{name[:-4].upper()} {name[-3:]}, ms", 1e3) for name in _TIMES} | {
+LABELS = {name: (f"{_latency(name)}, ms", 1e3) for name in (*_TIMES, *_GAPS, *_MEANS)} | {
     "total_tokens_per_s": ("total tokens/s", 1.0),
     "output_tokens_per_s": ("output tokens/s", 1.0),
     "goodput": ("goodput, requests/s", 1.0),

@@ -60,6 +60,11 @@ class Sizes:
         long_every: One in this number of requests of ``long-mix`` is long.
         mix_requests: Number of requests of ``long-mix``.
         mix_rate: Rate of ``long-mix``, as a share of the capacity in tokens.
+        streams: Number of requests of ``long-prompts`` that come first and generate many tokens.
+        stream_output: Output length of these requests.
+        arriving: Prompt lengths of the other requests of ``long-prompts``, which arrive later.
+        arriving_requests: Number of these requests.
+        arriving_rate: The rate at which their tokens arrive, as a share of the capacity in tokens.
     """
 
     prompt: tuple[int, int] = (128, 2048)
@@ -78,6 +83,11 @@ class Sizes:
     long_every: int = 16
     mix_requests: int = 48
     mix_rate: float = 0.5
+    streams: int = 6
+    stream_output: int = 256
+    arriving: tuple[int, int] = (128, 4096)
+    arriving_requests: int = 24
+    arriving_rate: float = 0.8
 
 
 @dataclass(frozen=True)
@@ -131,6 +141,7 @@ class Plan:
                 "rate": self._rates,
                 "bursty": self._bursty,
                 "long-mix": self._long_mix,
+                "long-prompts": self._long_prompts,
             }.get(kind, lambda c, kind=kind: [self._replay(self.traces[kind], c)])(capacity)
         return workloads
 
@@ -167,6 +178,13 @@ class Plan:
             Request(r.time, long, r.output) if i % s.long_every == s.long_every // 2 else r for i, r in enumerate(short)
         ]
         return [Workload("long-mix", "long-mix", _at_load(mixed, s.mix_rate * capacity))]
+
+    def _long_prompts(self, capacity: float) -> list[Workload]:
+        s = self.sizes
+        streams = [Request(0.0, s.prompt[0], s.stream_output)] * s.streams
+        arrivals = steady(1.0, prompt=s.arriving, output=s.output, requests=s.arriving_requests, seed=4)
+        arrivals = _at_load(self._fit(arrivals), s.arriving_rate * capacity)
+        return [Workload("long-prompts", "long-prompts", [*self._fit(streams), *arrivals])]
 
     def _replay(self, trace: Trace, capacity: float) -> Workload:
         requests = self._fit(trace.requests)
