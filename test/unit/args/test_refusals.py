@@ -127,9 +127,10 @@ def test_refused_at_resolution(flags, message):
 ASKING = {
     "pp_size": 2, "attn_dp_size": 2, "dcp_size": 2, "attn_cp_size": 2, "enable_layernorm_sp": True,
     "enable_attn_tp_input_scattered": True, "moe_a2a_backend": "deepep", "ep_size": 2,
+    "enable_return_routed_experts": True,
     "enable_two_batch_overlap": True, "enable_pdmux": True,
     "speculative_algorithm": "DFLASH", "speculative_adaptive": True, "enable_multi_layer_eagle": True,
-    "torchao_config": "int8wo", "enable_torch_compile": True,
+    "enable_torch_compile": True,
     "cuda_graph_config": SimpleNamespace(prefill=SimpleNamespace(backend="full")),
     "dllm_algorithm": "x", "elastic_ep_backend": "mooncake", "use_ray": True, "encoder_only": True,
     "grpc_mode": True, "weight_cache_mode": "on", "startup_weight_load_mode": "overlap",
@@ -141,7 +142,10 @@ ASKING = {
 }  # fmt: skip
 
 
-ALSO = {"enable_mscclpp": {"enable_symm_mem": True}, "ep_size": {"shift_experts": "replicated"}}
+REPLICATED = {"shift_experts": "replicated"}
+ALSO = {
+    "enable_mscclpp": {"enable_symm_mem": True}, "ep_size": REPLICATED, "enable_return_routed_experts": REPLICATED,
+}  # fmt: skip
 """With which other settings a feature is refused; alone it is served."""
 
 
@@ -168,7 +172,14 @@ def test_ways_to_communicate_that_are_served(field):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"enable_lora": True}, {"quantization": "fp8"}, {"ep_size": 2, "shift_experts": "sharded"}], ids=str
+    "settings",
+    [
+        {"enable_lora": True},
+        {"quantization": "fp8"},
+        {"ep_size": 2, "shift_experts": "sharded"},
+        {"enable_return_routed_experts": True, "shift_experts": "sharded"},
+    ],
+    ids=str,
 )
 def test_features_that_are_served(settings):
     plain = resolved(**SHIFT)
