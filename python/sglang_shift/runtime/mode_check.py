@@ -99,13 +99,18 @@ class ModeCheck:
         if not self.bench.make_room(_Shape()):  # type: ignore[arg-type]
             return "the KV pool has no room for the check of the modes, so they were not compared"
         worst = {mode: self._compare(mode) for mode in MODES if mode is not Mode.TP}
+        if any(map(math.isnan, worst.values())):
+            return "the logits of TP are not finite, so the modes were not compared"
         text = ", ".join(
             f"{mode.name} is within {ratio:.1f} times what rounding explains" for mode, ratio in worst.items()
         )
         return f"the modes compute the same ({text}; {time.perf_counter() - start:.1f} s)"
 
     def _compare(self, mode: Mode) -> float:
-        """Compare ``mode`` with TP. Return the distance of the logits in units of the noise."""
+        """Compare ``mode`` with TP. Return the distance of the logits in units of the noise, or NaN.
+
+        It is NaN if the logits of TP are not finite: then there is nothing to compare with.
+        """
         for attempt in range(ATTEMPTS):
             ids = self._ids(attempt)
             tp, other = self._trace((Mode.TP, Mode.TP), ids), self._trace((mode, mode), ids)
@@ -115,7 +120,9 @@ class ModeCheck:
             difference = max(distance(trace.logits, tp.logits) for trace in (other, *switched))
             noise = distance(noisy.logits, tp.logits)
             difference, noise, finite = self._agree(difference, noise, tp.logits)
-            if not finite or difference <= MARGIN * noise:
+            if not finite:
+                return math.nan
+            if difference <= MARGIN * noise:
                 return difference / noise if noise else 0.0
         layers = self._first_layers(tp, other, noisy)
         raise MODES_DIFFER(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -103,6 +105,13 @@ def test_the_worst_rank_decides(noise_marks_the_check):
 def test_not_a_number_in_sp_alone_is_a_difference(noise_marks_the_check):
     with pytest.raises(Refused):
         run(Check([float("nan")] * ATTEMPTS, noise=1e-5), noise_marks_the_check)
+
+
+def test_logits_of_tp_that_are_not_finite_compare_with_nothing(noise_marks_the_check):
+    check = Check([1e-5], noise=1e-5)
+    trace = check._trace
+    check._trace = lambda modes, ids: replace(trace(modes, ids), logits=torch.full((1, 2), math.inf))
+    assert "not compared" in run(check, noise_marks_the_check)
 
 
 def test_a_pool_without_room_is_said(noise_marks_the_check):
