@@ -91,6 +91,20 @@ def test_every_mode_with_whole_experts_on_each_rank(name, tp_size, sp_size, chec
     check(trial(folder, tp_size=tp_size, sp_size=sp_size, flags=flags), expected)
 
 
+# Rounding to fp8 turns a difference in the last bit of a key into one of 6 %, if the key is between two numbers.
+FP8_TOLERANCE = 0.05
+
+
+@pytest.mark.parametrize("name", ["llama3", pytest.param("minicpm3", marks=pytest.mark.full)])
+def test_every_mode_with_a_cache_in_fp8(name, checkpoints):
+    """Heads and latents. Every mode rounds the same keys and values, so it is compared with TP."""
+    folder, expected = checkpoints.get(name)
+    logits = trial(folder, tp_size=2, flags=(*MODELS[name].flags, "--kv-cache-dtype", "fp8_e4m3")).logits
+    assert difference(logits["tp"], expected) > FP8_TOLERANCE, "the cache is not in fp8"
+    for pattern, mine in logits.items():
+        assert difference(mine, logits["tp"]) < FP8_TOLERANCE, f"{pattern} differs from TP"
+
+
 @pytest.mark.parametrize("name", models([name for name in SERVED if MODELS[name].refused], fast=False))
 def test_a_model_is_refused_for_its_reason(name, checkpoints):
     folder, _ = checkpoints.get(name)
