@@ -18,6 +18,7 @@ import torch
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.runtime_context import get_memory, get_observability, get_schedule
+from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
 from sglang_shift.seams import relies_on
 
@@ -115,16 +116,37 @@ def check_values(request: Any, model: Any) -> None:
     check_tokens("stop_token_ids", params.stop_token_ids or (), vocab_size)
     if params.top_k > MAX_TOP_K:
         raise ValueError(f"top_k is {params.top_k} and must be at most {MAX_TOP_K}; give -1 for the whole vocabulary")
+    if request.token_indices_to_pool is not None:
+        check_positions(request)
     if isinstance(request, io_struct.TokenizedEmbeddingReqInput):
         return
     if request.input_embeds is not None:
         check_rows(request.input_embeds, model)
+    if request.custom_logit_processor:
+        check_logit_processor(request.custom_logit_processor)
     if request.token_indices_to_pool is not None:
-        check_logprob_positions(request)
+        check_logprobs_only(request)
     if (start := request.logprob_start_len) < -1:
         raise ValueError(f"logprob_start_len is {start} and must be at least -1; give -1 for the new tokens only")
     if not 0 <= (top := request.top_logprobs_num) <= vocab_size:
         raise ValueError(f"top_logprobs_num is {top} and must be between 0 and the {vocab_size} tokens there are")
+
+
+def check_logit_processor(text: str) -> None:
+    """Make the logit processor of a request, as each rank does. SGLang has checked that the server allows it.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        processor = CustomLogitProcessor.from_str(text)
+    except Exception as error:  # it is code of the user
+        raise ValueError(
+            f"custom_logit_processor cannot be made ({type(error).__name__}: {error}); give what the method to_str of "
+            "its class returns"
+        ) from error
+    if not callable(processor):
+        raise ValueError("custom_logit_processor cannot be called; derive its class from CustomLogitProcessor")
 
 
 def check_rows(rows: Any, model: Any) -> None:
@@ -138,18 +160,25 @@ def check_rows(rows: Any, model: Any) -> None:
             raise ValueError(f"input_embeds has a row of {len(row)}, but the model's have {model.hidden_size} numbers")
 
 
-def check_logprob_positions(request: Any) -> None:
-    """Check positions at which SGLang reads logprobs. ``/v1/score`` uses them for ``score_extraction_token_id``.
+def check_positions(request: Any) -> None:
+    """Check positions at which SGLang reads rows. ``/v1/score`` uses them for ``score_extraction_token_id``.
 
     Raises:
-        ValueError: a position is not in the one step that computes the prompt, or that step computes more than the
-            logprobs of the prompt.
+        ValueError: a position is not in the one step that computes the prompt.
     """
     positions, tokens = request.token_indices_to_pool, request.input_ids or ()
     if get_schedule().chunked_prefill_size != -1 or not get_memory().disable_radix_cache:
         raise ValueError("token_indices_to_pool needs --chunked-prefill-size -1 and --disable-radix-cache; restart")
     if not positions or min(positions) < 0 or max(positions) >= len(tokens):
         raise ValueError(f"token_indices_to_pool has none, or one not among the {len(tokens)} tokens; correct it")
+
+
+def check_logprobs_only(request: Any) -> None:
+    """Check that a request with positions asks for nothing else than logprobs of its prompt.
+
+    Raises:
+        ValueError: it asks for more.
+    """
     if request.sampling_params.max_new_tokens != 0 or not request.return_logprob or request.logprob_start_len != 0:
         raise ValueError(
             "token_indices_to_pool needs max_new_tokens 0, return_logprob, and logprob_start_len 0; give them as well"

@@ -9,9 +9,10 @@ import msgspec
 import pytest
 import torch
 from sglang.srt.managers import io_struct
-from sglang.srt.managers.io_struct import GenerateReqInput, SetInternalStateReq
+from sglang.srt.managers.io_struct import GenerateReqInput, SetInternalStateReq, TokenizedEmbeddingReqInput
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor, DisallowedTokensLogitsProcessor
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang_shift.runtime import admission
 from sglang_shift.runtime.scheduler import ShiftScheduler
@@ -110,10 +111,15 @@ def test_many_prompts_of_one_sample_each():
     admission.check_samples(GenerateReqInput(input_ids=[[1]] * 20_000, sampling_params={"n": 1}))
 
 
+class NotCallable:
+    to_str = classmethod(CustomLogitProcessor.to_str.__func__)
+
+
 def tokenized(**values):
     """A request of one token, with ``values`` for its fields or its sampling parameters."""
     defaults = {"input_ids": [1], "input_embeds": None, "mm_inputs": None, "positional_embed_overrides": None}
     defaults |= {"logprob_start_len": -1, "top_logprobs_num": 0, "return_logprob": False, "token_indices_to_pool": None}
+    defaults |= {"custom_logit_processor": None}
     fields = {name: values.pop(name) for name in defaults if name in values}
     request = SimpleNamespace(**{**defaults, **fields}, sampling_params=SamplingParams(**values))
     return request
@@ -132,6 +138,10 @@ def tokenized(**values):
         ({"logprob_start_len": -2}, "logprob_start_len is -2"),
         ({"top_logprobs_num": -1}, "top_logprobs_num is -1"),
         ({"top_logprobs_num": VOCAB + 1}, f"top_logprobs_num is {VOCAB + 1}"),
+        ({"custom_logit_processor": "no JSON"}, "custom_logit_processor cannot be made"),
+        ({"custom_logit_processor": '{"callable": "00"}'}, "custom_logit_processor cannot be made"),
+        ({"custom_logit_processor": CustomLogitProcessor.to_str()}, "custom_logit_processor cannot be made"),
+        ({"custom_logit_processor": NotCallable.to_str()}, "custom_logit_processor cannot be called"),
     ],
 )
 def test_values_that_do_not_fit(values, reason):
@@ -151,6 +161,7 @@ def test_values_that_do_not_fit(values, reason):
         {"stop_token_ids": [0, VOCAB - 1]},
         {"logprob_start_len": 0},
         {"top_logprobs_num": VOCAB},
+        {"custom_logit_processor": DisallowedTokensLogitsProcessor.to_str()},
     ],
 )
 def test_values_that_fit(values):
@@ -244,6 +255,21 @@ def test_positions_to_read_logprobs_at(monkeypatch, flags, values, reason):
     else:
         with pytest.raises(ValueError, match=reason):
             admission.check_values(request, MODEL)
+
+
+@pytest.mark.parametrize("positions", [[3], [-1], []])
+def test_positions_at_which_a_model_pools(monkeypatch, positions):
+    """A classifier reads its scores there, and a row that does not exist ends the rank."""
+    monkeypatch.setattr(admission, "get_schedule", lambda: SimpleNamespace(chunked_prefill_size=-1))
+    monkeypatch.setattr(admission, "get_memory", lambda: SimpleNamespace(disable_radix_cache=True))
+    request = TokenizedEmbeddingReqInput(
+        rid="0", input_text="", input_ids=array("q", [1, 2, 3]), mm_inputs=None, token_type_ids=None,
+        sampling_params=SamplingParams(max_new_tokens=0), token_indices_to_pool=[0, 2],
+    )  # fmt: skip
+    admission.check_values(request, MODEL)
+    request.token_indices_to_pool = positions
+    with pytest.raises(ValueError, match="not among the 3 tokens"):
+        admission.check_values(request, MODEL)
 
 
 def test_embeddings_become_those_of_tokens():
