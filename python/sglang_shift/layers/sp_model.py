@@ -21,7 +21,7 @@ from sglang_shift.layers.linear import (
     RowProjection,
 )
 from sglang_shift.layers.logits import ExitAfterLayers, ExitToLogits
-from sglang_shift.layers.structure import HEADS_OF_LATENTS, NO_ATTENTION, Structure, returns_shard_of_bias
+from sglang_shift.layers.structure import HEADS_OF_LATENTS, Structure, returns_shard_of_bias
 from sglang_shift.layers.sums import SumOfCompleteRows
 from sglang_shift.parallel.exchange.base import ExchangeVolume, SequenceExchange
 from sglang_shift.parallel.forwards import Forwards
@@ -59,15 +59,13 @@ class SpModel:
         structure = Structure(model)
         for name in structure.attention:
             self._add_attention(structure, name)
-        if not self.projections:
-            raise NO_ATTENTION(model=type(model).__name__)
         for name, linear in structure.linears.items():
             if returns_shard_of_bias(linear):
                 raise structure.refusal(name, "returns its bias instead of adding it")
             self._add_projection(linear, ColumnProjection if _is_column(linear) else RowProjection, name)
         self.weights.release_unused()
         if replicate_experts:
-            for name, experts in structure.experts.items():
+            for name, experts in structure.experts_to_replicate().items():
                 self.forwards.replace(experts, ReplicatedExperts(experts, self.weights.stack_experts(experts, name)))
         else:
             for router in structure.routers:
@@ -94,7 +92,10 @@ class SpModel:
         attention: Any = structure.attention[name]
         latent = hasattr(attention, "kv_lora_rank")
         prepares = latent and hasattr(attention, "prepare_qkv_latent")
-        for child_name, linear in structure.linears_of(name):
+        linears = list(structure.linears_of(name))
+        if len({_is_column(linear) for _, linear in linears}) < 2:
+            raise structure.refusal(name, "lacks a linear of its own before or after its attention")
+        for child_name, linear in linears:
             if not _is_column(linear):
                 self._add_projection(linear, OutputProjection, f"{name}.{child_name}")
             elif latent and (child_name in HEADS_OF_LATENTS or not prepares):

@@ -31,13 +31,18 @@ HEADS_OF_LATENTS = ("q_b_proj", "kv_b_proj")
 UNKNOWN_LAYER = Refusal(
     "{model} has a layer that SP mode cannot run: {layer} {problem}; serve this model without --sp-size and "
     "--enable-shift-parallel",
-    "A rank checks this after loading. A linear of attention must not gather its output, split its input, or return "
-    "its bias instead of adding it. A recurrent layer (Mamba, linear attention) needs whole sequences on each rank.",
+    "A rank checks this after loading. The linears before and after attention must be in the same module as the "
+    "attention. They must not gather their output, split their input, or return their bias instead of adding it. A "
+    "recurrent layer (Mamba, linear attention) needs whole sequences on each rank.",
 )
 NO_ATTENTION = Refusal(
     "{model} has no list of layers with SGLang's attention, so SP mode cannot divide it; serve this model without "
     "--sp-size and --enable-shift-parallel",
-    "A rank checks this after loading. Attention must be a `RadixAttention`, and its linears must be beside it.",
+    "A rank checks this after loading. Attention must be a `RadixAttention`.",
+)
+NO_EXPERTS = Refusal(
+    "--shift-experts replicated has no meaning for {model}, which has no experts that SP mode knows; leave it out",
+    "A rank checks this after loading. Experts must be a `FusedMoE`.",
 )
 
 
@@ -105,6 +110,16 @@ class Structure:
         if "" in owners:
             raise self.refusal("the model", "pools without a module that returns its hidden states")
         return [self.model.get_submodule(name) for name in sorted(owners)]
+
+    def experts_to_replicate(self) -> dict[str, Any]:
+        """The routed experts, of which each rank is to get the parts of its SP group.
+
+        Raises:
+            Refused: the model has none.
+        """
+        if not self.experts:
+            raise NO_EXPERTS(model=type(self.model).__name__)
+        return self.experts
 
     def linears_of(self, name: str) -> Iterator[tuple[str, Any]]:
         """The parallel linears of the attention module of this name, with their own names.

@@ -138,6 +138,13 @@ def changed_llamas():
     def bias_of_mlp(layer, model):
         layer.mlp.gate_up_proj = MergedColumnParallelLinear(HIDDEN, [96, 96], bias=True, skip_bias_add=True)
 
+    def output_elsewhere(layer, model):
+        """As BERT has it."""
+        layer.output, layer.self_attn.o_proj = layer.self_attn.o_proj, None
+
+    def attention_elsewhere(layer, model):
+        layer.self_attn.attn = torch.nn.ModuleList([layer.self_attn.attn])
+
     def no_attention(layer, model):
         model.model.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
 
@@ -149,6 +156,8 @@ def changed_llamas():
         "row bias": changed(lambda layer, _: setattr(layer.mlp.down_proj, "skip_bias_add", True)),
         "gathers elsewhere": changed(lambda layer, _: setattr(layer.mlp.gate_up_proj, "gather_output", True)),
         "recurrent": changed(mamba),
+        "output elsewhere": changed(output_elsewhere),
+        "attention elsewhere": changed(attention_elsewhere),
         "no attention": changed(no_attention),
         "replicated": changed(lambda layer, _: setattr(layer.mlp, "gate", ReplicatedLinear(64, 2, bias=False))),
         "plain": changed(lambda layer, _: setattr(layer.mlp, "gate", torch.nn.Linear(64, 2, bias=False))),
@@ -220,6 +229,7 @@ def found():
         for name in OTHERS:
             of[name] = replaced(other_model(name))
         of["pools"], of["pools itself"] = replaced(llama(), pools=True), replaced(llama().model, pools=True)
+        of["experts of a dense model"] = replaced(llama(), replicate_experts=True)
         of |= changed_llamas()
         of["tower"], of["latent weights"], of["columns"] = tower(), latent_weights(), columns()
     return of
@@ -357,6 +367,9 @@ def test_a_table_of_positions_is_an_embedding(projections):
         ("bias of attention", "model.layers.1.self_attn.qkv_proj returns its bias instead of adding it"),
         ("bias of MLP", "model.layers.1.mlp.gate_up_proj returns its bias instead of adding it"),
         ("recurrent", "LlamaForCausalLM has a layer that SP mode cannot run: model.layers.1.mixer is recurrent"),
+        ("experts of a dense model", "replicated has no meaning for LlamaForCausalLM, which has no experts"),
+        ("output elsewhere", "model.layers.1.self_attn lacks a linear of its own before or after its attention"),
+        ("attention elsewhere", "layers.1.self_attn.attn lacks a linear of its own before or after its attention"),
         ("no attention", "LlamaForCausalLM has no list of layers with SGLang's attention"),
     ],
 )
