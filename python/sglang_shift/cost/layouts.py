@@ -142,7 +142,9 @@ class Load:
         self.output = sum(w * c.output for w, c in pairs)
         self.tokens = sum(w * (c.prompt + c.output) for w, c in pairs)
         self.context = sum(w * c.output * (c.prompt + c.output / 2) for w, c in pairs) / max(self.output, 1e-9)
-        self.prompt_seconds = sum(w * _prompt_seconds(level, round(c.prompt)) for w, c in pairs)
+        alone = [(w, _prompt_seconds(level, round(c.prompt))) for w, c in pairs]
+        self.prompt_seconds = sum(w * seconds for w, seconds in alone)
+        self.prompt_squares = sum(w * seconds**2 for w, seconds in alone)
         self.batched_seconds = sum(w * _batched_seconds(level, round(c.prompt)) for w, c in pairs)
         self.most = max(1.0, min(level.tokens / self.tokens, level.max_running))
         self.capacity = self._rate_at(self.most)
@@ -168,7 +170,7 @@ class Load:
             low, high = (middle, high) if self._rate_at(middle) < self.rate else (low, middle)
         rate = min(self.rate, self.capacity)
         busy = min(0.999, rate * self.prompt_seconds)
-        waiting = self.prompt_seconds * busy / (2 * (1 - busy))  # M/D/1: prompts wait for prompts
+        waiting = rate * self.prompt_squares / (2 * (1 - busy))  # prompts wait for prompts: Pollaczek and Khinchine
         return high / rate + self.prompt_seconds + waiting
 
 
