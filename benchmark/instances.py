@@ -1,0 +1,157 @@
+#!/usr/bin/env python3
+"""Compare policies for instances that merge and split, in the simulator, on the cost model of 8 x H200.
+
+    python benchmark/instances.py                      # the grid: rates x shares of long prompts
+    python benchmark/instances.py --azure FILE.csv     # a window of a trace instead
+
+Every contender gets the same requests. ``best static`` is the best of the static layouts that serve all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, median
+
+from sglang_shift.cost.deployment import InstancePolicy
+from sglang_shift.cost.layouts import Class, Layout, Level, Levels, Load
+from sglang_shift.modes import Mode
+from sglang_shift.parallel.layout import RankLayout
+from sglang_shift.policy.instances import AutoPolicy, PaperPolicy
+from sglang_shift.simulate.instances import Outcome, Transformation, simulate
+from sglang_shift.simulate.traces import read_trace
+from sglang_shift.simulate.traffic import Request, cut_window, scale, steady
+from sglang_shift.tools.plan.hardware import gpus
+from sglang_shift.tools.plan.memory import memory
+from sglang_shift.tools.plan.paper import MODELS
+from sglang_shift.tools.plan.step_time import StepTimes
+
+CHUNK = 8192
+
+
+def levels_of(model_name: str, ranks: int, pool: int | None) -> Levels:
+    """Return the levels of a node of H200 whose ranks each hold all weights."""
+    model, gpu = MODELS[model_name], gpus()["H200"]
+    tokens = pool or memory(model, gpu, RankLayout(1, 1), CHUNK).tokens
+    sizes = [2**i for i in range(ranks.bit_length())]
+    return {k: Level(k, StepTimes(model, gpu, RankLayout(k, k)).cost_model(), k * tokens, chunk=CHUNK) for k in sizes}
+
+
+def only(levels: Levels, mode: Mode) -> Levels:
+    """Return the levels with steps in one mode."""
+    return {k: replace(level, modes=(mode,)) for k, level in levels.items()}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to use the ranks."""
+
+    name: str
+    policy: InstancePolicy
+    levels: Levels
+    layout: Layout
+
+
+def contenders(levels: Levels, ranks: int, change: Transformation) -> list[Contender]:
+    """Return the contenders. A policy keeps state, so each run needs new ones."""
+    one, tp = (1,) * ranks, only(levels, Mode.TP)
+    two = (ranks // 2,) * 2
+    return [
+        Contender("DP", InstancePolicy(), levels, one),
+        Contender("TP", InstancePolicy(), tp, (ranks,)),
+        Contender("2 x Shift", InstancePolicy(), levels, two),
+        Contender("Shift", InstancePolicy(), levels, (ranks,)),
+        Contender("paper's rules", PaperPolicy(tp), tp, one),
+        Contender("auto", AutoPolicy(ranks, levels, change.seconds), levels, one),
+    ]
+
+
+def traffic(rate: float, long_share: float, seconds: float, levels: Levels, ranks: int, seed: int) -> list[Request]:
+    """Return Poisson arrivals. Long prompts fit a merged instance alone."""
+    rng = random.Random(seed)
+    requests = steady(rate, prompt=(256, 8192), output=(32, 512), requests=max(2, round(rate * seconds)), seed=seed)
+    low, high = int(1.2 * levels[1].tokens), int(0.5 * levels[ranks].tokens)
+    return [replace(r, prompt=rng.randint(low, high)) if rng.random() < long_share else r for r in requests]
+
+
+def capacity(levels: Levels, ranks: int) -> float:
+    """Return the requests per second that a Shift instance of all ranks serves, without long prompts."""
+    sample = steady(1.0, prompt=(256, 8192), output=(32, 512), requests=2000)
+    mean = Class(1.0, fmean(r.prompt for r in sample), fmean(r.output for r in sample), 0)
+    return Load(levels[ranks], [mean]).capacity
+
+
+def figures(outcome: Outcome, begin: float, end: float, limit: int) -> dict[str, float]:
+    """Return throughput in the window, and latencies of the requests that arrived in it."""
+    mine = [s for s in outcome.served if begin <= s.request.time < end]
+    short = [s for s in mine if s.request.prompt + s.request.output <= limit]
+    long = [s for s in mine if s.request.prompt + s.request.output > limit]
+    nan = float("nan")
+    return {
+        "tokens/s": outcome.tokens_per_second(begin, end),
+        "rejected": len(outcome.rejected),
+        "unserved": outcome.unserved,
+        "ttft p50": median([s.ttft for s in short] or [nan]),
+        "tpot p50": median([s.tpot for s in short if s.tpot is not None] or [nan]),
+        "e2e mean": fmean([s.e2e for s in mine] or [nan]),
+        "long ttft p50": median([s.ttft for s in long] or [nan]),
+        "changes": len(outcome.changes),
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print a table, and write all figures as CSV."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), default="Llama-70B")
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--pool", type=int, help="KV tokens of a rank; what an H200 has left if not given")
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.1, 0.5, 0.9, 1.2, 1.6])
+    parser.add_argument("--long", type=float, nargs="+", default=[0.0, 0.002, 0.005, 0.02])
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=180.0)
+    parser.add_argument("--change", type=float, default=0.5, help="seconds of a transformation")
+    parser.add_argument("--trace", help="a trace: arrivals and lengths of a window of --seconds")
+    parser.add_argument("--out", help="a CSV file for all figures")
+    args = parser.parse_args(argv)
+    levels = levels_of(args.model, args.ranks, args.pool)
+    change = Transformation(args.change)
+    unit = capacity(levels, args.ranks)
+    print(f"KV tokens of a rank: {levels[1].tokens}; Shift's capacity without long prompts: {unit:.3g} requests/s")
+    rows = []
+    for load in args.loads:
+        for share in args.long:
+            for seed in range(args.seeds):
+                if args.trace:
+                    requests = scale(cut_window(read_trace(args.trace), 0, args.seconds / load), time=load)
+                else:
+                    requests = traffic(load * unit, share, args.seconds, levels, args.ranks, seed)
+                for c in contenders(levels, args.ranks, change):
+                    result = simulate(requests, c.policy, c.levels, c.layout, change, until=requests[-1].time)
+                    begin, end = requests[-1].time / 6, requests[-1].time
+                    row = {"load": load, "long": share, "seed": seed, "contender": c.name}
+                    rows.append(row | figures(result, begin, end, levels[1].tokens))
+            print_table(rows, load, share)
+    if args.out:
+        with open(args.out, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    return 0
+
+
+def print_table(rows: list[dict], load: float, share: float) -> None:
+    """Print the means over the seeds."""
+    mine = [r for r in rows if (r["load"], r["long"]) == (load, share)]
+    print(f"\n## load {load:g}, {share:.1%} long")
+    names = [n for n in mine[0] if n not in ("load", "long", "seed", "contender")]
+    for contender in dict.fromkeys(r["contender"] for r in mine):
+        values = {n: fmean(r[n] for r in mine if r["contender"] == contender) for n in names}
+        print(f"{contender:14s} " + ", ".join(f"{n} {v:.4g}" for n, v in values.items()), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,96 @@
+"""Describes running instances to a policy, and defines what such a policy decides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sglang_shift.cost.layouts import Layout
+
+
+@dataclass(frozen=True)
+class InstanceState:
+    """An instance as a policy sees it.
+
+    Attributes:
+        ranks: Number of its ranks.
+        running: Number of its running requests.
+        waiting: Number of requests in its queue.
+        used: Tokens of its running requests, prompt and whole output.
+        queued: Tokens of the requests in its queue.
+        capacity: Tokens that its KV cache holds.
+        largest: Tokens of its largest request; 0 if it has none.
+    """
+
+    ranks: int
+    running: int = 0
+    waiting: int = 0
+    used: int = 0
+    queued: int = 0
+    capacity: int = 0
+    largest: int = 0
+
+    @property
+    def load(self) -> float:
+        """Tokens of all its requests, by rank."""
+        return (self.used + self.queued) / self.ranks
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """All instances at a moment.
+
+    Attributes:
+        now: The time in seconds.
+        instances: The instances in the order of their ranks.
+        unplaced: Tokens of each request that no instance holds.
+        changed: When the layout changed last.
+    """
+
+    now: float
+    instances: tuple[InstanceState, ...]
+    unplaced: tuple[int, ...] = ()
+    changed: float = float("-inf")
+
+    @property
+    def layout(self) -> Layout:
+        """The number of ranks of each instance."""
+        return tuple(i.ranks for i in self.instances)
+
+
+class InstancePolicy:
+    """Keeps the layout, and routes each request to the least loaded instance that holds it.
+
+    Attributes:
+        changes_layout: Whether it may ask for another layout. If not, a request that no instance holds is rejected.
+    """
+
+    changes_layout = False
+
+    def arrived(self, now: float, prompt: int, output: int) -> None:
+        """Learn of a request."""
+
+    def route(self, deployment: Deployment, need: int) -> int | None:
+        """Return the index of the instance that gets a request of ``need`` tokens; None if no instance holds it."""
+        return least_loaded(deployment, [i for i, s in enumerate(deployment.instances) if s.capacity >= need])
+
+    def wanted(self, deployment: Deployment) -> Layout:
+        """Return the layout that the deployment should have. The current layout means that nothing changes."""
+        return deployment.layout
+
+    def drains_to(self, deployment: Deployment) -> int | None:
+        """Return the level to which the largest instances will be split; None if they will stay.
+
+        Until the split, such an instance admits only what instances of that level can hold.
+        """
+        return None
+
+
+def least_loaded(deployment: Deployment, indexes: Sequence[int]) -> int | None:
+    """Return the index of the instance with the fewest tokens a rank; None if there is no index to choose from."""
+    return min(indexes, key=lambda i: deployment.instances[i].load, default=None)
+
+
+def starts(layout: Layout) -> list[int]:
+    """Return the first rank of each instance."""
+    return [sum(layout[:i]) for i in range(len(layout))]

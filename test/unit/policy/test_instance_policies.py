@@ -1,0 +1,146 @@
+"""Policies for instances: predictions of layouts, routes, merges and splits."""
+
+from __future__ import annotations
+
+import pytest
+from sglang_shift.cost.deployment import Deployment, InstancePolicy, InstanceState, starts
+from sglang_shift.cost.layouts import CALM, Class, Level, Load, layouts, outlook
+from sglang_shift.cost.model import PHASES, CostModel, Curve
+from sglang_shift.modes import MODES
+from sglang_shift.policy.instances import AutoPolicy, Demand, PaperPolicy, merge, place, smallest_level
+
+STEP = 0.01
+
+
+def constant(ranks: int, tokens: int, step: float = STEP) -> Level:
+    """Every step takes the same time."""
+    by_mode = dict.fromkeys(MODES, Curve((1,), (step,)))
+    model = CostModel(dict.fromkeys(PHASES, by_mode), dict.fromkeys(PHASES, Curve((1,), (1.0,))),
+                      dict.fromkeys(PHASES, 0.0), 0.0)  # fmt: skip
+    return Level(ranks, model, tokens, chunk=100)
+
+
+LEVELS = {1: constant(1, 1000), 2: constant(2, 2000), 4: constant(4, 4000)}
+
+
+def state(ranks: int, used: int = 0, **other: int) -> InstanceState:
+    return InstanceState(ranks, used=used, capacity=1000 * ranks, **other)
+
+
+def test_little_s_law():
+    """10 requests of 100 tokens fit. A request takes 50 steps, and its prompt of 50 tokens half a step."""
+    load = Load(LEVELS[1], [Class(1.0, 50, 50, 100)])
+    assert load.most == 10
+    assert load.batched_seconds == pytest.approx(STEP / 2)
+    assert load.capacity == pytest.approx(10 / (50 * STEP + 10 * STEP / 2))
+    assert load.loss == 0
+    # One request alone: its prompt takes a step, and the prompts of others hardly slow it down.
+    slow = Load(LEVELS[1], [Class(1e-6, 50, 50, 100)])
+    assert slow.latency() == pytest.approx(51 * STEP, rel=1e-3)
+
+
+def test_the_loss_is_what_calm_instances_do_not_serve():
+    capacity = Load(LEVELS[1], [Class(1.0, 50, 50, 100)]).capacity
+    assert Load(LEVELS[1], [Class(2 * capacity, 50, 50, 100)]).loss == pytest.approx(1 - CALM / 2)
+    assert Load(LEVELS[1], [Class(CALM * capacity, 50, 50, 100)]).loss == 0
+
+
+def test_layouts():
+    assert layouts(4, [1, 2, 4]) == [(1, 1, 1, 1), (2, 2), (4,), (2, 1, 1)]
+    assert (4, 2, 2) in layouts(8, [1, 2, 4, 8])
+    assert all(sum(layout) == 8 for layout in layouts(8, [1, 2, 4, 8]))
+
+
+def test_a_layout_that_holds_no_request_of_a_class_has_no_outlook():
+    demand = [Class(1.0, 50, 50, 100), Class(0.1, 1900, 50, 1950)]
+    assert outlook((1, 1, 1, 1), LEVELS, demand) is None
+    assert outlook((2, 1, 1), LEVELS, demand) is not None
+
+
+def test_requests_that_fit_everywhere_are_divided():
+    """An instance of two ranks serves 1.83 times as much as a replica: 3.5 times as much needs it and both replicas."""
+    capacity = Load(LEVELS[1], [Class(1.0, 50, 50, 100)]).capacity
+    demand = [Class(3.5 * CALM * capacity, 50, 50, 100)]
+    assert outlook((2, 1, 1), LEVELS, demand).loss == 0
+    assert outlook((1, 1, 1, 1), LEVELS, demand).loss == 0
+    assert outlook((4,), LEVELS, demand).loss > 0.1
+
+
+def test_routes():
+    deployment = Deployment(0.0, (state(1, 500), state(1, 100), state(2, 900)))
+    assert InstancePolicy().route(deployment, 50) == 1
+    assert InstancePolicy().route(deployment, 1500) == 2
+    assert InstancePolicy().route(deployment, 2500) is None
+    assert PaperPolicy(LEVELS).route(Deployment(0.0, (state(1, 900), state(1, 950), state(2))), 50) == 0
+
+
+def test_merges_are_aligned_and_take_the_least_loaded():
+    layout = (1, 1, 1, 1)
+    states = [state(1, used) for used in (0, 900, 200, 300)]
+    assert merge(layout, states, 2) == (1, 1, 2)
+    assert merge(layout, states, 4) == (4,)
+    with pytest.raises(ValueError, match="no aligned group"):
+        merge((4,), [state(4)], 2)
+    assert starts((2, 1, 1)) == [0, 2, 3]
+
+
+def test_the_largest_instance_stays_where_it_is():
+    assert place((2, 1, 1), (1, 1, 2), [state(1), state(1), state(2, 900)]) == (1, 1, 2)
+    assert place((2, 1, 1), (1, 1, 1, 1), [state(1, 500), state(1), state(1), state(1)]) == (1, 1, 2)
+    assert place((4, 1, 1, 1, 1), (8,), [state(8)]) == (4, 1, 1, 1, 1)
+
+
+def test_the_paper_merges_for_a_request_and_splits_at_half():
+    paper = PaperPolicy(LEVELS)
+    four = tuple(state(1) for _ in range(4))
+    assert paper.wanted(Deployment(0.0, four, (1500,))) == (2, 1, 1)
+    assert paper.wanted(Deployment(0.0, four, (9000,))) == (1, 1, 1, 1)
+    assert paper.wanted(Deployment(9.0, (state(4, 2000, largest=900),), changed=0.0)) == (1, 1, 1, 1)
+    assert paper.wanted(Deployment(9.0, (state(4, 2001, largest=900),), changed=0.0)) == (4,)
+    assert paper.wanted(Deployment(9.0, (state(4, 1500, largest=1500),), changed=0.0)) == (4,)
+    assert paper.wanted(Deployment(1.0, (state(4),), changed=0.0)) == (4,)
+    assert smallest_level(LEVELS, 9000) is None
+
+
+def test_demand_is_an_average_that_is_forgotten():
+    demand = Demand((1000, 4000), window=10.0)
+    for i in range(1000):
+        demand.add(i / 10, 90, 10)
+    [short] = demand.classes(100.0)
+    assert short.rate == pytest.approx(10.0, rel=0.02)
+    assert (short.prompt, short.output, short.need) == (pytest.approx(90), pytest.approx(10), 100)
+    demand.add(100.0, 3000, 10)
+    assert len(demand.classes(100.0)) == 2
+    assert demand.classes(100.0)[1].need == 3010
+    assert demand.classes(200.0) == []
+
+
+def auto(**options: float) -> AutoPolicy:
+    """Alone, a request is as fast at every level. Four replicas serve four times as much."""
+    return AutoPolicy(4, LEVELS, **options)
+
+
+def test_auto_merges_at_once_for_a_request_that_fits_nowhere():
+    deployment = Deployment(0.1, tuple(state(1) for _ in range(4)), (1500,), changed=0.0)
+    assert auto().wanted(deployment) == (2, 1, 1)
+
+
+def test_auto_splits_under_load_but_not_within_the_dwell_time_and_not_while_a_long_request_lives():
+    policy = auto(change_seconds=0.5)
+    capacity = Load(LEVELS[1], [Class(1.0, 50, 50, 100)]).capacity
+    for i in range(300):
+        policy.arrived(i / (6 * capacity), 50, 50)
+    now = 300 / (6 * capacity)
+    busy = state(4, 3900, running=39, waiting=50, queued=5000, largest=100)
+    assert policy.wanted(Deployment(now, (busy,), changed=now - 9.0)) == (4,)
+    assert policy.wanted(Deployment(now, (busy,), changed=now - 11.0)) == (1, 1, 1, 1)
+    assert policy.drains_to(Deployment(now, (busy,))) == 1
+    long = state(4, 3900, running=30, waiting=50, queued=5000, largest=3000)
+    assert policy.wanted(Deployment(now, (long,), changed=now - 11.0)) == (4,)
+
+
+def test_auto_keeps_what_is_as_good():
+    policy = auto()
+    policy.arrived(0.0, 50, 50)
+    assert policy.wanted(Deployment(1.0, tuple(state(1) for _ in range(4)))) == (1, 1, 1, 1)
+    assert auto().wanted(Deployment(1.0, (state(4),))) == (4,), "no request has come yet"
