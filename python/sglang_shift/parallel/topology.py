@@ -112,12 +112,12 @@ def build_topology(layout: RankLayout) -> Topology:
     if layout.base_tp_size == 1:
         sp_group, base_tp_group = tp_group, None  # S = P: the SP group is SGLang's TP group
     else:
-        sp_group = _new_group(layout.sp_groups(), tp_group, "shift_sp", fast_all_reduce=False)
-        base_tp_group = _new_group(layout.base_tp_groups(), tp_group, "shift_base_tp", fast_all_reduce=None)
+        sp_group = new_group(layout.sp_groups(), tp_group, "shift_sp", fast_all_reduce=False)
+        base_tp_group = new_group(layout.base_tp_groups(), tp_group, "shift_base_tp", fast_all_reduce=None)
     return Topology(layout, rank, sp_group, base_tp_group, CollectiveExchange(sp_group))
 
 
-def _new_group(
+def new_group(
     groups: list[list[int]], tp_group: GroupCoordinator, name: str, *, fast_all_reduce: bool | None
 ) -> GroupCoordinator:
     """Build this rank's group of ``groups``, with the backend of SGLang's TP group.

@@ -1,0 +1,1 @@
+"""Decides which ranks serve together as one instance. Ranks merge into larger instances, and split again."""
