@@ -174,7 +174,7 @@ class ShiftScheduler(Scheduler):
     def step_state(self, batch: ScheduleBatch) -> StepState:
         """The state that the policy gets. It may only hold values that are equal on every rank."""
         mode = batch.forward_mode
-        running, reads, width = self.running_batch.batch_size(), 0, 1
+        running, reads, decode_reads, width = self.running_batch.batch_size(), 0, 0, 1
         if mode.is_idle() or mode.is_prebuilt():
             tokens = prefill = 0
         elif mode.is_extend():
@@ -182,6 +182,7 @@ class ShiftScheduler(Scheduler):
             if batch.decoding_reqs:  # a mixed step decodes one token for each of these, and running_batch lacks them
                 running = len(batch.decoding_reqs)
                 prefill = tokens - running
+                decode_reads = sum(map(kv_reads, batch.prefix_lens[-running:], batch.extend_lens[-running:]))
             else:
                 prefill = tokens
             reads = sum(map(kv_reads, batch.prefix_lens, batch.extend_lens))
@@ -206,6 +207,7 @@ class ShiftScheduler(Scheduler):
             kv_reads=reads,
             width=width,
             needs_tp=reason_for_tp(self.shift_tp_rules, batch),
+            decode_kv_reads=decode_reads,
         )
 
     @overrides(

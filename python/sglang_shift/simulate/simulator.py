@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from statistics import fmean
 
@@ -234,7 +234,8 @@ class _Simulation:
                 if not (self.server.mixed and self.running):
                     return _Step(self._state(prompt_tokens, prompt_tokens, {}, kv_reads), finished)
                 tokens = prompt_tokens + self.running
-                return _Step(self._state(tokens, prompt_tokens, {}, kv_reads + self.kv_reads), finished, True)
+                state = self._state(tokens, prompt_tokens, {}, kv_reads + self.kv_reads)
+                return _Step(replace(state, decode_kv_reads=self.kv_reads), finished, True)
         running = self.running
         return _Step(self._state(running, 0, self.server.padded(running), self.kv_reads), decodes=True)
 
