@@ -28,18 +28,21 @@ class ChunkShare:
     def chosen(self, room: int, waiting: Iterable[int], least: int = 1) -> list[int]:
         """Return the positions of the waiting prompts that a step takes beside the long prompt.
 
-        These prompts fit whole, in their order. A prompt that does not fit is passed over. Only the first
-        :data:`PENDING_REQUESTS` prompts count.
+        These prompts fit whole, in their order. A prompt that is too long for any step is passed over. But no prompt
+        passes one that only waits for credit. Only the first :data:`PENDING_REQUESTS` prompts count.
 
         Args:
             room: Prompt tokens of the step.
             waiting: The tokens that each waiting prompt needs.
             least: Tokens that the long prompt gets in any case.
         """
-        free = min(self.credit, room - least)
+        most = room - least
+        free = min(self.credit, most)
         found = []
         for position, tokens in enumerate(islice(waiting, PENDING_REQUESTS)):
-            if tokens <= free:
+            if tokens <= most:
+                if tokens > free:
+                    break
                 free -= tokens
                 found.append(position)
         return found

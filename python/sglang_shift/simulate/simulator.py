@@ -41,10 +41,9 @@ class Server:
         max_running: Requests that hold KV cache at most (``--max-running-requests``).
         mixed: Whether prefill steps also decode the running requests. Each of these requests adds a token, which counts
             towards the chunk (``--enable-mixed-chunk``).
-        interval: Decode steps after each step of prompts, if requests decode and do not share this step
-            (``--prefill-decode-interval``).
-        budget: The bound on the gap between tokens, with the costs that the scheduler knows; None for no bound. Without
-            ``mixed``, the interval is then at least 1.
+        interval: Decode steps after each step of prompts that decodes no requests (``--prefill-decode-interval``).
+        budget: The bound on the gap between tokens, with the costs that the scheduler knows; None for no bound. With a
+            bound, and without ``mixed``, a decode step follows each step of prompts if requests decode.
         buckets: By mode, ascending batch sizes of the CUDA graphs of decode steps. Without an entry, a mode runs
             eagerly.
     """
@@ -62,11 +61,6 @@ class Server:
             raise ValueError("a server needs a chunk of at least a token and room for a running request")
         if self.mixed and self.chunk <= self.max_running:
             raise ValueError("mixed steps need a chunk of more tokens than requests run at most")
-
-    @property
-    def decode_steps(self) -> int:
-        """Decode steps after a step of prompts that does not decode the running requests."""
-        return max(self.interval, int(self.budget is not None))
 
     def padded(self, tokens: int) -> dict[Mode, int]:
         """Return, by mode, the size of the graph that a decode step of ``tokens`` replays.
@@ -271,7 +265,8 @@ class _Simulation:
             finished, prompts = self._fill_chunk()
             if prompts.tokens:
                 if not (self.server.mixed and self.running):
-                    self.decode_steps_due = self.server.decode_steps
+                    bounded = self.server.budget is not None and self.running > 0
+                    self.decode_steps_due = max(self.server.interval, int(bounded))
                     return _Step(self._state(prompts.tokens, prompts.tokens, {}, prompts.kv_reads), finished)
                 tokens = prompts.tokens + self.running
                 state = self._state(tokens, prompts.tokens, {}, prompts.kv_reads + self.kv_reads)
