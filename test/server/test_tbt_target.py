@@ -176,23 +176,6 @@ def test_both_kinds_of_requests_at_once(server, prompts, calm):
         assert tokens_of(future.result() for future in futures) == expected
 
 
-def test_input_embeddings(server, prompts, calm):
-    expected = calm(server)
-    server.set(shift_tbt_target=target_for(server, 700, mixed=True))
-    (file,) = Path(demo_model_path()).glob("*.safetensors")
-    rows = load_file(file)["model.embed_tokens.weight"].float()
-    streams, long = prompts
-    server.flush_cache()
-    sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
-    with ThreadPoolExecutor(16) as pool:
-        running = [pool.submit(ask, server, ids, STREAM_TOKENS) for ids in streams]
-        time.sleep(0.3)
-        given = [{"input_embeds": rows[ids].tolist(), "sampling_params": sampling} for ids in long[4:6]]
-        embedded = [pool.submit(server.post, "/generate", body) for body in given]
-        assert tokens_of(future.result() for future in running) == expected[:STREAMS]
-        assert tokens_of(future.result() for future in embedded) == expected[STREAMS + 4 : STREAMS + 6]
-
-
 def test_the_floor_lets_prompts_progress_and_the_log_says_so(server, prompts, calm, folder, monkeypatch):
     expected = calm(server)
     server.set(shift_tbt_target=0.001)
@@ -224,7 +207,7 @@ def test_answers_are_the_reference_s(server, reference):
     assert_same_answers(server.generate_all(reference.prompts, 16), reference.answers[16])
 
 
-@pytest.mark.parametrize("value", [-1, -0.5, True, "fast"])
+@pytest.mark.parametrize("value", [-1, -0.5, "fast"])
 def test_a_target_that_makes_no_sense_changes_nothing(server, value):
     before = server.state["chunks"]["target_ms"]
     body = {"server_args": {"shift_tbt_target": value}}
@@ -249,3 +232,36 @@ def test_the_page_and_the_metrics_show_the_bound(server, prompts):
     found = {line.split("{")[0]: float(line.split()[-1]) for line in text.splitlines() if "sglang_shift:" in line}
     assert found["sglang_shift:tbt_target_seconds"] == 0.25
     assert found["sglang_shift:chunk_room_tokens_count"] > 0
+
+
+def test_input_embeddings(servers, folder, prompts):
+    server = servers.get(*FLAGS, "--disable-radix-cache", env={"SGLANG_SHIFT_CACHE_DIR": str(folder)})
+    (file,) = Path(demo_model_path()).glob("*.safetensors")
+    rows = load_file(file)["model.embed_tokens.weight"].float()
+    streams, long = prompts
+    server.set(shift_tbt_target=0)
+    expected = [ask(server, ids, STREAM_TOKENS)["output_ids"] for ids in streams]
+    expected += [ask(server, ids, 8)["output_ids"] for ids in long[4:6]]
+    server.set(shift_tbt_target=target_for(server, 700, mixed=True))
+    sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+    given = [{"input_embeds": rows[ids].tolist(), "sampling_params": sampling} for ids in long[4:6]]
+    with ThreadPoolExecutor(16) as pool:
+        running = [pool.submit(ask, server, ids, STREAM_TOKENS) for ids in streams]
+        time.sleep(0.2)
+        embedded = [pool.submit(server.post, "/generate", body) for body in given]
+        assert tokens_of(future.result() for future in [*running, *embedded]) == expected
+    assert server.state["chunks"]["steps"]["mixed"] > 0
+
+
+def test_drafts_take_turns_with_prompts(servers, folder, prompts):
+    """Speculative decoding, in a pool that is too small for all requests: SGLang retracts some of them."""
+    flags = ("--speculative-algorithm", "NGRAM", "--max-total-tokens", "6000", "--schedule-conservativeness", "0.01")
+    server = servers.get(*FLAGS, *flags, env={"SGLANG_SHIFT_CACHE_DIR": str(folder)})
+    streams, long = prompts
+    server.set(shift_tbt_target=0)
+    expected = [ask(server, ids, STREAM_TOKENS)["output_ids"] for ids in streams]
+    expected += [ask(server, ids, 8)["output_ids"] for ids in long]
+    server.set(shift_tbt_target=target_for(server, 700, mixed=False))
+    assert tokens_of(load(server, prompts)) == expected
+    steps = server.state["chunks"]["steps"]
+    assert steps["alternating"] > 0 and steps["mixed"] == 0

@@ -6,17 +6,20 @@ it: :meth:`ChunkSizer.margin` is set on every rank in the same step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
-from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_shift.cost.chunk_budget import FLOOR, ChunkBudget, Decodes
 from sglang_shift.cost.chunk_share import ChunkShare
 from sglang_shift.cost.measure import kv_reads
 from sglang_shift.modes import MODES, Mode
 from sglang_shift.policy.builtin import FixedMode
-from sglang_shift.runtime.prefill_adder import ShiftPrefillAdder
+from sglang_shift.runtime.prefill_adder import TP_ONLY, ShiftPrefillAdder
+from sglang_shift.runtime.tp_only import reason_for_tp
 
 AGREE_STEPS = 64
 """Steps after which the ranks agree on the margin again."""
@@ -97,8 +100,19 @@ class ChunkSizer:
     def make_adder(self, *args: Any, **kwargs: Any) -> ShiftPrefillAdder:
         """Make SGLang's object that fills the next step with prompts. The arguments are those of SGLang's class."""
         self._adder = adder = ShiftPrefillAdder(*args, **kwargs)
-        adder.start(self.budget(), self.decodes_of(adder.running_batch), self.share, self.scheduler.waiting_queue)
+        running, budget = adder.running_batch, self.budget()
+        if any(map(self.needs_tp, running.reqs)):
+            budget = replace(budget, modes=TP_ONLY)
+        adder.start(budget, self.decodes_of(running), self.share, self.scheduler.waiting_queue, self.needs_tp)
         return adder
+
+    def needs_tp(self, req: Req) -> bool:
+        """Whether a step with prompts must run in TP if it has this request."""
+        rules = self.scheduler.shift_tp_rules
+        return (
+            bool(rules)
+            and reason_for_tp(rules, SimpleNamespace(reqs=[req], forward_mode=ForwardMode.EXTEND)) is not None
+        )
 
     def mixes(self, running: ScheduleBatch) -> bool:
         """Whether the next step decodes these requests, if it has prompts.

@@ -307,6 +307,8 @@ class _Simulation:
                 finished.append(i)
             else:
                 self.chunked, self.chunked_done = i, now
+                self.share.reset()
+                self.share.continue_long(now, chunk)
                 break
         return finished, prompts
 

@@ -63,12 +63,12 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(PrefillAdder, "add_chunked_req", add_chunked_req)
 
 
-def adder(target, decodes, waiting=(), share=None, chunk=1000, floor=8):
+def adder(target, decodes, waiting=(), share=None, chunk=1000, floor=8, needs_tp=lambda prompt: False, costs=COSTS):
     made = object.__new__(ShiftPrefillAdder)
     made.page_size, made.rem_chunk_tokens = PAGE, chunk
     made.can_run_list, made.new_chunked_req, made.chunked_req_limit = [], None, None
-    budget = ChunkBudget(COSTS, target, floor=floor)
-    made.start(budget, decodes, share or ChunkShare(), waiting)
+    budget = ChunkBudget(costs, target, floor=floor)
+    made.start(budget, decodes, share or ChunkShare(), waiting, needs_tp)
     return made
 
 
@@ -127,10 +127,11 @@ def test_a_long_prompt_shares_its_steps_with_short_ones():
     share = ChunkShare()
     short, medium, other = Prompt(30), Prompt(200), Prompt(20)
     long = Prompt(1000)
-    made = adder(110.0, Decodes(10, mixed=True), [short, medium, other], share)
-    assert made.add_chunked_req(long) is long
+    made = adder(110.0, Decodes(10, mixed=True), [long, short, medium, other], share)
+    add(made, long)
     assert tokens(made) == [100], "the first step is the long prompt's own"
-    assert add(made, short, has_chunked=True) == [AddReqResult.OTHER]
+    assert add(made, short) == [AddReqResult.OTHER]
+    assert share.credit == 100
 
     long.prefix_len = long.extend_end
     made = adder(110.0, Decodes(10, mixed=True), [short, medium, other], share)
@@ -140,6 +141,24 @@ def test_a_long_prompt_shares_its_steps_with_short_ones():
     assert tokens(made) == [48, 30, 20]
     assert results[:2] == [AddReqResult.CONTINUE] * 2
     assert share.credit == 100 + 48 - 30 - 20
+
+
+def test_without_credit_nothing_passes_a_long_prompt():
+    made = adder(110.0, Decodes(10, mixed=True), [short := Prompt(30)])
+    assert made.add_chunked_req(Prompt(1000)) is not None
+    assert tokens(made) == [100]
+    assert add(made, short, has_chunked=True) == [AddReqResult.OTHER]
+
+
+def test_a_prompt_that_needs_tp_counts_in_tp():
+    slow = Curve((1, 10_001), (2.0, 20_002.0))
+    curves = {Mode.TP: slow, Mode.SP: LINE}
+    costs = CostModel({**COSTS.curves, "prefill": curves}, COSTS.usual, COSTS.attention, 0.0)
+    image, plain = Prompt(500), Prompt(20)
+    made = adder(110.0, Decodes(10, mixed=True), costs=costs, needs_tp=lambda prompt: prompt is image)
+    add(made, plain, image)
+    assert tokens(made) == [20, (110 // 2 - 10 - 20) // PAGE * PAGE]
+    assert made.budget.modes == (Mode.TP,)
 
 
 def test_the_cached_prefix_of_a_waiting_prompt_counts():
