@@ -48,6 +48,11 @@ class Chunk:
         """Whether the step takes longer than its budget, so that the prompts progress."""
         return self.predicted > self.budget
 
+    @property
+    def uses_budget(self) -> bool:
+        """Whether the step takes most of its budget. Only then does it matter how exact the prediction is."""
+        return 2 * self.predicted >= self.budget
+
 
 class ChunkSizer:
     """The chunk sizes of one rank. All ranks call each method at the same point.
@@ -70,8 +75,10 @@ class ChunkSizer:
         self._decode_is_due = False
         self._last: Chunk | None = None
         self._steps = {"mixed": 0, "alternating": 0, "floor": 0}
-        self._mixes_as_given = bool(scheduler.server_args.enable_mixed_chunk and scheduler.is_mixed_chunk)
         self._can_mix = bool(scheduler.is_mixed_chunk)
+        # A target turns mixed chunks on. Without it, they are as the user asked.
+        as_asked = scheduler.server_args.enable_mixed_chunk or not scheduler.shift_config.tbt_target
+        self._mixes_without_target = self._can_mix and bool(as_asked)
 
     @property
     def active(self) -> bool:
@@ -120,7 +127,7 @@ class ChunkSizer:
         They take a part of SGLang's chunk. If they take most of it, prompts get steps of their own.
         """
         if not self.active:
-            return self._mixes_as_given
+            return self._mixes_without_target
         fits = 2 * running.batch_size() <= self.scheduler.chunked_prefill_size
         return self._can_mix and fits and not running.return_logprob and all(r.beam_group is None for r in running.reqs)
 

@@ -110,8 +110,9 @@ class StepReporter:
         seconds = in_flight.lap.seconds if in_flight.lap is not None else None
         if seconds is not None and in_flight.predicted and step.needs_tp is None:  # such a step computes more
             self.drift.add(mode, in_flight.predicted[mode], seconds, step.phase)
-            if in_flight.chunk is not None and not decision.probe:
-                self.drift.add_chunk(in_flight.chunk.predicted, seconds)
+            chunk = in_flight.chunk
+            if chunk is not None and chunk.uses_budget and not decision.probe:
+                self.drift.add_chunk(chunk.predicted, seconds)
         self._steps += 1
         if self._steps % DRIFT_LOG_STEPS == 0:
             self._log_drift()
@@ -134,8 +135,8 @@ class StepReporter:
                 exchanges=self.exchange.calls,
                 finished=finished_requests([*self._transferred, *batch.reqs]),
                 replayed=in_flight.replayed,
-                chunk_room=None if in_flight.chunk is None else in_flight.chunk.room,
-                chunk_budget=None if in_flight.chunk is None else in_flight.chunk.budget,
+                chunk_room=in_flight.chunk.room if in_flight.chunk is not None else None,
+                chunk_budget=in_flight.chunk.budget if in_flight.chunk is not None else None,
                 replica=self.publisher.replica,
             )
         )
