@@ -174,7 +174,9 @@ def test_the_cached_prefix_of_a_waiting_prompt_counts():
 def test_the_end_of_a_long_prompt_leaves_room_for_the_queue():
     share = ChunkShare()
     made = adder(110.0, Decodes(10, mixed=True), [], share)
+    share.continue_long(500, 1000)
     assert made.add_chunked_req(Prompt(40)) is None
+    assert share.credit == 0
     add(made, Prompt(300))
     assert tokens(made) == [40, 60]
-    assert share.credit == 0
+    assert share.credit == 60, "the first chunk of the next long prompt earns credit"
