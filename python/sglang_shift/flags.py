@@ -182,6 +182,18 @@ FLAGS = (
     _queue_flag("enter_tokens", "The queue is deep if at least this many prompt tokens are pending."),
     _queue_flag("leave_tokens", "The queue can be short again only if fewer prompt tokens than this are pending."),
     Flag(
+        "shift_tbt_target",
+        "tbt_target",
+        float,
+        "A bound on the gap between two tokens of a request, in milliseconds (TBT is the time between tokens). While "
+        "requests decode, each step takes as many prompt tokens as fit the bound by measured step times, but at least "
+        "512 of them. Prompts and decodes share steps if SGLang can mix them, and take turns if not. 0 is no bound.",
+        placeholder="MS",
+        need=Need.SWITCHING,
+        live=True,
+        more="long-prompts.md",
+    ),
+    Flag(
         "shift_calibration",
         "calibration",
         str,

@@ -48,6 +48,8 @@ class StepState:
         steps_since_switch: The steps since the mode last changed.
         width: Tokens of each decoding request: 1, or the drafts that speculative decoding verifies.
         needs_tp: Why the step must run in TP; None if any mode can run it. Policies see only steps of any mode.
+        decode_kv_reads: The part of ``kv_reads`` that belongs to the decoding requests of a step with prompt tokens. It
+            is 0 in any other step.
     """
 
     num_tokens: int
@@ -61,6 +63,7 @@ class StepState:
     steps_since_switch: int = 0
     width: int = 1
     needs_tp: str | None = None
+    decode_kv_reads: int = 0
 
     def __post_init__(self) -> None:
         tokens, by_mode = self.num_tokens, self.padded

@@ -292,6 +292,19 @@ def test_the_view_fits(width):
         assert next(line for line in lines if "Modes" in line).rstrip().endswith("steps")
 
 
+def test_the_view_of_a_bound_on_the_gap_between_tokens():
+    quantiles = {"p50": 640.0, "p90": 700.0, "p99": 700.0}
+    chunks = {"count": 3, "tokens": quantiles, "room": {"p50": 1024.0}, "budget": {"p50": 0.08}, "over_budget": 0.0}
+    for counted, words in ((chunks, "640 prompt tokens (median), 1,024 could fit 80.0 ms"), ({"count": 0}, "100 ms\n")):
+        console = Console(file=io.StringIO(), width=200)
+        console.print(view(snapshot(tbt={"target": 0.1, "margin": 1.0, "chunks": counted}), "http://a"))
+        assert "gap between tokens: at most 100 ms" in console.file.getvalue()
+        assert words in console.file.getvalue()
+    console = Console(file=io.StringIO(), width=200)
+    console.print(view(snapshot(), "http://a"))
+    assert "gap between tokens" not in console.file.getvalue()
+
+
 def test_the_view_without_anything():
     hub = Hub()
     hub.take(StateEvent(time.time(), 2, 2, "m", "p", "t", None, "", {}, 1, 0, {}, {}, 0))

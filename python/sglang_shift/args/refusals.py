@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -109,7 +110,7 @@ NEEDS_SP = Refusal(
     "{flag} {value} needs --sp-size or --enable-shift-parallel; without them {reason}",
     "These are settings of SP mode: " + ", ".join(f.option for f in FLAGS if f.need is Need.SP) + ".",
 )
-NEGATIVE = Refusal("{flag} {value} must be 0 or more", "The number counts tokens, requests or graphs.")
+NEGATIVE = Refusal("{flag} {value} must be 0 or more", "The number counts tokens, requests, graphs or milliseconds.")
 NOT_OF_THE_POLICY = Refusal(
     "{flag} {value} has no meaning with --shift-policy {policy}; leave it out, or give --shift-policy {policies}",
     "Other policies do not use this number.",
@@ -129,6 +130,19 @@ NO_CALIBRATION = Refusal(
 CALIBRATION_UNUSED = Refusal(
     "--shift-calibration {value} has no meaning with --shift-policy {policy}; leave one out",
     "Only the policy calibrated uses step times.",
+)
+TARGET_NEEDS_TIMES = Refusal(
+    "--shift-tbt-target {value} needs step times, and --shift-policy {policy} has none; give --shift-policy calibrated "
+    "and leave out --shift-calibration off",
+    "The calibration says how many prompt tokens fit the target.",
+)
+TARGET_NEEDS_CHUNKS = Refusal(
+    "--shift-tbt-target {value} needs chunked prefills; leave out --chunked-prefill-size {chunk}",
+    "Without chunks, a step computes whole prompts, however long they are.",
+)
+TARGET_NEEDS_BOTH = Refusal(
+    "--shift-tbt-target {value} has no meaning with --disaggregation-mode {mode}; leave one out",
+    "Such a server has prompts or decodes, but not both.",
 )
 ONE_RANK = Refusal(
     "--tp-size {P} leaves nothing to shift; give --tp-size 2 or more",
@@ -211,3 +225,27 @@ def check_policy(settings: Any) -> None:
         raise NO_CALIBRATION()
     if calibration not in (None, "auto", "off") and policy not in (None, "calibrated"):
         raise CALIBRATION_UNUSED(value=calibration, policy=policy)
+
+
+def check_target(settings: Any, config: ShiftConfig) -> None:
+    """Check ``--shift-tbt-target``.
+
+    Args:
+        settings: A view of the resolved server arguments.
+        config: The configuration that follows from them.
+
+    Raises:
+        Refused: the value is not possible, or other flags leave nothing to bound; the error has the reason.
+    """
+    target, chunk = config.tbt_target, settings.chunked_prefill_size
+    value = f"{target:g}"
+    if not 0 <= target < math.inf:
+        raise NEGATIVE(flag="--shift-tbt-target", value=value)
+    if not target:
+        return
+    if config.policy != "calibrated":
+        raise TARGET_NEEDS_TIMES(value=value, policy=config.policy)
+    if chunk is not None and chunk < 1:
+        raise TARGET_NEEDS_CHUNKS(value=value, chunk=chunk)
+    if settings.disaggregation_mode != "null":
+        raise TARGET_NEEDS_BOTH(value=value, mode=settings.disaggregation_mode)

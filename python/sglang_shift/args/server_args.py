@@ -16,8 +16,9 @@ from sglang_shift.args import config_file
 from sglang_shift.args.chunk_size import adjust_chunk_size
 from sglang_shift.args.gemm_backend import adjust_gemm_backend
 from sglang_shift.args.graph_memory import adjust_graph_memory
+from sglang_shift.args.mixed_chunks import can_mix
 from sglang_shift.args.model_check import check_model
-from sglang_shift.args.refusals import check_flags
+from sglang_shift.args.refusals import check_flags, check_target
 from sglang_shift.args.sp_size import auto_sp_size, check_sp_size
 from sglang_shift.errors import ShiftError
 from sglang_shift.flags import AUTO, BY_NAME, FLAGS, Flag
@@ -96,6 +97,7 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
     config = shift_config_of(server_args)
     if config is None:
         return
+    check_target(settings, config)
     check_model(model_config_of(server_args), config)
     sp_size = config.sp_size
     if auto:
@@ -113,6 +115,8 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
     if adjustment.fields:
         declare_resolution(server_args, "sglang_shift", **adjustment.fields)
         logger.info("sglang_shift: %s", adjustment.reason)
+    if config.tbt_target and can_mix(settings):
+        declare_resolution(server_args, "sglang_shift", enable_mixed_chunk=True)
     if warning := warning_without_graphs(config, settings):
         logger.warning("sglang_shift: %s", warning)
     declare_resolution(

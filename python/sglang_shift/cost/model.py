@@ -104,6 +104,8 @@ class CostModel:
     """Predicts step times.
 
     ``seconds = curves[phase][mode](tokens) + attention[phase] * max(0, kv_reads - usual[phase](tokens))``.
+    In a step with prompt tokens and decoding requests, the KV reads of these requests are not part of ``kv_reads``
+    here. They cost ``attention["decode"]`` each: attention of prompts is arithmetic, but a decode mostly reads memory.
     The curves contain the attention of the measured steps: prompts without a cached prefix, and decodes at a short
     context. The second term is the attention beyond that. Attention works on the same heads, tokens and KV cache in
     every mode, so all modes share its coefficient. It does not decide between the modes, but it is part of a step's
@@ -137,9 +139,18 @@ class CostModel:
 
     def predict(self, mode: Mode, step: StepState) -> float:
         """Return the seconds that ``step`` takes in ``mode``."""
+        return self.seconds_without_long_attention(mode, step) + self.long_attention_seconds(step)
+
+    def fastest_seconds(self, step: StepState, modes: Sequence[Mode] = MODES) -> float:
+        """Return the seconds that ``step`` takes in the fastest of ``modes``."""
+        fastest = min(self.seconds_without_long_attention(mode, step) for mode in modes)
+        return fastest + self.long_attention_seconds(step)
+
+    def long_attention_seconds(self, step: StepState) -> float:
+        """Return the seconds of the attention that the curves do not contain."""
         phase = phase_of(step)
-        beyond = max(0.0, step.kv_reads - self.usual[phase](step.num_tokens))
-        return self.seconds_without_long_attention(mode, step) + self.attention[phase] * beyond
+        beyond = max(0.0, step.kv_reads - step.decode_kv_reads - self.usual[phase](step.num_tokens))
+        return self.attention[phase] * beyond + self.attention["decode"] * step.decode_kv_reads
 
     def seconds_without_long_attention(self, mode: Mode, step: StepState) -> float:
         """Return the seconds without the attention beyond the usual, which takes equally long in every mode."""

@@ -82,6 +82,8 @@ class StepEvent(msgspec.Struct):
         finished: Requests that finished in the step.
         replica: Number of the data-parallel replica.
         replayed: Whether the step replayed a CUDA graph; None if no graphs are captured for its phase.
+        chunk_room: Prompt tokens that the step could take under ``--shift-tbt-target``; None if no bound applies to it.
+        chunk_budget: Seconds that its prompts could take under that bound; None like ``chunk_room``.
     """
 
     time: float
@@ -102,6 +104,8 @@ class StepEvent(msgspec.Struct):
     finished: list[Finished] = []
     replica: int = 0
     replayed: bool | None = None
+    chunk_room: int | None = None
+    chunk_budget: float | None = None
 
 
 class StateEvent(msgspec.Struct):
@@ -127,6 +131,8 @@ class StateEvent(msgspec.Struct):
         running: Number of requests that decode.
         waiting: Number of requests that wait.
         replica: Number of the data-parallel replica.
+        tbt_target: The bound on the gap between tokens in seconds; 0 for none.
+        tbt_margin: The share of the bound that predicted times may use.
         schema: :data:`SCHEMA` of the sender.
     """
 
@@ -147,6 +153,8 @@ class StateEvent(msgspec.Struct):
     running: int = 0
     waiting: int = 0
     replica: int = 0
+    tbt_target: float = 0.0
+    tbt_margin: float = 1.0
     schema: int = SCHEMA
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -17,7 +18,9 @@ from sglang_shift.modes import MODES, Mode
 from sglang_shift.observe.events import SCHEMA, Finished, StateEvent, StepEvent, Subscriber
 from sglang_shift.observe.summaries import (
     PHASES,
+    BoundedStep,
     Step,
+    bound,
     columns,
     finite,
     jsonable,
@@ -96,6 +99,7 @@ class Hub:
         self._gaps = Gaps()
         self._seconds: dict[int, _Second] = {}
         self._steps: deque[Step] = deque(maxlen=RECENT_STEPS)
+        self._bounded: deque[BoundedStep] = deque(maxlen=RECENT_STEPS)
         self._requests: deque[Finished] = deque(maxlen=RECENT_REQUESTS)
         self._switches: deque[dict[str, Any]] = deque(maxlen=RECENT_SWITCHES)
         self._states: dict[int, tuple[float, dict[str, Any]]] = {}
@@ -165,10 +169,14 @@ class Hub:
         if not 0 <= event.replica < self.replicas:
             return False
         if isinstance(event, StateEvent):
+            event.tbt_target, event.tbt_margin = finite(event.tbt_target) or 0.0, finite(event.tbt_margin) or 1.0
             event.drift = {mode: finite(event.drift.get(mode)) for mode in MODES}
             counts = [event.weight_bytes, event.weight_bytes_beyond_base, event.switches, event.running, event.waiting]
             return min(*counts, *event.steps.values(), *event.tokens.values()) >= 0
         event.seconds = finite(event.seconds)
+        event.chunk_room = finite(event.chunk_room)
+        if event.chunk_budget is not None and not math.isfinite(event.chunk_budget):
+            event.chunk_budget = None
         event.predicted = {mode: s for mode, s in event.predicted.items() if finite(s) is not None}
         counts = [event.tokens, event.prefill_tokens, event.running, event.waiting, event.pending_tokens, event.step]
         known = event.mode in MODES and event.phase in PHASES
@@ -193,6 +201,8 @@ class Hub:
         self._dropped += self._gaps.count_missing(event)
         predicted = event.predicted.get(event.mode)
         self._steps.append(Step(event.time, event.mode, event.phase, event.tokens, event.seconds, predicted))
+        if event.chunk_room is not None and event.chunk_budget is not None:
+            self._bounded.append(BoundedStep(event.prefill_tokens, event.chunk_room, event.chunk_budget, event.seconds))
         self._requests.extend(event.finished)
         if event.switched:
             switch = {"time": event.time, "replica": event.replica, "step": event.step, "mode": event.mode}
@@ -216,7 +226,7 @@ class Hub:
         """Return all data as a JSON value, without NaN or infinities. docs/observing.md explains the fields."""
         with self._lock:
             now = self._clock()
-            steps, requests = list(self._steps), list(self._requests)
+            steps, bounded, requests = list(self._steps), list(self._bounded), list(self._requests)
             states = [(now - at, state) for _, (at, state) in sorted(self._states.items())]
             running, waiting, pending = (sum(n) for n in zip((0, 0, 0), *self._queues.values(), strict=True))
             value = {
@@ -239,7 +249,7 @@ class Hub:
             value
             | service(states)
             | {"steps": columns(steps), "step_times": step_times(steps)}
-            | {"requests": request_percentiles(requests)}
+            | {"requests": request_percentiles(requests), "tbt": bound(states, bounded)}
         )
 
     def _history(self, start: int, end: int) -> dict[str, Any]:

@@ -20,6 +20,8 @@ STEP_TIME_BUCKETS = tuple(
     )
 )  # fmt: skip
 """Upper bounds of the buckets, in seconds."""
+CHUNK_BUCKETS = tuple(2**i for i in range(6, 18))
+"""Upper bounds of the buckets, in prompt tokens."""
 
 
 class Metric(NamedTuple):
@@ -29,11 +31,13 @@ class Metric(NamedTuple):
         kind: ``counter``, ``gauge`` or ``histogram``.
         help: Text that Prometheus shows for it.
         labels: Names of its labels, without SGLang's labels and ``replica``.
+        buckets: Upper bounds of the buckets of a histogram.
     """
 
     kind: str
     help: str
     labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = STEP_TIME_BUCKETS
 
 
 METRICS = {
@@ -55,6 +59,11 @@ METRICS = {
         "counter", "Measured time of the steps that have both a prediction and a measurement.", ("mode", "phase")
     ),
     "step_time_ratio": Metric("gauge", "Median of actual over predicted step time of late.", ("mode",)),
+    "tbt_target_seconds": Metric("gauge", "Bound on the gap between two tokens of a request; 0 for none."),
+    "tbt_margin": Metric("gauge", "Share of that bound that predicted step times may use."),
+    "chunk_tokens": Metric("histogram", "Prompt tokens of steps under that bound.", buckets=CHUNK_BUCKETS),
+    "chunk_room_tokens": Metric("histogram", "Prompt tokens that these steps could take.", buckets=CHUNK_BUCKETS),
+    "chunk_budget_seconds": Metric("histogram", "Time that the prompts of these steps could take."),
     "weight_bytes": Metric("gauge", "Bytes of weights on the first rank.", ("kind",)),
     "events_dropped_total": Metric("counter", "Step events that did not arrive: the other metrics lack these steps."),
 }
@@ -100,7 +109,7 @@ class Metrics:
             elif metric.kind == "gauge":
                 made = Gauge(PREFIX + name, metric.help, labels, multiprocess_mode="mostrecent")
             else:
-                made = Histogram(PREFIX + name, metric.help, labels, buckets=STEP_TIME_BUCKETS)
+                made = Histogram(PREFIX + name, metric.help, labels, buckets=metric.buckets)
             self._metrics[name] = made
 
     def _begin(self, replica: int) -> None:
@@ -143,6 +152,10 @@ class Metrics:
             if (predicted := event.predicted.get(event.mode)) is not None:
                 self._metric("predicted_step_time_seconds_total", replica, **labels).inc(predicted)
                 self._metric("measured_step_time_seconds_total", replica, **labels).inc(event.seconds)
+        if event.chunk_room is not None and event.chunk_budget is not None:
+            self._metric("chunk_tokens", replica).observe(event.prefill_tokens)
+            self._metric("chunk_room_tokens", replica).observe(event.chunk_room)
+            self._metric("chunk_budget_seconds", replica).observe(max(0.0, event.chunk_budget))
         if missing := self._gaps.count_missing(event):
             self._metric("events_dropped_total", replica).inc(missing)
 
@@ -154,6 +167,8 @@ class Metrics:
         for mode in MODES:
             if (ratio := event.drift.get(mode)) is not None:
                 self._metric("step_time_ratio", replica, mode=mode).set(ratio)
+        self._metric("tbt_target_seconds", replica).set(event.tbt_target)
+        self._metric("tbt_margin", replica).set(event.tbt_margin)
         beyond = event.weight_bytes_beyond_base
         self._metric("weight_bytes", replica, kind="base").set(event.weight_bytes - beyond)
         self._metric("weight_bytes", replica, kind="beyond_base").set(beyond)

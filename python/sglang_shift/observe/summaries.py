@@ -28,6 +28,37 @@ class Step(NamedTuple):
     predicted: float | None
 
 
+class BoundedStep(NamedTuple):
+    """The data that is kept of a step with prompts under a bound on the gap between tokens.
+
+    The fields are fields of :class:`StepEvent`.
+    """
+
+    prefill_tokens: int
+    chunk_room: int
+    chunk_budget: float
+    seconds: float | None
+
+
+def bound(states: Sequence[tuple[float, dict[str, Any]]], steps: Sequence[BoundedStep]) -> dict[str, Any] | None:
+    """Return the bound on the gap between tokens, and the recent steps under it; None without a bound."""
+    first = states[0][1] if states else {}
+    if not first.get("tbt_target"):
+        return None
+    timed = [s for s in steps if s.seconds is not None]
+    return {
+        "target": first["tbt_target"],
+        "margin": first["tbt_margin"],
+        "chunks": {
+            "count": len(steps),
+            "tokens": percentiles(s.prefill_tokens for s in steps),
+            "room": percentiles(s.chunk_room for s in steps),
+            "budget": percentiles(s.chunk_budget for s in steps),
+            "over_budget": sum(s.seconds > s.chunk_budget for s in timed if s.seconds) / len(timed) if timed else None,
+        },
+    }
+
+
 def service(states: Sequence[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
     """Return what is served and how (from the first replica), the totals over all replicas, and each replica's data."""
     first = states[0][1] if states else {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from sglang_shift.cost.model import PHASES, CostModel, phase_of
 from sglang_shift.modes import MODES, Mode, StepState
 
@@ -32,8 +34,10 @@ class Probes:
         self._due_steps = {(phase, mode): PROBE_INTERVAL for phase in PHASES for mode in MODES}
         self._shortest = min(curve.values[0] for by_mode in costs.curves.values() for curve in by_mode.values())
 
-    def probe_mode(self, step: StepState, chosen: Mode, switched: bool) -> Mode | None:
+    def probe_mode(self, step: StepState, chosen: Mode, switched: bool, longest: float = math.inf) -> Mode | None:
         """Return the mode in which ``step`` runs instead of ``chosen``, or None if it is no probe.
+
+        A probe takes at most ``longest`` predicted seconds.
 
         Call it at every step. If several modes are due, they are tried in order, the longest due mode first. The first
         mode that is not too expensive runs. A step that switches is no probe, because it would stay in the mode of the
@@ -46,18 +50,18 @@ class Probes:
             return None
         waiting = [mode for mode in MODES if self._due_steps[phase, mode] <= self._steps]
         for mode in sorted(waiting, key=lambda mode: self._due_steps[phase, mode]):
-            affordable = self._affordable(step, chosen, mode)
+            affordable = self._affordable(step, chosen, mode, longest)
             self._due_steps[phase, mode] = self._steps + (PROBE_INTERVAL if affordable else RETRY_INTERVAL)
             if affordable:
                 return mode
         return None
 
-    def _affordable(self, step: StepState, chosen: Mode, mode: Mode) -> bool:
-        """Return whether a probe of ``mode`` fits into the share. If it does, count its time as spent."""
+    def _affordable(self, step: StepState, chosen: Mode, mode: Mode, longest: float) -> bool:
+        """Return whether a probe of ``mode`` is short and fits into the share. If it does, count its time as spent."""
         chosen_seconds, probe_seconds = self.costs.predict(chosen, step), self.costs.predict(mode, step)
         added = max(0.0, probe_seconds - chosen_seconds) + 2 * self.costs.switch_seconds
         allowed = TIME_SHARE * self._steps * self._shortest
-        if probe_seconds > MAX_SLOWDOWN * chosen_seconds or self.added_seconds + added > allowed:
+        if probe_seconds > min(longest, MAX_SLOWDOWN * chosen_seconds) or self.added_seconds + added > allowed:
             return False
         self.added_seconds += added
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from dataclasses import dataclass, replace
 from itertools import combinations, permutations
@@ -30,6 +31,8 @@ If the policy does not choose a mode, most steps in this mode are probes.
 """
 DOUBTS: tuple[Doubt, ...] = tuple((phase, *pair) for phase in PHASES for pair in permutations(MODES, 2))
 """All possible doubts, in the order in which the ranks exchange them."""
+MARGIN_SHARE = 0.9
+"""The margin of predicted times covers this share of the steps."""
 
 
 def make_policy(config: ShiftConfig, costs: CostModel | None, chunk: int) -> ShiftPolicy:
@@ -86,6 +89,7 @@ class ModeSelector:
         steps: Number of steps so far, by mode.
         tokens: Number of tokens so far, by mode.
         switches: Changes of mode so far, as the policy chose them.
+        longest_probe: Predicted seconds of a probe at most, while requests decode.
     """
 
     def __init__(self, policy: ShiftPolicy) -> None:
@@ -95,6 +99,7 @@ class ModeSelector:
         self.steps = dict.fromkeys(MODES, 0)
         self.tokens = dict.fromkeys(MODES, 0)
         self.switches = 0
+        self.longest_probe = math.inf
         self.previous_mode: Mode | None = None
         self.steps_since_switch = 0
 
@@ -154,7 +159,8 @@ class ModeSelector:
             self.policy = fallback
             return self._ask(step)
         switched = self.previous_mode not in (None, chosen)
-        probe = self.probes.probe_mode(step, chosen, switched) if self.probes is not None else None
+        longest = self.longest_probe if step.num_running else math.inf
+        probe = self.probes.probe_mode(step, chosen, switched, longest) if self.probes is not None else None
         self.previous_mode = chosen  # without the probe: a policy that keeps its mode must not follow a probe
         return Decision(step, probe or chosen, switched, probe is not None)
 
@@ -171,6 +177,23 @@ class Drift:
     def __init__(self) -> None:
         self._ratios = {(phase, mode): deque[float](maxlen=DRIFT_STEPS) for phase in PHASES for mode in MODES}
         self._mode_ratios = {mode: deque[float](maxlen=DRIFT_STEPS) for mode in MODES}
+        self._chunk_ratios = deque[float](maxlen=DRIFT_STEPS)
+
+    def add_chunk(self, predicted: float, seconds: float) -> None:
+        """Record a step whose prompt tokens were chosen by their predicted time."""
+        if predicted > 0 and 0 < seconds < 3600:
+            self._chunk_ratios.append(seconds / predicted)
+
+    @property
+    def margin(self) -> float:
+        """The share of a bound on step times that predicted times may use, 1 or less.
+
+        With it, :data:`MARGIN_SHARE` of the recorded chunks keep the bound. It is 1 until enough chunks have run.
+        """
+        if len(self._chunk_ratios) < MIN_STEPS:
+            return 1.0
+        ratios = sorted(self._chunk_ratios)
+        return min(1.0, 1 / ratios[int(MARGIN_SHARE * (len(ratios) - 1))])
 
     def add(self, mode: Mode, predicted: float, seconds: float, phase: str = "decode") -> None:
         """Record a step. Times that a clock cannot have measured are ignored. A mixed step counts as a prefill."""
@@ -221,7 +244,7 @@ class Drift:
 
     def clear(self) -> None:
         """Forget all steps."""
-        for ratios in (*self._ratios.values(), *self._mode_ratios.values()):
+        for ratios in (*self._ratios.values(), *self._mode_ratios.values(), self._chunk_ratios):
             ratios.clear()
 
     def _median_ratio(self, phase: str, mode: Mode) -> float | None:

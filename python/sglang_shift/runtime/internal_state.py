@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,6 +14,8 @@ from sglang.srt.managers.scheduler_components.internal_state import SchedulerInt
 from sglang_shift.config import ShiftConfig
 from sglang_shift.flags import BY_NAME, LIVE_NUMBERS, POLICIES
 from sglang_shift.seams import overrides
+
+TARGET = BY_NAME["shift_tbt_target"]
 
 
 class ShiftInternalState(SchedulerInternalStateController):
@@ -39,13 +42,16 @@ class ShiftInternalState(SchedulerInternalStateController):
             self.scheduler.shift_reporter.publish_state()
         return output
 
-    @overrides("Our method lets a request set the policy and its thresholds at run time.")
+    @overrides("Our method lets a request set the policy, its thresholds and the bound on gaps at run time.")
     def _update_handlers(self) -> dict[str, Any]:
         handlers = super()._update_handlers()
         handlers["shift_policy"] = internal_state._UpdateHandler(self._validate_policy, self._apply_policy)
         for flag in LIVE_NUMBERS:
             apply = partial(self._apply_number, flag.setting)
             handlers[flag.name] = internal_state._UpdateHandler(self._validate_number, apply)
+        handlers[TARGET.name] = internal_state._UpdateHandler(
+            self._validate_target, partial(self._apply_number, TARGET.setting)
+        )
         return handlers
 
     def _config_after_request(self) -> ShiftConfig:
@@ -55,7 +61,7 @@ class ShiftInternalState(SchedulerInternalStateController):
         index = values.get("shift_policy", -1)
         if index in range(len(POLICIES)):
             config = replace(config, policy=POLICIES[int(index)])
-        numbers = {flag.setting: values[flag.name] for flag in LIVE_NUMBERS if flag.name in values}
+        numbers = {flag.setting: values[flag.name] for flag in (*LIVE_NUMBERS, TARGET) if flag.name in values}
         return replace(config, **numbers)
 
     def _validate_policy(self, key: str, value: Any) -> None:
@@ -80,11 +86,23 @@ class ShiftInternalState(SchedulerInternalStateController):
         if new_config.leave_requests > new_config.enter_requests or new_config.leave_tokens > new_config.enter_tokens:
             raise internal_state.UpdateRejected("A queue cannot be short again above where it becomes deep.")
 
+    def _validate_target(self, key: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise internal_state.UpdateRejected(f"{key} must be 0 or more milliseconds, got {value!r}.")
+        if value and self.scheduler.shift_selector.calibration is None:
+            raise internal_state.UpdateRejected(
+                f"{key} needs step times: this server has none; start it with --shift-policy calibrated."
+            )
+        if value and self.scheduler.chunked_prefill_size is None:
+            raise internal_state.UpdateRejected(
+                f"{key} needs chunked prefills: start the server without --chunked-prefill-size -1."
+            )
+
     def _apply_policy(self, key: str, value: Any) -> dict[str, Any]:
         policy = POLICIES[int(value)]
         self.scheduler.set_policy(replace(self.scheduler.shift_config, policy=policy))
         return {key: policy}
 
-    def _apply_number(self, setting: str, key: str, value: int) -> dict[str, Any]:
+    def _apply_number(self, setting: str, key: str, value: float) -> dict[str, Any]:
         self.scheduler.set_policy(replace(self.scheduler.shift_config, **{setting: value}))
         return {key: value}

@@ -9,9 +9,11 @@ from typing import Any
 
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
+from sglang_shift.cost.chunk_budget import FLOOR
 from sglang_shift.modes import MODES, Mode
 from sglang_shift.observe.events import META_INFO_KEY, Finished, Publisher, StepEvent
 from sglang_shift.policy.selector import Decision, Drift, ModeSelector
+from sglang_shift.runtime.chunk_sizer import Chunk
 from sglang_shift.runtime.stopwatch import Lap
 from sglang_shift.seams import overrides
 
@@ -22,6 +24,8 @@ DRIFT_LOG_STEPS = 64
 """Steps between checks for drift. Each check computes medians of hundreds of numbers."""
 SWITCH_LOG_S = 5.0
 """Seconds between log lines about switches."""
+FLOOR_LOG_S = 60.0
+"""Seconds between log lines that say that a step takes longer than its budget."""
 STATE_S = 1.0
 """Seconds between state events."""
 MAX_IN_FLIGHT = 8
@@ -34,6 +38,7 @@ class _StepInFlight:
     predicted: dict[Mode, float]
     lap: Lap | None
     replayed: bool | None
+    chunk: Chunk | None
 
 
 class StepReporter:
@@ -54,15 +59,27 @@ class StepReporter:
         self._steps = 0
         self._state_due = 0.0
         self._switch_log_due = 0.0
+        self._floor_log_due = 0.0
         self._switches_unlogged = 0
         self._drift_logged = False
         self._transferred: list[Any] = []
 
-    def on_launch(self, forward_iter: int, decision: Decision, lap: Lap | None, replayed: bool | None) -> None:
+    def on_launch(
+        self,
+        forward_iter: int,
+        decision: Decision,
+        lap: Lap | None,
+        replayed: bool | None,
+        chunk: Chunk | None = None,
+    ) -> None:
         """Record that a step was launched. ``replayed`` is the field of :class:`StepEvent`."""
         if len(self._in_flight) >= MAX_IN_FLIGHT:
             self._in_flight.pop(next(iter(self._in_flight)))  # the result of this step never came
-        self._in_flight[forward_iter] = _StepInFlight(decision, self.selector.predict(decision.step), lap, replayed)
+        self._in_flight[forward_iter] = _StepInFlight(
+            decision, self.selector.predict(decision.step), lap, replayed, chunk
+        )
+        if chunk is not None and chunk.floor_rules:
+            self._log_floor(chunk)
 
     def before_result(self, batch: Any) -> None:
         """Count the step for its requests, before SGLang processes its result and sends the new tokens."""
@@ -93,6 +110,9 @@ class StepReporter:
         seconds = in_flight.lap.seconds if in_flight.lap is not None else None
         if seconds is not None and in_flight.predicted and step.needs_tp is None:  # such a step computes more
             self.drift.add(mode, in_flight.predicted[mode], seconds, step.phase)
+            chunk = in_flight.chunk
+            if chunk is not None and chunk.uses_budget and not decision.probe:
+                self.drift.add_chunk(chunk.predicted, seconds)
         self._steps += 1
         if self._steps % DRIFT_LOG_STEPS == 0:
             self._log_drift()
@@ -115,6 +135,8 @@ class StepReporter:
                 exchanges=self.exchange.calls,
                 finished=finished_requests([*self._transferred, *batch.reqs]),
                 replayed=in_flight.replayed,
+                chunk_room=in_flight.chunk.room if in_flight.chunk is not None else None,
+                chunk_budget=in_flight.chunk.budget if in_flight.chunk is not None else None,
                 replica=self.publisher.replica,
             )
         )
@@ -156,6 +178,19 @@ class StepReporter:
             logger.info("Switched to %s: %s%s", decision.mode.name, reason, more)
             self._switches_unlogged = 0
         return reason
+
+    def _log_floor(self, chunk: Chunk) -> None:
+        if (now := time.monotonic()) >= self._floor_log_due:
+            self._floor_log_due = now + FLOOR_LOG_S
+            logger.info(
+                "%d prompt tokens beside %d decoding requests take %.0f ms, more than the %.0f ms that "
+                "--shift-tbt-target leaves; a step never takes fewer than %d if more wait, so that prompts progress",
+                chunk.tokens,
+                chunk.decodes.requests,
+                1e3 * chunk.predicted,
+                1e3 * max(0.0, chunk.budget),
+                FLOOR,
+            )
 
     def _log_drift(self) -> None:
         if not self._drift_logged and self.drift.drifted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from http import HTTPStatus
@@ -33,6 +34,7 @@ from sglang_shift.resolution import shift_config_of
 from sglang_shift.runtime import agreement
 from sglang_shift.runtime.admission import NO_TOKENS, replace_input_embeds
 from sglang_shift.runtime.calibrator import Calibrator
+from sglang_shift.runtime.chunk_sizer import ChunkSizer
 from sglang_shift.runtime.internal_state import ShiftInternalState
 from sglang_shift.runtime.mode_check import ModeCheck
 from sglang_shift.runtime.rank_consensus import same_everywhere
@@ -63,6 +65,7 @@ class ShiftScheduler(Scheduler):
         with quiet_other_ranks(parallel.tp_rank % max(1, parallel.tp_size // parallel.nnodes) == 0):
             super().__init__(*args, **kwargs)
         self.shift_width = verify_width()
+        self.shift_chunks = ChunkSizer(self)
         self.shift_tp_rules = tp_rules(adapters=bool(self.enable_lora), images=self.model_config.is_multimodal)
         self.shift_chunk = min(
             self.chunked_prefill_size or self.max_prefill_tokens, self.max_prefill_tokens, self.max_total_num_tokens
@@ -127,11 +130,31 @@ class ShiftScheduler(Scheduler):
             if config.policy not in POLICIES:  # the policy is a class of the user
                 policy = RankZeroPolicy(policy, get_parallel().tp_rank == 0, self._from_rank_0)
             selector.policy = policy
+        self.shift_chunks.target = config.tbt_target / 1e3
+        selector.longest_probe = self.shift_chunks.target if self.shift_chunks.active else math.inf
         if config.policy == "calibrated" and costs is None:
             logger.warning("sglang_shift: without a calibration, the policy is: %s", selector.policy_text)
+            if config.tbt_target:
+                logger.warning("sglang_shift: without a calibration, --shift-tbt-target has no effect")
+
+    @overrides("With a bound on the gap between tokens, our class fills a step with the prompt tokens that fit it.")
+    def get_prefill_adder_class(self) -> Any:
+        """Our adder, or SGLang's class if there is no bound."""
+        return self.shift_chunks.make_adder if self.shift_chunks.active else super().get_prefill_adder_class()
+
+    @overrides("With a bound on the gap between tokens, our method decides whether prompts and decodes share the step.")
+    def _get_new_batch_prefill_raw(self, prefill_delayer_single_pass: Any, running_batch: ScheduleBatch) -> Any:
+        self.is_mixed_chunk = self.shift_chunks.mixes(running_batch)
+        return super()._get_new_batch_prefill_raw(prefill_delayer_single_pass, running_batch)
+
+    @overrides("With a bound on the gap between tokens, a decode step follows a step of prompts that had no decodes.")
+    def _should_defer_prefill(self, running_batch: ScheduleBatch) -> bool:
+        deferred = super()._should_defer_prefill(running_batch)
+        return self.shift_chunks.defers_prompts(running_batch) or deferred
 
     @overrides("Our method chooses the mode of the step.")
     def run_batch(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:
+        chunk = self.shift_chunks.take_chunk(batch)
         decision = self.choose_mode(batch)
         if decision is None:
             return super().run_batch(batch, *args, **kwargs)
@@ -143,7 +166,7 @@ class ShiftScheduler(Scheduler):
         if mode is Mode.SP:
             self.shift_exchange_counter.count(step.padded[mode] if replayed else step.num_tokens)
         if self.shift_reporter is not None:
-            self.shift_reporter.on_launch(batch.forward_iter, decision, self.tp_worker.last_lap, replayed)
+            self.shift_reporter.on_launch(batch.forward_iter, decision, self.tp_worker.last_lap, replayed, chunk)
         return result
 
     def choose_mode(self, batch: ScheduleBatch) -> Decision | None:
@@ -153,7 +176,8 @@ class ShiftScheduler(Scheduler):
             return None
         decision = self.shift_selector.choose(step)
         self.shift_watch.record(step.num_tokens, step.num_prefill_tokens, decision.mode)
-        if self.shift_selector.must_agree_on_drift:
+        selector = self.shift_selector
+        if selector.must_agree_on_drift or self.shift_chunks.must_agree(selector.count):
             self._agree_on_drift()
         rank_consensus_checker.assert_same("sglang_shift step %s in %s", decision.step, decision.mode)
         return decision
@@ -163,18 +187,20 @@ class ShiftScheduler(Scheduler):
         return int(agreement.from_rank_0([number])[0])
 
     def _agree_on_drift(self) -> None:
-        """From the next step on, every rank uses rank 0's doubts about the predicted ratios of the modes' times.
+        """From the next step on, every rank uses rank 0's doubts about the predicted times, and its margin for them.
 
-        Only rank 0 measures these doubts, with its clock.
+        Only rank 0 measures these, with its clock.
         """
-        doubts = {} if self.shift_reporter is None else self.shift_reporter.drift.doubts
-        shared = agreement.from_rank_0([doubts.get(doubt, 0.0) for doubt in DOUBTS])
+        drift = None if self.shift_reporter is None else self.shift_reporter.drift
+        doubts, margin = (drift.doubts, drift.margin) if drift is not None else ({}, 1.0)
+        *shared, margin = agreement.from_rank_0([*(doubts.get(doubt, 0.0) for doubt in DOUBTS), margin])
         self.shift_selector.set_doubts({doubt: share for doubt, share in zip(DOUBTS, shared, strict=True) if share})
+        self.shift_chunks.margin = margin
 
     def step_state(self, batch: ScheduleBatch) -> StepState:
         """The state that the policy gets. It may only hold values that are equal on every rank."""
         mode = batch.forward_mode
-        running, reads, width = self.running_batch.batch_size(), 0, 1
+        running, reads, decode_reads, width = self.running_batch.batch_size(), 0, 0, 1
         if mode.is_idle() or mode.is_prebuilt():
             tokens = prefill = 0
         elif mode.is_extend():
@@ -182,6 +208,7 @@ class ShiftScheduler(Scheduler):
             if batch.decoding_reqs:  # a mixed step decodes one token for each of these, and running_batch lacks them
                 running = len(batch.decoding_reqs)
                 prefill = tokens - running
+                decode_reads = sum(map(kv_reads, batch.prefix_lens[-running:], batch.extend_lens[-running:]))
             else:
                 prefill = tokens
             reads = sum(map(kv_reads, batch.prefix_lens, batch.extend_lens))
@@ -206,6 +233,7 @@ class ShiftScheduler(Scheduler):
             kv_reads=reads,
             width=width,
             needs_tp=reason_for_tp(self.shift_tp_rules, batch),
+            decode_kv_reads=decode_reads,
         )
 
     @overrides(
@@ -304,6 +332,8 @@ class ShiftScheduler(Scheduler):
             running=self.running_batch.batch_size(),
             waiting=len(self.waiting_queue),
             replica=get_parallel().dp_rank or 0,
+            tbt_target=self.shift_chunks.target if self.shift_chunks.active else 0.0,
+            tbt_margin=self.shift_chunks.margin,
         )
 
     def shift_state(self) -> dict[str, Any]:
@@ -323,6 +353,7 @@ class ShiftScheduler(Scheduler):
             "weight_bytes": report.total,
             "weight_bytes_beyond_base": report.beyond_base,
             "graphs": runner.graphs.report(),
+            "chunks": self.shift_chunks.report(),
         }
 
 

@@ -45,6 +45,7 @@ MODULES = (
     "sglang_shift.runtime.internal_state",
     "sglang_shift.runtime.layernorm_sp",
     "sglang_shift.runtime.model_runner",
+    "sglang_shift.runtime.prefill_adder",
     "sglang_shift.runtime.rank_consensus",
     "sglang_shift.runtime.reporter",
     "sglang_shift.runtime.scheduler",

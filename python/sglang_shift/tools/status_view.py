@@ -66,7 +66,17 @@ def view(data: dict[str, Any], url: str, problem: str = "", switches: int = 8, u
         plain(data["model"], "bold"), f", {ranks}{f' x TP {base}' if base > 1 else ''}  ", plain(url, "dim")
     )
     policy = Text.assemble(plain(data["policy"], "bold"), ": ", plain(data["policy_text"]))
-    parts: list[RenderableType] = [title, policy, Text(), _now(data, unicode), Text(), _step_times(data), Text()]
+    bound = [_bound(data["tbt"])] if data.get("tbt") else []
+    parts: list[RenderableType] = [
+        title,
+        policy,
+        *bound,
+        Text(),
+        _now(data, unicode),
+        Text(),
+        _step_times(data),
+        Text(),
+    ]
     parts += [_requests(data), Text(), _switches(data, switches)]
     if dropped := data["events"]["dropped"]:
         parts.append(Text(f"{dropped:,} events dropped: these steps are missing here", "red"))
@@ -75,6 +85,17 @@ def view(data: dict[str, Any], url: str, problem: str = "", switches: int = 8, u
     elif (age := data["events"]["age"] or 0) > 10:
         parts.append(Text(f"no event has arrived from the scheduler for {seconds(age)}", "bold red"))
     return Group(*parts)
+
+
+def _bound(tbt: dict[str, Any]) -> Text:
+    chunks = tbt["chunks"]
+    text = f"at most {seconds(tbt['target'])}"
+    if chunks["count"]:
+        text += (
+            f"; steps with prompts beside decodes take {chunks['tokens']['p50']:,.0f} prompt tokens (median), "
+            f"{chunks['room']['p50']:,.0f} could fit {seconds(chunks['budget']['p50'])}"
+        )
+    return Text.assemble(plain("gap between tokens", "bold"), ": ", text)
 
 
 def _grid() -> Table:

@@ -34,6 +34,28 @@ class TestCommand:
         assert "cut to" not in printed
         assert printed.count("| **") >= 2  # the best, in both tables
 
+    def test_a_bound_on_the_gap_between_tokens(self, tmp_path, trace, capsys):
+        arguments = ["--model", str(config(tmp_path)), "--gpus", "2xH100", "--trace", str(trace)]
+        assert command.main([*arguments, "--tbt-target", "7.5"]) == 0
+        plan, gaps = capsys.readouterr().out.split("## Gaps between tokens, with a bound of 7.5 ms")
+        assert "Recommended: " in plan
+        assert "| target 7.5 ms, mixed |" in gaps and "| target 7.5 ms, in turns |" in gaps
+        assert "| TP | mixed, 2048 |" in gaps
+
+    def test_the_study_of_long_prompts(self, capsys):
+        assert command.main(["--check", "--tbt-target", "100"]) == 0
+        printed = capsys.readouterr()
+        rows = [
+            [cell.strip() for cell in line.split("|")[1:-1]] for line in printed.out.split("## 1.4")[1].splitlines()
+        ]
+        cells = {tuple(row[:2]): [float(cell.replace(",", "")) for cell in row[2:]] for row in rows[4:] if row}
+        ttft, _, mean_gap, _, longest_gap, end_to_end = cells["shift", "target 100 ms, mixed"]
+        sarathi = cells["TP", "mixed, 2048"]
+        assert longest_gap <= 100 < sarathi[4]
+        assert ttft < sarathi[0] / 7 and mean_gap < sarathi[2] / 2 and end_to_end < sarathi[5] / 3
+        assert cells["shift", "prompts first, 8192"][4] > 5000
+        assert "shift, target 100 ms, mixed" in printed.err
+
     def test_made_up_traffic_and_a_quantized_model(self, tmp_path, capsys):
         file = config(tmp_path, quantization_config={"quant_method": "fp8"})
         arguments = ["--model", str(file), "--gpus", "1xH200", "--rate", "5", "--requests", "20"]
@@ -163,6 +185,7 @@ class TestCommand:
                 (["--check", "--requests", value], f"'{value}' is not a whole number from 1 to 1000000")
                 for value in ("0", "-1", "1.5", "nan", "1000001", "9" * 5000)
             ),
+            (["--check", "--tbt-target", "0"], "argument --tbt-target: '0' must be more than 0"),
             (["--check", "--context-length", "1"], "'1' is not a whole number from 2 to 1000000000"),
             *(
                 (["--check", "--prompt", value], f"invalid lengths value: '{value}'")

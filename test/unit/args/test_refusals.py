@@ -14,6 +14,7 @@ import torch
 from sglang.srt.arg_groups.overrides import resolution_result
 from sglang.srt.layers.quantization import unquant
 from sglang_shift.args.gemm_backend import SPLIT_K, adjust_gemm_backend
+from sglang_shift.args.mixed_chunks import can_mix
 from sglang_shift.args.model_check import check_model
 from sglang_shift.args.refusals import FEATURES, check_flags
 from sglang_shift.args.server_args import ShiftServerArgs, prepare_server_args
@@ -79,6 +80,32 @@ def test_policies_and_their_settings(flags, expected):
         assert shift_config_of(resolved(**SHIFT, **flags)) == expected
 
 
+@pytest.mark.parametrize(
+    ("flags", "mixed"),
+    [
+        ({}, False),
+        ({"shift_tbt_target": 0.0}, False),
+        ({"shift_tbt_target": 50.0}, True),
+        ({"enable_mixed_chunk": True}, True),
+        ({"shift_tbt_target": 50.0, "speculative_algorithm": "NGRAM"}, False),
+    ],
+)
+def test_a_target_turns_mixed_chunks_on_if_sglang_can_mix(flags, mixed):
+    args = resolved(**SHIFT, **flags)
+    assert value(args, "enable_mixed_chunk") is mixed
+    assert shift_config_of(args).tbt_target == flags.get("shift_tbt_target", 0.0)
+
+
+def test_graphs_that_do_not_take_mixed_chunks():
+    def settings(backend, **changes):
+        graphs = SimpleNamespace(prefill=SimpleNamespace(backend=backend))
+        fields = {"cuda_graph_config": graphs, "speculative_algorithm": None, "enable_hisparse": False}
+        return SimpleNamespace(**fields | changes)
+
+    assert [can_mix(settings(backend)) for backend in ("breakable", "disabled", "tc_piecewise")] == [True, True, False]
+    assert not can_mix(settings("disabled", enable_hisparse=True))
+
+
 def test_sp_size_alone_is_sp_for_every_step():
     assert shift_config_of(resolved(tp_size=4, sp_size=2)) == ShiftConfig(4, 2, False, "sp")
 
@@ -116,6 +143,16 @@ def test_command_line_serves_the_demo_model_by_default():
             "flashinfer is not possible: it sends activations as they are, and --shift-exchange-dtype is fp8",
         ),
         ({**SHIFT, "model_path": "/does/not/exist"}, "/does/not/exist does not exist"),
+        ({"tp_size": 2, "shift_tbt_target": 50.0}, "--shift-tbt-target 50.0 needs --enable-shift-parallel"),
+        ({**SHIFT, "shift_tbt_target": -1.5}, "--shift-tbt-target -1.5 must be 0 or more"),
+        ({**SHIFT, "shift_tbt_target": float("nan")}, "--shift-tbt-target nan must be 0 or more"),
+        (
+            {**SHIFT, "shift_tbt_target": 50.0, "shift_policy": "tp"},
+            "--shift-policy tp has none; give --shift-policy cal",
+        ),
+        ({**SHIFT, "shift_tbt_target": 50.0, "shift_calibration": "off"}, "--shift-policy tokens has none"),
+        ({**SHIFT, "shift_tbt_target": 50.0, "chunked_prefill_size": -1}, "leave out --chunked-prefill-size -1"),
+        ({**SHIFT, "shift_tbt_target": 50.0, "disaggregation_mode": "prefill"}, "with --disaggregation-mode prefill"),
     ],
 )
 def test_refused_at_resolution(flags, message):

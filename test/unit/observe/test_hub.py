@@ -315,3 +315,40 @@ def test_without_an_endpoint_the_hub_waits_and_stops(monkeypatch):
     hub.start()
     hub.stop()
     assert not hub.ready
+
+
+class TestBound:
+    def test_without_a_bound(self, hub):
+        hub.take(state())
+        hub.take(step())
+        assert strict(hub)["tbt"] is None
+
+    def test_the_bound_and_the_steps_under_it(self, hub):
+        hub.take(state(tbt_target=0.1, tbt_margin=0.8))
+        assert strict(hub)["tbt"] == {
+            "target": 0.1,
+            "margin": 0.8,
+            "chunks": {"count": 0, "tokens": None, "room": None, "budget": None, "over_budget": None},
+        }
+        hub.take(step(number=1))
+        for number, (tokens, seconds) in enumerate(((600, 0.05), (700, 0.09), (50, None)), 2):
+            changes = {"prefill_tokens": tokens, "chunk_room": 700, "chunk_budget": 0.08, "seconds": seconds}
+            hub.take(step(number=number, phase="mixed", **changes))
+        chunks = strict(hub)["tbt"]["chunks"]
+        assert chunks["count"] == 3
+        assert (chunks["tokens"]["p50"], chunks["room"]["p50"]) == (600, 700)
+        assert chunks["budget"]["p90"] == pytest.approx(0.08)
+        assert chunks["over_budget"] == 0.5
+
+    def test_values_that_make_no_sense(self, hub):
+        hub.take(state(tbt_target=float("nan"), tbt_margin=float("inf")))
+        assert strict(hub)["tbt"] is None
+        hub.take(state(tbt_target=0.1, tbt_margin=float("nan")))
+        for number, (room, budget) in enumerate(((-1, 0.1), (10, float("nan")), (10, -0.5)), 1):
+            hub.take(step(number=number, chunk_room=room, chunk_budget=budget, seconds=0.1))
+        tbt = strict(hub)["tbt"]
+        assert tbt["margin"] == 1.0
+        assert tbt["chunks"]["count"] == 1, (
+            "the decodes alone may take longer than the target, so a budget may be below 0"
+        )
+        assert tbt["chunks"]["over_budget"] == 1.0

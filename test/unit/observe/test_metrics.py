@@ -39,6 +39,10 @@ state(drift={"tp": 1.25, "sp": None}, running=3, waiting=1)
 step(1, "sp", "prefill", 10, exchanged=200)  # the rank restarted
 step(1, "sp", "prefill", 5, exchanged=50, replica=1)
 state(replica=1)
+step(1, "sp", "mixed", 700, replica=2, chunk_room=900, chunk_budget=0.05)
+step(2, "sp", "mixed", 700, replica=2, chunk_room=600, chunk_budget=-0.05)
+step(3, replica=2)
+state(replica=2, tbt_target=0.1, tbt_margin=0.75)
 """
 
 SCRAPE = """
@@ -152,3 +156,15 @@ def test_every_metric_is_documented_and_has_a_value(scraped):
     for name, metric in METRICS.items():
         assert (name if metric.kind != "histogram" else f"{name}_bucket") in {n for n, _ in scraped}
         assert f"`{PREFIX}{name}`" in documented, name
+
+
+def test_the_bound_on_the_gap_between_tokens(scraped, value):
+    assert value("tbt_target_seconds", replica="2") == 0.1
+    assert value("tbt_margin", replica="2") == 0.75
+    assert value("tbt_target_seconds") == 0
+    assert value("chunk_room_tokens_bucket", replica="2", le="512.0") == 0
+    assert value("chunk_room_tokens_bucket", replica="2", le="1024.0") == 2
+    assert value("chunk_room_tokens_sum", replica="2") == 1500
+    assert value("chunk_tokens_count", replica="2") == 2
+    assert value("chunk_budget_seconds_sum", replica="2") == pytest.approx(0.05)
+    assert ("chunk_tokens_count", frozenset({("replica", "0")})) not in scraped

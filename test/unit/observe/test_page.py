@@ -153,6 +153,22 @@ def test_live_data_arrives(served, opened):
     assert page.problems == []
 
 
+def test_the_bound_on_the_gap_between_tokens(served, opened):
+    served.state(tbt_target=0.1, tbt_margin=0.8)
+    for tokens, seconds in ((600, 0.05), (700, 0.3)):
+        served.step("sp", tokens, chunk_room=1024, chunk_budget=0.08, seconds=seconds)
+    page = opened()
+    page.wait("document.querySelector('#policy').textContent.includes('could fit')")
+    words_of_bound = words(page, "#policy").partition("gap between tokens")[2]
+    assert words_of_bound == (
+        ", at most 100 ms; predicted times may use 80 % of it; the last 2 steps with prompts beside decodes took 649 "
+        "prompt tokens (median; 1,024 could fit 80.0 ms), and 50 % of them took longer."
+    )
+    served.state()
+    page.wait("!document.querySelector('#policy').textContent.includes('gap between')", 5)
+    assert page.problems == []
+
+
 def test_the_crossovers_are_those_of_the_cost_model(served, opened):
     page = opened()
     assert words(page, "#a-prefill") == "TP up to 256 tokens, SP from 257 tokens on."

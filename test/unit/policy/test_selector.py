@@ -340,3 +340,54 @@ class TestDrift:
         selector.policy = FixedMode(Mode.TP)
         selector.set_doubts(doubts)
         assert selector.policy == FixedMode(Mode.TP) and not selector.must_agree_on_drift
+
+
+class TestMargin:
+    def test_without_enough_chunks_it_is_1(self):
+        drift = Drift()
+        for _ in range(MIN_STEPS - 1):
+            drift.add_chunk(1.0, 3.0)
+        assert drift.margin == 1.0
+        drift.add_chunk(1.0, 3.0)
+        assert drift.margin == pytest.approx(1 / 3)
+        drift.clear()
+        assert drift.margin == 1.0
+
+    def test_it_covers_nine_of_ten_chunks(self):
+        rng, drift = random.Random(0), Drift()
+        ratios = [rng.uniform(0.8, 1.6) for _ in range(DRIFT_STEPS)]
+        for ratio in [9.0] * 50 + ratios:  # the first ones are forgotten
+            drift.add_chunk(0.1, 0.1 * ratio)
+        share = sum(ratio * drift.margin <= 1 + 1e-9 for ratio in ratios) / len(ratios)
+        assert 0.89 < share < 0.92
+
+    def test_times_that_a_clock_cannot_have_measured_and_fast_steps(self):
+        drift = Drift()
+        for seconds in (0.0, -1.0, 1e9, float("nan")):
+            drift.add_chunk(0.1, seconds)
+        drift.add_chunk(0.0, 1.0)
+        for _ in range(MIN_STEPS):
+            drift.add_chunk(0.1, 0.05)
+        assert drift.margin == 1.0
+
+
+def test_a_probe_is_no_longer_than_the_bound_while_requests_decode():
+    costs = fit(
+        [
+            Measurement(phase, mode, tokens, tokens, seconds * (1.0 if mode is Mode.TP else 1.1))
+            for phase in ("prefill", "decode")
+            for mode in Mode
+            for tokens, seconds in ((1, 0.1), (1000, 0.2))
+        ]
+    )
+
+    def probes(longest, running):
+        selector = ModeSelector(Calibrated(costs, 1000))
+        selector.longest_probe = longest
+        steps = (StepState(1000, 1000, num_running=running) for _ in range(2000))
+        return sum(selector.choose(step).probe for step in steps)
+
+    assert probes(float("inf"), 3) > 0
+    assert probes(0.23, 3) == probes(float("inf"), 3)
+    assert probes(0.21, 3) == 0
+    assert probes(0.21, 0) > 0

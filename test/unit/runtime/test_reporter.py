@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 
 from sglang_shift.cost.calibration import Calibration
+from sglang_shift.cost.chunk_budget import Decodes
 from sglang_shift.cost.model import Measurement
 from sglang_shift.modes import Mode, StepState
 from sglang_shift.policy.builtin import FixedMode
 from sglang_shift.policy.selector import DRIFT_STEPS, ModeSelector
+from sglang_shift.runtime.chunk_sizer import Chunk
 from sglang_shift.runtime.reporter import StepReporter
 
 
@@ -22,11 +25,39 @@ class Published:
         self.events.append(event)
 
 
+TIMES = [Measurement(phase, mode, n, n, 0.1) for phase in ("prefill", "decode") for mode in Mode for n in (1, 2)]
+
+
+def reporter_of(policy):
+    selector, published = ModeSelector(policy), Published()
+    selector.calibration = Calibration.from_measurements({}, 1.0, TIMES, 0.0)
+    return StepReporter(selector, published, dict, SimpleNamespace(bytes_sent=0, calls=0)), selector, published
+
+
+def test_a_chunk_is_reported_and_the_margin_follows_from_steps_that_use_their_budget(caplog):
+    reporter, selector, published = reporter_of(FixedMode(Mode.SP))
+    kinds = (  # predicted seconds, budget, measured seconds
+        (0.08, 0.1, 0.1),
+        (0.01, 0.1, 0.9),  # it is short, so its error does not matter
+        (0.20, 0.1, 0.25),
+    )
+    caplog.set_level(logging.INFO)
+    for number in range(3 * DRIFT_STEPS):
+        predicted, budget, seconds = kinds[number % 3]
+        chunk = Chunk(600, 700, predicted, budget, Decodes(3, 300))
+        decision = selector.choose(StepState(1, 1, num_running=3))
+        reporter.on_launch(number, decision, SimpleNamespace(seconds=seconds), None, chunk)
+        reporter.after_result(SimpleNamespace(forward_iter=number, reqs=[]))
+    assert reporter.drift.margin == 0.8
+    step = next(event for event in published.events if hasattr(event, "chunk_room"))
+    assert (step.chunk_room, step.chunk_budget) == (700, 0.1)
+    lines = [r.getMessage() for r in caplog.records if "--shift-tbt-target" in r.getMessage()]
+    assert len(lines) == 1, "at most a line a minute"
+    assert lines[0].startswith("600 prompt tokens beside 3 decoding requests take 200 ms, more than the 100 ms that")
+
+
 def test_a_step_that_needs_tp_has_its_reason_and_is_no_drift():
-    selector, published = ModeSelector(FixedMode(Mode.SP)), Published()
-    times = [Measurement(phase, mode, n, n, 0.1) for phase in ("prefill", "decode") for mode in Mode for n in (1, 2)]
-    selector.calibration = Calibration.from_measurements({}, 1.0, times, 0.0)
-    reporter = StepReporter(selector, published, dict, SimpleNamespace(bytes_sent=0, calls=0))
+    reporter, selector, published = reporter_of(FixedMode(Mode.SP))
     for number in range(2 * DRIFT_STEPS):
         state = StepState(num_tokens=1, needs_tp="an adapter" if number % 2 else None)
         reporter.on_launch(number, selector.choose(state), SimpleNamespace(seconds=0.1), None)

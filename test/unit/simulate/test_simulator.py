@@ -204,7 +204,8 @@ class Slow:
             decoding = running if server.mixed or not parts else []
             tokens = sum(parts.values())
             reads = sum(sum(self.prefilled[i] + k for k in range(1, n + 1)) for i, n in parts.items())
-            reads += sum(requests[i].prompt + self.generated[i] for i in decoding)
+            decode_reads = sum(requests[i].prompt + self.generated[i] for i in decoding)
+            reads += decode_reads
             rest = sum(requests[i].prompt - self.prefilled[i] - n for i, n in parts.items())
             waits = [i for i in queue if i not in parts]
             total = tokens + len(decoding)
@@ -221,6 +222,7 @@ class Slow:
                 kv_reads=reads,
                 previous_mode=self.mode,
                 steps_since_switch=self.since,
+                decode_kv_reads=decode_reads if parts else 0,
             )
             self.step(state, parts, decoding)
         return self

@@ -12,7 +12,7 @@ from sglang_shift.errors import ShiftError, print_error
 from sglang_shift.models.sizes import REPLICATED, SHARDED
 from sglang_shift.simulate.traces import MAX_TOKENS, read_trace
 from sglang_shift.simulate.traffic import Lengths, Request, cut_window, scale, steady
-from sglang_shift.tools.plan import paper, report
+from sglang_shift.tools.plan import gaps, paper, report
 from sglang_shift.tools.plan.hardware import gpus, parse_gpus
 from sglang_shift.tools.plan.model import Model, read_model
 from sglang_shift.tools.plan.search import search
@@ -46,7 +46,7 @@ def lengths(text: str) -> Lengths:
 
 
 def factor(text: str) -> float:
-    """Parse a rate or a pace of the command line.
+    """Parse a rate, a pace or milliseconds of the command line.
 
     Raises:
         argparse.ArgumentTypeError: the text is something else.
@@ -92,7 +92,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
     add = parser.add_argument
-    add("--check", action="store_true", help="predict the Shift Parallelism paper's table, and say how far off it is")
+    add(
+        "--check",
+        action="store_true",
+        help="predict the Shift Parallelism paper's table, and say how far off it is; "
+        "with --tbt-target: compare bounds on the gap between tokens for its Llama-70B, with long prompts",
+    )
     add("--model", type=Path, metavar="PATH", help="a config.json, or the folder that has one")
     add("--gpus", metavar="NxKIND", help=f"for example 8xH200; kinds: {', '.join(gpus())}")
     add("--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help="auto is bfloat16")
@@ -106,6 +111,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompt", type=lengths, default=4096, metavar="N|LOW-HIGH", help="made-up prompts' tokens (%(default)s)")
     add("--output", type=lengths, default=250, metavar="N|LOW-HIGH", help="their outputs' tokens (%(default)s)")
     add("--requests", type=request_count, default=1000, help="made-up ones (%(default)s)")
+    add("--tbt-target", type=factor, metavar="MS", help="also compare ways to bound the gap between tokens")
     add("--plot", type=Path, metavar="FILE.png", help="also draw latency against throughput")
     args = parser.parse_args(argv)
     if not args.check and not (args.model and args.gpus and (args.trace or args.rate)):
@@ -149,6 +155,11 @@ def cut_to_context(requests: list[Request], words: str, model: Model) -> tuple[l
     return cut_requests, f"{words}; {cut} of them cut to the context of {model.context} tokens" if cut else words
 
 
+def progress(words: str) -> None:
+    """Say on standard error what is tried next."""
+    print(words, file=sys.stderr, flush=True)
+
+
 def print_plan(args: argparse.Namespace) -> None:
     """Print the plan that the arguments ask for, as Markdown. Draw it if the arguments ask for that.
 
@@ -161,9 +172,11 @@ def print_plan(args: argparse.Namespace) -> None:
     model = read_model(args.model, args.context_length, args.experts)
     requests, traffic = requests_of(args, model)
     kv_dtype = "fp8" if args.kv_cache_dtype == "fp8" else "bfloat16"
-    plan = search(model, gpu, count, requests, kv_dtype, lambda words: print(words, file=sys.stderr, flush=True))
+    plan = search(model, gpu, count, requests, kv_dtype, progress)
     where = f"{count} x {gpu.name}"
     print(report.text(plan, model, where, traffic), flush=True)
+    if args.tbt_target:
+        print(gaps.section(plan.best, requests, args.tbt_target / 1e3, progress), flush=True)
     if args.plot:
         report.plot(plan, f"{model.name} on {where}", args.plot)
 
@@ -172,7 +185,9 @@ def main(argv: Sequence[str]) -> int:
     """Print a plan or the check. Return 0, or 2 if the arguments are refused."""
     args = parse(argv)
     try:
-        if args.check:
+        if args.check and args.tbt_target:
+            print(gaps.study(paper.MODELS["Llama-70B"], args.tbt_target / 1e3, progress))
+        elif args.check:
             print(paper.report())
         else:
             print_plan(args)

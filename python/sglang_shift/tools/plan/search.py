@@ -178,6 +178,7 @@ def serve(requests: Sequence[Request], candidate: Candidate, costs: CostModel, p
         sum(r.switches for r in results),
         max(s.request.time + s.e2e for s in served) - ordered[0].time,
         sum(r.step_seconds for r in results),
+        [gap for r in results for gap in r.gaps],
     )
 
 

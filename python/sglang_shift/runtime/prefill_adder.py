@@ -1,0 +1,150 @@
+"""Fills a step with the prompt tokens that fit a bound on the gap between tokens.
+
+SGLang's adder counts tokens. Before each prompt, ours sets how many tokens are left: those that still fit the budget
+after the prompt's history in the KV cache. SGLang has just looked up this history, so cached prefixes count exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
+
+from sglang_shift.cost.chunk_budget import ChunkBudget, Decodes, Prompts
+from sglang_shift.cost.chunk_share import ChunkShare
+from sglang_shift.modes import PENDING_REQUESTS, Mode
+from sglang_shift.seams import overrides
+
+TP_ONLY = (Mode.TP,)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the step would run with one more prompt.
+
+    Attributes:
+        budget: The budget of the step.
+        decodes: The requests that decode meanwhile.
+        room: Tokens that the prompt may take.
+        chunk: Tokens that SGLang has left.
+    """
+
+    budget: ChunkBudget
+    decodes: Decodes
+    room: int
+    chunk: int
+
+
+class ShiftPrefillAdder(PrefillAdder):
+    """SGLang's adder with a budget of time. Call :meth:`start` before anything else.
+
+    Attributes:
+        budget: The budget of the step. Its only mode is TP once the step has a prompt that needs TP.
+        decodes: The requests that decode meanwhile. They do not share the step once it has a prompt that cannot.
+        prompts: The prompt tokens that the step has so far.
+        first_room: Tokens that were left for the first prompt; None before it.
+    """
+
+    budget: ChunkBudget
+    decodes: Decodes
+    prompts: Prompts
+    first_room: int | None
+
+    def start(
+        self,
+        budget: ChunkBudget,
+        decodes: Decodes,
+        share: ChunkShare,
+        waiting: Sequence[Req],
+        needs_tp: Callable[[Req], bool],
+    ) -> None:
+        """Begin an empty step.
+
+        Args:
+            budget: The budget of the step.
+            decodes: The requests that decode meanwhile.
+            share: How waiting prompts and a long prompt share steps.
+            waiting: The queue.
+            needs_tp: Whether a step with this prompt must run in TP.
+        """
+        self.budget, self.decodes, self.share, self.waiting, self.needs_tp = budget, decodes, share, waiting, needs_tp
+        self.prompts, self.first_room = Prompts(), None
+        self.chosen: set[str] = set()
+
+    @overrides("Our method limits the prompt that continues to the budget, and to its share of the step.")
+    def add_chunked_req(self, req: Req) -> Req | None:
+        plan = self._plan(req, req.prefix_len)
+        waiting = list(islice(self.waiting, PENDING_REQUESTS))
+        needs = [self.ceil_paged_tokens(uncached_tokens(other)) for other in waiting]
+        chosen = self.share.chosen(plan.room, needs, self.page_size)
+        self.chosen = {waiting[i].rid for i in chosen}
+        pages = (plan.room - sum(needs[i] for i in chosen)) // self.page_size
+        self.chunked_req_limit = max(1, pages) * self.page_size
+        self.rem_chunk_tokens = plan.room
+        rest: Req | None = super().add_chunked_req(req)
+        tokens = self._record(req, plan)
+        if rest is None:
+            self.share.reset()
+        else:
+            self.share.continue_long(tokens, plan.chunk)
+        return rest
+
+    @overrides(
+        "Our method limits a new prompt to the budget. Beside a prompt that continues, it adds only chosen ones."
+    )
+    def add_one_req(self, req: Req, has_chunked_req: bool, truncation_align_size: int | None) -> Any:
+        """Add a prompt to the step, if it fits. The result says whether SGLang tries the next prompt."""
+        if self.new_chunked_req is not None:  # only one prompt can continue in the next step
+            return AddReqResult.OTHER
+        if has_chunked_req and req.rid not in self.chosen:
+            return AddReqResult.CONTINUE if self.chosen else AddReqResult.OTHER
+        self.chosen.discard(req.rid)
+        plan = self._plan(req, req.prefix_len + req.host_hit_length)
+        needed = self.ceil_paged_tokens(len(req.full_untruncated_fill_ids) - req.prefix_len - req.host_hit_length)
+        if plan.room <= 0 or (has_chunked_req and needed > plan.room):
+            return AddReqResult.OTHER
+        self.rem_chunk_tokens = plan.room
+        result = super().add_one_req(req, has_chunked_req, truncation_align_size)
+        tokens = self._record(req, plan)
+        if has_chunked_req:
+            self.share.take(tokens)
+        elif self.new_chunked_req is req:
+            self.share.reset()
+            self.share.continue_long(tokens, plan.chunk)
+        return result
+
+    def _plan(self, req: Req, history: int) -> _Plan:
+        budget, decodes, chunk = self.budget, self.decodes, self.rem_chunk_tokens
+        assert chunk is not None  # a target is refused without chunks
+        if decodes.mixed and not can_mix(req):
+            decodes = replace(decodes, mixed=False)
+        if budget.modes != TP_ONLY and self.needs_tp(req):
+            budget = replace(budget, modes=TP_ONLY)
+        return _Plan(budget, decodes, budget.room(self.prompts, history, max(0, chunk), decodes), chunk)
+
+    def _record(self, req: Req, plan: _Plan) -> int:
+        """Record the prompt if SGLang has added it. Return its tokens, and give the rest of the chunk back."""
+        assert self.rem_chunk_tokens is not None
+        self.rem_chunk_tokens += plan.chunk - plan.room
+        if not self.can_run_list or self.can_run_list[-1] is not req:
+            return 0
+        if self.first_room is None:
+            self.first_room = plan.room
+        self.budget, self.decodes = plan.budget, plan.decodes
+        self.prompts = self.prompts.plus(req.prefix_len, req.extend_len)
+        tokens: int = req.extend_len
+        return tokens
+
+
+def can_mix(req: Req) -> bool:
+    """Whether SGLang can decode other requests in a step with this prompt."""
+    return not req.return_logprob and req.input_embeds is None
+
+
+def uncached_tokens(req: Req) -> int:
+    """Tokens that a waiting prompt needs, by the last look-up of its cached prefix."""
+    return max(1, len(req.origin_input_ids) + len(req.output_ids) - req.num_matched_prefix_tokens)

@@ -1,0 +1,182 @@
+"""Our adder over a stand-in for SGLang's: what it lets each prompt take, and what it counts."""
+
+from __future__ import annotations
+
+import pytest
+from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
+from sglang_shift.cost.chunk_budget import ChunkBudget, Decodes, Prompts
+from sglang_shift.cost.chunk_share import ChunkShare
+from sglang_shift.cost.model import CostModel, Curve
+from sglang_shift.modes import Mode
+from sglang_shift.runtime.prefill_adder import ShiftPrefillAdder
+
+LINE = Curve((1, 10_001), (1.0, 10_001.0))  # a second for each token
+COSTS = CostModel(
+    {phase: dict.fromkeys(Mode, LINE) for phase in ("prefill", "decode")},
+    dict.fromkeys(("prefill", "decode"), Curve((1,), (1e9,))),
+    {"prefill": 0.0, "decode": 0.0},
+    0.0,
+)
+PAGE = 4
+
+
+class Prompt:
+    def __init__(self, tokens, cached=0, logprobs=False):
+        self.rid = str(id(self))
+        self.full_untruncated_fill_ids = self.origin_input_ids = [1] * tokens
+        self.output_ids = []
+        self.num_matched_prefix_tokens = self.prefix_len = self.extend_end = cached
+        self.host_hit_length = 0
+        self.return_logprob, self.input_embeds = logprobs, None
+
+    @property
+    def extend_len(self):
+        return self.extend_end - self.prefix_len
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    """SGLang's adder as far as the chunk is concerned, in pages of four tokens."""
+
+    def add(self, req, most):
+        req.extend_end = req.prefix_len + most
+        self.can_run_list.append(req)
+        self.rem_chunk_tokens -= self.ceil_paged_tokens(most)
+
+    def add_one_req(self, req, has_chunked_req, truncation_align_size):
+        rest = len(req.full_untruncated_fill_ids) - req.prefix_len
+        if rest > self.rem_chunk_tokens:
+            rest = self.rem_chunk_tokens // PAGE * PAGE
+            if not rest:
+                return AddReqResult.OTHER
+            self.new_chunked_req = req
+        add(self, req, rest)
+        return AddReqResult.CONTINUE if self.rem_chunk_tokens > 0 else AddReqResult.OTHER
+
+    def add_chunked_req(self, req):
+        rest = len(req.full_untruncated_fill_ids) - req.prefix_len
+        most = min(self.rem_chunk_tokens, self.chunked_req_limit)
+        add(self, req, min(rest, most))
+        return req if rest > most else None
+
+    monkeypatch.setattr(PrefillAdder, "add_one_req", add_one_req)
+    monkeypatch.setattr(PrefillAdder, "add_chunked_req", add_chunked_req)
+
+
+def adder(target, decodes, waiting=(), share=None, chunk=1000, floor=8, needs_tp=lambda prompt: False, costs=COSTS):
+    made = object.__new__(ShiftPrefillAdder)
+    made.page_size, made.rem_chunk_tokens = PAGE, chunk
+    made.can_run_list, made.new_chunked_req, made.chunked_req_limit = [], None, None
+    budget = ChunkBudget(costs, target, floor=floor)
+    made.start(budget, decodes, share or ChunkShare(), waiting, needs_tp)
+    return made
+
+
+def add(made, *prompts, has_chunked=False):
+    return [made.add_one_req(prompt, has_chunked, None) for prompt in prompts]
+
+
+def tokens(made):
+    return [req.extend_len for req in made.can_run_list]
+
+
+def test_without_decodes_sglang_s_chunk_counts():
+    made = adder(1.0, Decodes())
+    add(made, Prompt(600), Prompt(900))
+    assert tokens(made) == [600, 400]
+    assert made.rem_chunk_tokens == 0
+
+
+def test_prompts_share_what_fits_the_target():
+    made = adder(110.0, Decodes(10, mixed=True))
+    first, second, third = Prompt(40), Prompt(100), Prompt(5)
+    results = add(made, first, second, third)
+    assert tokens(made) == [40, 60]
+    assert results[2] is AddReqResult.OTHER, "only one prompt can continue"
+    assert made.new_chunked_req is second
+    assert made.prompts == Prompts().plus(0, 40).plus(0, 60)
+    assert made.first_room == 100
+    assert made.rem_chunk_tokens == 900
+
+
+def test_a_decode_step_that_follows_comes_off_the_target():
+    made = adder(110.0, Decodes(10))
+    add(made, Prompt(500))
+    assert tokens(made) == [100]
+
+
+def test_the_floor():
+    made = adder(1.0, Decodes(10, mixed=True))
+    add(made, Prompt(500))
+    assert tokens(made) == [8]
+
+
+def test_logprobs_make_the_step_alternate_if_there_is_room_for_that():
+    made = adder(110.0, Decodes(10, mixed=True))
+    add(made, Prompt(40), Prompt(30, logprobs=True))
+    assert tokens(made) == [40, 30]
+    assert not made.decodes.mixed
+    made = adder(40.0, Decodes(10, width=2, mixed=True))
+    results = add(made, Prompt(28), Prompt(12, logprobs=True))  # 28 + 10 take 38 s, but 28 and then 20 take 48
+    assert tokens(made) == [28]
+    assert results[1] is AddReqResult.OTHER
+    assert made.decodes.mixed
+
+
+def test_a_long_prompt_shares_its_steps_with_short_ones():
+    share = ChunkShare()
+    short, medium, other = Prompt(30), Prompt(200), Prompt(20)
+    long = Prompt(1000)
+    made = adder(110.0, Decodes(10, mixed=True), [long, short, medium, other], share)
+    add(made, long)
+    assert tokens(made) == [100], "the first step is the long prompt's own"
+    assert add(made, short) == [AddReqResult.OTHER]
+    assert share.credit == 100
+
+    long.prefix_len = long.extend_end
+    made = adder(110.0, Decodes(10, mixed=True), [short, medium, other], share)
+    assert made.add_chunked_req(long) is long
+    assert long.extend_len == 100 - 32 - 20  # in pages
+    results = add(made, short, medium, other, has_chunked=True)
+    assert tokens(made) == [48, 30, 20]
+    assert results[:2] == [AddReqResult.CONTINUE] * 2
+    assert share.credit == 100 + 48 - 30 - 20
+
+
+def test_without_credit_nothing_passes_a_long_prompt():
+    made = adder(110.0, Decodes(10, mixed=True), [short := Prompt(30)])
+    assert made.add_chunked_req(Prompt(1000)) is not None
+    assert tokens(made) == [100]
+    assert add(made, short, has_chunked=True) == [AddReqResult.OTHER]
+
+
+def test_a_prompt_that_needs_tp_counts_in_tp():
+    slow = Curve((1, 10_001), (2.0, 20_002.0))
+    curves = {Mode.TP: slow, Mode.SP: LINE}
+    costs = CostModel({**COSTS.curves, "prefill": curves}, COSTS.usual, COSTS.attention, 0.0)
+    image, plain = Prompt(500), Prompt(20)
+    made = adder(110.0, Decodes(10, mixed=True), costs=costs, needs_tp=lambda prompt: prompt is image)
+    add(made, plain, image)
+    assert tokens(made) == [20, (110 // 2 - 10 - 20) // PAGE * PAGE]
+    assert made.budget.modes == (Mode.TP,)
+
+
+def test_the_cached_prefix_of_a_waiting_prompt_counts():
+    share = ChunkShare()
+    share.continue_long(1000, 1000)
+    cached, long = Prompt(300, cached=290), Prompt(1000)
+    made = adder(110.0, Decodes(10, mixed=True), [cached], share)
+    made.add_chunked_req(long)
+    add(made, cached, has_chunked=True)
+    assert tokens(made) == [88, 10]
+
+
+def test_the_end_of_a_long_prompt_leaves_room_for_the_queue():
+    share = ChunkShare()
+    made = adder(110.0, Decodes(10, mixed=True), [], share)
+    share.continue_long(500, 1000)
+    assert made.add_chunked_req(Prompt(40)) is None
+    assert share.credit == 0
+    add(made, Prompt(300))
+    assert tokens(made) == [40, 60]
+    assert share.credit == 60, "the first chunk of the next long prompt earns credit"
