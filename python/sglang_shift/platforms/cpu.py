@@ -112,13 +112,13 @@ class ShiftCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def init_backend(self) -> None:
         """Prepare a rank's process, of a stock server too. SGLang calls this while it imports its model runner."""
-        from sglang_shift.platforms import attention_backend, fallbacks
+        from sglang_shift.platforms import fallbacks, token_shards
         from sglang_shift.platforms.lora import CpuLoRAManager
 
         register_collectives()
         put_in_place(keep_config)
         put_in_place(CpuLoRAManager)
-        attention_backend.register()
+        token_shards.register()
         fallbacks.register()
 
 
