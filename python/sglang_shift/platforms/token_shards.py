@@ -20,7 +20,10 @@ import torch
 from sglang.srt.distributed.parallel_state import get_dcp_group_no_assert
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.runtime_context import get_parallel
 
+from sglang_shift.models import token_shards
+from sglang_shift.models.heads import Heads
 from sglang_shift.platforms.attention import Part, add_sinks, attend, merge, merge_all
 from sglang_shift.platforms.attention_backend import CpuAttentionBackend, Extension, Together, grouped, no_lse, take
 from sglang_shift.platforms.cpu import ATTENTION, is_active
@@ -318,10 +321,17 @@ def has_token_shards() -> bool:
 
 
 def make_backend(model_runner: Any) -> CpuAttentionBackend:
-    """Return the attention backend of a rank: for D ranks that divide tokens, if SGLang has built their group."""
+    """Return the attention backend of a rank: for D ranks that divide tokens, if SGLang has built their group.
+
+    Raises:
+        Refused: the ranks of a group do not hold the same KV heads. The arguments of a stock server are not checked.
+    """
     group = get_dcp_group_no_assert()
     if group is None:
         return CpuAttentionBackend(model_runner)
+    config = model_runner.model_config
+    heads = Heads(config.num_attention_heads, config.get_total_num_kv_heads())
+    token_shards.check_token_shards(heads, get_parallel().attn_tp_size, group.world_size)
     return TokenShardedBackend(model_runner, TokenShards(group))
 
 

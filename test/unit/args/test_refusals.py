@@ -125,7 +125,7 @@ def test_refused_at_resolution(flags, message):
 
 
 ASKING = {
-    "pp_size": 2, "attn_dp_size": 2, "dcp_size": 2, "attn_cp_size": 2, "enable_layernorm_sp": True,
+    "pp_size": 2, "attn_dp_size": 2, "attn_cp_size": 2, "enable_layernorm_sp": True,
     "enable_attn_tp_input_scattered": True, "moe_a2a_backend": "deepep", "ep_size": 2,
     "enable_two_batch_overlap": True, "enable_pdmux": True,
     "speculative_algorithm": "DFLASH", "speculative_adaptive": True, "enable_multi_layer_eagle": True,
