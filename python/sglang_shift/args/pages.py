@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterable
 from types import ModuleType
 
-from sglang_shift.args import gemm_backend, graph_memory, model_check, refusals, sp_size
+from sglang_shift.args import dcp_size, gemm_backend, graph_memory, model_check, refusals, sp_size
+from sglang_shift.args.feature import Feature
 from sglang_shift.errors import Refusal
 from sglang_shift.flags import AUTO, EXCHANGE_DTYPES, EXCHANGES, FLAGS, POLICIES, Flag, Need
 from sglang_shift.layers import structure
-from sglang_shift.models import families, fields
+from sglang_shift.models import families, fields, token_shards
 from sglang_shift.parallel.exchange import choose
 from sglang_shift.policy import builtin
 from sglang_shift.runtime import mode_check
@@ -43,8 +44,8 @@ REFUSALS_PAGE = """# What is refused
 
 With `--sp-size` or `--enable-shift-parallel`, the server refuses what it cannot serve correctly. It refuses almost all
 of it before any process starts. The launcher then prints one sentence, which says what was given, what is wrong and
-what to do, and ends with exit code 2. In the messages below, words in italics and the letters M, N, P and S stand for
-values.
+what to do, and ends with exit code 2. In the messages below, words in italics and the letters D, M, N, P, R and S stand
+for values.
 
 ## Features of SGLang
 
@@ -52,12 +53,19 @@ The message is: {message}
 
 {features}
 
+## What does not combine with `--dcp-size`
+
+If `--dcp-size` is above 1, these features are refused, too. The message is: {dcp_message}
+
+{dcp_features}
+
 {sections}
 """
 
 REFUSAL_SECTIONS: dict[str, tuple[ModuleType, ...]] = {
     "Flags": (refusals, builtin),
     "`--sp-size auto`": (sp_size,),
+    "`--dcp-size`": (token_shards, dcp_size),
     "The model": (model_check, fields, families, structure, stacked, mode_check),
     "The exchange": (choose,),
     "CUDA graphs and matrix products": (graph_memory, gemm_backend),
@@ -94,17 +102,23 @@ def _flag_row(flag: Flag) -> tuple[str, str, str]:
 
 def refusals_page() -> str:
     """The page of all refusals, with a table for each section."""
-    features = [(code(feature.name), code(feature.why)) for feature in refusals.FEATURES]
     sections = []
     for title, modules in REFUSAL_SECTIONS.items():
         declared = [refusal for module in modules for refusal in refusals_of(module)]
-        rows = [(message_of(r), code(r.why)) for r in declared if r is not refusals.FEATURE_CONFLICT]
+        conflicts = (refusals.FEATURE_CONFLICT, dcp_size.FEATURE_CONFLICT)  # they have a table of their own
+        rows = [(message_of(r), code(r.why)) for r in declared if r not in conflicts]
         sections.append(f"## {title}\n\n{table(('Message', 'Why'), rows)}")
     return REFUSALS_PAGE.format(
         message=message_of(refusals.FEATURE_CONFLICT),
-        features=table(("Feature", "Reason"), features),
+        features=_feature_table(refusals.FEATURES),
+        dcp_message=message_of(dcp_size.FEATURE_CONFLICT),
+        dcp_features=_feature_table(dcp_size.FEATURES),
         sections="\n\n".join(sections),
     )
+
+
+def _feature_table(features: Iterable[Feature]) -> str:
+    return table(("Feature", "Reason"), [(code(feature.name), code(feature.why)) for feature in features])
 
 
 def refusals_of(module: ModuleType) -> list[Refusal]:

@@ -6,28 +6,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
+from sglang_shift.args.feature import Feature
 from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refusal
 from sglang_shift.flags import BY_NAME, FLAGS, LIVE_NUMBERS, POLICIES, Need
 from sglang_shift.policy.builtin import load_policy
-
-
-class Feature(NamedTuple):
-    """A feature of SGLang's that does not combine with sequence parallelism.
-
-    Attributes:
-        name: What the user asks for.
-        is_requested: Whether the settings ask for the feature.
-        why: Why we cannot serve it.
-    """
-
-    name: str
-    is_requested: Callable[[Any], bool]
-    why: str
-
 
 SPECULATION = ("NGRAM", "EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
 """The algorithms of speculative decoding that are served. SGLang resolves NEXTN to one of the others."""
@@ -37,7 +22,6 @@ FEATURES = (
      "the token-sharded residual stream does not cross pipeline stages"),
     Feature("attention DP", lambda a: a.attn_dp_size > 1 or a.enable_dp_attention,
      "its ranks hold the KV cache of different requests"),
-    Feature("--dcp-size > 1", lambda a: a.dcp_size > 1, "it shards the KV cache over tokens"),
     Feature("context parallelism", lambda a: a.attn_cp_size > 1 or a.enable_prefill_cp,
      "it shards the sequence in its own layout"),
     Feature("--enable-layernorm-sp", lambda a: a.enable_layernorm_sp, "sglang_shift uses the same seam"),

@@ -14,6 +14,7 @@ from sglang.srt.server_args import ServerArgs
 
 from sglang_shift.args import config_file
 from sglang_shift.args.chunk_size import adjust_chunk_size
+from sglang_shift.args.dcp_size import check_dcp_size, parse_dcp_size, resolve_dcp_size
 from sglang_shift.args.gemm_backend import adjust_gemm_backend
 from sglang_shift.args.graph_memory import adjust_graph_memory
 from sglang_shift.args.mixed_chunks import can_mix
@@ -66,8 +67,25 @@ class ShiftServerArgs(Fields, dict=True):  # type: ignore[call-arg]
     def add_cli_args(parser: argparse.ArgumentParser) -> None:
         """Add SGLang's flags, then our flags as a separate group."""
         ServerArgs.add_cli_args(parser)
+        next(action for action in parser._actions if action.dest == "dcp_size").type = parse_dcp_size
         group = parser.add_argument_group("sglang_shift", "Shift Parallelism; without these, stock SGLang")
         add_cli_args_from_dataclass(group, ShiftServerArgs, fields=list(BY_NAME))
+
+
+@extends(
+    "sglang.srt.arg_groups.resolution_hooks:register_resolution_hook",
+    "This step of SGLang is the first that reads --dcp-size, and it takes numbers only.",
+)
+@register_resolution_hook("handle_pd_disaggregation")
+def resolve_token_shards(server_args: Any, previous: Any) -> None:
+    """Replace ``--dcp-size auto`` by a number, then let SGLang go on.
+
+    Raises:
+        Refused: we do not serve this number; the error has the reason in one sentence.
+    """
+    if isinstance(server_args, ShiftServerArgs):
+        resolve_dcp_size(server_args, uses_sp=shift_config_of(server_args) is not None)
+    previous(server_args)
 
 
 @extends(
@@ -99,6 +117,7 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
         return
     check_target(settings, config)
     check_model(model_config_of(server_args), config)
+    check_dcp_size(settings, model_config_of(server_args))
     sp_size = config.sp_size
     if auto:
         decision = auto_sp_size(server_args)

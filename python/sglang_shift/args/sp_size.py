@@ -145,7 +145,7 @@ def pool_of(settings: Any, model_config: Any, memory: int) -> Pool:
         size = settings.max_total_tokens * per_token
         return Pool(size, size, f"a KV pool of {settings.max_total_tokens} tokens ({size_text(size)})")
     context = model_config.context_len
-    longest = context * per_token
+    longest = -(-context // settings.dcp_size) * per_token  # D ranks divide the tokens of a request
     target = max(longest, memory // 2)
     what = f"half of the memory, {size_text(target)}" if target > longest else f"{size_text(target)}"
     description = f"a KV pool of {what} (one request of {context} tokens needs {size_text(longest)})"

@@ -47,6 +47,17 @@ def merge(one: Part, other: Part) -> Part:
     return Part(output.to(one.output.dtype), torch.logaddexp(one.lse, other.lse))
 
 
+def merge_all(parts: Part) -> Part:
+    """Return attention over the keys of several parts, which have no key in common.
+
+    Args:
+        parts: The parts, stacked in a first dimension.
+    """
+    lse = torch.logsumexp(parts.lse, 0)
+    shares = torch.exp(parts.lse - lse).nan_to_num().unsqueeze(-1)  # -inf less -inf is not a number
+    return Part((parts.output * shares).sum(0).to(parts.output.dtype), lse)
+
+
 def add_sinks(part: Part, sinks: torch.Tensor) -> Part:
     """Return attention in which each head has one more key: its score is the head's sink, and its value is 0.
 

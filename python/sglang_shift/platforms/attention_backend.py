@@ -7,17 +7,16 @@ sliding windows. It computes no row of a cached prefix, and decodes requests of 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from sglang_shift.platforms.attention import Part, add_sinks, attend, attend_batch
-from sglang_shift.platforms.cpu import ATTENTION
 from sglang_shift.seams import extends
 
 # Where keys are in a pool: slots in any order, or a slice if the slots are consecutive. A slice needs no copy.
@@ -138,12 +137,22 @@ class CpuAttentionBackend(AttentionBackend):
             A part with ``output`` ``[requests, heads, value width]`` and ``lse`` ``[requests, heads]``.
         """
         query, sinks = self._prepare(q, k, v, layer, batch, save_kv_cache, **kwargs)
+        part = self._attend_together(query, self._together(layer, batch), layer)
+        return part if sinks is None else add_sinks(part, sinks)
+
+    def _attend_together(self, query: torch.Tensor, groups: list[Together], layer: Any) -> Part:
+        """Attention of one token for each request. A request that is in no group has no keys.
+
+        Args:
+            query: ``[requests, heads, width]``. Heads that share keys are neighbours.
+            groups: The requests and their keys.
+            layer: SGLang's attention layer.
+        """
         requests, heads, width = query.shape
         keys, values = self._buffers(layer)
-        groups = self._together(layer, batch)
         parts = []
         for group in groups:
-            members = query if len(groups) == 1 else query[group.members]
+            members = query if len(group.members) == requests else query[group.members]
             key, value = gather(keys, values, group.slots, query.dtype)
             together, kv_heads = members.shape[0], key.shape[1]
             part = attend_batch(
@@ -155,13 +164,12 @@ class CpuAttentionBackend(AttentionBackend):
                 visible=group.visible,
             )
             parts.append(Part(part.output.reshape(together, heads, -1), part.lse.reshape(together, heads)))
-        if len(parts) == 1:
-            part = parts[0]
-        else:
-            part = Part(query.new_empty(requests, heads, layer.v_head_dim), no_lse(query))
-            for group, own in zip(groups, parts, strict=True):
-                part.output[group.members], part.lse[group.members] = own
-        return part if sinks is None else add_sinks(part, sinks)
+        if len(groups) == 1 and len(groups[0].members) == requests:
+            return parts[0]
+        whole = Part(query.new_zeros(requests, heads, layer.v_head_dim), no_lse(query))
+        for group, own in zip(groups, parts, strict=True):
+            whole.output[group.members], whole.lse[group.members] = own
+        return whole
 
     def _prepare(
         self,
@@ -184,9 +192,12 @@ class CpuAttentionBackend(AttentionBackend):
         if k_rope is not None:
             k = torch.cat([k, k_rope.view(k.shape[0], 1, -1)], -1)
         if save_kv_cache and k is not None and v is not None:
-            slots = batch.encoder_out_cache_loc if layer.is_cross_attention else batch.out_cache_loc
-            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(slots, self.window_slots_of_new), k, v)
+            self._write(k, v, layer, batch)
         return q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim), sinks
+
+    def _write(self, k: torch.Tensor, v: torch.Tensor, layer: Any, batch: Any) -> None:
+        slots = batch.encoder_out_cache_loc if layer.is_cross_attention else batch.out_cache_loc
+        self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(slots, self.window_slots_of_new), k, v)
 
     def _buffers(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
         pool = self.token_to_kv_pool
@@ -232,17 +243,12 @@ class CpuAttentionBackend(AttentionBackend):
         if place not in self.slots:
             starts, counts = self._spans(layer, batch, window)
             table, rows = self.req_to_token_pool.req_to_token, batch.req_pool_indices
-            groups = []
-            for members in similar(counts.tolist()):
-                member = torch.tensor(members, device=rows.device)
-                count, start = counts[member].unsqueeze(1), starts[member].unsqueeze(1)
-                key = torch.arange(int(count.max()), device=rows.device)
-                visible = None
-                if int(count.min()) < key.shape[0]:
-                    visible = (key < count)[:, None, None]
-                slots = table[rows[member].unsqueeze(1), start + torch.minimum(key, count - 1)]
-                slots = self._translated(slots) if translate else slots
-                groups.append(Together(member, sliced(slots.reshape(-1)), visible))
+
+            def slots_at(member: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+                slots = table[rows[member].unsqueeze(1), starts[member].unsqueeze(1) + key]
+                return self._translated(slots) if translate else slots
+
+            groups = grouped(counts, slots_at)
             self.slots[place] = groups
         return self.slots[place]
 
@@ -295,6 +301,26 @@ def similar(counts: list[int]) -> list[list[int]]:
         else:
             groups.append([index])
     return [sorted(group) for group in groups]
+
+
+def grouped(counts: torch.Tensor, slots_at: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> list[Together]:
+    """The requests that have keys, in groups of similar lengths.
+
+    Args:
+        counts: ``[requests]``, the number of keys of each request.
+        slots_at: Gets indices of requests, ``[members]``, and which keys to read of each, ``[members, keys]``. Returns
+            the slots of these keys, ``[members, keys]``.
+    """
+    present = counts.nonzero()[:, 0]
+    groups = []
+    for members in similar(counts[present].tolist()):
+        member = present[members]
+        count = counts[member].unsqueeze(1)
+        key = torch.arange(int(count.max()), device=counts.device)
+        visible = (key < count)[:, None, None] if int(count.min()) < key.shape[0] else None
+        slots = slots_at(member, torch.minimum(key, count - 1))
+        groups.append(Together(member, sliced(slots.reshape(-1)), visible))
+    return groups
 
 
 def gather(
@@ -358,8 +384,3 @@ def refuse_unknown(layer: Any, others: dict[str, Any]) -> None:
             f"attention layer {layer.layer_id} needs {', '.join(missing)}, which the CPU platform's attention backend "
             "does not have; serve this model on a GPU"
         )
-
-
-def register() -> None:
-    """Put the backend into SGLang's registry."""
-    register_attention_backend(ATTENTION)(CpuAttentionBackend)

@@ -112,13 +112,13 @@ class ShiftCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def init_backend(self) -> None:
         """Prepare a rank's process, of a stock server too. SGLang calls this while it imports its model runner."""
-        from sglang_shift.platforms import attention_backend, fallbacks
+        from sglang_shift.platforms import fallbacks, token_shards
         from sglang_shift.platforms.lora import CpuLoRAManager
 
         register_collectives()
         put_in_place(keep_config)
         put_in_place(CpuLoRAManager)
-        attention_backend.register()
+        token_shards.register()
         fallbacks.register()
 
 
@@ -193,7 +193,8 @@ def share_cores(ranks: int) -> None:
 def kv_pool_tokens(server_args: Any, ranks: int) -> int:
     """Return the tokens that fit into each rank's KV pool, if all local ranks share :data:`KV_FRACTION` of free memory.
 
-    If ``--mem-fraction-static`` is given, it replaces that fraction.
+    If ``--mem-fraction-static`` is given, it replaces that fraction. If D ranks divide the tokens of a request, a pool
+    of 1/D of them is as large.
     """
     from sglang.srt.arg_groups.overrides import model_config_of
 
@@ -201,7 +202,7 @@ def kv_pool_tokens(server_args: Any, ranks: int) -> int:
     per_token = kv_width(config, server_args.tp_size) * config.num_hidden_layers * config.dtype.itemsize
     fraction = server_args.mem_fraction_static or KV_FRACTION
     fits = int(psutil.virtual_memory().available * fraction / ranks / per_token)
-    return min(fits, KV_MAX_REQUESTS * config.context_len)
+    return min(fits, -(-KV_MAX_REQUESTS * config.context_len // server_args.dcp_size))
 
 
 def kv_width(config: Any, tp_size: int) -> int:

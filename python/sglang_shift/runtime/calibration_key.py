@@ -55,6 +55,8 @@ def settings_of(scheduler: Any, chunk: int, places: Sequence[str]) -> dict[str, 
         "environment": communication_environment(),
         **{name: resolution_result(scheduler.server_args, name) for name in SERVER_ARGS},
     }
+    if (shards := resolution_result(scheduler.server_args, "dcp_size", 1)) > 1:
+        settings["kv_shards"] = shards
     if scheduler.shift_width > 1:
         settings["verify_width"] = scheduler.shift_width
     if sizes := runner.graphs.captured_sizes():

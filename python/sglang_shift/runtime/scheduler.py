@@ -36,6 +36,7 @@ from sglang_shift.runtime.admission import NO_TOKENS, replace_input_embeds
 from sglang_shift.runtime.calibrator import Calibrator
 from sglang_shift.runtime.chunk_sizer import ChunkSizer
 from sglang_shift.runtime.internal_state import ShiftInternalState
+from sglang_shift.runtime.kv_report import kv_report
 from sglang_shift.runtime.mode_check import ModeCheck
 from sglang_shift.runtime.rank_consensus import same_everywhere
 from sglang_shift.runtime.reporter import ShiftOutputStreamer, StepReporter
@@ -352,6 +353,7 @@ class ShiftScheduler(Scheduler):
             "exchanged_bytes": self.shift_exchange_counter.bytes_sent,
             "weight_bytes": report.total,
             "weight_bytes_beyond_base": report.beyond_base,
+            **kv_report(runner),
             "graphs": runner.graphs.report(),
             "chunks": self.shift_chunks.report(),
         }

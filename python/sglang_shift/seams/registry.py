@@ -40,6 +40,7 @@ MODULES = (
     "sglang_shift.platforms.fallbacks",
     "sglang_shift.platforms.lora",
     "sglang_shift.platforms.speculation",
+    "sglang_shift.platforms.token_shards",
     "sglang_shift.runtime.admission",
     "sglang_shift.runtime.calibrator",
     "sglang_shift.runtime.internal_state",

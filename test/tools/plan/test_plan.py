@@ -162,6 +162,11 @@ class TestMemory:
         assert held.tokens == held.pool // held.kv_per_token
         assert memory(FP8, H200, RankLayout(8, 1), 8192, "fp8").kv_per_token == 80 * 128 * 2
 
+    def test_gpus_that_divide_tokens_hold_more_of_them(self):
+        one, two = (memory(FP8, H200, RankLayout(8, 1), 8192, token_shards=count) for count in (1, 2))
+        assert two.pool == one.pool and two.kv_per_token == one.kv_per_token
+        assert two.tokens == 2 * one.tokens
+
     def test_larger_chunks_and_larger_s_leave_less(self):
         tokens = [memory(FP8, H200, RankLayout(8, sp), 8192).tokens for sp in (1, 2, 4, 8)]
         assert tokens == sorted(tokens, reverse=True)

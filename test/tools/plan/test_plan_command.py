@@ -65,6 +65,18 @@ class TestCommand:
         assert "(fp8, KV cache in fp8) on 1 x H200" in printed
         assert "--kv-cache-dtype fp8_e4m3" in printed
 
+    def test_a_cache_that_is_divided_by_token(self, tmp_path, capsys):
+        arguments = ["--model", str(config(tmp_path, num_key_value_heads=1)), "--gpus", "2xH200", "--rate", "5"]
+        assert command.main([*arguments, "--requests", "5", "--prompt", "100", "--dcp-size", "auto"]) == 0
+        printed = capsys.readouterr().out
+        assert ("--dcp-size 2 --attention-backend triton" in printed) is ("of P = 2 GPUs" in printed.splitlines()[4])
+
+    @pytest.mark.parametrize("text", ["0", "9", "half"])
+    def test_numbers_of_gpus_that_cannot_divide_it(self, text, capsys):
+        with pytest.raises(SystemExit):
+            command.parse(["--check", "--dcp-size", text])
+        assert "is not a whole number from 1 to 8" in capsys.readouterr().err
+
     @pytest.mark.parametrize("copies", ["sharded", "replicated"])
     def test_a_mixture_of_experts(self, tmp_path, capsys, copies):
         file = known_config(tmp_path, "Qwen3-30B-A3B")

@@ -13,7 +13,16 @@ from sglang_shift.tools.plan import report
 from sglang_shift.tools.plan.hardware import gpus
 from sglang_shift.tools.plan.memory import memory
 from sglang_shift.tools.plan.model import Model
-from sglang_shift.tools.plan.search import CHUNKS, RATIO_ERROR, Candidate, offered_load, search, serve, thresholds
+from sglang_shift.tools.plan.search import (
+    CHUNKS,
+    RATIO_ERROR,
+    Candidate,
+    offered_load,
+    search,
+    serve,
+    thresholds,
+    token_shards_of,
+)
 from sglang_shift.tools.plan.step_time import StepTimes
 from sglang_shift.tools.published import TARGETS
 
@@ -49,6 +58,28 @@ class TestServing:
         for threshold in found:
             assert any(threshold + 1 == tokens for phase in costs.attention for tokens, _ in costs.crossovers(phase))
         assert thresholds(StepTimes(FP8, H200, RankLayout(8, 1)).cost_model()) == []
+
+
+class TestTokenShards:
+    FOUR = replace(FP8, layer=replace(FP8.layer, kv_heads=4))
+
+    @pytest.mark.parametrize(("asked", "expected"), [(1, [1, 1, 1, 1]), ("auto", [1, 1, 1, 2]), (2, [1, 1, 1, 2])])
+    def test_layouts_for_which_it_is_not_possible_have_one(self, asked, expected):
+        assert [token_shards_of(self.FOUR, ranks, asked) for ranks in (1, 2, 4, 8)] == expected
+
+    def test_a_plan_has_the_flags_and_the_tokens(self):
+        requests = [Request(i / 4, 20_000, 20) for i in range(12)]
+        plans = [search(self.FOUR, H200, 8, requests, dcp_size=asked) for asked in (1, "auto")]
+        by_layout = [{o.candidate.layout: o.memory.tokens for o in plan.layouts} for plan in plans]
+        for layout, tokens in by_layout[0].items():
+            assert by_layout[1][layout] == tokens * (2 if layout.world_size == 8 else 1)
+        for trial in plans[1].layouts:
+            flags = report.flags(trial.candidate, trial.memory, "/models/llama", "bfloat16")
+            assert (
+                (flags[flags.index("--dcp-size") :][:2] == ["--dcp-size", "2"])
+                if trial.candidate.token_shards > 1
+                else "--dcp-size" not in flags
+            )
 
 
 class TestSearch:

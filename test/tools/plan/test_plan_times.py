@@ -184,6 +184,26 @@ class TestElementwise:
         assert count(architecture="Qwen3ForCausalLM") == pytest.approx(6)
 
 
+class TestTokenShards:
+    LAYER = replace(SMALL, kv_heads=2)  # on 8 GPUs, four have the same KV head
+
+    @pytest.mark.parametrize("shards", [2, 4])
+    def test_a_decode_moves_queries_and_partial_outputs(self, shards):
+        """Two collectives a layer, of buffers with D * T heads: queries, and outputs with 4 bytes more."""
+        on = gpu(all_to_alls={n: Curve((1, 1 << 30), (1.0, float(1 << 30))) for n in (2, 4, 8)})
+        alone, divided = (times(on, 8, 1, self.LAYER, token_shards=count) for count in (1, shards))
+        for tokens in (1, 16):
+            more = divided.seconds(Mode.TP, "decode", tokens) - alone.seconds(Mode.TP, "decode", tokens)
+            assert more == pytest.approx(3 * shards * tokens * (8 * 2 + 8 * 2 + 4))
+            assert divided.seconds(Mode.TP, "prefill", tokens) == alone.seconds(Mode.TP, "prefill", tokens)
+
+    def test_a_rank_reads_a_part_of_the_keys_of_a_decode(self):
+        on = gpus()["H200"]
+        alone, divided = (times(on, 8, 8, self.LAYER, token_shards=count) for count in (1, 4))
+        assert divided.attention("decode") == pytest.approx(alone.attention("decode") / 4)
+        assert divided.attention("prefill") == alone.attention("prefill")
+
+
 def sparse_times(on, world_size=1, sp_size=1, copies="sharded", weights=None, latent=None, shared=0):
     """Two dense layers, and one with 16 experts of 64 of which 2 compute a token."""
     decoder = Decoder(SMALL, 3, 1024, experts=Experts(16, 2, 64, 1, shared), latent=latent)

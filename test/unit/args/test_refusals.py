@@ -162,7 +162,7 @@ def test_refused_at_resolution(flags, message):
 
 
 ASKING = {
-    "pp_size": 2, "attn_dp_size": 2, "dcp_size": 2, "attn_cp_size": 2, "enable_layernorm_sp": True,
+    "pp_size": 2, "attn_dp_size": 2, "attn_cp_size": 2, "enable_layernorm_sp": True,
     "enable_attn_tp_input_scattered": True, "moe_a2a_backend": "deepep", "ep_size": 2,
     "enable_return_routed_experts": True,
     "enable_two_batch_overlap": True, "enable_pdmux": True,

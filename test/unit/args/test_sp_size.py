@@ -198,7 +198,7 @@ def test_the_pool_of_the_cpu_platform(monkeypatch):
     """It has 0.4 of the free memory, here half for each of two ranks, and at most 64 requests of the full context."""
     from sglang.srt.arg_groups import overrides
 
-    args = SimpleNamespace(mem_fraction_static=None, tp_size=2)
+    args = SimpleNamespace(mem_fraction_static=None, tp_size=2, dcp_size=1)
 
     def tokens(model, free):
         monkeypatch.setattr(cpu.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
@@ -211,6 +211,10 @@ def test_the_pool_of_the_cpu_platform(monkeypatch):
     )  # fmt: skip
     assert tokens(model, 1_000_000) == 200_000 // (2 * 2 * 4 * 8 * 2)
     assert tokens(model, 10**12) == 64 * 128
+    args.dcp_size = 4
+    assert tokens(model, 10**12) == 64 * 128 // 4, "of each rank; four ranks hold a request"
+    assert tokens(model, 1_000_000) == 200_000 // (2 * 2 * 4 * 8 * 2), "the memory of a rank is as large"
+    args.dcp_size = 1
     model.__dict__.update(attention_arch=AttentionArch.MLA, kv_lora_rank=32, qk_rope_head_dim=8)
     assert tokens(model, 1_000_000) == 200_000 // (2 * 40 * 2)
 
@@ -256,7 +260,13 @@ def test_what_to_give_where_the_weights_fit_and_the_pool_does_not():
 
 
 def settings(**fields):
-    plain = {"kv_cache_dtype": "auto", "tp_size": 8, "max_total_tokens": None, "mem_fraction_static": 0.8}
+    plain = {
+        "kv_cache_dtype": "auto",
+        "tp_size": 8,
+        "dcp_size": 1,
+        "max_total_tokens": None,
+        "mem_fraction_static": 0.8,
+    }
     return SimpleNamespace(**{**plain, "device": "cuda", **fields})
 
 

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sglang_shift.errors import ShiftError, print_error
+from sglang_shift.flags import AUTO
 from sglang_shift.models.sizes import REPLICATED, SHARDED
 from sglang_shift.simulate.traces import MAX_TOKENS, read_trace
 from sglang_shift.simulate.traffic import Lengths, Request, cut_window, scale, steady
 from sglang_shift.tools.plan import gaps, paper, report
-from sglang_shift.tools.plan.hardware import gpus, parse_gpus
+from sglang_shift.tools.plan.hardware import NODE, gpus, parse_gpus
 from sglang_shift.tools.plan.model import Model, read_model
 from sglang_shift.tools.plan.search import search
 
@@ -78,6 +79,15 @@ def context_length(text: str) -> int:
     return _whole(text, 2, MAX_TOKENS)
 
 
+def dcp_size(text: str) -> int | str:
+    """Parse the value of ``--dcp-size`` of the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is neither a number of GPUs nor ``auto``.
+    """
+    return AUTO if text == AUTO else _whole(text, 1, NODE)
+
+
 def _whole(text: str, least: int, most: int) -> int:
     try:
         value = int(text)
@@ -101,6 +111,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", type=Path, metavar="PATH", help="a config.json, or the folder that has one")
     add("--gpus", metavar="NxKIND", help=f"for example 8xH200; kinds: {', '.join(gpus())}")
     add("--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help="auto is bfloat16")
+    add("--dcp-size", type=dcp_size, default=1, metavar="D|auto", help="GPUs that divide a request's KV cache by token")
     add("--context-length", type=context_length, metavar="N", help="the longest sequence, if not the model's own")
     add("--experts", choices=(SHARDED, REPLICATED), default=SHARDED, help="what a rank has of the experts for SP")
     source = parser.add_mutually_exclusive_group()
@@ -172,7 +183,7 @@ def print_plan(args: argparse.Namespace) -> None:
     model = read_model(args.model, args.context_length, args.experts)
     requests, traffic = requests_of(args, model)
     kv_dtype = "fp8" if args.kv_cache_dtype == "fp8" else "bfloat16"
-    plan = search(model, gpu, count, requests, kv_dtype, progress)
+    plan = search(model, gpu, count, requests, kv_dtype, progress, args.dcp_size)
     where = f"{count} x {gpu.name}"
     print(report.text(plan, model, where, traffic), flush=True)
     if args.tbt_target:

@@ -30,6 +30,7 @@ class Memory:
         reserve: Activations and the graphs of one mode, as SGLang reserves them.
         kv_per_token: K and V of a token.
         total: The whole memory.
+        token_shards: D, the GPUs that divide the tokens of a request among them.
     """
 
     weights: int
@@ -38,6 +39,7 @@ class Memory:
     reserve: int
     kv_per_token: int
     total: int
+    token_shards: int = 1
 
     @property
     def pool(self) -> int:
@@ -47,11 +49,18 @@ class Memory:
     @property
     def tokens(self) -> int:
         """Number of tokens that the KV cache holds."""
-        return max(0, self.pool) // self.kv_per_token
+        return max(0, self.pool) // self.kv_per_token * self.token_shards
 
 
 def memory(
-    model: Model, gpu: Gpu, layout: RankLayout, chunk: int, kv_dtype: str = "bfloat16", *, shifts: bool = False
+    model: Model,
+    gpu: Gpu,
+    layout: RankLayout,
+    chunk: int,
+    kv_dtype: str = "bfloat16",
+    *,
+    shifts: bool = False,
+    token_shards: int = 1,
 ) -> Memory:
     """Compute what a GPU's memory holds.
 
@@ -62,6 +71,7 @@ def memory(
         chunk: The most prompt tokens that one step computes.
         kv_dtype: ``bfloat16`` or ``fp8``.
         shifts: Whether both modes run. Each mode then has its own graphs.
+        token_shards: D, ``--dcp-size``.
     """
     ranks = layout.world_size
     weights = _weights(model, ranks, 1)
@@ -78,6 +88,7 @@ def memory(
         int(reserve * MIB),
         model.sizes.kv_bytes_per_token(ranks, 1 if kv_dtype == "fp8" else 2),
         gpu.memory_mib * MIB,
+        token_shards,
     )
 
 

@@ -85,6 +85,8 @@ def flags(candidate: Candidate, memory: Memory, path: str, kv_dtype: str) -> lis
     if memory.graphs:
         # The server also lowers SGLang's default for a second mode's graphs (graph_memory). This value was simulated.
         arguments += ["--mem-fraction-static", f"{(memory.total - memory.reserve - memory.graphs) / memory.total:.3f}"]
+    if candidate.token_shards > 1:
+        arguments += ["--dcp-size", str(candidate.token_shards), "--attention-backend", "triton"]
     if layout.sp_size > 1:
         arguments += ["--sp-size", str(layout.sp_size)]
         if candidate.shifts:
@@ -98,6 +100,8 @@ def _words(candidate: Candidate, gpus: int) -> str:
     layout, n = candidate.layout, candidate.replicas
     replicas = "one replica" if n == 1 else f"{n} replicas"
     modes = f"S = {layout.sp_size}, policy {candidate.policy}" if layout.sp_size > 1 else "TP alone"
+    if candidate.token_shards > 1:
+        modes += f", KV cache divided by token over D = {candidate.token_shards}"
     idle = f", {left} of {gpus} GPUs idle" if (left := _idle(candidate, gpus)) else ""
     return f"{replicas} of P = {layout.world_size} GPUs, {modes}, chunks of {candidate.chunk} tokens{idle}"
 

@@ -14,6 +14,8 @@ from itertools import cycle, islice
 
 from sglang_shift.cost.model import PHASES, CostModel
 from sglang_shift.errors import ShiftError
+from sglang_shift.flags import AUTO
+from sglang_shift.models.token_shards import most_token_shards
 from sglang_shift.modes import MODES, Mode, ShiftPolicy
 from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.policy.builtin import Calibrated, FixedMode, TokenThreshold
@@ -47,12 +49,14 @@ class Candidate:
         replicas: Number of replicas.
         chunk: ``--chunked-prefill-size``.
         policy: ``tp``, ``sp``, ``calibrated`` or ``tokens N``.
+        token_shards: ``--dcp-size``.
     """
 
     layout: RankLayout
     replicas: int
     chunk: int = CHUNK
     policy: str = "tp"
+    token_shards: int = 1
 
     @property
     def shifts(self) -> bool:
@@ -149,6 +153,14 @@ def layouts(model: Model, gpus: int) -> Iterator[tuple[RankLayout, int]]:
                 yield RankLayout(ranks, sp), gpus // ranks
 
 
+def token_shards_of(model: Model, ranks: int, dcp_size: int | str) -> int:
+    """Return D on P ranks: the number that was asked for, or the most with ``auto``. If it is not possible, 1."""
+    if model.decoder.latent:
+        return 1
+    most = most_token_shards(model.layer.attention, ranks)
+    return most if dcp_size == AUTO else int(dcp_size) if most % int(dcp_size) == 0 else 1
+
+
 def policy_of(name: str, costs: CostModel, chunk: int) -> ShiftPolicy:
     """Return the policy that a candidate names."""
     if name == "calibrated":
@@ -189,6 +201,7 @@ def search(
     requests: Sequence[Request],
     kv_dtype: str = "bfloat16",
     progress: Callable[[str], None] = lambda _: None,
+    dcp_size: int | str = 1,
 ) -> Plan:
     """Find the best way to serve.
 
@@ -199,6 +212,7 @@ def search(
         requests: The traffic, at least one request.
         kv_dtype: The dtype of the KV cache: ``bfloat16`` or ``fp8``.
         progress: Called with the description of each candidate before it is tried.
+        dcp_size: ``--dcp-size``. Layouts for which it is not possible have 1.
 
     Raises:
         ShiftError: no layout fits.
@@ -207,7 +221,10 @@ def search(
     flood = [replace(r, time=0.0) for r in islice(cycle(requests), PEAK_REQUESTS)]
 
     def attempt(candidate: Candidate, costs: CostModel) -> Trial:
-        gpu_memory = memory(model, gpu, candidate.layout, candidate.chunk, kv_dtype, shifts=candidate.shifts)
+        gpu_memory = memory(
+            model, gpu, candidate.layout, candidate.chunk, kv_dtype,
+            shifts=candidate.shifts, token_shards=candidate.token_shards,
+        )  # fmt: skip
         if gpu_memory.tokens < longest:
             return Trial(candidate, gpu_memory, costs, {}, 0.0)
         progress(describe(candidate))
@@ -217,9 +234,10 @@ def search(
 
     trials = []
     for layout, replicas in layouts(model, gpus):
-        costs = StepTimes(model, gpu, layout, kv_dtype).cost_model()
+        shards = token_shards_of(model, layout.world_size, dcp_size)
+        costs = StepTimes(model, gpu, layout, kv_dtype, token_shards=shards).cost_model()
         policy = "calibrated" if layout.sp_size > 1 else "tp"
-        trials.append(attempt(Candidate(layout, replicas, policy=policy), costs))
+        trials.append(attempt(Candidate(layout, replicas, policy=policy, token_shards=shards), costs))
     if not any(trial.metrics for trial in trials):
         largest = max(trials, key=lambda o: o.memory.tokens)
         raise ShiftError(
@@ -256,5 +274,5 @@ def describe(candidate: Candidate) -> str:
     layout = candidate.layout
     return (
         f"{candidate.replicas} x (P={layout.world_size}, S={layout.sp_size}), chunk {candidate.chunk}, "
-        f"policy {candidate.policy}"
+        f"policy {candidate.policy}" + (f", --dcp-size {candidate.token_shards}" if candidate.token_shards > 1 else "")
     )

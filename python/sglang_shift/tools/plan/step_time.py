@@ -19,6 +19,9 @@ from sglang_shift.tools.plan.model import Model
 TOKENS = tuple(sorted({1, *(n * 2**i for i in range(14) for n in (2, 3))}))
 """Numbers of tokens for which step times are computed. Times in between are interpolated."""
 
+LSE = 4
+"""Bytes of the log-sum-exp of a partial output."""
+
 Parts = dict[str, float]
 
 
@@ -50,15 +53,22 @@ class StepTimes:
         layout: The number of GPUs and their groups. S = 1 is TP alone.
         kv_dtype: The dtype of the KV cache: ``bfloat16`` or ``fp8``.
         engine: The engine's own times. None means SGLang, whose scheduler works while the GPU does.
+        token_shards: D, the GPUs that divide the tokens of a request among them (``--dcp-size``).
 
     Raises:
         ShiftError: the model cannot be divided in this way.
     """
 
     def __init__(
-        self, model: Model, gpu: Gpu, layout: RankLayout, kv_dtype: str = "bfloat16", engine: Engine | None = None
+        self,
+        model: Model,
+        gpu: Gpu,
+        layout: RankLayout,
+        kv_dtype: str = "bfloat16",
+        engine: Engine | None = None,
+        token_shards: int = 1,
     ) -> None:
-        self.model, self.gpu, self.layout = model, gpu, layout
+        self.model, self.gpu, self.layout, self.token_shards = model, gpu, layout, token_shards
         self.kv_dtype, self.engine = kv_dtype, engine or Engine()
         decoder, weights = model.decoder, model.format
         decoder.check(layout.world_size)
@@ -70,8 +80,13 @@ class StepTimes:
         return sum(self.parts(mode, phase, tokens).values()) + self.engine.step
 
     def attention(self, phase: str) -> float:
-        """Return the seconds per pair of a query token and a KV-cache token, in all layers and in both modes."""
-        return self.model.layers * self.block.seconds_per_pair(phase, self.gpu, self.kv_dtype)
+        """Return the seconds per pair of a query token and a KV-cache token, in all layers and in both modes.
+
+        D ranks share the pairs of a decode, and each computes D times as many heads. The time of a decode is that of
+        reading keys, so it becomes 1/D. The arithmetic of a prefill stays the same.
+        """
+        seconds = self.model.layers * self.block.seconds_per_pair(phase, self.gpu, self.kv_dtype)
+        return seconds / self.token_shards if phase == "decode" else seconds
 
     def parts(self, mode: Mode, phase: str, tokens: int) -> Parts:
         """Return the seconds by kind of work, in all layers, embedding and LM head.
@@ -86,6 +101,8 @@ class StepTimes:
         attention = self.gpu.prefill_attention if phase == "prefill" else self.gpu.decode_attention[self.kv_dtype]
         outputs = tokens if phase == "decode" else 1
         communication = self._over_layers(lambda mlp: self._layer_communication(rows, sp, mlp))
+        if phase == "decode":
+            communication += self.model.layers * self._token_shard_communication(tokens)
         elementwise = self._over_layers(lambda mlp: self._elementwise(tokens, rows, sp, mlp))
         return {
             "gemm": self._over_layers(lambda mlp: self._gemms(rows, sp, mlp)) + self._head_gemm(outputs),
@@ -135,6 +152,17 @@ class StepTimes:
             seconds += sum(self.gpu.all_reduce(base, size) for size in messages.all_reduces)
             seconds += sum(self.gpu.all_to_all(sp, size) for size in messages.all_to_alls)
         return seconds
+
+    def _token_shard_communication(self, tokens: int) -> float:
+        """Return the seconds of what a decode's layer moves if D ranks divide the tokens of its requests.
+
+        These are two collectives: a gather of the queries, and an all-to-all of partial outputs with their log-sum-exp
+        in float32. A chunk of a prompt without a prefix moves nothing. What moves for a prefix is left out.
+        """
+        shards, heads = self.token_shards, self.model.layer.heads // self.layout.world_size
+        gathered = shards * tokens * heads
+        widths = (self.model.layer.head_dim * ELEMENT, self.model.layer.head_dim * ELEMENT + LSE)
+        return sum(self.gpu.all_to_all(shards, gathered * width) for width in widths)
 
     def _ends(self, tokens: int, rows: int, outputs: int, sp: int) -> float:
         """Return the seconds of the embedding, of the gather before the LM head, and of the gather of the logits."""

@@ -1,0 +1,148 @@
+"""Choose and check D, SGLang's ``--dcp-size``: the number of ranks that divide the tokens of a KV cache."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import Any
+
+from sglang.srt.arg_groups.overrides import attention_backends_of, declare_resolution, model_config_of, resolving_view
+from sglang.srt.configs.model_config import AttentionArch
+
+from sglang_shift.args.feature import Feature
+from sglang_shift.errors import Refusal
+from sglang_shift.flags import AUTO
+from sglang_shift.models.families import FAMILIES
+from sglang_shift.models.heads import Heads
+from sglang_shift.models.token_shards import check_token_shards, most_token_shards
+
+logger = logging.getLogger(__name__)
+
+BACKEND = "triton"
+"""The attention backend that has token shards: SGLang's on a GPU, and ours on a CPU, where it has the same name."""
+
+NOT_A_COUNT = Refusal(
+    "--dcp-size {value} is neither a whole number of ranks nor 'auto'",
+    "The value is an int or 'auto', from Python too.",
+)
+NEEDS_SP = Refusal(
+    "--dcp-size auto needs --sp-size or --enable-shift-parallel; without them give a number",
+    "Without our flags all is stock SGLang, and SGLang takes numbers only.",
+)
+OTHER_BACKEND = Refusal(
+    "--dcp-size {D} needs --attention-backend triton, and the attention backend is {backend}; give both, or leave "
+    "--dcp-size out",
+    "Other backends write each token on all ranks, at places that other tokens have, and SGLang does not refuse it.",
+)
+LATENTS = Refusal(
+    "--dcp-size {D} is not served with latent attention (MLA), as in {name}; leave it out",
+    "SGLang's code for it is in single backends of its own, and has not been tested with SP steps.",
+)
+OTHER_LAYERS = Refusal(
+    "--dcp-size {D} is not served for {name}, because {reason}; leave it out",
+    "Layers with a sliding window, with a state in place of keys or with an encoder's keys have caches of their own, "
+    "which SGLang does not divide.",
+)
+
+FEATURES = (
+    Feature("--enable-hierarchical-cache", lambda a: a.enable_hierarchical_cache,
+     "its copies on the host are not divided by token"),
+    Feature("--enable-lmcache", lambda a: a.enable_lmcache, "its copies are not divided by token"),
+    Feature("--enable-hisparse", lambda a: a.enable_hisparse, "its copies on the host are not divided by token"),
+    Feature("--enable-unified-memory", lambda a: a.enable_unified_memory, "its pool is divided for MLA only"),
+    Feature("--enable-kv-cache-sharding", lambda a: a.enable_kv_cache_sharding, "it divides the same pool by page"),
+    Feature("--kv-cache-dtype with 4 bits", lambda a: str(a.kv_cache_dtype).startswith(("fp4", "nvfp4", "mxfp4")),
+     "SGLang cannot write single tokens of such a cache"),
+    Feature("--enable-deterministic-inference", lambda a: a.enable_deterministic_inference,
+     "the sums of attention are ordered by rank"),
+    Feature("--speculative-algorithm", lambda a: a.speculative_algorithm is not None,
+     "drafts are verified with a mask, and their keys move between slots"),
+    Feature("--disaggregation-mode", lambda a: a.disaggregation_mode not in (None, "null"),
+     "the transfer of such a cache has not been tested"),
+)  # fmt: skip
+FEATURE_CONFLICT = Refusal(
+    "{feature} cannot be combined with --dcp-size {D}: {reason}; leave one of them out",
+    "Each of these features has its own reason.",
+)
+
+
+def parse_dcp_size(text: str) -> int | str:
+    """Parse the value of ``--dcp-size`` from a command line or a ``--config`` file.
+
+    Raises:
+        argparse.ArgumentTypeError: the value is neither a whole number nor ``auto``.
+    """
+    if text.strip() == AUTO:
+        return AUTO
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a whole number of ranks nor '{AUTO}'") from None
+
+
+def resolve_dcp_size(server_args: Any, *, uses_sp: bool) -> None:
+    """Replace ``auto`` by the number of ranks that hold the same KV heads, and check other features.
+
+    SGLang's own checks compare the number, so this comes before them.
+
+    Raises:
+        Refused: the value is not possible, or a feature does not combine with it.
+    """
+    settings = resolving_view(server_args)
+    count = settings.dcp_size
+    if count != AUTO and (not isinstance(count, int) or isinstance(count, bool)):
+        raise NOT_A_COUNT(value=repr(count))
+    if count == AUTO:
+        if not uses_sp:
+            raise NEEDS_SP()
+        count = most_token_shards(heads_of(model_config_of(server_args)), settings.tp_size)
+        declare_resolution(server_args, "sglang_shift", dcp_size=count)
+        logger.info("sglang_shift: --dcp-size auto: D=%d is the number of ranks that hold the same KV head", count)
+    if uses_sp and count > 1:
+        for feature in FEATURES:
+            if feature.is_requested(settings):
+                raise FEATURE_CONFLICT(feature=feature.name, reason=feature.why, D=count)
+
+
+def heads_of(model_config: Any) -> Heads:
+    """The heads of a model. Latents (MLA) are not divided by heads, so they count as one KV head of each query head."""
+    if model_config.attention_arch == AttentionArch.MLA:
+        return Heads(model_config.num_attention_heads, model_config.num_attention_heads)
+    return Heads(model_config.num_attention_heads, model_config.get_total_num_kv_heads())
+
+
+def check_dcp_size(settings: Any, model_config: Any) -> None:
+    """Check that ranks can divide the tokens of this model's KV cache.
+
+    Args:
+        settings: A view of the resolved server arguments.
+        model_config: SGLang's configuration of the model.
+
+    Raises:
+        Refused: they cannot, or the attention backend would not.
+    """
+    count = settings.dcp_size
+    if count == 1:
+        return
+    name = (getattr(model_config.hf_config, "architectures", None) or ["this model"])[0]
+    if model_config.attention_arch == AttentionArch.MLA:
+        raise LATENTS(D=count, name=name)
+    check_token_shards(heads_of(model_config), settings.tp_size, count)
+    if reason := other_layers(model_config, name):
+        raise OTHER_LAYERS(D=count, name=name, reason=reason)
+    if others := sorted({str(backend) for backend in attention_backends_of(settings)} - {BACKEND}):
+        raise OTHER_BACKEND(D=count, backend=" and ".join(others))
+
+
+def other_layers(model_config: Any, name: str) -> str | None:
+    """Why the KV cache of a model is not divided by token, as a clause, or None."""
+    if getattr(model_config, "is_encoder_decoder", False):
+        return "its decoder reads the keys of an encoder"
+    if name in FAMILIES:
+        return None  # no class of these applies a window
+    kinds = set(getattr(model_config.hf_config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds:
+        return f"it has layers of type {' and '.join(sorted(map(str, kinds)))}"
+    if getattr(model_config, "is_hybrid_swa", False):
+        return "it has layers with a sliding window"
+    return None

@@ -1,0 +1,206 @@
+"""Attention over KV caches that ranks divide by token, against attention of one rank that has all of it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from harness import GlooGroup, run_ranks
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang_shift.platforms.attention import add_sinks, attend
+from sglang_shift.platforms.kv_move import Move
+from sglang_shift.platforms.token_shards import TokenShardedBackend, TokenShards
+
+HEADS, WIDTH, VALUE_WIDTH, SLOTS, SCALE = 8, 16, 8, 2048, 0.3
+# (prefixes, new tokens) of each step, request by request. The first step has the prefixes of the radix cache written.
+STEPS = [
+    ([0, 0, 0, 0], [1, 2, 65, 130]),
+    ([1, 2, 65, 130], [1, 1, 1, 1]),  # a decode: one rank has no token of the first request before it
+    ([2, 3, 66, 131], [1, 1, 1, 40]),  # a chunk beside decodes: queries of three, and the keys of one
+    ([3, 4, 67, 171], [70, 90, 3, 1]),
+    ([73, 94, 70, 172], [1, 1, 1, 1]),
+]
+
+
+class Pool:
+    """A rank's pool of one layer. Rows that were not written are not numbers."""
+
+    def __init__(self, rows, kv_heads, dtype):
+        self.keys = torch.full((rows, kv_heads, WIDTH), torch.nan).to(dtype)
+        self.values = torch.full((rows, kv_heads, VALUE_WIDTH), torch.nan).to(dtype)
+
+    def get_key_buffer(self, layer_id):
+        return self.keys
+
+    def get_value_buffer(self, layer_id):
+        return self.values
+
+    def set_kv_buffer(self, layer, places, k, v):
+        self.keys[places.loc], self.values[places.loc] = k.to(self.keys.dtype), v.to(self.values.dtype)
+
+
+class Requests:
+    """Four requests with their tokens, equal on all ranks, and their slots in pages of D."""
+
+    def __init__(self, kv_heads, shards, shared=0):
+        generator = torch.Generator().manual_seed(3)
+        self.q = torch.randn(4, 200, HEADS, WIDTH, generator=generator)
+        self.k = torch.randn(4, 200, kv_heads, WIDTH, generator=generator)
+        self.v = torch.randn(4, 200, kv_heads, VALUE_WIDTH, generator=generator)
+        pages = torch.randperm(SLOTS // shards - 1, generator=generator) + 1
+        pages = pages[: 4 * (200 // shards + 1)].view(4, -1)
+        self.table = (pages.unsqueeze(-1) * shards + torch.arange(shards)).flatten(1)
+        if shared:  # the third and the last request have the same prefix, in the same slots
+            assert shared % shards == 0
+            self.table[3, :shared] = self.table[2, :shared]
+            self.k[3, :shared], self.v[3, :shared] = self.k[2, :shared], self.v[2, :shared]
+
+    def batch(self, prefixes, news, mode, padding=0):
+        spans = [slice(p, p + n) for p, n in zip(prefixes, news, strict=True)]
+        slots = torch.cat([self.table[i, span] for i, span in enumerate(spans)])
+        lengths = torch.tensor(prefixes) + torch.tensor(news)
+        batch = SimpleNamespace(
+            forward_mode=mode, req_pool_indices=torch.arange(4), seq_lens=lengths,
+            out_cache_loc=torch.cat([slots, slots.new_zeros(padding)]), encoder_lens=None, spec_info=None,
+            extend_prefix_lens=torch.tensor(prefixes), extend_seq_lens=torch.tensor(news),
+        )  # fmt: skip
+        rows = [torch.cat([x[i, span] for i, span in enumerate(spans)]) for x in (self.q, self.k, self.v)]
+        return batch, [torch.cat([x, x.new_zeros(padding, *x.shape[1:])]) for x in rows]
+
+    def expected(self, prefixes, news, heads, kv_head, sinks, cap):
+        outputs = []
+        for i, (prefix, new) in enumerate(zip(prefixes, news, strict=True)):
+            end = prefix + new
+            key, value = (x[i, :end, kv_head : kv_head + 1] for x in (self.k, self.v))
+            part = attend(self.q[i, prefix:end, heads], key, value, scale=SCALE, cap=cap)
+            outputs.append(add_sinks(part, sinks[heads]).output if sinks is not None else part.output)
+        return torch.cat(outputs)
+
+
+def backend_of(requests, layer, group, dtype=torch.float32):
+    pool = Pool(SLOTS // group.world_size, layer.tp_k_head_num, dtype)
+    runner = SimpleNamespace(
+        device="cpu", req_to_token_pool=SimpleNamespace(req_to_token=requests.table), token_to_kv_pool=pool
+    )
+    return TokenShardedBackend(runner, TokenShards(group))
+
+
+def layer_of(heads, **others):
+    return RadixAttention(heads, WIDTH, SCALE, 1, layer_id=0, v_head_dim=VALUE_WIDTH, **others)
+
+
+def worst_error(rank, world, kv_heads, shards, *, sinks=None, cap=0.0, dtype=torch.float32, shared=0, padding=0):
+    """Run all steps on this rank. Return the largest error of an output, and what moved."""
+    group = GlooGroup.mine([list(range(start, start + shards)) for start in range(0, world, shards)])
+    requests = Requests(kv_heads, shards, shared)
+    per_rank, kv_head = HEADS // world, rank * kv_heads // world
+    heads = slice(rank * per_rank, (rank + 1) * per_rank)
+    layer = layer_of(per_rank, logit_cap=cap)
+    backend = backend_of(requests, layer, group, dtype)
+    worst = torch.zeros(())
+    for prefixes, news in STEPS:
+        decode = max(news) == 1
+        extra = 0 if decode else padding
+        batch, (q, k, v) = requests.batch(prefixes, news, ForwardMode.DECODE if decode else ForwardMode.EXTEND, extra)
+        own = [x[:, [kv_head]] for x in (k, v)]
+        backend.init_forward_metadata(batch)
+        kwargs = {} if sinks is None else {"sinks": sinks[heads]}
+        output = backend.forward(q[:, heads].flatten(1), *own, layer, batch, **kwargs)
+        output = output.view(-1, per_rank, VALUE_WIDTH)
+        assert (output[output.shape[0] - extra :] == 0).all()
+        expected = requests.expected(prefixes, news, heads, kv_head, sinks, cap)
+        error = (output[: expected.shape[0]] - expected).abs().max()
+        worst = torch.maximum(worst, error.nan_to_num(torch.inf))
+    return worst.item(), backend.moves
+
+
+def check_all_steps(rank, world, kv_heads, shards, options, tolerance):
+    worst, moves = worst_error(rank, world, kv_heads, shards, **options)
+    assert worst < tolerance
+    assert moves[Move.QUERIES] > 0 and moves[Move.KEYS] > 0, "both moves are needed"
+
+
+@pytest.mark.parametrize(("world", "kv_heads", "shards"), [(2, 1, 2), (4, 2, 2), (4, 1, 2), (4, 1, 4), (8, 2, 4)])
+def test_outputs_are_those_of_one_rank(world, kv_heads, shards):
+    run_ranks(world, check_all_steps, kv_heads, shards, {}, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"sinks": torch.linspace(-2, 2, HEADS)}, {"cap": 1.5}, {"shared": 64}, {"padding": 3}],
+    ids=["sinks", "cap", "shared prefix", "rows that fill up"],
+)
+def test_what_layers_and_batches_may_have(options):
+    run_ranks(2, check_all_steps, 1, 2, options, 1e-5)
+
+
+def test_an_fp8_cache():
+    """Keys of 8 bits cross as they are stored. The error is that of their rounding."""
+    run_ranks(2, check_all_steps, 1, 2, {"dtype": torch.float8_e4m3fn}, 0.2)
+
+
+def check_wrong_heads(rank, world):
+    worst, _ = worst_error(rank, world, 2, 2)
+    assert worst > 0.1
+
+
+def test_ranks_with_different_kv_heads_give_wrong_outputs():
+    """The reason for the refusal of such a D: nothing fails, and no output is right."""
+    run_ranks(2, check_wrong_heads)
+
+
+def check_stored_once(rank, world):
+    group = GlooGroup.mine([list(range(world))])
+    requests, layer = Requests(1, world), layer_of(4)
+    backend = backend_of(requests, layer, group)
+    batch, (q, k, v) = requests.batch(*STEPS[0], ForwardMode.EXTEND)
+    backend.init_forward_metadata(batch)
+    backend.forward(q[:, :4].flatten(1), k, v, layer, batch)
+    written = int((~backend.token_to_kv_pool.keys.isnan()).all(-1).sum())
+    assert written == sum((n - rank + world - 1) // world for n in STEPS[0][1])
+    counts = torch.tensor([written])
+    group.all_reduce(counts)
+    assert counts.item() == sum(STEPS[0][1])
+
+
+def test_each_token_is_stored_on_one_rank():
+    run_ranks(4, check_stored_once)
+
+
+def check_bytes(rank, world):
+    """Bytes of one element do not fit every rank's rows of another type without padding: they still arrive whole."""
+    shards = TokenShards(GlooGroup.mine([list(range(world))]))
+    prefixes = [1, 2, 7]
+    everything = torch.arange(sum(prefixes), dtype=torch.bfloat16).view(-1, 1, 1).repeat(1, 1, 3)
+    own = [each[rank::world] for each in everything.split(prefixes)]
+    own_values = [each[..., :1].float() for each in own]
+    whole = shards.whole_prefixes(torch.cat(own), torch.cat(own_values), prefixes)
+    for (key, value), expected in zip(whole, everything.split(prefixes), strict=True):
+        assert key.dtype is torch.bfloat16 and torch.equal(key, expected)
+        assert value.dtype is torch.float32 and torch.equal(value, expected[..., :1].float())
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_prefixes_arrive_in_order(world):
+    run_ranks(world, check_bytes)
+
+
+@pytest.mark.parametrize(
+    ("layer", "kwargs", "keys", "reason"),
+    [
+        ({"sliding_window_size": 8}, {}, True, "has a sliding window"),
+        ({"is_cross_attention": True}, {}, True, "reads the keys of an encoder"),
+        ({}, {}, False, "writes no keys of its own"),
+        ({}, {"q_rope": torch.zeros(1, 4)}, True, "caches latents"),
+    ],
+)
+@pytest.mark.parametrize("method", ["extend", "decode"])
+def test_layers_that_are_refused(layer, kwargs, keys, reason, method):
+    group = SimpleNamespace(world_size=2, rank_in_group=0)
+    refused = layer_of(4, **layer)
+    backend = backend_of(Requests(1, 2), refused, group)
+    k, v = (torch.zeros(1, 1, WIDTH), torch.zeros(1, 1, VALUE_WIDTH)) if keys else (None, None)
+    with pytest.raises(NotImplementedError, match=f"{reason}; serve this model without --dcp-size"):
+        getattr(backend, method)(torch.zeros(1, 4 * WIDTH), k, v, refused, None, **kwargs)
