@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver, parent_process
 from pathlib import Path
@@ -58,10 +58,12 @@ class Outcome:
     Attributes:
         logits: The logits of each pattern, ``[rows, vocabulary]`` in float32. They are equal on all ranks.
         model_class: The class of the model that SGLang built. It may be SGLang's fallback for unknown models.
+        weight_bytes: The memory of the weights on each rank.
     """
 
     logits: dict[str, torch.Tensor]
     model_class: str
+    weight_bytes: int
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Task:
     stock: bool
     port: int
     adapter: bool = False
+    levels: tuple[int, ...] = ()
 
 
 def trial(
@@ -84,6 +87,7 @@ def trial(
     flags: Sequence[str] = (),
     stock: bool = False,
     adapter: bool = False,
+    levels: Sequence[int] = (),
     seconds: float = SECONDS,
 ) -> Outcome:
     """Serve a checkpoint with ``tp_size`` ranks, and return the logits of all steps.
@@ -96,6 +100,7 @@ def trial(
         flags: Further flags of the server.
         stock: Build SGLang's model runner, and put nothing of ours in place.
         adapter: Whether all requests have the server's first LoRA adapter.
+        levels: Levels of instances. Then the patterns are those of ``level_trial``, which runs them.
         seconds: The trial fails if it takes longer.
 
     Raises:
@@ -104,13 +109,15 @@ def trial(
     flags = ("--model-path", model_path, "--tp-size", str(tp_size), *COMMON_FLAGS, *flags)
     if not stock:
         flags += ("--sp-size", str(sp_size or tp_size), *SHIFT_FLAGS)
-    task = Task(flags, ("tp",) if stock else tuple(patterns), stock, free_port(), adapter)
+    task = Task(flags, ("tp",) if stock else tuple(patterns), stock, free_port(), adapter, tuple(levels))
     with started(task, tp_size) as ranks:
         results = ranks.results(seconds)
     first = results[0]
     for rank, other in enumerate(results):
         for pattern, logits in first.logits.items():
-            if not torch.equal(logits.nan_to_num(), other.logits[pattern].nan_to_num()):
+            # At different places of a KV pool, attention may add numbers in another order.
+            equal = difference(logits, other.logits[pattern]) < TOLERANCE if levels else False
+            if not equal and not torch.equal(logits.nan_to_num(), other.logits[pattern].nan_to_num()):
                 raise TrialError(f"rank {rank} and rank 0 computed different logits with the pattern {pattern}")
     return first
 
@@ -182,8 +189,8 @@ class Ranks:
             return f"the process ended with {self.processes[rank].exitcode}. Its log ends with:\n{self._tail()}"
         if isinstance(answer, str):
             return answer
-        arrays, model_class = answer
-        return Outcome({name: torch.from_numpy(array) for name, array in arrays.items()}, model_class)
+        arrays, *facts = answer
+        return Outcome({name: torch.from_numpy(array) for name, array in arrays.items()}, *facts)
 
     def _stacks(self, ranks: dict[int, Any]) -> str:
         """Let ranks that hang write their stacks into the log."""
@@ -226,9 +233,9 @@ def rank_main(rank: int, task: Task, pipe: Any, log: str) -> None:
     save_time()
     answer: Any
     try:
-        logits, model_class = run_rank(rank, task)
+        logits, *facts = run_rank(rank, task)
         # A tensor would be sent as a file of this process, which is about to end.
-        answer = {name: tensor.numpy() for name, tensor in logits.items()}, model_class
+        answer = {name: tensor.numpy() for name, tensor in logits.items()}, *facts
     except BaseException:
         answer = traceback.format_exc()
     with contextlib.suppress(BrokenPipeError):
@@ -265,7 +272,7 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def run_rank(rank: int, task: Task) -> tuple[dict[str, torch.Tensor], str]:
+def run_rank(rank: int, task: Task) -> tuple[dict[str, torch.Tensor], str, int]:
     """Build the model runner as a scheduler's process does, and run all patterns. Return the fields of an outcome."""
     from sglang.srt.model_loader import loader
     from sglang_shift import seams
@@ -276,9 +283,19 @@ def run_rank(rank: int, task: Task) -> tuple[dict[str, torch.Tensor], str]:
     if "dummy" in task.flags:
         loader.initialize_dummy_weights = random_shards.fill
     runner = build_runner(rank, task, server_args)
+    if task.levels:
+        import level_trial
+
+        return level_trial.run(runner, task.levels, task.patterns)
     adapter = next(iter(runner.lora_manager.lora_refs)) if task.adapter else None
     logits = {name: run_pattern(runner, trial_script.PATTERNS[name], task.stock, adapter) for name in task.patterns}
-    return logits, type(runner.model).__name__
+    return logits, type(runner.model).__name__, storage_bytes(runner.model.parameters())
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the memory of tensors. Each storage counts once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
 
 
 def resolve(task: Task) -> Any:
@@ -324,8 +341,17 @@ def build_runner(rank: int, task: Task, server_args: Any) -> Any:
     return runner
 
 
-def run_pattern(runner: Any, pattern: str, stock: bool, adapter: str | None = None) -> torch.Tensor:
-    """Run all steps from an empty KV pool, each in its mode, and return their logits."""
+def run_pattern(
+    runner: Any,
+    pattern: str,
+    stock: bool,
+    adapter: str | None = None,
+    before_step: Callable[[int, Any], None] = lambda number, batch: None,
+) -> torch.Tensor:
+    """Run all steps from an empty KV pool, each in its mode, and return their logits.
+
+    ``before_step`` gets the number of each step, and the batch of the step before.
+    """
     from sglang.benchmark import one_batch
     from sglang_shift.modes import Mode
 
@@ -334,7 +360,8 @@ def run_pattern(runner: Any, pattern: str, stock: bool, adapter: str | None = No
     runner.token_to_kv_pool_allocator.clear()
     requests: dict[int, Any] = {}
     rows, batch = [], None
-    for step, letter in zip(trial_script.steps(vocabulary), pattern, strict=True):
+    for number, (step, letter) in enumerate(zip(trial_script.steps(vocabulary), pattern, strict=True)):
+        before_step(number, batch)
         mode = Mode.SP if letter == "s" else Mode.TP
         with contextlib.nullcontext() if stock else runner.running_in(mode):
             if step.decode:
@@ -346,9 +373,9 @@ def run_pattern(runner: Any, pattern: str, stock: bool, adapter: str | None = No
             else:
                 chunk = [extended(requests, number, tokens, adapter) for number, tokens in step.tokens.items()]
                 _, logits, batch = one_batch.extend(chunk, runner)
-        for number, tokens in step.tokens.items():
+        for request, tokens in step.tokens.items():
             if step.decode:
-                requests[number].full_untruncated_fill_ids.extend(tokens)
+                requests[request].full_untruncated_fill_ids.extend(tokens)
         rows.append(logits[:, :vocabulary].float().clone())
     return torch.cat(rows)
 

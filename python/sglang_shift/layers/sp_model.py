@@ -39,6 +39,7 @@ class SpModel:
         topology: The groups that share the weights.
         replicate_experts: Whether each rank gets the experts' parts of all ranks of its SP group.
         pools: Whether the model pools, and does not generate.
+        weights: Where the base weights come from; None to gather them from the shards.
 
     Attributes:
         weights: The base weights of its linears.
@@ -50,10 +51,16 @@ class SpModel:
     """
 
     def __init__(
-        self, model: torch.nn.Module, topology: Topology, *, replicate_experts: bool = False, pools: bool = False
+        self,
+        model: torch.nn.Module,
+        topology: Topology,
+        *,
+        replicate_experts: bool = False,
+        pools: bool = False,
+        weights: BaseWeights | None = None,
     ) -> None:
         self.topology = topology
-        self.weights = BaseWeights(model, topology)
+        self.weights = weights or BaseWeights(model, topology)
         self.forwards = Forwards()
         self.projections: list[Projection] = []
         structure = Structure(model)

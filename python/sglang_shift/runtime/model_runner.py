@@ -29,6 +29,7 @@ from sglang_shift.models.families import check_class
 from sglang_shift.modes import Mode
 from sglang_shift.parallel.exchange.base import ExchangeVolume, SequenceExchange
 from sglang_shift.parallel.exchange.choose import Operands, make_exchange
+from sglang_shift.parallel.forwards import Forwards
 from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.parallel.region import scatter_tokens
 from sglang_shift.parallel.step import Step, current, run_step
@@ -49,6 +50,7 @@ class ShiftModelRunner(ModelRunner):
         topology: The topology of the next step. It may be replaced between two steps.
         sp_model: The model as SP steps run it.
         base_weights: The base weights for the topology.
+        forwards: The methods that the next SP step runs in place of SGLang's.
         exchange_volume: How much the exchanges of an SP step send.
         capture_mode: The mode of the CUDA graphs that SGLang captures now.
         graphs: The CUDA graphs of both modes.
@@ -58,6 +60,7 @@ class ShiftModelRunner(ModelRunner):
     topology: Topology
     sp_model: SpModel
     base_weights: BaseWeights
+    forwards: Forwards
     exchange_volume: ExchangeVolume
     capture_mode: Mode = Mode.TP
     graphs: ModeGraphs
@@ -93,7 +96,7 @@ class ShiftModelRunner(ModelRunner):
                 replicate_experts=config.experts == "replicated",
                 pools=not self.is_generation,
             )
-        self.base_weights = self.sp_model.weights
+        self.base_weights, self.forwards = self.sp_model.weights, self.sp_model.forwards
         self.weight_report = self.base_weights.report()
         # /server_info reports this as the memory of the weights, in GiB. The exchange takes its own memory later.
         self.weight_load_mem_usage = before - self._free_gib()
@@ -200,7 +203,7 @@ class ShiftModelRunner(ModelRunner):
 
     def step(self, mode: Mode, batch: ForwardBatch, has_exit: bool = True) -> Step:
         """Make the context of one step: see :class:`Step`."""
-        return Step(mode, self.topology, batch, self.sp_model.forwards, has_exit)
+        return Step(mode, self.topology, batch, self.forwards, has_exit)
 
     @overrides("If requests bring their own embeddings, our method keeps the rows of this rank.")
     def _extend_forward_kwargs(self, forward_batch: ForwardBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -249,6 +249,17 @@ def reserve(param: torch.nn.Parameter, topology: Topology, dim: int) -> None:
     param.shift_base = base
 
 
+def gather_whole(param: torch.nn.Parameter, topology: Topology) -> torch.Tensor:
+    """Gather all rows of ``param``, of which each rank of an SP group has a part. Collective.
+
+    The first call makes ``param`` a view of the result. A later call gathers again, in place.
+
+    Returns:
+        The rows of all ranks, in SP order. It is also ``param.shift_base``.
+    """
+    return _gather_base(param, topology, 0)
+
+
 def _shard_dim(linear: Any) -> int:
     return 0 if isinstance(linear, ColumnParallelLinear) else 1
 

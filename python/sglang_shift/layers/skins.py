@@ -1,0 +1,233 @@
+"""Skins: the model at each level. SGLang builds a model object for a level, and its parameters are views of one copy.
+
+A model object has more than weights: numbers of heads, ranges of the vocabulary, groups. SGLang computes all of them
+from the size of tensor parallelism. So SGLang itself builds the object of a level, without memory, on the device
+``meta``. Then each parameter becomes a view of the base weights, or the parameter of the model that SGLang has loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from sglang.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
+from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from sglang.srt.runtime_context import get_flags
+
+from sglang_shift.errors import Refused
+from sglang_shift.layers.sp_model import SpModel
+from sglang_shift.layers.structure import Structure
+from sglang_shift.parallel.forwards import Forwards
+from sglang_shift.parallel.level import Level
+from sglang_shift.parallel.topology import Topology
+from sglang_shift.seams import relies_on
+from sglang_shift.weights.base_weights import BaseWeight, gather_whole
+from sglang_shift.weights.level_weights import BlockOrder, BlockRows, Blocks, JoinBlocks, LevelWeights
+
+
+@dataclass(frozen=True)
+class Skin:
+    """A model at a level.
+
+    Attributes:
+        model: SGLang's model.
+        sp_model: The model as SP steps of the level run it; None at level 1, at which all steps are alike.
+    """
+
+    model: torch.nn.Module
+    sp_model: SpModel | None
+
+    @property
+    def forwards(self) -> Forwards:
+        """The methods that SP steps run in place of SGLang's."""
+        return self.sp_model.forwards if self.sp_model is not None else Forwards()
+
+
+@dataclass
+class WholeWeights:
+    """The weights of a model on each rank, as the skins share them.
+
+    To build it is a collective: each rank gathers the whole embeddings.
+
+    Args:
+        model: The model that SGLang has loaded at the highest level.
+        sp_model: The same model as SP steps run it.
+        topology: How SP steps of the whole world divide tokens, with S = P.
+
+    Attributes:
+        bases: The base weights by the names of their linears.
+        tables: The embeddings and LM heads that the ranks divide, by their names.
+
+    Raises:
+        Refused: the model has a layer that instances cannot share.
+    """
+
+    model: torch.nn.Module
+    sp_model: SpModel
+    topology: Topology
+    structure: Structure = field(init=False)
+    bases: dict[str, BaseWeight] = field(init=False)
+    tables: dict[str, VocabParallelEmbedding] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.structure = Structure(self.model)
+        self._check()
+        modules = dict(self.model.named_modules())
+        shared = self.sp_model.weights.bases
+        self.bases = {name: base for name, m in modules.items() if isinstance(base := shared.get(m), BaseWeight)}
+        self.tables = {name: m for name, m in modules.items() if _is_table(m)}
+        for name, table in self.tables.items():
+            if table.num_added_embeddings:
+                raise self.refusal(name, "has rows for adapters")
+        for parameter in self._table_parameters():
+            gather_whole(parameter, self.topology)
+
+    def _check(self) -> None:
+        for name in self.structure.experts:
+            raise self.refusal(name, "divides experts")
+        for name, module in self.model.named_modules():
+            if isinstance(module, ColumnParallelLinear | RowParallelLinear) and not isinstance(
+                self.sp_model.weights.bases.get(module), BaseWeight
+            ):
+                raise self.refusal(name, "is quantized, or is outside of the layers that SP steps run")
+
+    def refusal(self, layer: str, problem: str) -> Exception:
+        """The error for a layer that instances cannot share."""
+        return Refused(
+            f"{type(self.model).__name__} has a layer that instances cannot share: {layer} {problem}; serve this model "
+            f"without instances"
+        )
+
+    @property
+    def bytes(self) -> int:
+        """The memory of all weights on this rank. Each storage counts once."""
+        tensors = [tensor for base in self.bases.values() for tensor in base.tensors()]
+        tensors += [parameter.data for parameter in self.model.parameters()]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(storages.values())
+
+    def refresh(self) -> None:
+        """Gather all weights again, in place, after SGLang has loaded new ones at the highest level. Collective."""
+        self.sp_model.weights.refresh()
+        for parameter in self._table_parameters():
+            gather_whole(parameter, self.topology)
+
+    def _table_parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters of the tables. An LM head may have the same one as the embedding."""
+        parameters = [p for table in self.tables.values() for p in table.parameters(recurse=False)]
+        return list({id(p): p for p in parameters}.values())
+
+    def skin(self, level: Level, make: Callable[[], torch.nn.Module], *, pools: bool = False) -> Skin:
+        """Build the model of a level.
+
+        Args:
+            level: This rank's place at the level.
+            make: Makes SGLang's model on the device ``meta``.
+            pools: Whether the model pools, and does not generate.
+
+        Raises:
+            Refused: a parameter of the model depends on the level in a way that is not known.
+        """
+        world = self.topology.layout.world_size
+        if level.size == world:
+            return Skin(self.model, self.sp_model)
+        with level.scope(), get_flags().sp.override(enabled=level.size > 1):
+            model = make().eval()
+            _Binding(self, model, Blocks.of(world, level.size, level.place)).bind()
+            if level.size == 1:
+                return Skin(model, None)
+            tensors = {name: (base.weight, base.bias) for name, base in self.bases.items()}
+            weights = LevelWeights(model, level.topology, tensors)
+            return Skin(model, SpModel(model, level.topology, pools=pools, weights=weights))
+
+
+@dataclass(frozen=True)
+class _Binding:
+    """Gives a model of a level the weights of this rank."""
+
+    whole: WholeWeights
+    model: torch.nn.Module
+    blocks: Blocks
+
+    def bind(self) -> None:
+        originals = dict(self.whole.model.named_modules())
+        for name, module in self.model.named_modules():
+            original = originals.get(name)
+            if type(original) is not type(module):
+                raise self.whole.refusal(name, "exists at some levels only")
+            if name in self.whole.bases:
+                self._bind_linear(name, module, original)
+            elif name in self.whole.tables:
+                self._bind_table(name, module, original)
+            else:
+                self._share(name, module, original)
+            self._share_tensors(name, module, original)
+
+    def _bind_linear(self, name: str, linear: Any, original: Any) -> None:
+        base, dim = self.whole.bases[name], 0 if isinstance(linear, ColumnParallelLinear) else 1
+        tensors = {"weight": self.blocks.of_tensor(base.weight, dim)}
+        if base.bias is not None:
+            tensors["bias"] = self.blocks.of_tensor(base.bias, 0) if dim == 0 else base.bias
+        self._set(name, linear, tensors)
+        if self.blocks.count > 1:
+            self._add_hooks(name, linear, original)
+
+    @relies_on(
+        "sglang.srt.layers.linear:ColumnParallelLinear.forward",
+        "This method returns the product and the bias, so a hook can order the columns of the product.",
+    )
+    @relies_on(
+        "sglang.srt.layers.linear:RowParallelLinear.forward",
+        "This method takes the rows as its first argument, so a hook can join the blocks of a row.",
+    )
+    def _add_hooks(self, name: str, linear: Any, original: Any) -> None:
+        """Let a linear with several blocks return and take what SGLang's code around it expects."""
+        in_attention = name not in self.whole.structure.linears
+        if isinstance(linear, RowParallelLinear):
+            if not in_attention and linear.input_is_parallel:
+                linear.register_forward_pre_hook(JoinBlocks(linear.input_size_per_partition))
+            return
+        parts = list(original.output_partition_sizes)
+        if len(parts) == 1:
+            return  # the blocks of one part follow each other as SGLang expects
+        if linear.gather_output:
+            raise self.whole.refusal(name, "gathers an output of several parts")
+        hook = BlockOrder(parts, self.blocks.count) if in_attention else BlockRows(sum(parts))
+        linear.register_forward_hook(hook)
+
+    def _bind_table(self, name: str, table: Any, original: Any) -> None:
+        parameters = dict(original.named_parameters(recurse=False))
+        self._set(name, table, {key: self.blocks.of_tensor(p.shift_base, 0) for key, p in parameters.items()})
+
+    def _set(self, name: str, module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+        """Replace all parameters of a module by views."""
+        parameters = {key: p for key, p in module._parameters.items() if p is not None}
+        shapes = {key: tensor.shape for key, tensor in tensors.items()}
+        if shapes != {key: parameter.shape for key, parameter in parameters.items()}:
+            raise self.whole.refusal(name, "has weights of other shapes than its blocks have")
+        for key, tensor in tensors.items():
+            module._parameters[key] = torch.nn.Parameter(tensor, requires_grad=False)
+
+    def _share(self, name: str, module: torch.nn.Module, original: torch.nn.Module) -> None:
+        """Let both modules have the same parameters: those that every rank has whole."""
+        for key, parameter in module._parameters.items():
+            whole = original._parameters[key]
+            if (parameter is None) != (whole is None) or (whole is not None and parameter.shape != whole.shape):
+                raise self.whole.refusal(name, f"divides its parameter {key!r} among the ranks")
+            module._parameters[key] = whole
+
+    def _share_tensors(self, name: str, module: torch.nn.Module, original: torch.nn.Module) -> None:
+        """Let both modules have the same tensors besides their parameters."""
+        for mine, theirs in ((module._buffers, original._buffers), (vars(module), vars(original))):
+            for key, tensor in mine.items():
+                if not isinstance(tensor, torch.Tensor):
+                    continue
+                if tensor.shape != theirs[key].shape:
+                    raise self.whole.refusal(name, f"divides its tensor {key!r} among the ranks")
+                mine[key] = theirs[key]
+
+
+def _is_table(module: torch.nn.Module) -> bool:
+    return isinstance(module, VocabParallelEmbedding) and module.tp_size > 1

@@ -1,0 +1,155 @@
+"""Switches a rank between levels: parallel context, model, KV cache, and what has copied a group of the level before.
+
+No server does this yet. The schedulers of instances will call it between two steps, when no request is in flight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from sglang.srt.model_loader.loader import _initialize_model
+from sglang.srt.model_loader.utils import set_default_torch_dtype
+from sglang.srt.runtime_context import get_parallel
+
+from sglang_shift.errors import Refused
+from sglang_shift.instances.levels import Levels
+from sglang_shift.kv.exchange import Volume
+from sglang_shift.kv.pool import LevelPool
+from sglang_shift.layers.skins import Skin, WholeWeights
+from sglang_shift.parallel.exchange.choose import Operands, make_exchange
+from sglang_shift.parallel.level import Level, build_levels
+from sglang_shift.resolution import shift_config_of
+from sglang_shift.runtime.model_runner import ShiftModelRunner, most_tokens
+from sglang_shift.seams import relies_on
+
+
+class LevelSwitch:
+    """The levels of one rank.
+
+    To build it is a collective: all ranks of the world do so, after the KV cache was allocated. The rank is at the
+    highest level then, which is the level of a server without instances.
+
+    Args:
+        runner: Our model runner, with its KV pool.
+        levels: The levels of the world.
+
+    Attributes:
+        places: This rank's place at each level.
+        weights: The weights that all levels share.
+        skins: The model at each level.
+        pool: The KV cache.
+
+    Raises:
+        Refused: the model, the cache or the settings cannot be shared by instances.
+    """
+
+    def __init__(self, runner: ShiftModelRunner, levels: Levels) -> None:
+        _check(runner)
+        self.runner, self.levels = runner, levels
+        kv_heads = runner.model_config.get_total_num_kv_heads()
+        self.pool = LevelPool(runner.token_to_kv_pool, runner.token_to_kv_pool_allocator, levels, kv_heads)
+        self.places = build_levels(levels, runner.topology)
+        self.weights = WholeWeights(runner.model, runner.sp_model, runner.topology)
+        self.skins = {size: self._skin(place) for size, place in self.places.items()}
+        for size in levels.sizes:
+            self.places[size] = self._with_exchange(size)
+
+    @property
+    def level(self) -> int:
+        """The level of this rank now."""
+        return self.pool.level
+
+    @property
+    def place(self) -> Level:
+        """This rank's place at its level."""
+        return self.places[self.level]
+
+    def merge(self, level: int, pages: list[torch.Tensor]) -> Volume:
+        """Merge into an instance of a higher level, and keep the pages of all that merge.
+
+        All ranks of the new instance call it, between two steps.
+
+        Args:
+            level: The higher level.
+            pages: For each instance that merges, the pages of the KV cache that hold tokens, by their numbers now, on
+                the CPU. They are equal on all ranks. ``merged_pages`` of :mod:`sglang_shift.kv.layout` gives their
+                numbers afterwards. All pages are free: call :meth:`LevelPool.keep` with those that are not.
+        """
+        volume = self.pool.merge(self.places[level], pages)
+        self._install()
+        return volume
+
+    def split(self, level: int, pages: list[torch.Tensor]) -> Volume:
+        """Split into instances of a lower level. All ranks of the instance call it, between two steps.
+
+        Args:
+            level: The lower level.
+            pages: For each part, the pages of the KV cache that it keeps, by their numbers at the lower level, on the
+                CPU. They are equal on all ranks. All pages are free: call :meth:`LevelPool.keep` with those that are
+                not.
+        """
+        volume = self.pool.split(self.place, level, pages)
+        self._install()
+        return volume
+
+    def enter(self, level: int) -> None:
+        """Go to a level with an empty KV cache. All ranks of the world call it, between two steps."""
+        self.levels.check(level)
+        self.pool.enter(level)
+        self._install()
+
+    @relies_on(
+        "sglang.srt.layers.sampler:Sampler.__init__",
+        "This method copies the group over which ranks agree on the tokens they sampled.",
+    )
+    def _install(self) -> None:
+        """Let the runner take its next step at the level of the KV cache."""
+        runner, skin = self.runner, self.skins[self.level]
+        if runner.base_weights.stale:
+            self.weights.refresh()
+        self.place.enter()
+        runner.model, runner.forwards, runner.topology = skin.model, skin.forwards, self.place.topology
+        runner.sp_model = skin.sp_model or self.weights.sp_model  # at level 1, no step runs it
+        if skin.sp_model is not None:
+            runner.exchange_volume = skin.sp_model.exchange_volume(runner.topology.exchange, runner.dtype)
+        runner.sampler.tp_sync_group = self.place.group.device_group
+        runner.max_total_num_tokens = self.pool.size
+
+    def _skin(self, place: Level) -> Skin:
+        return self.weights.skin(place, self._make_model, pools=not self.runner.is_generation)
+
+    @relies_on(
+        "sglang.srt.model_loader.loader:_initialize_model",
+        "This function builds a model from its configuration and the parallel context, and loads no weights.",
+    )
+    def _make_model(self) -> torch.nn.Module:
+        """Let SGLang build the model of the level that the parallel context has now, without memory."""
+        runner: Any = self.runner
+        with set_default_torch_dtype(runner.dtype), torch.device("meta"):
+            model: torch.nn.Module = _initialize_model(runner.model_config, runner.load_config, None)
+        return model
+
+    def _with_exchange(self, size: int) -> Level:
+        """The place of this rank at a level, with the exchange that the settings ask for. Collective."""
+        place, sp_model = self.places[size], self.skins[size].sp_model
+        if sp_model is None or size == self.levels.world_size:
+            return place  # one rank exchanges nothing, and the whole world has its exchange already
+        config = shift_config_of(self.runner.server_args)
+        assert config is not None
+        operands = Operands(most_tokens(), size * max(sp_model.exchange_columns), self.runner.dtype)
+        exchange = make_exchange(config, place.group, self.runner.device, get_parallel().nnodes, operands)
+        return replace(place, topology=replace(place.topology, exchange=exchange))
+
+
+def _check(runner: ShiftModelRunner) -> None:
+    """Refuse what has copied groups or shapes of one level and cannot be switched yet."""
+    if any(graphs.sizes for phase in runner.graphs.phases.values() for graphs in phase.sets.values()):
+        raise Refused("instances have no CUDA graphs yet; give --disable-cuda-graph")
+    if runner.server_args.enable_lora:
+        raise Refused(
+            "instances cannot share LoRA adapters, which have the shapes of one level; leave out --enable-lora"
+        )
+    if runner.server_args.speculative_algorithm is not None:
+        raise Refused("instances cannot share a draft model; leave out --speculative-algorithm")
