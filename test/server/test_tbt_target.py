@@ -254,7 +254,7 @@ def test_input_embeddings(servers, folder, prompts):
 
 
 def test_drafts_take_turns_with_prompts(servers, folder, prompts):
-    """Speculative decoding, in a pool that is too small for all requests: SGLang retracts some of them."""
+    """Speculative decoding, in a KV pool that is too small for all requests at once: some of them wait."""
     flags = ("--speculative-algorithm", "NGRAM", "--max-total-tokens", "6000", "--schedule-conservativeness", "0.01")
     server = servers.get(*FLAGS, *flags, env={"SGLANG_SHIFT_CACHE_DIR": str(folder)})
     streams, long = prompts
