@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, median
 
 from sglang_shift.cost.deployment import InstancePolicy
-from sglang_shift.cost.layouts import Class, Layout, Level, Levels, Load
+from sglang_shift.cost.layouts import CostsByLevel, InstanceCosts, Layout, Load, RequestClass
 from sglang_shift.modes import Mode
 from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.policy.instances import AutoPolicy, PaperPolicy
@@ -33,15 +33,18 @@ from sglang_shift.tools.plan.step_time import StepTimes
 CHUNK = 8192
 
 
-def levels_of(model_name: str, ranks: int, pool: int | None) -> Levels:
+def levels_of(model_name: str, ranks: int, pool: int | None) -> CostsByLevel:
     """Return the levels of a node of H200 whose ranks each hold all weights."""
     model, gpu = MODELS[model_name], gpus()["H200"]
     tokens = pool or memory(model, gpu, RankLayout(1, 1), CHUNK).tokens
     sizes = [2**i for i in range(ranks.bit_length())]
-    return {k: Level(k, StepTimes(model, gpu, RankLayout(k, k)).cost_model(), k * tokens, chunk=CHUNK) for k in sizes}
+    return {
+        k: InstanceCosts(k, StepTimes(model, gpu, RankLayout(k, k)).cost_model(), k * tokens, chunk=CHUNK)
+        for k in sizes
+    }
 
 
-def only(levels: Levels, mode: Mode) -> Levels:
+def only(levels: CostsByLevel, mode: Mode) -> CostsByLevel:
     """Return the levels with steps in one mode."""
     return {k: replace(level, modes=(mode,)) for k, level in levels.items()}
 
@@ -52,11 +55,11 @@ class Contender:
 
     name: str
     policy: InstancePolicy
-    levels: Levels
+    levels: CostsByLevel
     layout: Layout
 
 
-def contenders(levels: Levels, ranks: int, change: Transformation) -> list[Contender]:
+def contenders(levels: CostsByLevel, ranks: int, change: Transformation) -> list[Contender]:
     """Return the contenders. A policy keeps state, so each run needs new ones."""
     one, tp = (1,) * ranks, only(levels, Mode.TP)
     two = (ranks // 2,) * 2
@@ -70,7 +73,9 @@ def contenders(levels: Levels, ranks: int, change: Transformation) -> list[Conte
     ]
 
 
-def traffic(rate: float, long_share: float, seconds: float, levels: Levels, ranks: int, seed: int) -> list[Request]:
+def traffic(
+    rate: float, long_share: float, seconds: float, levels: CostsByLevel, ranks: int, seed: int
+) -> list[Request]:
     """Return Poisson arrivals. Long prompts fit a merged instance alone."""
     rng = random.Random(seed)
     requests = steady(rate, prompt=(256, 8192), output=(32, 512), requests=max(2, round(rate * seconds)), seed=seed)
@@ -78,10 +83,10 @@ def traffic(rate: float, long_share: float, seconds: float, levels: Levels, rank
     return [replace(r, prompt=rng.randint(low, high)) if rng.random() < long_share else r for r in requests]
 
 
-def capacity(levels: Levels, ranks: int) -> float:
+def capacity(levels: CostsByLevel, ranks: int) -> float:
     """Return the requests per second that a Shift instance of all ranks serves, without long prompts."""
     sample = steady(1.0, prompt=(256, 8192), output=(32, 512), requests=2000)
-    mean = Class(1.0, fmean(r.prompt for r in sample), fmean(r.output for r in sample), 0)
+    mean = RequestClass(1.0, fmean(r.prompt for r in sample), fmean(r.output for r in sample), 0)
     return Load(levels[ranks], [mean]).capacity
 
 

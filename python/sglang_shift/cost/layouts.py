@@ -32,7 +32,7 @@ HALVINGS = 40
 
 
 @dataclass(frozen=True, eq=False)
-class Level:
+class InstanceCosts:
     """What an instance of some number of ranks can do.
 
     Attributes:
@@ -79,12 +79,12 @@ class Level:
         )
 
 
-Levels = Mapping[int, Level]
+CostsByLevel = Mapping[int, InstanceCosts]
 """The levels of a deployment by their number of ranks."""
 
 
 @dataclass(frozen=True)
-class Class:
+class RequestClass:
     """Requests that are alike.
 
     Attributes:
@@ -99,9 +99,9 @@ class Class:
     output: float
     need: int
 
-    def share(self, part: float) -> Class:
+    def share(self, part: float) -> RequestClass:
         """Return a part of the requests."""
-        return Class(part * self.rate, self.prompt, self.output, self.need)
+        return RequestClass(part * self.rate, self.prompt, self.output, self.need)
 
 
 CALM = 0.85
@@ -134,7 +134,7 @@ class Load:
         classes: The requests that it gets. Some must arrive.
     """
 
-    def __init__(self, level: Level, classes: Sequence[Class]) -> None:
+    def __init__(self, level: InstanceCosts, classes: Sequence[RequestClass]) -> None:
         self.level = level
         self.rate = sum(c.rate for c in classes)
         weights = [c.rate / self.rate for c in classes]
@@ -175,12 +175,12 @@ class Load:
 
 
 @cache
-def _prompt_seconds(level: Level, prompt: int) -> float:
+def _prompt_seconds(level: InstanceCosts, prompt: int) -> float:
     return level.prompt_seconds(max(1, prompt))
 
 
 @cache
-def _batched_seconds(level: Level, prompt: int) -> float:
+def _batched_seconds(level: InstanceCosts, prompt: int) -> float:
     return level.batched_prompt_seconds(max(1, prompt))
 
 
@@ -196,7 +196,7 @@ def layouts(ranks: int, levels: Sequence[int]) -> list[Layout]:
     return equal + mixed
 
 
-def outlook(layout: Layout, levels: Levels, demand: Sequence[Class]) -> Outlook | None:
+def outlook(layout: Layout, levels: CostsByLevel, demand: Sequence[RequestClass]) -> Outlook | None:
     """Return what a layout makes of a demand. The result is None if no instance holds one of the classes.
 
     Requests that only the largest instances hold go to these. The others are divided in the best way.
@@ -225,7 +225,7 @@ def outlook(layout: Layout, levels: Levels, demand: Sequence[Class]) -> Outlook 
     return min((_combined(parts) for parts in divisions), key=lambda o: o.key)
 
 
-def _combined(parts: Sequence[tuple[Level, int, Sequence[Class]]]) -> Outlook:
+def _combined(parts: Sequence[tuple[InstanceCosts, int, Sequence[RequestClass]]]) -> Outlook:
     """Return the outlook of equal instances at some levels, which share some classes of requests."""
     loads = [(n, Load(level, [c.share(1 / n) for c in classes])) for level, n, classes in parts if classes]
     tokens = [n * load.rate * load.tokens for n, load in loads]

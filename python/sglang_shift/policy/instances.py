@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sglang_shift.cost.deployment import Deployment, InstancePolicy, InstanceState, least_loaded, starts
-from sglang_shift.cost.layouts import Class, Layout, Levels, Load, Outlook, layouts, outlook
+from sglang_shift.cost.layouts import CostsByLevel, Layout, Load, Outlook, RequestClass, layouts, outlook
 
 
 def merge(layout: Layout, states: Sequence[InstanceState], ranks: int) -> Layout:
@@ -44,7 +44,7 @@ class PaperPolicy(InstancePolicy):
         dwell: Least seconds between two changes.
     """
 
-    levels: Levels
+    levels: CostsByLevel
     dwell: float = 2.0
     changes_layout = True
 
@@ -68,7 +68,7 @@ class PaperPolicy(InstancePolicy):
         return deployment.layout
 
 
-def smallest_level(levels: Levels, need: int) -> int | None:
+def smallest_level(levels: CostsByLevel, need: int) -> int | None:
     """Return the smallest level that holds a request of ``need`` tokens; None if there is none."""
     return min((k for k, level in levels.items() if level.tokens >= need), default=None)
 
@@ -101,12 +101,12 @@ class Demand:
             self._sums[i][j] += value
         self._needs[i] = max(self._needs[i], prompt + output)
 
-    def classes(self, now: float) -> list[Class]:
+    def classes(self, now: float) -> list[RequestClass]:
         """Return the classes of which a request came in the last windows."""
         self._decay(now)
         seen = self.window if self._begin is None else min(self.window, max(1.0, now - self._begin))
         return [
-            Class(count / seen, prompt / count, output / count, need)
+            RequestClass(count / seen, prompt / count, output / count, need)
             for (count, prompt, output), need in zip(self._sums, self._needs, strict=True)
             if count > FORGOTTEN
         ]
@@ -139,7 +139,7 @@ class AutoPolicy(InstancePolicy):
     """
 
     ranks: int
-    levels: Levels
+    levels: CostsByLevel
     change_seconds: float = 0.5
     margin: float = 0.05
     horizon: float = 10.0
@@ -190,14 +190,14 @@ class AutoPolicy(InstancePolicy):
             return None
         return max(self._target)
 
-    def _classes(self, deployment: Deployment) -> list[Class]:
+    def _classes(self, deployment: Deployment) -> list[RequestClass]:
         """Return the demand. The requests in queues count as arriving within the horizon."""
         waiting = sum(s.waiting for s in deployment.instances)
         classes = self.demand.classes(deployment.now)
         rate = sum(c.rate for c in classes)
         return [c.share(1 + waiting / self.horizon / rate) for c in classes]
 
-    def _speed(self, ranks: int, classes: Sequence[Class]) -> float:
+    def _speed(self, ranks: int, classes: Sequence[RequestClass]) -> float:
         """Return the tokens a second of a busy instance, for the requests that it holds."""
         level = self.levels[ranks]
         fitting = [c for c in classes if c.need <= level.tokens]
@@ -206,7 +206,7 @@ class AutoPolicy(InstancePolicy):
         load = Load(level, fitting)
         return load.capacity * load.tokens
 
-    def _best(self, deployment: Deployment, classes: Sequence[Class]) -> tuple[Layout | None, Outlook | None]:
+    def _best(self, deployment: Deployment, classes: Sequence[RequestClass]) -> tuple[Layout | None, Outlook | None]:
         """Return the best layout that holds all live requests, and the outlook of the current layout."""
         largest = max(s.largest for s in deployment.instances)
         holding = [lay for lay in self.layouts if self.levels[max(lay)].tokens >= largest]
@@ -214,7 +214,7 @@ class AutoPolicy(InstancePolicy):
         best = min(outlooks, key=lambda lay: outlooks[lay].key, default=None)
         return best, self._outlook(deployment.layout, classes)
 
-    def _outlook(self, layout: Layout, classes: Sequence[Class]) -> Outlook:
+    def _outlook(self, layout: Layout, classes: Sequence[RequestClass]) -> Outlook:
         """Return the outlook, with the time that merging takes if some class fits no instance of the layout."""
         most = self.levels[max(layout)].tokens
         fitting = [c for c in classes if c.need <= most]
@@ -229,11 +229,11 @@ class AutoPolicy(InstancePolicy):
         lost = sum(c.rate * (2 * self.change_seconds + self._alone(c)) for c in rare)
         return Outlook(min(1.0, found.loss + lost), found.latency * (1 + lost))
 
-    def _alone(self, c: Class) -> float:
+    def _alone(self, c: RequestClass) -> float:
         level = self.levels[smallest_level(self.levels, c.need) or max(self.levels)]
         return level.prompt_seconds(round(c.prompt)) + c.output * level.step_seconds(1, 0, round(c.prompt))
 
-    def _worth(self, best: Layout, now: Outlook | None, classes: Sequence[Class]) -> bool:
+    def _worth(self, best: Layout, now: Outlook | None, classes: Sequence[RequestClass]) -> bool:
         if now is None:
             return True
         new = self._outlook(best, classes)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from sglang_shift.cost.deployment import Deployment, InstancePolicy, InstanceState, starts
-from sglang_shift.cost.layouts import Layout, Level, Levels
+from sglang_shift.cost.layouts import CostsByLevel, InstanceCosts, Layout
 from sglang_shift.simulate.traffic import Request
 
 TICK = 0.1
@@ -97,7 +97,7 @@ class Outcome:
         return sum(r.prompt + r.output for r in ended) / (end - begin)
 
 
-class Instance:
+class SimulatedInstance:
     """The requests of an instance, and its clock.
 
     Args:
@@ -106,7 +106,7 @@ class Instance:
         ended: Called with each request that ends.
     """
 
-    def __init__(self, level: Level, clock: float, ended: Callable[[Served], None]) -> None:
+    def __init__(self, level: InstanceCosts, clock: float, ended: Callable[[Served], None]) -> None:
         self.level, self.clock, self.ended = level, clock, ended
         self.waiting: deque[Live] = deque()
         self.chunked: Live | None = None
@@ -240,7 +240,7 @@ SPARE = 0.8
 def simulate(
     requests: Sequence[Request],
     policy: InstancePolicy,
-    levels: Levels,
+    levels: CostsByLevel,
     layout: Layout,
     transformation: Transformation | None = None,
     until: float | None = None,
@@ -263,7 +263,7 @@ class _Simulation:
         self,
         requests: Sequence[Request],
         policy: InstancePolicy,
-        levels: Levels,
+        levels: CostsByLevel,
         layout: Layout,
         transformation: Transformation,
         until: float | None,
@@ -273,7 +273,7 @@ class _Simulation:
         self.until = float("inf") if until is None else until
         self.outcome = Outcome()
         self.now = self.requests[0].time
-        self.instances = [Instance(levels[k], self.now, self.outcome.served.append) for k in layout]
+        self.instances = [SimulatedInstance(levels[k], self.now, self.outcome.served.append) for k in layout]
         self.unplaced: list[Live] = []
         self.changed = float("-inf")
         self.tick = self.now
@@ -364,12 +364,14 @@ class _Simulation:
         self.instances = [instance for _, after in plans for instance in after]
         return True
 
-    def _redistributed(self, before: Sequence[Instance], levels: Sequence[int]) -> list[Instance] | None:
+    def _redistributed(
+        self, before: Sequence[SimulatedInstance], levels: Sequence[int]
+    ) -> list[SimulatedInstance] | None:
         """Return new instances with the requests of others, or None if these do not fit."""
         moved = sum(i.used for i in before) / sum(i.level.ranks for i in before)
         clock = max([self.now, *(i.clock for i in before)]) + self.transformation.seconds
         clock += moved * self.transformation.seconds_per_token
-        after = [Instance(self.levels[k], clock, self.outcome.served.append) for k in levels]
+        after = [SimulatedInstance(self.levels[k], clock, self.outcome.served.append) for k in levels]
         running = sorted((pair for i in before for pair in i.generating()), key=lambda pair: -pair[0].need)
         for live, left in running:
             if (instance := lightest(after, lambda i: i.used + live.need <= i.level.tokens)) is None:  # noqa: B023
@@ -388,6 +390,8 @@ def blocks(old: Sequence[int], new: Sequence[int], ranks: int) -> list[tuple[int
     return list(pairwise(common))
 
 
-def lightest(instances: Sequence[Instance], holds: Callable[[Instance], bool]) -> Instance | None:
+def lightest(
+    instances: Sequence[SimulatedInstance], holds: Callable[[SimulatedInstance], bool]
+) -> SimulatedInstance | None:
     """Return the instance with the fewest tokens a rank, of those that hold a request; None if none does."""
     return min(filter(holds, instances), key=lambda i: (i.used + i.queued) / i.level.ranks, default=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from sglang_shift.cost.deployment import Deployment, InstancePolicy, InstanceState, starts
-from sglang_shift.cost.layouts import CALM, Class, Level, Load, layouts, outlook
+from sglang_shift.cost.layouts import CALM, InstanceCosts, Load, RequestClass, layouts, outlook
 from sglang_shift.cost.model import PHASES, CostModel, Curve
 from sglang_shift.modes import MODES
 from sglang_shift.policy.instances import AutoPolicy, Demand, PaperPolicy, merge, place, smallest_level
@@ -12,12 +12,12 @@ from sglang_shift.policy.instances import AutoPolicy, Demand, PaperPolicy, merge
 STEP = 0.01
 
 
-def constant(ranks: int, tokens: int, step: float = STEP) -> Level:
+def constant(ranks: int, tokens: int, step: float = STEP) -> InstanceCosts:
     """Every step takes the same time."""
     by_mode = dict.fromkeys(MODES, Curve((1,), (step,)))
     model = CostModel(dict.fromkeys(PHASES, by_mode), dict.fromkeys(PHASES, Curve((1,), (1.0,))),
                       dict.fromkeys(PHASES, 0.0), 0.0)  # fmt: skip
-    return Level(ranks, model, tokens, chunk=100)
+    return InstanceCosts(ranks, model, tokens, chunk=100)
 
 
 LEVELS = {1: constant(1, 1000), 2: constant(2, 2000), 4: constant(4, 4000)}
@@ -29,20 +29,20 @@ def state(ranks: int, used: int = 0, **other: int) -> InstanceState:
 
 def test_little_s_law():
     """10 requests of 100 tokens fit. A request takes 50 steps, and its prompt of 50 tokens half a step."""
-    load = Load(LEVELS[1], [Class(1.0, 50, 50, 100)])
+    load = Load(LEVELS[1], [RequestClass(1.0, 50, 50, 100)])
     assert load.most == 10
     assert load.batched_seconds == pytest.approx(STEP / 2)
     assert load.capacity == pytest.approx(10 / (50 * STEP + 10 * STEP / 2))
     assert load.loss == 0
     # One request alone: its prompt takes a step, and the prompts of others hardly slow it down.
-    slow = Load(LEVELS[1], [Class(1e-6, 50, 50, 100)])
+    slow = Load(LEVELS[1], [RequestClass(1e-6, 50, 50, 100)])
     assert slow.latency() == pytest.approx(51 * STEP, rel=1e-3)
 
 
 def test_the_loss_is_what_calm_instances_do_not_serve():
-    capacity = Load(LEVELS[1], [Class(1.0, 50, 50, 100)]).capacity
-    assert Load(LEVELS[1], [Class(2 * capacity, 50, 50, 100)]).loss == pytest.approx(1 - CALM / 2)
-    assert Load(LEVELS[1], [Class(CALM * capacity, 50, 50, 100)]).loss == 0
+    capacity = Load(LEVELS[1], [RequestClass(1.0, 50, 50, 100)]).capacity
+    assert Load(LEVELS[1], [RequestClass(2 * capacity, 50, 50, 100)]).loss == pytest.approx(1 - CALM / 2)
+    assert Load(LEVELS[1], [RequestClass(CALM * capacity, 50, 50, 100)]).loss == 0
 
 
 def test_layouts():
@@ -52,15 +52,15 @@ def test_layouts():
 
 
 def test_a_layout_that_holds_no_request_of_a_class_has_no_outlook():
-    demand = [Class(1.0, 50, 50, 100), Class(0.1, 1900, 50, 1950)]
+    demand = [RequestClass(1.0, 50, 50, 100), RequestClass(0.1, 1900, 50, 1950)]
     assert outlook((1, 1, 1, 1), LEVELS, demand) is None
     assert outlook((2, 1, 1), LEVELS, demand) is not None
 
 
 def test_requests_that_fit_everywhere_are_divided():
     """An instance of two ranks serves 1.83 times as much as a replica: 3.5 times as much needs it and both replicas."""
-    capacity = Load(LEVELS[1], [Class(1.0, 50, 50, 100)]).capacity
-    demand = [Class(3.5 * CALM * capacity, 50, 50, 100)]
+    capacity = Load(LEVELS[1], [RequestClass(1.0, 50, 50, 100)]).capacity
+    demand = [RequestClass(3.5 * CALM * capacity, 50, 50, 100)]
     assert outlook((2, 1, 1), LEVELS, demand).loss == 0
     assert outlook((1, 1, 1, 1), LEVELS, demand).loss == 0
     assert outlook((4,), LEVELS, demand).loss > 0.1
@@ -127,7 +127,7 @@ def test_auto_merges_at_once_for_a_request_that_fits_nowhere():
 
 def test_auto_splits_under_load_but_not_within_the_dwell_time_and_not_while_a_long_request_lives():
     policy = auto(change_seconds=0.5)
-    capacity = Load(LEVELS[1], [Class(1.0, 50, 50, 100)]).capacity
+    capacity = Load(LEVELS[1], [RequestClass(1.0, 50, 50, 100)]).capacity
     for i in range(300):
         policy.arrived(i / (6 * capacity), 50, 50)
     now = 300 / (6 * capacity)

@@ -7,7 +7,7 @@ from itertools import cycle
 
 import pytest
 from sglang_shift.cost.deployment import InstancePolicy
-from sglang_shift.cost.layouts import Level
+from sglang_shift.cost.layouts import InstanceCosts
 from sglang_shift.cost.model import PHASES, CostModel, Curve
 from sglang_shift.modes import MODES, Mode
 from sglang_shift.policy.builtin import FixedMode
@@ -27,8 +27,8 @@ def costs(ranks: int = 1) -> CostModel:
                      {"prefill": 1e-7, "decode": 1e-6}, 0.0)  # fmt: skip
 
 
-def levels(*sizes: int) -> dict[int, Level]:
-    return {k: Level(k, costs(k), k * POOL, chunk=256) for k in sizes}
+def levels(*sizes: int) -> dict[int, InstanceCosts]:
+    return {k: InstanceCosts(k, costs(k), k * POOL, chunk=256) for k in sizes}
 
 
 def requests(number: int = 60, rate: float = 5.0, seed: int = 0) -> list[Request]:
