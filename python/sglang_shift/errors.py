@@ -17,6 +17,13 @@ class Refused(ShiftError):
     """A combination that sglang_shift does not serve. It refuses to start, because answers might be wrong."""
 
 
+class InstanceRefused(Refused):
+    """Something that instances cannot share.
+
+    No server has instances yet, so ``docs/refusals.md`` does not list these errors.
+    """
+
+
 @dataclass(frozen=True)
 class Refusal:
     """One kind of refusal, declared beside the check that raises it. ``docs/refusals.md`` lists all refusals.

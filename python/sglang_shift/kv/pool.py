@@ -9,7 +9,7 @@ import torch
 from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from sglang_shift.errors import Refused
+from sglang_shift.errors import InstanceRefused
 from sglang_shift.instances.levels import Levels
 from sglang_shift.kv.exchange import SCRATCH_BYTES, KvExchange, Memory, Volume
 from sglang_shift.kv.layout import KvLayout
@@ -43,7 +43,7 @@ class LevelPool:
         level: The level of the pool now.
 
     Raises:
-        Refused: the pool, the allocator or the number of heads is of a kind that instances cannot share.
+        InstanceRefused: the pool, the allocator or the number of heads is of a kind that instances cannot share.
     """
 
     layout: KvLayout
@@ -55,13 +55,13 @@ class LevelPool:
         ratio = levels.world_size // levels.lowest
         _check_kind(pool, allocator)
         if pool.head_num * levels.world_size != kv_heads:
-            raise Refused(
+            raise InstanceRefused(
                 f"instances need at least one KV head of its own for each of the {levels.world_size} ranks, but the "
                 f"model has {kv_heads} KV heads; use at most {kv_heads} ranks"
             )
         pages, rest = divmod((pool.size + pool.page_size) // pool.page_size, ratio)
         if rest:
-            raise Refused(
+            raise InstanceRefused(
                 f"the KV cache has {pool.size} tokens, which the {ratio} instances of a split cannot divide into pages "
                 f"of {pool.page_size}; give it {pages * ratio * pool.page_size - pool.page_size} tokens "
                 f"(--max-total-tokens)"
@@ -161,16 +161,16 @@ def _memory(buffer: torch.Tensor) -> Memory:
 def _check_kind(pool: Any, allocator: Any) -> None:
     """Refuse pools whose pages are not simply keys and values of heads."""
     if type(pool) is not MHATokenToKVPool or pool.kv_cache_layout not in ("nhd", "hnd"):
-        raise Refused(
+        raise InstanceRefused(
             f"instances cannot share a KV cache of the kind {type(pool).__name__} ({_layout_of(pool)}); they need full "
             f"attention with keys and values of each head"
         )
     if pool.is_quantized_kv_cache:
-        raise Refused("instances cannot share a KV cache with scales of its own; leave out --kv-cache-dtype")
+        raise InstanceRefused("instances cannot share a KV cache with scales of its own; leave out --kv-cache-dtype")
     if pool.post_capture_active or pool._kv_copy_config is not None:
-        raise Refused("instances cannot share a KV cache whose memory SGLang allocates or copies by address")
+        raise InstanceRefused("instances cannot share a KV cache whose memory SGLang allocates or copies by address")
     if type(allocator) not in (TokenToKVPoolAllocator, PagedTokenToKVPoolAllocator):
-        raise Refused(f"instances cannot share a KV cache with the allocator {type(allocator).__name__}")
+        raise InstanceRefused(f"instances cannot share a KV cache with the allocator {type(allocator).__name__}")
 
 
 def _layout_of(pool: Any) -> str:

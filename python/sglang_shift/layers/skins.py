@@ -16,7 +16,7 @@ from sglang.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.runtime_context import get_flags
 
-from sglang_shift.errors import Refused
+from sglang_shift.errors import InstanceRefused
 from sglang_shift.layers.sp_model import SpModel
 from sglang_shift.layers.structure import Structure
 from sglang_shift.parallel.forwards import Forwards
@@ -61,7 +61,7 @@ class WholeWeights:
         tables: The embeddings and LM heads that the ranks divide, by their names.
 
     Raises:
-        Refused: the model has a layer that instances cannot share.
+        InstanceRefused: the model has a layer that instances cannot share.
     """
 
     model: torch.nn.Module
@@ -95,7 +95,7 @@ class WholeWeights:
 
     def refusal(self, layer: str, problem: str) -> Exception:
         """The error for a layer that instances cannot share."""
-        return Refused(
+        return InstanceRefused(
             f"{type(self.model).__name__} has a layer that instances cannot share: {layer} {problem}; serve this model "
             f"without instances"
         )
@@ -128,7 +128,7 @@ class WholeWeights:
             pools: Whether the model pools, and does not generate.
 
         Raises:
-            Refused: a parameter of the model depends on the level in a way that is not known.
+            InstanceRefused: a parameter of the model depends on the level in a way that is not known.
         """
         world = self.topology.layout.world_size
         if level.size == world:

@@ -14,7 +14,7 @@ from typing import Any
 from sglang.srt.distributed.parallel_state import GroupCoordinator
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_shift.errors import Refused
+from sglang_shift.errors import InstanceRefused
 from sglang_shift.instances.levels import Instance, Levels
 from sglang_shift.parallel.exchange.collective import CollectiveExchange
 from sglang_shift.parallel.layout import RankLayout
@@ -98,7 +98,7 @@ def build_levels(levels: Levels, topology: Topology) -> dict[int, Level]:
         This rank's place at each level. The group of the whole world is SGLang's own TP group.
 
     Raises:
-        Refused: SGLang also divides the work in another way than by tensor parallelism, or S is not P.
+        InstanceRefused: SGLang also divides the work in another way than by tensor parallelism, or S is not P.
     """
     parallel = get_parallel()
     world: GroupCoordinator = parallel.tp_group
@@ -125,10 +125,10 @@ def _check_parallelism(world: GroupCoordinator, levels: Levels, topology: Topolo
     if world.world_size != levels.world_size:
         raise ValueError(f"the levels are those of {levels.world_size} ranks, but SGLang has {world.world_size}")
     if topology.layout.base_tp_size != 1:
-        raise Refused(
+        raise InstanceRefused(
             f"instances need --sp-size equal to --tp-size, which is {levels.world_size}, but --sp-size is "
             f"{topology.layout.sp_size}: each rank must hold the whole weights; leave out --sp-size"
         )
     for name in OTHER_SIZES:
         if (size := getattr(get_parallel(), name)) != 1:
-            raise Refused(f"instances work with tensor parallelism only, but {name} is {size}; set it to 1")
+            raise InstanceRefused(f"instances work with tensor parallelism only, but {name} is {size}; set it to 1")

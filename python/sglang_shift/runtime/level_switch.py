@@ -13,7 +13,7 @@ from sglang.srt.model_loader.loader import _initialize_model
 from sglang.srt.model_loader.utils import set_default_torch_dtype
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_shift.errors import Refused
+from sglang_shift.errors import InstanceRefused
 from sglang_shift.instances.levels import Levels
 from sglang_shift.kv.exchange import Volume
 from sglang_shift.kv.pool import LevelPool
@@ -42,7 +42,7 @@ class LevelSwitch:
         pool: The KV cache.
 
     Raises:
-        Refused: the model, the cache or the settings cannot be shared by instances.
+        InstanceRefused: the model, the cache or the settings cannot be shared by instances.
     """
 
     def __init__(self, runner: ShiftModelRunner, levels: Levels) -> None:
@@ -146,10 +146,10 @@ class LevelSwitch:
 def _check(runner: ShiftModelRunner) -> None:
     """Refuse what has copied groups or shapes of one level and cannot be switched yet."""
     if any(graphs.sizes for phase in runner.graphs.phases.values() for graphs in phase.sets.values()):
-        raise Refused("instances have no CUDA graphs yet; give --disable-cuda-graph")
+        raise InstanceRefused("instances have no CUDA graphs yet; give --disable-cuda-graph")
     if runner.server_args.enable_lora:
-        raise Refused(
+        raise InstanceRefused(
             "instances cannot share LoRA adapters, which have the shapes of one level; leave out --enable-lora"
         )
     if runner.server_args.speculative_algorithm is not None:
-        raise Refused("instances cannot share a draft model; leave out --speculative-algorithm")
+        raise InstanceRefused("instances cannot share a draft model; leave out --speculative-algorithm")
