@@ -20,7 +20,7 @@ import trial_script
 State = dict[str, torch.Tensor]
 
 ABSENT: Any = object()  # a field of transformers that published files do not have
-DENSE, EXPERTS, MLA, HYBRID = "dense", "experts", "mla", "hybrid"
+DENSE, EXPERTS, MLA, HYBRID, IMAGES = "dense", "experts", "mla", "hybrid", "images"
 
 
 @dataclass(frozen=True)
@@ -898,7 +898,84 @@ HYBRID_MODELS = {
     ),
 }
 
-MODELS: dict[str, TinyModel] = {**DENSE_MODELS, **EXPERT_MODELS, **DUMMY_MODELS, **MLA_MODELS, **HYBRID_MODELS}
+
+def with_images(text: dict[str, Any], vision: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """Return fields of a model with a language model and a vision tower."""
+    return {"text_config": {**COMMON, **text}, "vision_config": vision, **fields}
+
+
+def transposed_experts(state: State) -> State:
+    """In published files the inputs of an expert come first."""
+    return {
+        name: tensor.transpose(1, 2).contiguous() if "mlp.experts" in name else tensor for name, tensor in state.items()
+    }
+
+
+MROPE = rope("default", mrope_section=[2, 3, 3])
+QWEN3_MROPE = rope("default", mrope_section=[4, 2, 2], mrope_interleaved=True)
+QWEN_TOWER = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 64}
+# By default, SGLang interpolates the positions of patches in another way than transformers.
+PRECISE = ("--enable-precise-embedding-interpolation",)
+QWEN3_TOWER = {**QWEN_TOWER, "patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2]}
+# Trials are text only. The tests of servers also have images.
+IMAGE_MODELS = {
+    "qwen2_vl": TinyModel(
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2VLConfig",
+        IMAGES,
+        fields=with_images(MROPE, {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 4, "in_chans": 3}),
+    ),
+    "qwen2_5_vl": TinyModel(
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLConfig",
+        IMAGES,
+        fields=with_images(MROPE, {**QWEN_TOWER, "window_size": 56, "fullatt_block_indexes": [1]}),
+    ),
+    "qwen3_vl": TinyModel(
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VLConfig",
+        IMAGES,
+        fields=with_images({**QWEN3_MROPE, **HEAD_DIM}, QWEN3_TOWER),
+        flags=PRECISE,
+    ),
+    "qwen3_vl_moe": TinyModel(
+        "Qwen3VLMoeForConditionalGeneration",
+        "Qwen3VLMoeConfig",
+        IMAGES,
+        fields=with_images(
+            {**QWEN3_MROPE, **HEAD_DIM, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+            QWEN3_TOWER,
+        ),
+        names=transposed_experts,
+        flags=PRECISE,
+    ),
+    "gemma3_vl": TinyModel(
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Config",
+        IMAGES,
+        fields=with_images(
+            {**HEAD_DIM, **TIED, **WINDOW, "query_pre_attn_scalar": 16, "layer_types": ALTERNATING},
+            {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "image_size": 56,
+                "patch_size": 14,
+                "vision_use_head": False,
+                "hidden_act": "quick_gelu",  # SGLang's tower computes this, whatever the file says
+            },
+            mm_tokens_per_image=4,
+            **TIED,
+        ),
+        names=renamed(("vision_tower.", "vision_tower.vision_model.")),
+        flags=("--enable-multimodal",),
+    ),
+}
+
+MODELS: dict[str, TinyModel] = {
+    **DENSE_MODELS, **EXPERT_MODELS, **DUMMY_MODELS, **MLA_MODELS, **HYBRID_MODELS, **IMAGE_MODELS,
+}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -921,9 +998,8 @@ def build(model: TinyModel) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    built = transformers.AutoModelForCausalLM.from_config(
-        configuration(model), dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    of_task = transformers.AutoModelForImageTextToText if model.group == IMAGES else transformers.AutoModelForCausalLM
+    built = of_task.from_config(configuration(model), dtype=torch.float32, attn_implementation="eager").eval()
     for name, parameter in built.named_parameters():
         if name in model.zeros:
             torch.nn.init.zeros_(parameter)
@@ -933,6 +1009,8 @@ def build(model: TinyModel) -> Any:
             parameter.data = parameter.data.bfloat16().to(parameter.dtype if "sinks" in name else torch.bfloat16)
         elif "norm" in name or "ln_" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif model.group == IMAGES and any(part in name for part in ("vis", "mm_input")):
+            torch.nn.init.normal_(parameter, std=0.15)  # the default is smaller, or 0, and would hide the images
     for name, buffer in built.named_buffers():
         if name.endswith("correction_bias"):
             torch.nn.init.normal_(buffer, std=0.1)
@@ -956,7 +1034,7 @@ def write(model: TinyModel, folder: str) -> torch.Tensor | None:
     def logits_of(tokens: list[int]) -> torch.Tensor:
         return built(torch.tensor([tokens]), use_cache=False).logits[0]
 
-    return trial_script.reference(built.config.vocab_size, logits_of)
+    return trial_script.reference(built.config.get_text_config().vocab_size, logits_of)
 
 
 def write_config(model: TinyModel, file: Path) -> None:

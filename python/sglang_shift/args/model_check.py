@@ -8,7 +8,8 @@ from sglang_shift_kernels.layout import SCALE_BYTES
 
 from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refusal
-from sglang_shift.models.families import FAMILIES
+from sglang_shift.models.decoder_config import text_config_of
+from sglang_shift.models.families import FAMILIES, WITH_IMAGES
 from sglang_shift.models.fields import check_fields
 from sglang_shift.models.heads import Heads
 
@@ -27,8 +28,9 @@ QUANTIZED = Refusal(
     "Their kernels read more than the tensors of a layer: objects at the weights, or shapes from a file.",
 )
 NOT_TEXT = Refusal(
-    "{name} is served for text only",
-    "Multimodal models are not tested.",
+    "{name} is not served with sequence parallelism, because its answers about images or sounds are not tested; serve "
+    "it without --sp-size and --enable-shift-parallel",
+    "Only [some models with images](models.md#models-with-images) are tested.",
 )
 HEADS = Refusal(
     "--tp-size {P} does not divide the model's {N} attention heads; choose a divisor of {N}",
@@ -49,7 +51,8 @@ FP8_WIDTH = Refusal(
 )
 
 IGNORED_FIELDS: dict[str, dict[str, Any]] = {
-    name: {"decoder_sparse_step": 1, "mlp_only_layers": []} for name in ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
+    name: {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    for name in ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "Qwen3VLMoeForConditionalGeneration")
 }
 """By architecture outside of the families, fields that SGLang's class ignores, and the values that change nothing."""
 IGNORED = Refusal(
@@ -98,7 +101,7 @@ def check_ignored_fields(hf_config: Any, name: str) -> None:
         Refused: such a field changes what the model computes.
     """
     for field, neutral in IGNORED_FIELDS.get(name, {}).items():
-        value = getattr(hf_config, field, None)
+        value = getattr(text_config_of(hf_config), field, None)
         if value is not None and value != neutral:
             raise IGNORED(field=field, value=value, name=name)
 
@@ -118,7 +121,7 @@ def check_model(model_config: Any, config: ShiftConfig) -> None:
         check_registry(name)
     if model_config.quantization in NOT_SHARED:
         raise QUANTIZED(method=model_config.quantization)
-    if model_config.is_multimodal:
+    if model_config.is_multimodal and name not in WITH_IMAGES:
         raise NOT_TEXT(name=name)
     if name in FAMILIES:
         check_fields(hf_config, model_config.context_len)
@@ -128,7 +131,7 @@ def check_model(model_config: Any, config: ShiftConfig) -> None:
         raise HEADS(P=world_size, N=heads.query)
     if not heads.divides_kv(world_size):
         raise KV_HEADS(P=world_size, N=heads.kv)
-    intermediate = getattr(hf_config, "intermediate_size", None)
+    intermediate = getattr(text_config_of(hf_config), "intermediate_size", None)
     if isinstance(intermediate, int) and intermediate % world_size:
         raise INTERMEDIATE_SIZE(P=world_size, N=intermediate)
     if config.exchange_dtype == "fp8" and not hasattr(hf_config, "kv_lora_rank"):

@@ -4,12 +4,14 @@
   exchange of a layer, and its row-parallel linear comes after the second one.
 - A *stack* is a list of layers with attention modules. The other parallel linears of a stack compute this rank's
   tokens.
+- The embeddings of the decoder are those nearest to the stacks. A vision tower may have others, for positions.
 - What is in no stack (a vision tower, for example) runs outside of the token-sharded region.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -53,7 +55,7 @@ class Structure:
         linears: The parallel linears of the stacks outside of attention, with their names.
         routers: The routers of experts.
         experts: The routed experts, with their names.
-        embeddings: The embeddings, without LM heads.
+        embeddings: The embeddings of the decoder, without LM heads.
         logits: The logits processors.
         stacks: The names of the stacks.
 
@@ -72,7 +74,7 @@ class Structure:
         self.linears: dict[str, Any] = {}
         self.routers: list[Any] = []
         self.experts: dict[str, Any] = {}
-        self.embeddings: list[torch.nn.Module] = []
+        embeddings: dict[str, torch.nn.Module] = {}
         self.logits: list[torch.nn.Module] = []
         for name, module in model.named_modules():
             in_stack = any(name.startswith(stack + ".") for stack in stacks)
@@ -86,9 +88,10 @@ class Structure:
                 self.experts[name] = module
             elif isinstance(module, VocabParallelEmbedding | torch.nn.Embedding):
                 if not isinstance(module, ParallelLMHead):
-                    self.embeddings.append(module)
+                    embeddings[name] = module
             elif isinstance(module, LogitsProcessor):
                 self.logits.append(module)
+        self.embeddings = _nearest(embeddings, [stack.rpartition(".")[0] for stack in stacks])
 
     def refusal(self, layer: str, problem: str) -> Exception:
         """The error for a layer that SP mode cannot run."""
@@ -154,6 +157,17 @@ def _is_attention(module: torch.nn.Module) -> bool:
 
 def _is_stack(name: str, module: torch.nn.Module, attention: list[tuple[str, torch.nn.Module]]) -> bool:
     return isinstance(module, torch.nn.ModuleList) and any(each.startswith(name + ".") for each, _ in attention)
+
+
+def _nearest(modules: dict[str, torch.nn.Module], owners: list[str]) -> list[torch.nn.Module]:
+    """The modules that have the longest path in common with a module that has a stack."""
+
+    def in_common(name: str) -> int:
+        paths = [zip(name.split("."), owner.split("."), strict=False) for owner in owners]
+        return max(len(list(takewhile(lambda pair: pair[0] == pair[1], path))) for path in paths)
+
+    longest = max(map(in_common, modules), default=0)
+    return [module for name, module in modules.items() if in_common(name) == longest]
 
 
 def _is_recurrent(module: torch.nn.Module) -> bool:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 
-from sglang_shift.models.families import FAMILIES, PACKAGE, Family
+from sglang_shift.models.families import FAMILIES, PACKAGE, WITH_IMAGES, Family
 from sglang_shift.models.fields import HARMLESS, ROPE, RULES, WINDOW, neutral_values, supported_fields
 from sglang_shift.models.heads import Heads
 from sglang_shift.models.rope_fields import OF_ANY_TYPE, ROPE_PARAMETERS
@@ -37,6 +37,13 @@ SGLang takes transformers' code. When the server starts, it runs made-up request
 the modes differ by more than rounding explains: [the check](usage.md#the-check-at-start-up).
 [data/models.csv](data/models.csv) lists the architectures that were compared with transformers in every mode.
 [quantization.md](quantization.md) lists the formats of weights.
+
+## Models with images
+
+These architectures are served with text and images: {with_images}. They are in
+[data/models.csv](data/models.csv), too: there they got prompts without images. Tests of servers compare prompts with
+images with transformers. Steps that compute a prompt with images run in TP: [how](usage.md#features-of-sglang). Other
+models with images, videos or sounds are refused.
 
 ## Families
 
@@ -93,7 +100,7 @@ other models are in this table, and so are all other fields that transformers ha
 def document() -> str:
     """Return the page, in Markdown."""
     return PAGE.format(
-        families=_families(), linears=_linears(), max_ranks=MAX_RANKS, ranks=_ranks(),
+        with_images=_codes(WITH_IMAGES), families=_families(), linears=_linears(), max_ranks=MAX_RANKS, ranks=_ranks(),
         supported=_supported_fields_table(), harmless=_codes(HARMLESS), ruled=_codes(ROPE | WINDOW),
         of_any_type=_codes(OF_ANY_TYPE), ropes=_ropes(), rules=_rules(), neutral=_neutral(),
     )  # fmt: skip

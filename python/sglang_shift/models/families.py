@@ -16,6 +16,15 @@ PACKAGE = "sglang.srt.models."
 ORIGINAL_LENGTH = "original_max_position_embeddings"
 PARTIAL_ROTARY = "partial_rotary_factor"
 
+WITH_IMAGES = (
+    "Gemma3ForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+)
+"""Architectures outside of the families whose answers about images are tested in both modes."""
+
 
 class Role(StrEnum):
     """The task of a linear in a decoder layer."""

@@ -81,8 +81,8 @@ def attend(
         window: If not None, a token attends to itself and to this number of tokens before it. This is SGLang's
             ``sliding_window_size``, which is one less than ``sliding_window`` of transformers.
         cap: If positive, a score ``s`` becomes ``cap * tanh(s / cap)``.
-        visible: ``[new tokens, keys]``, bool: which keys a token attends to, in place of ``causal``. A window applies
-            as well. It has one block, so it is for few tokens.
+        visible: ``[new tokens, keys]``, bool: which keys a token attends to, in place of ``causal``. A window also
+            hides the keys before it. The scores are one block, so this is for few tokens.
 
     Returns:
         A part with ``output`` ``[new tokens, heads, value width]`` and ``lse`` ``[new tokens, heads]``.
@@ -95,7 +95,8 @@ def attend(
         window = None
     if visible is not None:
         if window is not None:
-            visible = visible & band(new, keys, before, window, query.device)
+            token = torch.arange(before, keys, device=query.device).unsqueeze(1)
+            visible = visible & (torch.arange(keys, device=query.device) >= token - window)
         part = attend_batch(q, k, v, scale=scale, cap=cap, visible=visible)
     elif window is not None and (causal or new == 1):
         part = _attend_window(q, k, v, before, window, scale, cap)

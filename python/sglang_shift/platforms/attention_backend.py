@@ -18,7 +18,7 @@ from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from sglang_shift.platforms.attention import Part, add_sinks, attend, attend_batch
 from sglang_shift.platforms.cpu import ATTENTION
-from sglang_shift.seams import extends
+from sglang_shift.seams import extends, relies_on
 
 # Where keys are in a pool: slots in any order, or a slice if the slots are consecutive. A slice needs no copy.
 Slots: TypeAlias = torch.Tensor | slice
@@ -78,10 +78,16 @@ class CpuAttentionBackend(AttentionBackend):
         self.window_slots_of_new: torch.Tensor | None = None
         self.extensions: list[Extension] | None = None
         self.slots: dict[Any, Any] = {}  # of this step, for all layers of a kind
+        # SGLang's name for: the tokens of an image attend to each other
+        self.images_attend_to_themselves = hasattr(getattr(model_runner, "model", None), "prepare_attn_masks")
 
     def support_triton(self) -> bool:
         return False
 
+    @relies_on(
+        "sglang.srt.models.gemma3_mm:Gemma3ForConditionalGeneration.prepare_attn_masks",
+        "This method decides which tokens attend to later tokens, but it only prepares Triton's kernel.",
+    )
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Forget the step before. What the layers of a step have in common is made by the first layer."""
         self.extensions = None
@@ -89,6 +95,9 @@ class CpuAttentionBackend(AttentionBackend):
         self.window_slots_of_new = None
         if self.window_pool is not None and forward_batch.out_cache_loc is not None:
             self.window_slots_of_new = self.window_pool.translate_loc_from_full_to_swa(forward_batch.out_cache_loc)
+        mode = forward_batch.forward_mode
+        if self.images_attend_to_themselves and forward_batch.mm_inputs and mode.is_extend():
+            self.extensions = list(map(with_images, self._extensions(forward_batch), forward_batch.mm_inputs))
 
     def forward_extend(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any
@@ -283,6 +292,26 @@ def verified(rows: list[int], lengths: list[int], drafts: Any) -> list[Extension
         extensions.append(Extension(row, prefix, new, visible))
         start += size
     return extensions
+
+
+def with_images(extension: Extension, inputs: Any) -> Extension:
+    """Let the tokens of each image among the new tokens attend to each other, as in Gemma 3.
+
+    If a chunk ends inside of an image, the tokens of the chunk do not see the rest, as in SGLang's Triton backend.
+
+    Args:
+        extension: The new tokens of a request.
+        inputs: SGLang's ``MultimodalInputs`` of the request; None if it has none.
+    """
+    items = [] if inputs is None else [item for item in inputs.mm_items if item.is_image()]
+    spans = [span for item in items for span in item.offsets if span[0] >= extension.prefix]
+    if not spans:
+        return extension
+    prefix, new = extension.prefix, extension.new
+    visible = torch.ones(new, prefix + new, dtype=torch.bool).tril(prefix)
+    for first, last in spans:
+        visible[first - prefix : last + 1 - prefix, first : last + 1] = True
+    return extension._replace(visible=visible)
 
 
 def similar(counts: list[int]) -> list[list[int]]:

@@ -99,6 +99,7 @@ DIGESTS = {
     "sglang.srt.model_executor.runner.prefill_cuda_graph_runner:PrefillCudaGraphRunner._execute_body_capture": "880bd5793cfca415",
     "sglang.srt.model_executor.runner.prefill_cuda_graph_runner:PrefillCudaGraphRunner._run_forward": "95dad63b9e000fa1",
     "sglang.srt.model_executor.runner.prefill_cuda_graph_runner:PrefillCudaGraphRunner.can_replay_locally": "9048d884afbbb256",
+    "sglang.srt.models.gemma3_mm:Gemma3ForConditionalGeneration.prepare_attn_masks": "d279732fac77a987",
     "sglang.srt.models.llama:LlamaAttention.__init__": "0991a7e2878908a3",
     "sglang.srt.models.llama:LlamaDecoderLayer.__init__": "1957fea61f6a96bf",
     "sglang.srt.models.llama:LlamaMLP.__init__": "233cbc1bbdd3ab6f",

@@ -21,8 +21,9 @@ from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refused, ShiftError
 from sglang_shift.launch_server import resolve
 from sglang_shift.models.demo import demo_model_path
-from sglang_shift.models.families import FAMILIES
+from sglang_shift.models.families import FAMILIES, WITH_IMAGES
 from sglang_shift.resolution import shift_config_of
+from tiny_models import IMAGES, MODELS
 
 SHIFT = {"tp_size": 2, "enable_shift_parallel": True}
 
@@ -278,6 +279,42 @@ def demo_config(**changes):
         num_attention_heads=fields["num_attention_heads"],
         get_total_num_kv_heads=lambda: fields["num_key_value_heads"],
     )
+
+
+def image_config(name, **changes):
+    """The same of a model with images, whose language model is the demo model."""
+    model = demo_config()
+    model.is_multimodal = True
+    model.hf_config.__dict__.update(changes)
+    model.hf_config = SimpleNamespace(architectures=[name], text_config=model.hf_config)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("Qwen2_5_VLForConditionalGeneration", {}, None),
+        ("Qwen3VLMoeForConditionalGeneration", {}, None),
+        (
+            "Gemma3ForConditionalGeneration",
+            {"intermediate_size": 97},
+            "does not divide the model's intermediate size 97",
+        ),
+        ("Qwen3VLMoeForConditionalGeneration", {"mlp_only_layers": [1]}, r"has mlp_only_layers \[1\], which SGLang's"),
+        ("LlavaForConditionalGeneration", {}, "its answers about images or sounds are not tested; serve it without"),
+    ],
+)
+def test_models_with_images(name, changes, message):
+    model, config = image_config(name, **changes), ShiftConfig(2, 2, True, "tokens")
+    if message is None:
+        check_model(model, config)
+    else:
+        with pytest.raises(Refused, match=message):
+            check_model(model, config)
+
+
+def test_every_model_with_images_is_compared():
+    assert {model.architecture for model in MODELS.values() if model.group == IMAGES} == set(WITH_IMAGES)
 
 
 def test_every_family_has_a_tiny_model():

@@ -168,6 +168,7 @@ def tower():
     model = llama()
     block = torch.nn.Module()
     block.fc1, block.fc2 = ColumnParallelLinear(HIDDEN, 32), RowParallelLinear(32, HIDDEN)
+    block.positions = torch.nn.Embedding(4, HIDDEN)
     model.visual = torch.nn.ModuleList([block])
     linears = [block.fc1, block.fc2]
     values, reserved = [], []

@@ -225,6 +225,31 @@ def test_drafts_attend_to_their_ancestors():
         torch.testing.assert_close(out[3 * request : 3 * request + 3], part.output.flatten(1))
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_tokens_of_an_image_attend_to_each_other(window):
+    """Three prompts: with an image among the new tokens, with one in the cache, and with none."""
+    requests = Requests((2, 7, 0), (8, 3, 5), EXTEND)
+    spans = [[(3, 6)], [(1, 4)], []]
+    requests.batch.mm_inputs = [
+        SimpleNamespace(mm_items=[SimpleNamespace(is_image=lambda: True, offsets=each)]) if each else None
+        for each in spans
+    ]
+    requests.runner.model = SimpleNamespace(prepare_attn_masks=None)
+    out = requests.run(CpuAttentionBackend, layer_of(sliding_window_size=-1 if window is None else window))
+    start = 0
+    for own, prefix, new, images in zip(requests.slots, requests.prefixes, requests.news, spans, strict=True):
+        place, token = torch.arange(prefix + new), torch.arange(prefix, prefix + new).unsqueeze(1)
+        visible = place <= token
+        for first, last in images:
+            visible |= (first <= place) & (place <= last) & (first <= token) & (token <= last)
+        if window is not None:
+            visible &= place >= token - window
+        query = requests.q[start : start + new].view(new, HEADS, WIDTH)
+        part = attend(query, requests.pool.keys[own], requests.pool.values[own], scale=0.3, visible=visible)
+        torch.testing.assert_close(out[start : start + new], part.output.flatten(1), atol=1e-5, rtol=1e-5)
+        start += new
+
+
 def test_an_encoder_attends_to_all_tokens():
     requests = requests_of("prompts of odd lengths")
     layer = layer_of(attn_type=AttentionType.ENCODER_ONLY, sliding_window_size=4)
