@@ -68,7 +68,7 @@ class TestTokenShards:
         assert [token_shards_of(self.FOUR, ranks, asked) for ranks in (1, 2, 4, 8)] == expected
 
     def test_a_plan_has_the_flags_and_the_tokens(self):
-        requests = [Request(i / 4, 20_000, 20) for i in range(12)]
+        requests = [Request(i / 4, 2000, 5) for i in range(6)]
         plans = [search(self.FOUR, H200, 8, requests, dcp_size=asked) for asked in (1, "auto")]
         by_layout = [{o.candidate.layout: o.memory.tokens for o in plan.layouts} for plan in plans]
         for layout, tokens in by_layout[0].items():
