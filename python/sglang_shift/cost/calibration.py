@@ -117,7 +117,7 @@ def key_of(config: ShiftConfig, model_config: Any, settings: dict[str, Any]) -> 
     """Return the settings that step times depend on.
 
     Args:
-        config: The settings of the server, which contain P and S.
+        config: The settings of the server, which contain P, S, and where the experts are.
         model_config: SGLang's model configuration. Its Hugging Face configuration identifies the model's shapes.
         settings: All other settings that matter: chunk size, attention backend, dtype of the KV cache, nodes.
     """
@@ -128,6 +128,7 @@ def key_of(config: ShiftConfig, model_config: Any, settings: dict[str, Any]) -> 
         "dtype": str(model_config.dtype),
         "tp_size": config.world_size,
         "sp_size": config.sp_size,
+        "experts": config.experts,
         "hardware": hardware(),
         "versions": {name: version(name) for name in ("sglang", "sglang_shift", "torch")},
         **settings,

@@ -17,12 +17,18 @@ SERVER_ARGS = (
     "bf16_gemm_backend",
     "disable_custom_all_reduce",
     "disable_overlap_schedule",
+    "enable_lora",
     "enable_mixed_chunk",
     "enable_mscclpp",
     "enable_nccl_nvls",
     "enable_symm_mem",
     "enable_torch_symm_mem",
+    "ep_size",
     "flashinfer_allreduce_fusion_backend",
+    "fp4_gemm_runner_backend",
+    "fp8_gemm_runner_backend",
+    "moe_runner_backend",
+    "quantization",
 )
 """SGLang's settings that change the time of a collective or of a step differently in the two modes."""
 

@@ -497,7 +497,7 @@ def test_a_change_of_mode_is_timed(make):
 
 
 SGLANG_S = ("SGLANG_USE_1STAGE_ALLREDUCE", "SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2", "SGLANG_ENABLE_PCIE_IPC_ALLREDUCE")
-OTHERS = ("NCCL_P2P_DISABLE", *SGLANG_S, "flashinfer", "topology", "max_running")
+OTHERS = ("NCCL_P2P_DISABLE", *SGLANG_S, "flashinfer", "topology", "max_running", "experts")
 
 
 def test_a_gemm_backend_that_one_mode_does_not_have_everywhere_is_in_the_key():
@@ -508,7 +508,7 @@ def test_a_gemm_backend_that_one_mode_does_not_have_everywhere_is_in_the_key():
 @pytest.mark.parametrize("name", [*calibration_key.SERVER_ARGS, *OTHERS])
 def test_what_changes_step_times_has_a_calibration_of_its_own(make, monkeypatch, tmp_path, name):
     make().start()
-    mine = make()
+    mine = make(replace(CONFIG, experts="replicated") if name == "experts" else CONFIG)
     if name == "flashinfer":
         monkeypatch.setattr(calibration_key, "version", lambda package: "0.0.0")
     elif name == "topology":
@@ -520,7 +520,7 @@ def test_what_changes_step_times_has_a_calibration_of_its_own(make, monkeypatch,
         mine.scheduler.max_running_requests = 32
     elif name.isupper():
         monkeypatch.setenv(name, "1")
-    else:
+    elif name != "experts":
         others = SimpleNamespace(**{**vars(mine.scheduler.server_args), name: "something else"})
         mine.scheduler.server_args = others
     assert mine.start() is not None
