@@ -59,6 +59,24 @@ def check_samples(request: Any) -> None:
             raise ValueError(f"n is {n}{of_all} and must be at most {most}; send several requests")
 
 
+def check_kind(request: Any, is_generation: bool) -> None:
+    """Check a request to a model that pools. SGLang refuses the opposite: an embedding of a model that generates.
+
+    Args:
+        request: The request.
+        is_generation: Whether the model generates.
+
+    Raises:
+        ValueError: the request asks a model that pools for new tokens, or has an empty list of tokens.
+    """
+    if is_generation:
+        return
+    if isinstance(request, io_struct.GenerateReqInput):
+        raise ValueError("this model pools and does not generate; send the request to /v1/embeddings or /v1/score")
+    if request.input_ids == []:  # SGLang would look for the first token
+        raise ValueError(NO_TOKENS)
+
+
 def check_labels(labels: Any) -> None:
     """Check ``custom_labels``. With ``--enable-metrics``, an unknown label ends the process that counts requests.
 

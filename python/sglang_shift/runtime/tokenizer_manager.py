@@ -14,6 +14,7 @@ from sglang_shift.observe.events import META_INFO_KEY as KEY
 from sglang_shift.runtime.admission import (
     NO_TOKENS,
     check_folder,
+    check_kind,
     check_labels,
     check_logging,
     check_message,
@@ -47,10 +48,11 @@ class RequestChecks(TokenizerManager):
     The checks are in :mod:`sglang_shift.runtime.admission`.
     """
 
-    @overrides("Our method refuses a request for too many samples, and a request with unknown labels.")
+    @overrides("Our method refuses requests for too many samples, with unknown labels, or for what the model is not.")
     def generate_request(self, obj: Any, request: Any = None) -> AsyncGenerator[Any]:
         check_samples(obj)
         check_labels(getattr(obj, "custom_labels", None))
+        check_kind(obj, self.is_generation)
         return super().generate_request(obj, request)
 
     @overrides("Our method refuses a request without tokens.")

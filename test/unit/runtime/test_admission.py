@@ -9,7 +9,12 @@ import msgspec
 import pytest
 import torch
 from sglang.srt.managers import io_struct
-from sglang.srt.managers.io_struct import GenerateReqInput, SetInternalStateReq, TokenizedEmbeddingReqInput
+from sglang.srt.managers.io_struct import (
+    EmbeddingReqInput,
+    GenerateReqInput,
+    SetInternalStateReq,
+    TokenizedEmbeddingReqInput,
+)
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor, DisallowedTokensLogitsProcessor
@@ -95,6 +100,30 @@ def test_what_a_request_raises_is_its_answer(monkeypatch):
 def test_more_samples_than_can_be_made(manager, fields):
     with pytest.raises(ValueError, match=r"n is .* must be at most \d+; send several requests"):
         manager.__new__(manager).generate_request(GenerateReqInput(**fields))
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (GenerateReqInput(input_ids=[1]), "this model pools and does not generate; send the request to /v1/embeddings"),
+        (EmbeddingReqInput(input_ids=[]), "the request has no tokens"),
+        (EmbeddingReqInput(input_ids=[1]), None),
+        (EmbeddingReqInput(text="a"), None),
+    ],
+)
+@pytest.mark.parametrize("manager", MANAGERS)
+def test_requests_to_a_model_that_pools(monkeypatch, manager, request_, reason):
+    """A step of new tokens ends a rank of such a model."""
+    monkeypatch.setattr(TokenizerManager, "generate_request", lambda *_: "answers")
+    mine = manager.__new__(manager)
+    mine.is_generation = False
+    if reason is None:
+        assert mine.generate_request(request_) == "answers"
+    else:
+        with pytest.raises(ValueError, match=reason):
+            mine.generate_request(request_)
+    mine.is_generation = True
+    assert mine.generate_request(request_) == "answers"  # SGLang checks it
 
 
 @pytest.mark.parametrize("params", [None, {}, {"n": 16_384}, {"n": None}, {"n": "x"}, [{"n": 2}, {}], [None], 5])
