@@ -64,6 +64,7 @@ def load(monkeypatch, world, sp, device="meta", pynccl=PyNccl):
     sp_model = SimpleNamespace(
         weights=SimpleNamespace(report=lambda: SimpleNamespace(total=0, beyond_base=0), text=""),
         exchange_columns=[QKV, OUT],
+        forwards=None,
         exchange_volume=lambda exchange, dtype: None,
     )
     config = ShiftConfig(world, sp, True, "tokens", exchange="collective")
