@@ -12,7 +12,7 @@ from prompts import assert_same_answers
 
 ROWS = 4096  # of each rank's pool
 LAYOUTS = [
-    pytest.param((4, 2), marks=pytest.mark.server),
+    pytest.param((4, 2), marks=[pytest.mark.server, pytest.mark.full]),
     pytest.param((4, 4), marks=[pytest.mark.server, pytest.mark.full]),
 ]
 
