@@ -151,7 +151,7 @@ class ChunkSizer:
         if not decodes.requests:
             return None
         seconds, budget = adder.budget.step_seconds(adder.prompts, decodes), adder.budget.prompt_seconds(decodes)
-        self._last = chunk = Chunk(adder.prompts.tokens, adder.first_room or 0, seconds, budget, decodes)
+        self._last = chunk = Chunk(adder.prompts.tokens, adder.room, seconds, budget, decodes)
         self._steps["mixed" if batch.decoding_reqs else "alternating"] += 1
         self._steps["floor"] += chunk.floor_rules
         return chunk

@@ -46,13 +46,13 @@ class ShiftPrefillAdder(PrefillAdder):
         budget: The budget of the step. Its only mode is TP once the step has a prompt that needs TP.
         decodes: The requests that decode meanwhile. They do not share the step once it has a prompt that cannot.
         prompts: The prompt tokens that the step has so far.
-        first_room: Tokens that were left for the first prompt; None before it.
+        room: Prompt tokens that the step can take. Each prompt that is added may change it, because its history counts.
     """
 
     budget: ChunkBudget
     decodes: Decodes
     prompts: Prompts
-    first_room: int | None
+    room: int
 
     def start(
         self,
@@ -72,7 +72,7 @@ class ShiftPrefillAdder(PrefillAdder):
             needs_tp: Whether a step with this prompt must run in TP.
         """
         self.budget, self.decodes, self.share, self.waiting, self.needs_tp = budget, decodes, share, waiting, needs_tp
-        self.prompts, self.first_room = Prompts(), None
+        self.prompts, self.room = Prompts(), 0
         self.chosen: set[str] = set()
 
     @overrides("Our method limits the prompt that continues to the budget, and to its share of the step.")
@@ -132,8 +132,7 @@ class ShiftPrefillAdder(PrefillAdder):
         self.rem_chunk_tokens += plan.chunk - plan.room
         if not self.can_run_list or self.can_run_list[-1] is not req:
             return 0
-        if self.first_room is None:
-            self.first_room = plan.room
+        self.room = max(self.room, self.prompts.tokens + plan.room)
         self.budget, self.decodes = plan.budget, plan.decodes
         self.prompts = self.prompts.plus(req.prefix_len, req.extend_len)
         tokens: int = req.extend_len

@@ -95,7 +95,7 @@ def test_prompts_share_what_fits_the_target():
     assert results[2] is AddReqResult.OTHER, "only one prompt can continue"
     assert made.new_chunked_req is second
     assert made.prompts == Prompts().plus(0, 40).plus(0, 60)
-    assert made.first_room == 100
+    assert made.room == 100
     assert made.rem_chunk_tokens == 900
 
 
