@@ -2,9 +2,9 @@
 """Compare policies for instances that merge and split, in the simulator, on the cost model of 8 x H200.
 
     python benchmark/instances.py                      # the grid: rates x shares of long prompts
-    python benchmark/instances.py --azure FILE.csv     # a window of a trace instead
+    python benchmark/instances.py --trace FILE         # a window of a trace instead
 
-Every contender gets the same requests. ``best static`` is the best of the static layouts that serve all of them.
+Every contender gets the same requests.
 """
 
 from __future__ import annotations

@@ -101,8 +101,8 @@ class Flag:
         return f"It is only for the {'policies' if len(self.policies) > 1 else 'policy'} {' and '.join(self.policies)}."
 
 
-def parse_sp_size(text: str) -> int | str:
-    """Parse the value of ``--sp-size`` from a command line or a ``--config`` file.
+def parse_ranks(text: str) -> int | str:
+    """Parse the value of ``--sp-size`` or ``--dcp-size`` from a command line or a ``--config`` file.
 
     Raises:
         argparse.ArgumentTypeError: the value is neither a whole number nor ``auto``.
@@ -139,7 +139,7 @@ FLAGS = (
         default="auto with --enable-shift-parallel (on a CPU: P), else none",
         placeholder="S",
         aliases=("--sequence-parallel-size",),
-        parse=parse_sp_size,
+        parse=parse_ranks,
         resolvable=True,
         more="usage.md#choose-p-and-s",
     ),

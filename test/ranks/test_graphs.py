@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from adapters import write_adapter
-from recorded_graphs import run_model_ranks
+from recorded_graphs import recorded_steps, run_model_ranks
 from sglang.benchmark.one_batch import decode, extend, prepare_synthetic_inputs_for_latency_test
 from sglang.srt.layers.layer_boundary.contracts import BatchVariant
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
@@ -45,20 +45,10 @@ def run(runner, context, lengths, decodes=2, adapter=None):
     reqs = prepare_synthetic_inputs_for_latency_test(len(prompts), 0, prompts)
     for req in reqs:
         req.lora_id = adapter
-    logits, replayed, forward = [], [], type(runner).forward
-
-    def recording(batch, *args, **kwargs):
-        output = forward(runner, batch, *args, **kwargs)
-        replayed.append(output.can_run_graph)
-        logits.append(output.logits_output.next_token_logits.clone())
-        return output
-
-    runner.forward = recording
-    with context:
+    with recorded_steps(runner) as (logits, replayed), context:
         ids, _, batch = extend(reqs, runner)
         for _ in range(decodes):
             ids, _ = decode(ids, batch, runner)
-    del runner.forward
     return logits, replayed
 
 

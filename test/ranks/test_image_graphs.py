@@ -5,9 +5,11 @@ Their positions have three dimensions, and graphs keep them in buffers of their 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from recorded_graphs import run_model_ranks
+from recorded_graphs import recorded_steps, run_model_ranks
 from sglang.benchmark.one_batch import decode, extend, prepare_synthetic_inputs_for_latency_test
 from sglang_shift.modes import Mode
 from tiny_models import MODELS, write
@@ -26,22 +28,9 @@ def steps(runner, mode, graphs):
     """A prefill and two decode steps in a mode: the logits, and whether a graph was replayed."""
     runner.req_to_token_pool.clear()
     runner.token_to_kv_pool_allocator.clear()
-    logits, replayed, forward = [], [], type(runner).forward
-
-    def recording(batch, *args, **kwargs):
-        output = forward(runner, batch, *args, **kwargs)
-        replayed.append(output.can_run_graph)
-        logits.append(output.logits_output.next_token_logits.clone())
-        return output
-
-    runner.forward = recording
-    with runner.running_in(mode):
-        if not graphs:
-            with runner.graphs.without():
-                run(runner)
-        else:
-            run(runner)
-    del runner.forward
+    without_graphs = nullcontext() if graphs else runner.graphs.without()
+    with recorded_steps(runner) as (logits, replayed), runner.running_in(mode), without_graphs:
+        run(runner)
     return torch.cat(logits), replayed
 
 

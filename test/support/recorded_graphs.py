@@ -198,3 +198,21 @@ def model_runner(rank: int, port: int, flags: list[str]) -> Any:
     runner.init_attention_backends()
     runner.init_cuda_graphs()
     return runner
+
+
+@contextmanager
+def recorded_steps(runner: Any) -> Iterator[tuple[list[torch.Tensor], list[bool]]]:
+    """Record the steps of a block: the logits of each step, and whether it replayed a graph."""
+    logits: list[torch.Tensor] = []
+    replayed: list[bool] = []
+    forward = type(runner).forward
+
+    def recording(batch, *args, **kwargs):
+        output = forward(runner, batch, *args, **kwargs)
+        replayed.append(output.can_run_graph)
+        logits.append(output.logits_output.next_token_logits.clone())
+        return output
+
+    runner.forward = recording
+    yield logits, replayed
+    del runner.forward

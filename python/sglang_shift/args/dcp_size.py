@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from typing import Any
 
@@ -64,20 +63,6 @@ FEATURE_CONFLICT = Refusal(
     "{feature} cannot be combined with --dcp-size {D}: {reason}; leave one of them out",
     "Each of these features has its own reason.",
 )
-
-
-def parse_dcp_size(text: str) -> int | str:
-    """Parse the value of ``--dcp-size`` from a command line or a ``--config`` file.
-
-    Raises:
-        argparse.ArgumentTypeError: the value is neither a whole number nor ``auto``.
-    """
-    if text.strip() == AUTO:
-        return AUTO
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is neither a whole number of ranks nor '{AUTO}'") from None
 
 
 def resolve_dcp_size(server_args: Any, *, uses_sp: bool) -> None:

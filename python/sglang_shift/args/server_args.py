@@ -14,7 +14,7 @@ from sglang.srt.server_args import ServerArgs
 
 from sglang_shift.args import config_file
 from sglang_shift.args.chunk_size import adjust_chunk_size
-from sglang_shift.args.dcp_size import check_dcp_size, parse_dcp_size, resolve_dcp_size
+from sglang_shift.args.dcp_size import check_dcp_size, resolve_dcp_size
 from sglang_shift.args.gemm_backend import adjust_gemm_backend
 from sglang_shift.args.graph_memory import adjust_graph_memory
 from sglang_shift.args.mixed_chunks import can_mix
@@ -22,7 +22,7 @@ from sglang_shift.args.model_check import check_model
 from sglang_shift.args.refusals import check_flags, check_target
 from sglang_shift.args.sp_size import auto_sp_size, check_sp_size
 from sglang_shift.errors import ShiftError
-from sglang_shift.flags import AUTO, BY_NAME, FLAGS, Flag
+from sglang_shift.flags import AUTO, BY_NAME, FLAGS, Flag, parse_ranks
 from sglang_shift.graphs.plan import warning_without_graphs
 from sglang_shift.models.demo import demo_model_path
 from sglang_shift.parallel.exchange.choose import check_exchange
@@ -67,7 +67,7 @@ class ShiftServerArgs(Fields, dict=True):  # type: ignore[call-arg]
     def add_cli_args(parser: argparse.ArgumentParser) -> None:
         """Add SGLang's flags, then our flags as a separate group."""
         ServerArgs.add_cli_args(parser)
-        next(action for action in parser._actions if action.dest == "dcp_size").type = parse_dcp_size
+        next(action for action in parser._actions if action.dest == "dcp_size").type = parse_ranks
         group = parser.add_argument_group("sglang_shift", "Shift Parallelism; without these, stock SGLang")
         add_cli_args_from_dataclass(group, ShiftServerArgs, fields=list(BY_NAME))
 

@@ -57,6 +57,10 @@ class Deployment:
         """The number of ranks of each instance."""
         return tuple(i.ranks for i in self.instances)
 
+    def holding(self, need: int) -> list[int]:
+        """Return the indexes of the instances that hold a request of ``need`` tokens."""
+        return [i for i, state in enumerate(self.instances) if state.capacity >= need]
+
 
 class InstancePolicy:
     """Keeps the layout, and routes each request to the least loaded instance that holds it.
@@ -72,7 +76,7 @@ class InstancePolicy:
 
     def route(self, deployment: Deployment, need: int) -> int | None:
         """Return the index of the instance that gets a request of ``need`` tokens; None if no instance holds it."""
-        return least_loaded(deployment, [i for i, s in enumerate(deployment.instances) if s.capacity >= need])
+        return least_loaded(deployment, deployment.holding(need))
 
     def wanted(self, deployment: Deployment) -> Layout:
         """Return the layout that the deployment should have. The current layout means that nothing changes."""

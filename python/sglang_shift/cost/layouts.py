@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
+from sglang_shift.cost.measure import kv_reads
 from sglang_shift.cost.model import CostModel
 from sglang_shift.modes import MODES, Mode, StepState
 
@@ -51,32 +52,32 @@ class InstanceCosts:
     chunk: int = 8192
     max_running: int = 1024
 
-    def step_seconds(self, tokens: int, prompt_tokens: int, kv_reads: int) -> float:
+    def step_seconds(self, tokens: int, prompt_tokens: int, reads: int) -> float:
         """Return the time of a step in its fastest mode.
 
         Args:
             tokens: Tokens of the step.
             prompt_tokens: How many of them are prompt tokens.
-            kv_reads: Pairs of a query token and a token of the KV cache.
+            reads: Pairs of a query token and a token of the KV cache.
         """
-        step = StepState(tokens, prompt_tokens, 0, 0, 0, {}, kv_reads)
-        return min(self.costs.predict(mode, step) for mode in self.modes)
+        return self.costs.fastest_seconds(StepState(tokens, prompt_tokens, kv_reads=reads), self.modes)
 
-    def batched_prompt_seconds(self, prompt: int) -> float:
-        """Return a prompt's share of the time of full chunks of such prompts."""
-        if prompt >= self.chunk:
-            return self.prompt_seconds(prompt)
-        reads = self.chunk * (prompt + 1) // 2
-        return self.step_seconds(self.chunk, self.chunk, reads) * prompt / self.chunk
 
-    def prompt_seconds(self, prompt: int) -> float:
-        """Return the time of a prompt that is computed in chunks, if nothing else runs."""
-        whole, rest = divmod(prompt, self.chunk)
-        sizes = [self.chunk] * whole + [rest] * bool(rest)
-        ends = [min(prompt, (i + 1) * self.chunk) for i in range(len(sizes))]
-        return sum(
-            self.step_seconds(n, n, n * (end - n) + n * (n + 1) // 2) for n, end in zip(sizes, ends, strict=True)
-        )
+@cache
+def prompt_seconds(level: InstanceCosts, prompt: int) -> float:
+    """Return the time of a prompt that is computed in chunks, if nothing else runs."""
+    begins = range(0, prompt, level.chunk)
+    chunks = [(begin, min(level.chunk, prompt - begin)) for begin in begins]
+    return sum(level.step_seconds(n, n, kv_reads(begin, n)) for begin, n in chunks)
+
+
+@cache
+def batched_prompt_seconds(level: InstanceCosts, prompt: int) -> float:
+    """Return a prompt's share of the time of full chunks of such prompts."""
+    if prompt >= level.chunk:
+        return prompt_seconds(level, prompt)
+    reads = level.chunk * (prompt + 1) // 2
+    return level.step_seconds(level.chunk, level.chunk, reads) * prompt / level.chunk
 
 
 CostsByLevel = Mapping[int, InstanceCosts]
@@ -142,10 +143,10 @@ class Load:
         self.output = sum(w * c.output for w, c in pairs)
         self.tokens = sum(w * (c.prompt + c.output) for w, c in pairs)
         self.context = sum(w * c.output * (c.prompt + c.output / 2) for w, c in pairs) / max(self.output, 1e-9)
-        alone = [(w, _prompt_seconds(level, round(c.prompt))) for w, c in pairs]
+        alone = [(w, prompt_seconds(level, max(1, round(c.prompt)))) for w, c in pairs]
         self.prompt_seconds = sum(w * seconds for w, seconds in alone)
         self.prompt_squares = sum(w * seconds**2 for w, seconds in alone)
-        self.batched_seconds = sum(w * _batched_seconds(level, round(c.prompt)) for w, c in pairs)
+        self.batched_seconds = sum(w * batched_prompt_seconds(level, max(1, round(c.prompt))) for w, c in pairs)
         self.most = max(1.0, min(level.tokens / self.tokens, level.max_running))
         self.capacity = self._rate_at(self.most)
 
@@ -172,16 +173,6 @@ class Load:
         busy = min(0.999, rate * self.prompt_seconds)
         waiting = rate * self.prompt_squares / (2 * (1 - busy))  # prompts wait for prompts: Pollaczek and Khinchine
         return high / rate + self.prompt_seconds + waiting
-
-
-@cache
-def _prompt_seconds(level: InstanceCosts, prompt: int) -> float:
-    return level.prompt_seconds(max(1, prompt))
-
-
-@cache
-def _batched_seconds(level: InstanceCosts, prompt: int) -> float:
-    return level.batched_prompt_seconds(max(1, prompt))
 
 
 def layouts(ranks: int, levels: Sequence[int]) -> list[Layout]:

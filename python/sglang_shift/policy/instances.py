@@ -7,11 +7,21 @@ alone: :mod:`sglang_shift.simulate.instances`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sglang_shift.cost.deployment import Deployment, InstancePolicy, InstanceState, least_loaded, starts
-from sglang_shift.cost.layouts import CostsByLevel, Layout, Load, Outlook, RequestClass, layouts, outlook
+from sglang_shift.cost.layouts import (
+    CostsByLevel,
+    Layout,
+    Load,
+    Outlook,
+    RequestClass,
+    layouts,
+    outlook,
+    prompt_seconds,
+)
 
 
 def merge(layout: Layout, states: Sequence[InstanceState], ranks: int) -> Layout:
@@ -50,7 +60,7 @@ class PaperPolicy(InstancePolicy):
 
     def route(self, deployment: Deployment, need: int) -> int | None:
         """Return the least loaded of the smallest instances that hold the request."""
-        holds = [i for i, s in enumerate(deployment.instances) if s.capacity >= need]
+        holds = deployment.holding(need)
         smallest = min((deployment.instances[i].ranks for i in holds), default=0)
         return least_loaded(deployment, [i for i in holds if deployment.instances[i].ranks == smallest])
 
@@ -58,8 +68,7 @@ class PaperPolicy(InstancePolicy):
         if deployment.now - deployment.changed < self.dwell:
             return deployment.layout
         if deployment.unplaced:
-            level = smallest_level(self.levels, max(deployment.unplaced))
-            return deployment.layout if level is None else merge(deployment.layout, deployment.instances, level)
+            return merged_for_unplaced(deployment, self.levels)
         for i, state in enumerate(deployment.instances):
             least = self.levels[min(self.levels)]
             if state.ranks > least.ranks and state.largest <= least.tokens and state.used <= 0.5 * state.capacity:
@@ -71,6 +80,12 @@ class PaperPolicy(InstancePolicy):
 def smallest_level(levels: CostsByLevel, need: int) -> int | None:
     """Return the smallest level that holds a request of ``need`` tokens; None if there is none."""
     return min((k for k, level in levels.items() if level.tokens >= need), default=None)
+
+
+def merged_for_unplaced(deployment: Deployment, levels: CostsByLevel) -> Layout:
+    """Return a layout that holds the largest request that no instance holds; the current one if there is none."""
+    level = smallest_level(levels, max(deployment.unplaced))
+    return deployment.layout if level is None else merge(deployment.layout, deployment.instances, level)
 
 
 @dataclass
@@ -113,7 +128,7 @@ class Demand:
 
     def _decay(self, now: float) -> None:
         self._begin = now if self._begin is None else self._begin
-        factor = 2.718281828459045 ** (-(now - self._at) / self.window)
+        factor = math.exp(-(now - self._at) / self.window)
         self._sums = [[value * factor for value in sums] for sums in self._sums]
         self._at = now
 
@@ -158,32 +173,26 @@ class AutoPolicy(InstancePolicy):
 
     def route(self, deployment: Deployment, need: int) -> int | None:
         """Return the instance that has served its requests and this one first, as far as the cost models say."""
-        holds = [i for i, s in enumerate(deployment.instances) if s.capacity >= need]
 
         def seconds(i: int) -> float:
             state = deployment.instances[i]
             return (state.used + state.queued + need) / self._speeds[state.ranks]
 
-        return min(holds, key=seconds, default=None)
+        return min(deployment.holding(need), key=seconds, default=None)
 
     def wanted(self, deployment: Deployment) -> Layout:
         """Return a better layout, or the current one."""
         current = deployment.layout
         if deployment.unplaced:
-            level = smallest_level(self.levels, max(deployment.unplaced))
-            return current if level is None else merge(current, deployment.instances, level)
+            return merged_for_unplaced(deployment, self.levels)
         if deployment.now - deployment.changed < self.dwell:
             return current
         classes = self._classes(deployment)
         if not classes:
             return current
         self._speeds = {k: self._speed(k, classes) for k in self.levels}
-        best, now = self._best(deployment, classes)
-        self._target = None
-        if best is None or tuple(sorted(best)) == tuple(sorted(current)) or not self._worth(best, now, classes):
-            return current
-        self._target = best
-        return place(best, current, deployment.instances)
+        self._target = self._better(deployment, classes)
+        return current if self._target is None else place(self._target, current, deployment.instances)
 
     def drains_to(self, deployment: Deployment) -> int | None:
         if self._target is None or max(self._target) >= max(deployment.layout):
@@ -206,13 +215,18 @@ class AutoPolicy(InstancePolicy):
         load = Load(level, fitting)
         return load.capacity * load.tokens
 
-    def _best(self, deployment: Deployment, classes: Sequence[RequestClass]) -> tuple[Layout | None, Outlook | None]:
-        """Return the best layout that holds all live requests, and the outlook of the current layout."""
+    def _better(self, deployment: Deployment, classes: Sequence[RequestClass]) -> Layout | None:
+        """Return the best layout that holds all live requests; None if it is not better by the margin."""
         largest = max(s.largest for s in deployment.instances)
-        holding = [lay for lay in self.layouts if self.levels[max(lay)].tokens >= largest]
-        outlooks = {lay: self._outlook(lay, classes) for lay in holding}
-        best = min(outlooks, key=lambda lay: outlooks[lay].key, default=None)
-        return best, self._outlook(deployment.layout, classes)
+        holding = [layout for layout in self.layouts if self.levels[max(layout)].tokens >= largest]
+        outlooks = {layout: self._outlook(layout, classes) for layout in holding}
+        best = min(outlooks, key=lambda layout: outlooks[layout].key, default=None)
+        if best is None or sorted(best) == sorted(deployment.layout):
+            return None
+        new, now = outlooks[best], self._outlook(deployment.layout, classes)
+        if now.loss == new.loss:
+            return best if new.latency < (1 - 2 * self.margin) * now.latency else None
+        return best if new.loss < now.loss - self.margin else None
 
     def _outlook(self, layout: Layout, classes: Sequence[RequestClass]) -> Outlook:
         """Return the outlook, with the time that merging takes if some class fits no instance of the layout."""
@@ -231,15 +245,8 @@ class AutoPolicy(InstancePolicy):
 
     def _alone(self, c: RequestClass) -> float:
         level = self.levels[smallest_level(self.levels, c.need) or max(self.levels)]
-        return level.prompt_seconds(round(c.prompt)) + c.output * level.step_seconds(1, 0, round(c.prompt))
-
-    def _worth(self, best: Layout, now: Outlook | None, classes: Sequence[RequestClass]) -> bool:
-        if now is None:
-            return True
-        new = self._outlook(best, classes)
-        if now.loss == new.loss:
-            return new.latency < (1 - 2 * self.margin) * now.latency
-        return new.loss < now.loss - self.margin
+        prompt = round(c.prompt)
+        return prompt_seconds(level, prompt) + c.output * level.step_seconds(1, 0, prompt)
 
 
 def place(layout: Layout, current: Layout, states: Sequence[InstanceState]) -> Layout:

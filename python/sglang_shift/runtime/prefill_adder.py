@@ -120,7 +120,7 @@ class ShiftPrefillAdder(PrefillAdder):
     def _plan(self, req: Req, history: int) -> _Plan:
         budget, decodes, chunk = self.budget, self.decodes, self.rem_chunk_tokens
         assert chunk is not None  # a target is refused without chunks
-        if decodes.mixed and not can_mix(req):
+        if decodes.mixed and not shares_step(req):
             decodes = replace(decodes, mixed=False)
         if budget.modes != TP_ONLY and self.needs_tp(req):
             budget = replace(budget, modes=TP_ONLY)
@@ -139,7 +139,7 @@ class ShiftPrefillAdder(PrefillAdder):
         return tokens
 
 
-def can_mix(req: Req) -> bool:
+def shares_step(req: Req) -> bool:
     """Whether SGLang can decode other requests in a step with this prompt."""
     return not req.return_logprob and req.input_embeds is None
 

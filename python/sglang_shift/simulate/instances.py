@@ -1,8 +1,8 @@
 """Simulates instances that merge and split, with a real policy and without a model. Cost models drive the clocks.
 
 Each instance makes its steps as :mod:`sglang_shift.simulate.simulator` does: in the order of arrival, and prompts
-first. A request reserves KV cache for its whole output when it is admitted. When the layout changes, the
-ranks concerned finish their steps, wait for each other, and serve nothing while the KV cache moves.
+first. A request reserves KV cache for its whole output when it is admitted. When the layout changes, the ranks
+concerned finish their steps, wait for each other, and serve nothing while the KV cache moves.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from itertools import pairwise
 
 from sglang_shift.cost.deployment import Deployment, InstancePolicy, InstanceState, starts
 from sglang_shift.cost.layouts import CostsByLevel, InstanceCosts, Layout
+from sglang_shift.cost.measure import kv_reads
+from sglang_shift.simulate.simulator import ServedRequest
 from sglang_shift.simulate.traffic import Request
 
 TICK = 0.1
@@ -41,36 +43,15 @@ class Live:
         request: The request.
         computed: Prompt tokens that are computed.
         first: The time of the first token.
-        left: Tokens that were left to generate when it joined its batch.
     """
 
     request: Request
     computed: int = 0
     first: float = -1.0
-    left: int = 0
 
     @property
     def need(self) -> int:
         return self.request.prompt + self.request.output
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """A request that ended. Times are in seconds, as in :class:`~sglang_shift.simulate.simulator.ServedRequest`."""
-
-    request: Request
-    ttft: float
-    e2e: float
-
-    @property
-    def end(self) -> float:
-        """When the last token came."""
-        return self.request.time + self.e2e
-
-    @property
-    def tpot(self) -> float | None:
-        """Seconds per token after the first one; None if there is only one."""
-        return (self.e2e - self.ttft) / (self.request.output - 1) if self.request.output > 1 else None
 
 
 @dataclass
@@ -85,7 +66,7 @@ class Outcome:
         seconds_at: Seconds at each layout, with the levels in descending order.
     """
 
-    served: list[Served] = field(default_factory=list)
+    served: list[ServedRequest] = field(default_factory=list)
     rejected: list[Request] = field(default_factory=list)
     unserved: int = 0
     changes: list[tuple[float, Layout]] = field(default_factory=list)
@@ -106,7 +87,7 @@ class SimulatedInstance:
         ended: Called with each request that ends.
     """
 
-    def __init__(self, level: InstanceCosts, clock: float, ended: Callable[[Served], None]) -> None:
+    def __init__(self, level: InstanceCosts, clock: float, ended: Callable[[ServedRequest], None]) -> None:
         self.level, self.clock, self.ended = level, clock, ended
         self.waiting: deque[Live] = deque()
         self.chunked: Live | None = None
@@ -116,8 +97,7 @@ class SimulatedInstance:
         self.kv_reads = 0
         self.used = 0
         self.queued = 0
-        self.limit: int | None = None  # tokens that it may admit, if it drains
-        self.least = level.tokens  # tokens of the largest request that it may admit
+        self.limit = self.least = level.tokens  # tokens that it may admit together, and in one request
 
     def add(self, live: Live) -> None:
         """Put a request into the queue."""
@@ -126,13 +106,12 @@ class SimulatedInstance:
 
     def join(self, live: Live, left: int) -> None:
         """Take a request that has begun to generate, with its KV cache and ``left`` tokens to generate."""
-        live.left = left
         self.used += live.need
-        self.kv_reads += live.need - live.left
-        self._run(live)
+        self._run(live, left)
 
-    def _run(self, live: Live) -> None:
-        self.ends.setdefault(self.decoded + live.left, []).append(live)
+    def _run(self, live: Live, left: int) -> None:
+        self.kv_reads += live.need - left
+        self.ends.setdefault(self.decoded + left, []).append(live)
         self.running.add(live)
 
     @property
@@ -155,12 +134,11 @@ class SimulatedInstance:
         if not self.waiting or len(self.running) >= self.level.max_running:
             return False
         need = self.waiting[0].need
-        capacity = self.level.tokens if self.limit is None else min(self.limit, self.level.tokens)
-        return self.used + need <= capacity and need <= self.least
+        return self.used + need <= self.limit and need <= self.least
 
     def _prefill(self) -> None:
         """Compute a chunk of prompts."""
-        room, kv_reads, finished = self.level.chunk, 0, []
+        room, reads, finished = self.level.chunk, 0, []
         while room:
             if self.chunked is None:
                 if not self._admissible():
@@ -170,19 +148,18 @@ class SimulatedInstance:
                 self.used += self.chunked.need
             live = self.chunked
             now = min(room, live.request.prompt - live.computed)
-            kv_reads += now * live.computed + now * (now + 1) // 2
+            reads += kv_reads(live.computed, now)
             live.computed += now
             room -= now
             if live.computed == live.request.prompt:
                 finished.append(live)
                 self.chunked = None
         tokens = self.level.chunk - room
-        self.clock += self.level.step_seconds(tokens, tokens, kv_reads)
+        self.clock += self.level.step_seconds(tokens, tokens, reads)
         for live in finished:
-            live.first, live.left = self.clock, live.request.output - 1
-            if live.left:
-                self.kv_reads += live.request.prompt + 1
-                self._run(live)
+            live.first = self.clock
+            if left := live.request.output - 1:
+                self._run(live, left)
             else:
                 self._end(live)
 
@@ -209,7 +186,9 @@ class SimulatedInstance:
 
     def _end(self, live: Live) -> None:
         self.used -= live.need
-        self.ended(Served(live.request, live.first - live.request.time, self.clock - live.request.time))
+        request, ttft = live.request, live.first - live.request.time
+        tpot = (self.clock - live.first) / (request.output - 1) if request.output > 1 else None
+        self.ended(ServedRequest(request, ttft, tpot, self.clock - request.time))
 
     def generating(self) -> list[tuple[Live, int]]:
         """Return the requests that generate, and how many tokens each has left."""
@@ -339,12 +318,11 @@ class _Simulation:
 
     def _drain(self, level: int | None, largest: int) -> None:
         for instance in self.instances:
-            ranks = instance.level.ranks
-            if level is None or ranks < largest:
-                instance.limit, instance.least = None, instance.level.tokens
-            else:
-                least = self.levels[level].tokens
-                instance.limit, instance.least = int(SPARE * least * ranks / level), least
+            ranks, tokens = instance.level.ranks, instance.level.tokens
+            instance.limit = instance.least = tokens
+            if level is not None and ranks == largest:
+                instance.least = self.levels[level].tokens
+                instance.limit = min(tokens, int(SPARE * instance.least * ranks / level))
 
     def _change(self, layout: Layout) -> bool:
         """Change the layout, and return whether all parts of it could change."""

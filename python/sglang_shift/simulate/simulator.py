@@ -88,6 +88,11 @@ class ServedRequest:
     tpot: float | None
     e2e: float
 
+    @property
+    def end(self) -> float:
+        """When the last token came."""
+        return self.request.time + self.e2e
+
 
 @dataclass(frozen=True)
 class Result:
@@ -176,8 +181,8 @@ class _Simulation:
     """The state of the server. A request is known by its index in the order of arrival.
 
     Requests are admitted in this order, so the waiting requests are ``next_index`` to ``arrived_count``. Those that a
-    bound lets pass others are an exception, and are in ``ahead``. Sums
-    describe the decoding requests, so a decode step is simulated equally fast for any number of requests.
+    bound lets pass others are an exception, and are in ``ahead``. Sums describe the decoding requests, so a decode step
+    is simulated equally fast for any number of requests.
     """
 
     def __init__(self, requests: Sequence[Request], policy: ShiftPolicy, true_costs: CostModel, server: Server) -> None:

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 from sglang.srt.arg_groups.overrides import resolution_result
 from sglang.srt.configs.model_config import AttentionArch
-from sglang_shift.args.dcp_size import FEATURES, check_dcp_size, parse_dcp_size
+from sglang_shift.args.dcp_size import FEATURES, check_dcp_size
 from sglang_shift.args.server_args import ShiftServerArgs, prepare_server_args
 from sglang_shift.args.sp_size import pool_of
 from sglang_shift.errors import Refused, ShiftError
+from sglang_shift.flags import parse_ranks
 from sglang_shift.launch_server import resolve
 from sglang_shift.models.demo import demo_model_path
 from sglang_shift.models.heads import Heads
@@ -76,7 +77,7 @@ def test_the_command_line_and_a_file(tmp_path):
 @pytest.mark.parametrize("text", ["", "two", "1.5", "AUTO"])
 def test_values_that_are_not_a_count(text):
     with pytest.raises(argparse.ArgumentTypeError, match="neither a whole number of ranks nor 'auto'"):
-        parse_dcp_size(text)
+        parse_ranks(text)
 
 
 @pytest.mark.parametrize(
