@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
-from harness import shift_flags
+from harness import SUPPORT, shift_flags
 from prompts import assert_same_answers
 
 ROWS = 4096  # of each rank's pool
@@ -141,3 +141,17 @@ def test_retraction(reference, servers):
     assert sum(answer.meta["num_retractions"] for answer in crowded) > 0, "the pool was not too small"
     assert min(steps.values()) > 0
     assert_same_answers(crowded, calm)
+
+
+@pytest.mark.server
+@pytest.mark.full
+def test_without_the_refusal_answers_are_wrong(reference, servers):
+    """Two ranks with a KV head each, forced to divide tokens: nothing fails, and no long prompt is answered right."""
+    flags = flags_of(2, 2, "2", ROWS)
+    server = servers.get(*flags, "--shift-check", "off", module=[str(SUPPORT / "unchecked_shards_server.py")])
+    prompts, expected = reference.prompts[32::4], reference.answers[1][32::4]
+    for policy in ("tp", "sp"):
+        with server.policy(policy):
+            answers = server.generate_all(prompts, 4)
+        assert not any(answer.tokens == right.tokens[:8] for answer, right in zip(answers, expected, strict=True))
+    servers.stop()

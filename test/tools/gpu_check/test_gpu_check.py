@@ -207,7 +207,7 @@ def test_the_script(has_all, tmp_path):
     assert done.stdout.splitlines() == said
 
 
-@pytest.mark.parametrize(("gpus", "words", "minutes"), [(1, [], 8), (4, [], 20), (4, ["--minutes", "3"], 3)])
+@pytest.mark.parametrize(("gpus", "words", "minutes"), [(1, [], 20), (4, [], 30), (4, ["--minutes", "3"], 3)])
 def test_the_time_for_all(gpus, words, minutes, tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(environment, "gpus", lambda: gpus)
@@ -215,6 +215,11 @@ def test_the_time_for_all(gpus, words, minutes, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "run", lambda *_: 0)
     command.main(["--out", str(tmp_path), *words])
     assert given == [(gpus, 60 * minutes)]
+
+
+@pytest.mark.parametrize(("number", "version"), [(23007, (2, 30, 7)), (22809, (2, 28, 9)), (2804, (2, 8, 4))])
+def test_the_version_of_nccl(number, version):
+    assert environment.decode_nccl_version(number) == version
 
 
 def test_without_pytest():

@@ -55,7 +55,7 @@ def test_links(record: Record) -> None:
 
 
 @pytest.mark.gpus(2)
-@pytest.mark.timeout(480)
+@pytest.mark.timeout(900)
 def test_engine_gpus(record: Record) -> None:
     """SGLang on all GPUs at every S: tp, sp and shift equal TP=1."""
     from sglang_shift.tools.gpu_check import engine
@@ -63,7 +63,15 @@ def test_engine_gpus(record: Record) -> None:
     engine.check_several(record)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
+def test_engine_token_shards(record: Record) -> None:
+    """SGLang with two ranks that divide a KV cache by token: tp, sp and shift equal TP=1."""
+    from sglang_shift.tools.gpu_check import engine
+
+    engine.check_token_shards(record)
+
+
+@pytest.mark.timeout(600)
 def test_engine_triton(record: Record) -> None:
     """SGLang with Triton's attention: tp, sp and shift equal TP=1."""
     from sglang_shift.tools.gpu_check import engine
@@ -71,7 +79,7 @@ def test_engine_triton(record: Record) -> None:
     engine.check_triton(record)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_engine_flashinfer(record: Record) -> None:
     """SGLang with FlashInfer's attention: tp, sp and shift equal TP=1."""
     from sglang_shift.tools.gpu_check import engine
@@ -87,7 +95,7 @@ def test_dispatch(record: Record) -> None:
     dispatch.check(record)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_quantized(record: Record) -> None:
     """SGLang's kernels of quantized weights are right on stacked shards, and are timed."""
     from sglang_shift.tools.gpu_check import quantized
@@ -103,7 +111,7 @@ def test_steps(record: Record) -> None:
     steps.check(record)
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(540)
 def test_engine_memory(record: Record) -> None:
     """SGLang's memory saver frees the base weights and brings them back."""
     from sglang_shift.tools.gpu_check import memory

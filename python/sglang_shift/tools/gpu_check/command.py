@@ -20,7 +20,7 @@ from sglang_shift.tools.tables import text_table
 MODULE = checks
 """The module whose test functions are the checks."""
 
-MINUTES, MINUTES_OF_SEVERAL = 8.0, 20.0
+MINUTES, MINUTES_OF_SEVERAL = 20.0, 30.0
 """The time limit for all checks together: with one GPU, and with several GPUs."""
 
 JUNIT = "gpu_check.xml"

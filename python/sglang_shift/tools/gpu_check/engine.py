@@ -100,7 +100,22 @@ def check_several(record: Record) -> None:
         ServerComparison(record, "gpus", model_flags(Path(name)), VOCABULARY, TOLERANCE).run(ONE_RANK, others)
 
 
-def model_flags(folder: Path) -> list[str]:
-    """Write the model into ``folder``, and return the flags of every server of this model."""
-    write_random_model(folder / "model", **MODEL)
+def check_token_shards(record: Record) -> None:
+    """Compare two ranks on one GPU that divide a KV cache by token with TP=1, over NCCL.
+
+    Gloo lacks the reduce-scatter of SGLang's decodes. SGLang captures no graphs of prefills for such a cache.
+    """
+    with TemporaryDirectory(prefix="sglang_shift_") as name:
+        folder = Path(name)
+        variables = one_gpu.environment("nccl", folder / "nccl")
+        flags = [*model_flags(folder, num_key_value_heads=1), "--attention-backend", "triton"]
+        own_flags = ["--tp-size", "2", "--dcp-size", "2", *SHARED_GPU_FLAGS, *GRAPHS]
+        divided = ServerSetup("P=2, D=2 over nccl", own_flags, variables)
+        at_once = torch.cuda.get_device_properties(0).total_memory >= PARALLEL_START_BYTES
+        ServerComparison(record, "token-shards", flags, VOCABULARY, TOLERANCE).run(ONE_RANK, [divided], at_once)
+
+
+def model_flags(folder: Path, **fields: Any) -> list[str]:
+    """Write the model into ``folder``, with other ``fields``. Return the flags of every server of this model."""
+    write_random_model(folder / "model", **{**MODEL, **fields})
     return ["--model-path", str(folder / "model"), *COMMON]

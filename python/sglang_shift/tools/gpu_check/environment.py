@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -36,11 +38,25 @@ def describe() -> dict[str, Any]:
 
 
 def nccl_version() -> tuple[int, ...]:
-    """Return the version of the NCCL that PyTorch has loaded, which may be preloaded; empty if there is no NCCL."""
+    """Return the version of the NCCL that runs; empty if there is no NCCL.
+
+    A preloaded NCCL says its version itself. ``torch.cuda.nccl.version`` returns the version with which PyTorch was
+    built, even if another NCCL is preloaded (seen with PyTorch 2.11).
+    """
+    number = ctypes.c_int(0)
+    with suppress(AttributeError):
+        if ctypes.CDLL(None).ncclGetVersion(ctypes.byref(number)) == 0:
+            return decode_nccl_version(number.value)
     try:
         return tuple(torch.cuda.nccl.version())
     except (AttributeError, RuntimeError, TypeError):  # a PyTorch without NCCL
         return ()
+
+
+def decode_nccl_version(number: int) -> tuple[int, int, int]:
+    """Return (2, 30, 7) for 23007. Before 2.9, NCCL used fewer digits: 2804 is 2.8.4 (``NCCL_VERSION`` in nccl.h)."""
+    major = 1_000 if number < 10_000 else 10_000
+    return number // major, number % major // 100, number % 100
 
 
 def version_of(package: str) -> str | None:

@@ -290,7 +290,6 @@ FORMATS: dict[str, Format] = {
         capability=FP8_GPU,
     ),
     "compressed-tensors int8": Format(lambda: compressed(8, "int", "channel", per_token(8, "int")), int8_channel, ONE),
-    "compressed-tensors w4a16": Format(lambda: compressed(4, "int", "group", None, group_size=GROUP), packed, EACH),
     "modelopt fp8": Format(
         lambda: modelopt("Fp8", quant_algo="FP8"),
         fp8_static,
@@ -298,6 +297,8 @@ FORMATS: dict[str, Format] = {
         capability=FP8_GPU,
     ),
     "awq": Format(lambda: config_of("awq", "AWQConfig", **awq_fields()), awq, EACH, torch.float16, exact_inputs=True),
+    # The formats from here on use Marlin's kernel, which takes minutes to compile at its first use.
+    "compressed-tensors w4a16": Format(lambda: compressed(4, "int", "group", None, group_size=GROUP), packed, EACH),
     "awq_marlin": Format(lambda: config_of("awq", "AWQMarlinConfig", **awq_fields()), awq, EACH, torch.float16),
     "gptq_marlin": Format(lambda: gptq_config(False), gptq, EACH, torch.float16),
     "gptq_marlin, desc_act": Format(

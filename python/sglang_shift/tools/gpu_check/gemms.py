@@ -64,7 +64,7 @@ def check(record: Record) -> None:
         costs = [cost for deployment in DEPLOYMENTS for cost in measure(record, deployment, dtype, device)]
         for text in verdict(costs, name_of(dtype)):
             record.note(text)
-    record.note("weights are views, whatever this says: there is one copy of them; no fp8 model is served yet")
+    record.note("weights are views, whatever this says: there is one copy of them")
 
 
 def measure(

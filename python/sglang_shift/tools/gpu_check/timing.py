@@ -94,5 +94,5 @@ def capture_graph(call: Call, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, A
 
 def error_of(result: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the norm of the difference over the norm of ``expected``. It is NaN if a tensor has a NaN."""
-    expected = expected.float()
+    result, expected = result.detach(), expected.detach().float()
     return float((result.float() - expected).norm() / expected.norm())
