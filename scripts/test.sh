@@ -12,10 +12,15 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 "$root/scripts/setup.sh" test
 cd "$root"
 
+only=()
 case ${1:-} in
-    "") set -- -m "not full" ;;
+    "") only=(-m "not full") ;;
     --all) shift ;;
     *) exec .venv/bin/python -m pytest "$@" ;;
 esac
 ./scripts/lint.sh
-exec .venv/bin/python -m pytest --durations=25 "$@"
+# Tests of one process share the cores, a module in each. Tests of several processes, above all servers, run alone.
+code=0
+.venv/bin/python -m pytest --durations=25 -n logical --maxprocesses 4 --dist loadfile "${only[@]}" "$@" test/unit test/tools || code=$?
+.venv/bin/python -m pytest --durations=25 "${only[@]}" "$@" test/ranks test/server || code=$?
+exit "$code"

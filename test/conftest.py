@@ -44,6 +44,8 @@ def pytest_runtest_makereport(item, call):
         report.sections.append((f"log of the server {' '.join(POOL.server.flags)}", POOL.server.tail()))
         if "from pytest-timeout" in str(call.excinfo.value):
             POOL.stop()
+    # pytest-xdist sends reports as UTF-8, and some tests log text that is none.
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
     return report
 
 
