@@ -120,14 +120,25 @@ def repository(tmp_path):
     return tmp_path
 
 
+def tier(arguments):
+    """The calls of a tier: lint, the tests of one process on all cores, and then the others."""
+    cores = "-n logical --maxprocesses 4 --dist loadfile "
+    parts = [f"{cores}{arguments} test/unit test/tools", f"{arguments} test/ranks test/server"]
+    return [
+        "setup.sh test",
+        "lint.sh ",
+        *(f"python -m pytest --durations=25 {' '.join(part.split())}" for part in parts),
+    ]
+
+
 @pytest.mark.parametrize(
     ("command", "calls"),
     [
-        (["scripts/test.sh"], ["setup.sh test", "lint.sh ", "python -m pytest --durations=25 -m not full"]),
-        (["scripts/test.sh", "--all"], ["setup.sh test", "lint.sh ", "python -m pytest --durations=25"]),
-        (["scripts/test.sh", "--all", "-x"], ["setup.sh test", "lint.sh ", "python -m pytest --durations=25 -x"]),
+        (["scripts/test.sh"], tier("-m not full")),
+        (["scripts/test.sh", "--all"], tier("")),
+        (["scripts/test.sh", "--all", "-x"], tier("-x")),
         (["scripts/test.sh", "test/unit", "-k", "x"], ["setup.sh test", "python -m pytest test/unit -k x"]),
-        ([".ci/run"], ["chat_model.sh ", "setup.sh test", "lint.sh ", "python -m pytest --durations=25"]),
+        ([".ci/run"], ["chat_model.sh ", *tier("")]),
     ],
     ids=" ".join,
 )
@@ -136,6 +147,20 @@ def test_what_the_tiers_run(repository, command, calls):
     program = [str(repository / command[0]), *command[1:]]
     done = subprocess.run(program, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == calls
+
+
+@pytest.mark.parametrize("folder", ["test/unit", "test/server"])
+def test_a_tier_fails_if_one_of_its_parts_fails(repository, folder):
+    python = repository / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\necho "python $*"\ncase "$*" in *{folder}*) exit 3;; esac\n')
+    done = subprocess.run([repository / "scripts" / "test.sh", "--all"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()) == (3, tier(""))
+
+
+def test_every_folder_of_tests_is_in_a_tier():
+    folders = {file.name for file in (REPO / "test").iterdir() if any(file.rglob("test_*.py"))}
+    named = set(re.findall(r"test/(\w+)", " ".join(tier(""))))
+    assert folders - {"support"} == named
 
 
 def test_the_weights_of_the_chat_model_are_those_of_the_test():
