@@ -23,6 +23,7 @@ class ShiftConfig:
         enter_tokens: The queue is deep from this many pending prompt tokens on.
         leave_tokens: The queue can be short again only below this many pending prompt tokens.
         tbt_target: The longest gap between two tokens of a request, in milliseconds; 0 for no bound.
+        sparse_prefill: The softmax mass that chunks of prompts may leave out of each query; 0 for none.
         calibration: ``auto``, ``off``, or a file.
         exchange: The backend of the exchange: ``auto``, ``flashinfer`` or ``collective``.
         exchange_dtype: The data that the exchange sends: ``auto`` for unchanged activations, or ``fp8``.
@@ -41,6 +42,7 @@ class ShiftConfig:
     enter_tokens: int = 2048
     leave_tokens: int = 512
     tbt_target: float = 0.0
+    sparse_prefill: float = 0.0
     calibration: str = "off"
     exchange: str = "auto"
     exchange_dtype: str = "auto"

@@ -247,6 +247,17 @@ FLAGS = (
         more="usage.md#experts",
     ),
     Flag(
+        "shift_sparse_prefill",
+        "sparse_prefill",
+        float,
+        "Chunks of long prompts may leave out blocks of their prefix. In each layer, what a query leaves out has at "
+        "most EPS of its softmax mass. Answers differ from exact ones. This is for CPUs only. 0 leaves out nothing.",
+        placeholder="EPS",
+        need=Need.SP,
+        without="stock SGLang computes prompts",
+        more="long-prompts.md#sparse-prefill",
+    ),
+    Flag(
         "shift_check",
         "check",
         str,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from types import ModuleType
 
-from sglang_shift.args import dcp_size, gemm_backend, graph_memory, model_check, refusals, sp_size
+from sglang_shift.args import dcp_size, gemm_backend, graph_memory, model_check, refusals, sp_size, sparse_prefill
 from sglang_shift.args.feature import Feature
 from sglang_shift.errors import Refusal
 from sglang_shift.flags import AUTO, EXCHANGE_DTYPES, EXCHANGES, FLAGS, POLICIES, Flag, Need
@@ -59,6 +59,12 @@ If `--dcp-size` is above 1, these features are refused, too. The message is: {dc
 
 {dcp_features}
 
+## What does not combine with `--shift-sparse-prefill`
+
+If `--shift-sparse-prefill` is given, these features are refused, too. The message is: {sparse_message}
+
+{sparse_features}
+
 {sections}
 """
 
@@ -66,11 +72,15 @@ REFUSAL_SECTIONS: dict[str, tuple[ModuleType, ...]] = {
     "Flags": (refusals, builtin),
     "`--sp-size auto`": (sp_size,),
     "`--dcp-size`": (token_shards, dcp_size),
+    "`--shift-sparse-prefill`": (sparse_prefill,),
     "The model": (model_check, fields, families, structure, stacked, mode_check),
     "The exchange": (choose,),
     "CUDA graphs and matrix products": (graph_memory, gemm_backend),
 }
 """Headings, and the modules that declare the refusals below each heading."""
+
+WITH_FEATURES = (refusals, dcp_size, sparse_prefill)
+"""The modules that refuse features of SGLang."""
 
 VALUES = "|".join((AUTO, "off", *POLICIES, *EXCHANGES, *EXCHANGE_DTYPES, "[A-Z]", r"\d+"))
 CODE = re.compile(
@@ -105,7 +115,7 @@ def refusals_page() -> str:
     sections = []
     for title, modules in REFUSAL_SECTIONS.items():
         declared = [refusal for module in modules for refusal in refusals_of(module)]
-        conflicts = (refusals.FEATURE_CONFLICT, dcp_size.FEATURE_CONFLICT)  # they have a table of their own
+        conflicts = [module.FEATURE_CONFLICT for module in WITH_FEATURES]  # they have a table of their own
         rows = [(message_of(r), code(r.why)) for r in declared if r not in conflicts]
         sections.append(f"## {title}\n\n{table(('Message', 'Why'), rows)}")
     return REFUSALS_PAGE.format(
@@ -113,6 +123,8 @@ def refusals_page() -> str:
         features=_feature_table(refusals.FEATURES),
         dcp_message=message_of(dcp_size.FEATURE_CONFLICT),
         dcp_features=_feature_table(dcp_size.FEATURES),
+        sparse_message=message_of(sparse_prefill.FEATURE_CONFLICT),
+        sparse_features=_feature_table(sparse_prefill.FEATURES),
         sections="\n\n".join(sections),
     )
 

@@ -21,6 +21,7 @@ from sglang_shift.args.mixed_chunks import can_mix
 from sglang_shift.args.model_check import check_model
 from sglang_shift.args.refusals import check_flags, check_target
 from sglang_shift.args.sp_size import auto_sp_size, check_sp_size
+from sglang_shift.args.sparse_prefill import check_sparse_prefill
 from sglang_shift.errors import ShiftError
 from sglang_shift.flags import AUTO, BY_NAME, FLAGS, Flag, parse_ranks
 from sglang_shift.graphs.plan import warning_without_graphs
@@ -118,6 +119,7 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
     check_target(settings, config)
     check_model(model_config_of(server_args), config)
     check_dcp_size(settings, model_config_of(server_args))
+    check_sparse_prefill(settings, model_config_of(server_args), config)
     sp_size = config.sp_size
     if auto:
         decision = auto_sp_size(server_args)

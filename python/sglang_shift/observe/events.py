@@ -34,10 +34,34 @@ ENDPOINT_VARIABLE = "SGLANG_SHIFT_EVENTS"
 
 META_INFO_KEY = "shift_steps"
 """Key of a request's steps by mode, on their way into its ``meta_info``."""
+SPARSE_KEY = "shift_sparse"
+"""Key of what a request left out, on its way into its ``meta_info``."""
 
 FOLDER_PREFIX = "sglang_shift_"
 HIGH_WATER_MARK = 4096
 """Messages that wait for one subscriber before newer ones are dropped."""
+
+
+class SparseFigures(msgspec.Struct):
+    """What the chunks of a request left out under ``--shift-sparse-prefill``.
+
+    A query is one head of one token in one layer. Its dropped mass is the share of its softmax that it left out.
+
+    Attributes:
+        tokens: The prompt tokens that were computed sparsely. The other figures are of these tokens.
+        mean: The mean dropped mass.
+        p99: A mass that 99 % of the queries do not exceed.
+        max: The largest dropped mass.
+        computed: The share of the pairs of a query and a key whose value was used.
+        exact: Why its other chunks are exact; empty if they are not, or if their prefix is short.
+    """
+
+    tokens: int
+    mean: float
+    p99: float
+    max: float
+    computed: float
+    exact: str = ""
 
 
 class Finished(msgspec.Struct):
@@ -50,6 +74,7 @@ class Finished(msgspec.Struct):
         tpot: Seconds per token after the first token; None if there is only one token.
         e2e: Seconds from its arrival to its end.
         steps: Number of steps that computed tokens of it, by mode.
+        sparse: What its chunks left out; None without ``--shift-sparse-prefill``.
     """
 
     prompt_tokens: int
@@ -58,6 +83,7 @@ class Finished(msgspec.Struct):
     tpot: float | None
     e2e: float
     steps: dict[Mode, int]
+    sparse: SparseFigures | None = None
 
 
 class StepEvent(msgspec.Struct):

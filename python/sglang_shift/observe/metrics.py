@@ -22,6 +22,10 @@ STEP_TIME_BUCKETS = tuple(
 """Upper bounds of the buckets, in seconds."""
 CHUNK_BUCKETS = tuple(2**i for i in range(6, 18))
 """Upper bounds of the buckets, in prompt tokens."""
+MASS_BUCKETS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+"""Upper bounds of the buckets, as shares of the softmax."""
+SHARE_BUCKETS = tuple(i / 20 for i in range(1, 21))
+"""Upper bounds of the buckets, as shares of all pairs of a query and a key."""
 
 
 class Metric(NamedTuple):
@@ -64,6 +68,15 @@ METRICS = {
     "chunk_tokens": Metric("histogram", "Prompt tokens of steps under that bound.", buckets=CHUNK_BUCKETS),
     "chunk_room_tokens": Metric("histogram", "Prompt tokens that these steps could take.", buckets=CHUNK_BUCKETS),
     "chunk_budget_seconds": Metric("histogram", "Time that the prompts of these steps could take."),
+    "sparse_tokens_total": Metric("counter", "Prompt tokens of finished requests that were computed sparsely."),
+    "sparse_dropped_mass": Metric(
+        "histogram", "Largest softmax mass that a query of such a request left out.", buckets=MASS_BUCKETS
+    ),
+    "sparse_computed_share": Metric(
+        "histogram",
+        "Share of the pairs of a query and a key of such a request that were computed.",
+        buckets=SHARE_BUCKETS,
+    ),
     "weight_bytes": Metric("gauge", "Bytes of weights on the first rank.", ("kind",)),
     "events_dropped_total": Metric("counter", "Step events that did not arrive: the other metrics lack these steps."),
 }
@@ -156,6 +169,11 @@ class Metrics:
             self._metric("chunk_tokens", replica).observe(event.prefill_tokens)
             self._metric("chunk_room_tokens", replica).observe(event.chunk_room)
             self._metric("chunk_budget_seconds", replica).observe(max(0.0, event.chunk_budget))
+        for figures in (request.sparse for request in event.finished):
+            if figures is not None and figures.tokens:
+                self._metric("sparse_tokens_total", replica).inc(figures.tokens)
+                self._metric("sparse_dropped_mass", replica).observe(figures.max)
+                self._metric("sparse_computed_share", replica).observe(figures.computed)
         if missing := self._gaps.count_missing(event):
             self._metric("events_dropped_total", replica).inc(missing)
 

@@ -17,6 +17,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from sglang_shift.platforms.attention import Part, add_sinks, attend, attend_batch
+from sglang_shift.platforms.sparse_attention import SparseStep, attend_sparsely
 from sglang_shift.seams import extends, relies_on
 
 # Where keys are in a pool: slots in any order, or a slice if the slots are consecutive. A slice needs no copy.
@@ -63,7 +64,12 @@ class CpuAttentionBackend(AttentionBackend):
     Args:
         model_runner: SGLang's model runner.
         ahead: Tokens that a decode attends to beyond the lengths of the batch: those that a draft model has proposed.
+
+    Attributes:
+        sparse: The requests of the step that leave out blocks of their prefixes; None if all attention is exact.
     """
+
+    sparse: SparseStep | None = None
 
     def __init__(self, model_runner: Any, ahead: int = 0) -> None:
         super().__init__()
@@ -127,10 +133,15 @@ class CpuAttentionBackend(AttentionBackend):
             rows = query[start : start + extension.new]
             visible = extension.visible
             key, value = gather(keys, values, slots, query.dtype)
+            start += extension.new
+            if self.sparse is not None and index in self.sparse.records and causal and options["window"] is None:
+                bound, record = self.sparse.bound, self.sparse.records[index]
+                scale, cap = layer.scaling, layer.logit_cap
+                parts.append(attend_sparsely(rows, key, value, scale=scale, cap=cap, bound=bound, record=record))
+                continue
             if visible is not None:
                 visible = visible[:, visible.shape[1] - key.shape[0] :]
             parts.append(attend(rows, key, value, visible=visible, **options))
-            start += extension.new
         rest = query[start:]  # rows that fill up the batch
         if rest.shape[0] or not parts:
             parts.append(Part(query.new_zeros(*rest.shape[:2], layer.v_head_dim), no_lse(rest)))

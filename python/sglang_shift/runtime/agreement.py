@@ -91,6 +91,18 @@ def from_rank_0(numbers: Sequence[float]) -> list[float]:
     return shared.tolist()
 
 
+def from_all_ranks(numbers: Sequence[float]) -> list[list[float]]:
+    """Get the ``numbers`` of every rank of the replica, in the order of the ranks. They have the same length.
+
+    This is a collective of the replica's CPU group, so all ranks must call it at the same point.
+    """
+    group = get_parallel().tp_group
+    own = torch.tensor(numbers, dtype=torch.float64)
+    shared = [torch.empty_like(own) for _ in range(group.world_size)]
+    dist.all_gather(shared, own, group=group.cpu_group)
+    return [each.tolist() for each in shared]
+
+
 class StepWatch:
     """Checks that all ranks run the same steps in the same modes. If they do not, it ends the server.
 

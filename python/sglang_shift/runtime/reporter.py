@@ -7,11 +7,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
 from sglang_shift.cost.chunk_budget import FLOOR
 from sglang_shift.modes import MODES, Mode
-from sglang_shift.observe.events import META_INFO_KEY, Finished, Publisher, StepEvent
+from sglang_shift.observe.events import META_INFO_KEY, SPARSE_KEY, Finished, Publisher, SparseFigures, StepEvent
 from sglang_shift.policy.selector import Decision, Drift, ModeSelector
 from sglang_shift.runtime.chunk_sizer import Chunk
 from sglang_shift.runtime.stopwatch import Lap
@@ -224,6 +225,7 @@ def finished_requests(reqs: list[Any]) -> list[Finished]:
                 tpot=(end - first) / (count - 1) if count > 1 else None,
                 e2e=end - begin,
                 steps=steps,
+                sparse=sparse_of(req),
             )
         )
     return finished
@@ -250,16 +252,29 @@ class BatchLines(logging.Filter):
 
 
 class ShiftOutputStreamer(SchedulerOutputStreamer):
-    """Sends the steps of each request by mode, for its ``meta_info``."""
+    """Sends the steps of each request by mode, and what it left out, for its ``meta_info``."""
 
     has_additional_customized_info = True
 
-    @overrides("Our method sends the steps of each request by mode, for the request's meta_info.")
+    @overrides("Our method sends the steps of each request by mode, and what it left out, for the request's meta_info.")
     def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
-        """``shift_steps`` of finished requests. SGLang needs a list, so it is a list of one ``{mode: steps}``."""
-        return {META_INFO_KEY: [[_steps_of(req)] if req.finished() else [] for req in reqs]}
+        """``shift_steps`` of finished requests, and ``shift_sparse`` of those that may leave out blocks.
+
+        SGLang needs a list, so each entry is a list of one.
+        """
+        info = {META_INFO_KEY: [[_steps_of(req)] if req.finished() else [] for req in reqs]}
+        figures = [sparse_of(req) if req.finished() else None for req in reqs]
+        if any(figures):
+            info[SPARSE_KEY] = [[] if each is None else [msgspec.to_builtins(each)] for each in figures]
+        return info
 
 
 def _steps_of(req: Any) -> dict[str, int]:
     steps = getattr(req, "shift_steps", {})
     return {mode.value: steps.get(mode, 0) for mode in MODES}
+
+
+def sparse_of(req: Any) -> SparseFigures | None:
+    """What a request left out; None without ``--shift-sparse-prefill``."""
+    sparse = getattr(req, "shift_sparse", None)
+    return None if sparse is None else sparse.figures()

@@ -40,6 +40,7 @@ from sglang_shift.runtime.kv_report import kv_report
 from sglang_shift.runtime.mode_check import ModeCheck
 from sglang_shift.runtime.rank_consensus import same_everywhere
 from sglang_shift.runtime.reporter import ShiftOutputStreamer, StepReporter
+from sglang_shift.runtime.sparse_prefill import SparsePrefill
 from sglang_shift.runtime.speculation import verify_width
 from sglang_shift.runtime.tp_only import reason_for_tp, tp_rules
 from sglang_shift.runtime.tp_worker import EXPORT_REFUSED, ShiftTpModelWorker
@@ -67,6 +68,8 @@ class ShiftScheduler(Scheduler):
             super().__init__(*args, **kwargs)
         self.shift_width = verify_width()
         self.shift_chunks = ChunkSizer(self)
+        backend = self.tp_worker.model_runner.attn_backend
+        self.shift_sparse = SparsePrefill(self.shift_config.sparse_prefill, backend, agreement.from_all_ranks)
         self.shift_tp_rules = tp_rules(adapters=bool(self.enable_lora), images=self.model_config.is_multimodal)
         self.shift_chunk = min(
             self.chunked_prefill_size or self.max_prefill_tokens, self.max_prefill_tokens, self.max_total_num_tokens
@@ -160,7 +163,7 @@ class ShiftScheduler(Scheduler):
         if decision is None:
             return super().run_batch(batch, *args, **kwargs)
         runner = self.tp_worker.model_runner
-        with runner.running_in(decision.mode):
+        with runner.running_in(decision.mode), self.shift_sparse.running(batch):
             result = super().run_batch(batch, *args, **kwargs)
         step, mode = decision.step, decision.mode
         replayed = runner.graphs.for_phase(step.num_prefill_tokens > 0).count(mode, result.can_run_cuda_graph)
@@ -254,9 +257,13 @@ class ShiftScheduler(Scheduler):
             reason = FINISH_ABORT(f"the request cannot be run: {error}; correct it", HTTPStatus.BAD_REQUEST)
             self.send_abort_output(AbortReq(rid=recv_req.rid, finished_reason=reason.to_json()), recv_req)
 
-    @overrides("Our method answers a request without tokens with an error, and the request never runs.")
+    @overrides(
+        "Our method answers a request without tokens with an error, and the request never runs. It also decides if the "
+        "request's prompt may leave out blocks, because its cached prefix is looked up later."
+    )
     def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
         """Queue a request. If it still has no tokens, it gets an error as its answer, and never runs."""
+        self.shift_sparse.admit(req)
         if not req.origin_input_ids:
             req.set_finish_with_abort(NO_TOKENS)
         super()._add_request_to_queue(req, is_retracted)
@@ -356,6 +363,7 @@ class ShiftScheduler(Scheduler):
             **kv_report(runner),
             "graphs": runner.graphs.report(),
             "chunks": self.shift_chunks.report(),
+            "sparse_prefill": self.shift_sparse.report(),
         }
 
 

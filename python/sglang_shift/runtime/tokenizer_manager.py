@@ -10,7 +10,7 @@ from sglang.srt.entrypoints.engine import init_tokenizer_manager as init_stock
 from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
-from sglang_shift.observe.events import META_INFO_KEY as KEY
+from sglang_shift.observe.events import META_INFO_KEY, SPARSE_KEY
 from sglang_shift.runtime.admission import (
     NO_TOKENS,
     check_folder,
@@ -24,22 +24,26 @@ from sglang_shift.runtime.admission import (
 )
 from sglang_shift.seams import overrides
 
+KEYS = (META_INFO_KEY, SPARSE_KEY)
+
 
 class ShiftSteps(TokenizerManager):
-    """Adds ``meta_info["shift_steps"] = {"tp": n, "sp": n}``, with an entry for each mode, to finished requests.
+    """Adds entries to the ``meta_info`` of finished requests.
 
-    SGLang would make it a list with one entry for each token, and would slice this list in streams.
+    These are ``{"shift_steps": {"tp": n, "sp": n}}``, with a number for each mode, and ``shift_sparse`` with what the
+    request left out. SGLang would make each a list with one entry for each token, and would slice this list in streams.
     """
 
-    @overrides("Our method adds the steps of each request by mode to its meta_info.")
+    @overrides("Our method adds the steps of each request by mode, and what it left out, to its meta_info.")
     def update_request_meta_info(
         self, meta_info: dict[Any, Any], state: Any, customized_info: dict[str, Any], index: int, finish_reason: Any
     ) -> None:
-        """Let SGLang add all other entries, and add the steps by mode directly."""
-        rest = {key: values for key, values in customized_info.items() if key != KEY}
+        """Let SGLang add all other entries, and add ours directly."""
+        rest = {key: values for key, values in customized_info.items() if key not in KEYS}
         super().update_request_meta_info(meta_info, state, rest, index, finish_reason)
-        if steps := customized_info[KEY][index] if KEY in customized_info else None:
-            meta_info[KEY] = steps[0]
+        for key in KEYS:
+            if entry := customized_info[key][index] if key in customized_info else None:
+                meta_info[key] = entry[0]
 
 
 class RequestChecks(TokenizerManager):

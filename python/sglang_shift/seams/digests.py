@@ -85,6 +85,7 @@ DIGESTS = {
     "sglang.srt.mem_cache.allocator.paged:PagedTokenToKVPoolAllocator.alloc_extend": "39efa5ccc4a8939e",
     "sglang.srt.mem_cache.allocator.paged:PagedTokenToKVPoolAllocator.clear": "078f110ecddf1e60",
     "sglang.srt.mem_cache.allocator.token:TokenToKVPoolAllocator.clear": "75dd6c1a17496b62",
+    "sglang.srt.mem_cache.common:_req_radix_key": "b5b809c3289c6a64",
     "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.__init__": "292b714d4030ac7c",
     "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool._create_buffers_normal": "979426bbd40e8a88",
     "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool._init_kv_copy_and_warmup": "8b563b1e5c696e24",

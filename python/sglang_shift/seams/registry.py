@@ -52,6 +52,7 @@ MODULES = (
     "sglang_shift.runtime.rank_consensus",
     "sglang_shift.runtime.reporter",
     "sglang_shift.runtime.scheduler",
+    "sglang_shift.runtime.sparse_prefill",
     "sglang_shift.runtime.tokenizer_manager",
     "sglang_shift.runtime.tp_worker",
     "sglang_shift.runtime.weight_updater",

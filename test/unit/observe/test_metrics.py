@@ -11,7 +11,7 @@ from harness import REPO
 
 FEED = """
 import sys
-from sglang_shift.observe.events import StateEvent, StepEvent
+from sglang_shift.observe.events import Finished, SparseFigures, StateEvent, StepEvent
 from sglang_shift.observe.metrics import Metrics
 
 metrics = Metrics({"model_name": "demo", "cluster": "a"})
@@ -42,6 +42,8 @@ state(replica=1)
 step(1, "sp", "mixed", 700, replica=2, chunk_room=900, chunk_budget=0.05)
 step(2, "sp", "mixed", 700, replica=2, chunk_room=600, chunk_budget=-0.05)
 step(3, replica=2)
+done = [SparseFigures(900, 0.001, 0.01, 0.04, 0.7), SparseFigures(0, 0, 0, 0, 1, "it has images"), None]
+step(1, replica=3, finished=[Finished(1000, 2, 0.1, None, 0.2, {}, sparse) for sparse in done])
 state(replica=2, tbt_target=0.1, tbt_margin=0.75)
 """
 
@@ -168,3 +170,14 @@ def test_the_bound_on_the_gap_between_tokens(scraped, value):
     assert value("chunk_tokens_count", replica="2") == 2
     assert value("chunk_budget_seconds_sum", replica="2") == pytest.approx(0.05)
     assert ("chunk_tokens_count", frozenset({("replica", "0")})) not in scraped
+
+
+def test_what_sparse_requests_left_out(value):
+    """A request that left out nothing, because it had to be exact, is not among them."""
+    assert value("sparse_tokens_total", replica="3") == 900
+    assert value("sparse_dropped_mass_count", replica="3") == value("sparse_computed_share_count", replica="3") == 1
+    assert value("sparse_dropped_mass_sum", replica="3") == pytest.approx(0.04)
+    assert value("sparse_dropped_mass_bucket", replica="3", le="0.03") == 0
+    assert value("sparse_dropped_mass_bucket", replica="3", le="0.05") == 1
+    assert value("sparse_computed_share_bucket", replica="3", le="0.65") == 0
+    assert value("sparse_computed_share_bucket", replica="3", le="0.7") == 1
