@@ -14,7 +14,8 @@ its own KV cache, so errors add up as in a server. Each row compares with exact 
 - the dropped masses: mean, p99 and maximum;
 - over the tokens of the last chunk before the question: how often the likeliest next token is the same, and the
   KL divergence from the exact distribution;
-- the loss of the answer's tokens in nats, and how many of the three numbers are answered.
+- the loss of the answer's tokens in nats, and how many of the three numbers are answered;
+- the CPU time of all attention.
 
 ``--rule mean`` bounds the mean of the dropped masses of the queries that choose together, in place of the maximum.
 """
@@ -38,15 +39,15 @@ sys.path.insert(0, str(ROOT / "test/support"))
 
 CHUNK = 512
 TEXTS = ("usage.md", "decisions.md", "concepts.md", "models.md")
-NEEDLES = {"blue": "48213", "red": "73906", "green": "15587"}
+NUMBERS = {
+    "secret number of the blue house": "48213", "code of the old library": "73906", "price of the red boat": "15587",
+}  # fmt: skip
 PLACES = (0.1, 0.4, 0.7)
-HIDDEN = "\n\nRemember this: the secret number of the {colour} house is {number}.\n\n"
-QUESTION = (
-    "\n\nQuestion: what is the secret number of the {colour} house?\nAnswer: the secret number of the {colour} house is"
-)
+HIDDEN = "\n\nRemember this: the {name} is {number}.\n\n"
+QUESTION = "\n\nQuestion: what is the {name}?\nAnswer: the {name} is"
 HEADER = (
     "| Tokens | Bound on | EPS | Pairs computed | Dropped mass, mean | p99 | max | Same next token | KL "
-    "| Loss of the numbers | Numbers found |"
+    "| Loss of the numbers | Numbers found | Attention, s |"
 )
 
 
@@ -70,9 +71,9 @@ class Prompt:
 def prompt_of(tokenizer: Any, length: int) -> Prompt:
     """Hide the numbers in a text. The text and any question have ``length`` tokens, a multiple of the chunk."""
     words = tokenizer.encode("".join((ROOT / "docs" / name).read_text() for name in TEXTS))
-    hidden = [tokenizer.encode(HIDDEN.format(colour=c, number=n)) for c, n in NEEDLES.items()]
-    questions = [tokenizer.encode(QUESTION.format(colour=colour)) for colour in NEEDLES]
-    answers = [tokenizer.encode(" " + number) for number in NEEDLES.values()]
+    hidden = [tokenizer.encode(HIDDEN.format(name=name, number=n)) for name, n in NUMBERS.items()]
+    questions = [tokenizer.encode(QUESTION.format(name=name)) for name in NUMBERS]
+    answers = [tokenizer.encode(" " + number) for number in NUMBERS.values()]
     body = length - max(map(len, questions)) - sum(map(len, hidden))
     assert len(words) >= body, f"the documents have {len(words)} tokens"
     cuts = [0, *(int(place * body) for place in PLACES), body]
@@ -92,16 +93,19 @@ class Attention:
 
         self.bound: float | None = None
         self.record = DroppedMass()
+        self.seconds = 0.0  # of CPU time
 
     def __call__(self, module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float, **kwargs: Any) -> Any:
         from sglang_shift.platforms.attention import attend
         from sglang_shift.platforms.sparse_attention import attend_sparsely
 
+        begin = time.process_time()
         query, key, value = (x[0].transpose(0, 1) for x in (q, k, v))
         if self.bound is None or key.shape[0] == query.shape[0]:
             part = attend(query, key, value, scale=scaling)
         else:
             part = attend_sparsely(query, key, value, scale=scaling, bound=self.bound, record=self.record)
+        self.seconds += time.process_time() - begin
         return part.output.unsqueeze(0), None
 
 
@@ -147,18 +151,19 @@ def rows(model: Any, attention: Attention, prompt: Prompt, rule: str, bounds: li
     """The rows of a table for one text: exact attention, then each bound."""
     from sglang_shift.platforms.sparse_attention import DroppedMass
 
-    length, attention.bound = len(prompt.text) + CHUNK, None
+    length, attention.bound, attention.seconds = len(prompt.text) + CHUNK, None, 0.0
     exact = run(model, prompt)
-    yield f"| {length} | exact | | 100 % | | | | | | {_mean(exact.losses):.3f} | {_found(exact)} |"
+    seconds = f"{attention.seconds:.1f}"
+    yield f"| {length} | exact | | 100 % | | | | | | {_mean(exact.losses):.3f} | {_found(exact)} | {seconds} |"
     for bound in bounds:
-        attention.bound, attention.record = bound, DroppedMass()
+        attention.bound, attention.record, attention.seconds = bound, DroppedMass(), 0.0
         sparse, dropped = run(model, prompt), attention.record
         same = (sparse.logprobs.argmax(-1) == exact.logprobs.argmax(-1)).double().mean()
         divergence = (exact.logprobs.exp() * (exact.logprobs - sparse.logprobs)).sum(-1).mean()
         yield (
             f"| {length} | {rule} | {bound:g} | {100 * dropped.computed_share:.1f} % | {dropped.mean:.5f} "
             f"| {dropped.p99:.4f} | {dropped.largest:.4f} | {100 * same:.1f} % | {divergence:.5f} "
-            f"| {_mean(sparse.losses):.3f} | {_found(sparse)} |"
+            f"| {_mean(sparse.losses):.3f} | {_found(sparse)} | {attention.seconds:.1f} |"
         )
 
 
@@ -216,7 +221,7 @@ def main() -> None:
         model = smollm2.write(file, Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder)
     model.config._attn_implementation = "sparse_prefill"
-    print(HEADER, "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|", sep="\n", flush=True)
+    print(HEADER, "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|", sep="\n", flush=True)
     begin = time.process_time()
     for length in options.lengths:
         for row in rows(model, attention, prompt_of(tokenizer, length), options.rule, options.bounds):

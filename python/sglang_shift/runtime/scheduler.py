@@ -59,6 +59,7 @@ class ShiftScheduler(Scheduler):
     """SGLang's scheduler, which also chooses a mode for each step."""
 
     tp_worker: ShiftTpModelWorker
+    shift_sparse = SparsePrefill(0.0, None, agreement.from_all_ranks)  # all is exact until the backend is built
 
     @overrides("Our method calibrates after SGLang has built everything.")
     def __init__(self, *args: Any, **kwargs: Any) -> None:
