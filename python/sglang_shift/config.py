@@ -30,6 +30,9 @@ class ShiftConfig:
         experts: ``sharded`` or ``replicated``, for SP steps.
         check: ``on`` if the server compares the modes when it starts, otherwise ``off``.
         graph_buckets: The most CUDA graphs of each phase in SP; None for all sizes that the policy may run in SP.
+        instances: The number of instances that the server starts with; 0 for a server without instances.
+        merge_levels: The numbers of ranks of merged instances, with commas; empty for all powers of two.
+        instance_policy: The policy that merges and splits instances, or ``fixed``.
     """
 
     world_size: int
@@ -49,3 +52,6 @@ class ShiftConfig:
     experts: str = "sharded"
     check: str = "on"
     graph_buckets: int | None = None
+    instances: int = 0
+    merge_levels: str = ""
+    instance_policy: str = "fixed"

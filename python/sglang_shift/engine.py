@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from typing import Any
 
 from sglang.srt.entrypoints.engine import Engine as SglangEngine
 
 from sglang_shift.args.server_args import ShiftServerArgs
 from sglang_shift.models.demo import demo_model_path
+from sglang_shift.resolution import shift_config_of
+from sglang_shift.runtime.controller import run_controller_process
+from sglang_shift.runtime.instance_requests import carry_messages
 from sglang_shift.runtime.scheduler import run_scheduler_process
 from sglang_shift.runtime.tokenizer_manager import init_tokenizer_manager
-from sglang_shift.seams import check_sources, extends
+from sglang_shift.seams import check_sources, extends, overrides
 from sglang_shift.start_up_log import LAUNCHER_MESSAGES, leave_out
 
 
@@ -37,3 +41,27 @@ class Engine(SglangEngine):
         if "server_args" not in kwargs:
             kwargs.setdefault("model_path", demo_model_path())
         super().__init__(**kwargs)
+
+    @classmethod
+    @overrides("With instances, our method starts their controller beside the ranks.")
+    def _launch_scheduler_processes(cls, server_args: Any, port_args: Any, *args: Any, **kwargs: Any) -> Any:
+        result, processes = super()._launch_scheduler_processes(server_args, port_args, *args, **kwargs)
+        config = shift_config_of(server_args)
+        if config is not None and config.instances:
+            carry_messages()
+            controller = multiprocessing.Process(target=run_controller_process, args=(server_args, port_args))
+            controller.start()
+            processes.append(controller)
+            result.all_child_pids.append(controller.pid)
+        return result, processes
+
+
+@extends(
+    "sglang.srt.entrypoints.http_server:Engine",
+    "SGLang's server starts its processes by the class of this name; ours also starts the controller of instances.",
+)
+def serve_from_our_engine() -> None:
+    """Let SGLang's HTTP server start its processes as our offline engine does: with the controller of instances."""
+    from sglang.srt.entrypoints import http_server
+
+    http_server.Engine = Engine

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-from sglang_shift.observe.events import ENDPOINT_VARIABLE, SCHEMA, Finished, StateEvent, StepEvent, Subscriber
+from sglang_shift.observe.events import (
+    ENDPOINT_VARIABLE,
+    SCHEMA,
+    Finished,
+    InstancesEvent,
+    StateEvent,
+    StepEvent,
+    Subscriber,
+)
 
-__all__ = ["ENDPOINT_VARIABLE", "SCHEMA", "Finished", "StateEvent", "StepEvent", "Subscriber"]
+__all__ = ["ENDPOINT_VARIABLE", "SCHEMA", "Finished", "InstancesEvent", "StateEvent", "StepEvent", "Subscriber"]

@@ -24,6 +24,7 @@ EXCHANGE_DTYPES = (AUTO, "fp8")
 """The data that an exchange sends: unchanged activations, or quantized activations."""
 
 CHECKS = ("on", "off")
+INSTANCE_POLICIES = ("fixed", AUTO, "paper")
 EXPERTS = ("sharded", "replicated")
 
 
@@ -33,6 +34,7 @@ class Need(StrEnum):
     NOTHING = ""
     SP = "--sp-size or --enable-shift-parallel"
     SWITCHING = "--enable-shift-parallel"
+    INSTANCES = "--instances"
 
 
 @dataclass(frozen=True)
@@ -280,6 +282,38 @@ FLAGS = (
         need=Need.SP,
         without="no step is in SP",
         more="usage.md#cuda-graphs",
+    ),
+    Flag(
+        "instances",
+        "instances",
+        int,
+        "The number of instances that the server starts with. Each has P/N ranks and serves requests of its own. "
+        "Neighbours can merge into a larger instance, and split again, while they serve. P and N are powers of two. "
+        "Without --enable-shift-parallel, all steps run in TP, or with --sp-size P in SP.",
+        more="instances.md#start-a-server",
+    ),
+    Flag(
+        "merge_levels",
+        "merge_levels",
+        str,
+        "The numbers of ranks that merged instances may have, with commas between them. P is always one of them. Each "
+        "number takes memory for its process groups.",
+        default="all powers of two above P/N",
+        placeholder="K,...",
+        need=Need.INSTANCES,
+        more="instances.md#levels",
+    ),
+    Flag(
+        "instance_policy",
+        "instance_policy",
+        str,
+        "Who decides when instances merge and split. fixed: only an operator does. paper: the rules of the paper Gyges "
+        "do, too. They merge instances for a request that fits none of them, and split an instance when its requests "
+        "fit its parts and half of its KV cache is free. auto: not in a server yet.",
+        default="fixed",
+        need=Need.INSTANCES,
+        choices=INSTANCE_POLICIES,
+        more="instances.md#merge-and-split-by-hand",
     ),
 )
 

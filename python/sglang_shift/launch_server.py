@@ -19,6 +19,7 @@ from sglang_shift.start_up_log import LAUNCHER_MESSAGES, leave_out
 
 if TYPE_CHECKING:
     from sglang_shift.args.server_args import ShiftServerArgs
+    from sglang_shift.config import ShiftConfig
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ def run_server(server_args: ShiftServerArgs) -> None:
 
     resolve(server_args)
     check_port(server_args.host, server_args.port, server_args.node_rank)
-    if shift_config_of(server_args) is None:
+    config = shift_config_of(server_args)
+    if config is None:
         run_stock_server(server_args)
     else:
         from sglang_shift.runtime.tokenizer_manager import init_tokenizer_manager
@@ -49,7 +51,11 @@ def run_server(server_args: ShiftServerArgs) -> None:
         if cpu.is_active():
             logger.info("sglang_shift: PyTorch sees no accelerator, so this server runs on the CPU.")
         if server_args.node_rank == 0:
-            observe(server_args)
+            observe(server_args, config)
+        if config.instances:
+            from sglang_shift.engine import serve_from_our_engine
+
+            serve_from_our_engine()
         launch_server(
             server_args,
             run_scheduler_process_func=run_scheduler_process,
@@ -57,15 +63,19 @@ def run_server(server_args: ShiftServerArgs) -> None:
         )
 
 
-def observe(server_args: ShiftServerArgs) -> None:
-    """Add the status page and the metrics to SGLang's HTTP server."""
+def observe(server_args: ShiftServerArgs, config: ShiftConfig) -> None:
+    """Add the status page and the metrics to SGLang's HTTP server.
+
+    With instances, each rank may lead one, and sends events then. Their controller sends events, too.
+    """
     from sglang.srt.arg_groups.overrides import resolution_result
 
     from sglang_shift.observe import routes
 
     name = resolution_result(server_args, "served_model_name") or server_args.model_path
     labels = {"model_name": name, **(server_args.extra_metric_labels or {})}
-    routes.start(server_args.dp_size, labels if server_args.enable_metrics else None)
+    senders = config.world_size + 1 if config.instances else server_args.dp_size
+    routes.start(senders, labels if server_args.enable_metrics else None)
 
 
 def resolve(server_args: ShiftServerArgs) -> None:

@@ -20,13 +20,14 @@ def shift_config_of(server_args: Any) -> ShiftConfig | None:
         return None
     settings = {flag.setting: resolution_result(server_args, flag.name) for flag in FLAGS}
     switching = bool(settings["switching"])
-    if not switching and settings["sp_size"] is None:
+    if not switching and settings["sp_size"] is None and settings["instances"] is None:
         return None
     world_size = resolution_result(server_args, "tp_size")
     calibration = settings["calibration"] or "auto"
     policy = settings["policy"]
     if not switching:
-        policy = "sp"
+        # The resolution stores the policy, because it also fills in the size.
+        policy = policy or ("sp" if settings["sp_size"] is not None else "tp")
     elif policy is None:
         # A user who gives a threshold wants the policy tokens. Without a calibration, calibrated cannot run.
         policy = "tokens" if calibration == "off" or settings["threshold"] is not None else "calibrated"

@@ -6,7 +6,16 @@ import re
 from collections.abc import Iterable
 from types import ModuleType
 
-from sglang_shift.args import dcp_size, gemm_backend, graph_memory, model_check, refusals, sp_size, sparse_prefill
+from sglang_shift.args import (
+    dcp_size,
+    gemm_backend,
+    graph_memory,
+    instances,
+    model_check,
+    refusals,
+    sp_size,
+    sparse_prefill,
+)
 from sglang_shift.args.feature import Feature
 from sglang_shift.errors import Refusal
 from sglang_shift.flags import AUTO, EXCHANGE_DTYPES, EXCHANGES, FLAGS, POLICIES, Flag, Need
@@ -31,10 +40,11 @@ All nodes must be started with the same values. [usage.md](usage.md) helps to ch
 FLAG_SECTIONS = {
     Need.NOTHING: (
         "Parallelism",
-        "Either of these flags turns `sglang_shift` on. Without both, all is stock SGLang.",
+        "Each of these flags turns `sglang_shift` on. Without them, all is stock SGLang.",
     ),
     Need.SP: ("SP mode", f"These flags need {Need.SP}."),
     Need.SWITCHING: ("The policy", f"These flags need {Need.SWITCHING}."),
+    Need.INSTANCES: ("Instances", f"These flags need {Need.INSTANCES}."),
 }
 """Heading and first sentence of each table of flags."""
 
@@ -42,10 +52,10 @@ REFUSALS_PAGE = """# What is refused
 
 <!-- Written by `python -m sglang_shift.args refusals`; do not edit. -->
 
-With `--sp-size` or `--enable-shift-parallel`, the server refuses what it cannot serve correctly. It refuses almost all
-of it before any process starts. The launcher then prints one sentence, which says what was given, what is wrong and
-what to do, and ends with exit code 2. In the messages below, words in italics and the letters D, M, N, P, R and S stand
-for values.
+With `--sp-size`, `--enable-shift-parallel` or `--instances`, the server refuses what it cannot serve correctly. It
+refuses almost all of it before any process starts. The launcher then prints one sentence, which says what was given,
+what is wrong and what to do, and ends with exit code 2. In the messages below, words in italics and the letters D, H,
+M, N, P, R and S stand for values.
 
 ## Features of SGLang
 
@@ -58,6 +68,12 @@ The message is: {message}
 If `--dcp-size` is above 1, these features are refused, too. The message is: {dcp_message}
 
 {dcp_features}
+
+## What does not combine with `--instances`
+
+With `--instances` N, these features are refused, too. The message is: {instance_message}
+
+{instance_features}
 
 ## What does not combine with `--shift-sparse-prefill`
 
@@ -72,6 +88,7 @@ REFUSAL_SECTIONS: dict[str, tuple[ModuleType, ...]] = {
     "Flags": (refusals, builtin),
     "`--sp-size auto`": (sp_size,),
     "`--dcp-size`": (token_shards, dcp_size),
+    "`--instances`": (instances,),
     "`--shift-sparse-prefill`": (sparse_prefill,),
     "The model": (model_check, fields, families, structure, stacked, mode_check),
     "The exchange": (choose,),
@@ -79,7 +96,7 @@ REFUSAL_SECTIONS: dict[str, tuple[ModuleType, ...]] = {
 }
 """Headings, and the modules that declare the refusals below each heading."""
 
-WITH_FEATURES = (refusals, dcp_size, sparse_prefill)
+WITH_FEATURES = (refusals, dcp_size, instances, sparse_prefill)
 """The modules that refuse features of SGLang."""
 
 VALUES = "|".join((AUTO, "off", *POLICIES, *EXCHANGES, *EXCHANGE_DTYPES, "[A-Z]", r"\d+"))
@@ -123,6 +140,8 @@ def refusals_page() -> str:
         features=_feature_table(refusals.FEATURES),
         dcp_message=message_of(dcp_size.FEATURE_CONFLICT),
         dcp_features=_feature_table(dcp_size.FEATURES),
+        instance_message=message_of(instances.FEATURE_CONFLICT),
+        instance_features=_feature_table(instances.FEATURES),
         sparse_message=message_of(sparse_prefill.FEATURE_CONFLICT),
         sparse_features=_feature_table(sparse_prefill.FEATURES),
         sections="\n\n".join(sections),

@@ -94,6 +94,10 @@ NEEDS_SP = Refusal(
     "{flag} {value} needs --sp-size or --enable-shift-parallel; without them {reason}",
     "These are settings of SP mode: " + ", ".join(f.option for f in FLAGS if f.need is Need.SP) + ".",
 )
+NEEDS_INSTANCES = Refusal(
+    "{flag} {value} needs --instances; without it there is one instance",
+    "These are settings of instances: " + ", ".join(f.option for f in FLAGS if f.need is Need.INSTANCES) + ".",
+)
 NEGATIVE = Refusal("{flag} {value} must be 0 or more", "The number counts tokens, requests, graphs or milliseconds.")
 NOT_OF_THE_POLICY = Refusal(
     "{flag} {value} has no meaning with --shift-policy {policy}; leave it out, or give --shift-policy {policies}",
@@ -157,7 +161,9 @@ def check_flags(settings: Any) -> None:
     for flag, value in flags_with_value:
         if flag.need is Need.SWITCHING and not switching:
             raise NEEDS_SWITCHING(flag=flag.option, value=value)
-    if not switching and sp_size is None:
+        if flag.need is Need.INSTANCES and settings.instances is None:
+            raise NEEDS_INSTANCES(flag=flag.option, value=value)
+    if not switching and sp_size is None and settings.instances is None:
         for flag, value in flags_with_value:
             if flag.need is Need.SP:
                 raise NEEDS_SP(flag=flag.option, value=value, reason=flag.without)

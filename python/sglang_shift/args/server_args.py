@@ -17,6 +17,7 @@ from sglang_shift.args.chunk_size import adjust_chunk_size
 from sglang_shift.args.dcp_size import check_dcp_size, resolve_dcp_size
 from sglang_shift.args.gemm_backend import adjust_gemm_backend
 from sglang_shift.args.graph_memory import adjust_graph_memory
+from sglang_shift.args.instances import check_instance_model, check_instances, pool_fields
 from sglang_shift.args.mixed_chunks import can_mix
 from sglang_shift.args.model_check import check_model
 from sglang_shift.args.refusals import check_flags, check_target
@@ -107,17 +108,17 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
         return
     settings = resolving_view(server_args)
     check_sp_size(settings.sp_size)
-    auto = settings.sp_size == AUTO
-    if settings.sp_size is None and settings.enable_shift_parallel and settings.device != "cpu":
-        auto = True  # with S = P every rank would hold whole layers, and might fail only after it loads them
-    if auto:  # S is the largest candidate until the checks of the model have passed
+    auto = chooses_sp_size(settings)
+    if auto or settings.sp_size == AUTO:  # S is the largest candidate until the checks of the model have passed
         declare_resolution(server_args, "sglang_shift", sp_size=settings.tp_size)
     check_flags(settings)
     config = shift_config_of(server_args)
     if config is None:
         return
     check_target(settings, config)
+    check_instances(settings, config)
     check_model(model_config_of(server_args), config)
+    check_instance_model(model_config_of(server_args), config)
     check_dcp_size(settings, model_config_of(server_args))
     check_sparse_prefill(settings, model_config_of(server_args), config)
     sp_size = config.sp_size
@@ -147,6 +148,17 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
         shift_policy=config.policy,
         shift_threshold=config.threshold if config.policy in BY_NAME["shift_threshold"].policies else None,
         shift_calibration=config.calibration,
+        **pool_fields(settings, config),
+    )
+
+
+def chooses_sp_size(settings: Any) -> bool:
+    """Whether S follows from the model and the memory. With instances it does not, because S is P."""
+    if settings.instances is not None:
+        return False
+    # With S = P every rank would hold whole layers, and might fail only after it loads them.
+    return settings.sp_size == AUTO or (
+        settings.sp_size is None and settings.enable_shift_parallel and settings.device != "cpu"
     )
 
 

@@ -4,8 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from sglang_shift.cost.layouts import Layout
+
+
+class Capacity(Protocol):
+    """What an instance of a level holds. :class:`sglang_shift.cost.layouts.InstanceCosts` says more of it."""
+
+    @property
+    def ranks(self) -> int:
+        """Number of its ranks."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that its KV cache holds."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """A :class:`Capacity` of which nothing else is known."""
+
+    ranks: int
+    tokens: int
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,29 @@ class Levels:
         exponents = range(lowest.bit_length() - 1, world_size.bit_length())
         return cls(tuple(2**exponent for exponent in exponents))
 
+    @classmethod
+    def of_flags(cls, world_size: int, instances: int, merge_levels: str = "") -> Levels:
+        """The levels that the flags ask for.
+
+        Args:
+            world_size: P, the number of ranks of the world (``--tp-size``).
+            instances: N, the instances at the start (``--instances``). N divides P.
+            merge_levels: The ranks of merged instances, with commas (``--merge-levels``). Empty: all powers of two.
+
+        Raises:
+            ValueError: a level is not a power of two between P/N and P.
+        """
+        every = cls.between(world_size // instances, world_size)
+        if not merge_levels:
+            return every
+        try:
+            chosen = {int(text) for text in merge_levels.split(",")}
+        except ValueError:
+            raise ValueError(f"{merge_levels!r} is not a list of numbers with commas between them") from None
+        if wrong := sorted(chosen - set(every.sizes)):
+            raise ValueError(f"{wrong[0]} is not one of {', '.join(map(str, every.sizes))}")
+        return cls(tuple(sorted(chosen | {every.lowest, world_size})))
+
     @property
     def world_size(self) -> int:
         """P, the number of ranks of the world."""

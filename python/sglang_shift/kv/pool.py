@@ -16,6 +16,9 @@ from sglang_shift.kv.layout import KvLayout
 from sglang_shift.parallel.level import Level
 from sglang_shift.seams import relies_on
 
+COPY_PAGES = 1024
+"""Pages that are copied together. The copy needs their memory once more."""
+
 
 @relies_on(
     "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.__init__",
@@ -112,6 +115,22 @@ class LevelPool:
         volume = exchange.split(self.memories, pages)
         self.enter(low)
         return volume
+
+    def copy(self, moves: list[tuple[int, int]]) -> None:
+        """Copy pages of this rank to other pages of it.
+
+        Args:
+            moves: The number of each page, and of the page that gets its tokens. No page of the first kind is one of
+                the second kind, so the order does not matter.
+        """
+        if not moves:
+            return
+        page_size = 1 if self.pool.use_hnd else self.layout.page_size
+        for buffer in (*self.pool.k_buffer, *self.pool.v_buffer):
+            pages = buffer.unflatten(0, (-1, page_size))
+            for part in torch.tensor(moves, dtype=torch.int64).view(-1, 2).split(COPY_PAGES):
+                source, target = part.to(buffer.device).unbind(1)
+                pages[target] = pages[source]
 
     def enter(self, level: int) -> None:
         """Give the pool and the allocator the shapes and sizes of a level. All pages are free afterwards.

@@ -1,8 +1,8 @@
 """Defines step events. The scheduler publishes one for every step, for the metrics, the page and other programs.
 
 Rank 0 of each replica binds a ZMQ PUB socket and sends without waiting. Events that no subscriber reads in time are
-dropped, so watching never slows a step. A message has two frames: a topic (``step`` or ``state``), and a MessagePack
-map of the fields below.
+dropped, so watching never slows a step. A message has two frames: a topic (``step``, ``state`` or ``instances``), and a
+MessagePack map of the fields below.
 """
 
 from __future__ import annotations
@@ -184,7 +184,30 @@ class StateEvent(msgspec.Struct):
     schema: int = SCHEMA
 
 
-_TOPICS: dict[bytes, type[StepEvent] | type[StateEvent]] = {b"step": StepEvent, b"state": StateEvent}
+class InstancesEvent(msgspec.Struct):
+    """The instances of a server with ``--instances``. Their controller sends it after each change, and once a second.
+
+    Attributes:
+        time: Unix seconds.
+        levels: The numbers of ranks that an instance may have.
+        epoch: Number of the last change.
+        instances: For each instance its ``first`` rank, its ``level``, its ``requests``, the ``tokens`` that they need
+            and its ``capacity`` in tokens.
+        last: The last changes, oldest first: the fields of ``LevelChanged``, a ``time``, and ``why``.
+        replica: The controller's number among the senders of events: the number of ranks.
+    """
+
+    time: float
+    levels: list[int]
+    epoch: int
+    instances: list[dict[str, int]]
+    last: list[dict[str, Any]]
+    replica: int
+
+
+Event = StepEvent | StateEvent | InstancesEvent
+_TOPICS: dict[bytes, type[Event]] = {b"step": StepEvent, b"state": StateEvent, b"instances": InstancesEvent}
+_TOPIC_OF = {kind: topic for topic, kind in _TOPICS.items()}
 
 
 _endpoint_folder: Path | None = None
@@ -296,12 +319,11 @@ class Publisher:
         except Exception as error:
             self._give_up(error)
 
-    def send(self, event: StepEvent | StateEvent) -> None:
+    def send(self, event: Event) -> None:
         """Publish ``event`` if there is a socket. If a subscriber is too slow, ZMQ drops the event for it."""
         if self._socket is not None:
-            topic = b"step" if isinstance(event, StepEvent) else b"state"
             try:
-                self._socket.send_multipart([topic, self._encoder.encode(event)], zmq.NOBLOCK)
+                self._socket.send_multipart([_TOPIC_OF[type(event)], self._encoder.encode(event)], zmq.NOBLOCK)
             except Exception as error:
                 self._give_up(error)
 
@@ -336,7 +358,7 @@ class Subscriber:
             except (zmq.ZMQError, ValueError) as error:
                 logger.warning("sglang_shift: no events of replica %s (%s)", replica, error)
 
-    def receive(self) -> StepEvent | StateEvent | None:
+    def receive(self) -> Event | None:
         """Return the next event, or None if none arrives in time.
 
         Raises:

@@ -15,7 +15,7 @@ import msgspec
 import zmq
 
 from sglang_shift.modes import MODES, Mode
-from sglang_shift.observe.events import SCHEMA, Finished, StateEvent, StepEvent, Subscriber
+from sglang_shift.observe.events import SCHEMA, Event, Finished, InstancesEvent, StateEvent, StepEvent, Subscriber
 from sglang_shift.observe.summaries import (
     PHASES,
     BoundedStep,
@@ -40,7 +40,6 @@ REASON_CHARACTERS = 500
 CLOCK_TOLERANCE = 5.0
 """Largest difference in seconds between an event's clock and ours. Beyond it, the time of arrival is used instead."""
 
-Event = StepEvent | StateEvent
 Listener = Callable[[Event], None]
 
 
@@ -104,6 +103,7 @@ class Hub:
         self._switches: deque[dict[str, Any]] = deque(maxlen=RECENT_SWITCHES)
         self._states: dict[int, tuple[float, dict[str, Any]]] = {}
         self._queues: dict[int, tuple[int, int, int]] = {}
+        self._instances: dict[str, Any] | None = None
 
     def start(self) -> None:
         """Subscribe, and take events in a daemon thread until :meth:`stop`."""
@@ -154,6 +154,9 @@ class Hub:
                 event.time = now
             if isinstance(event, StepEvent):
                 self._take_step(event)
+            elif isinstance(event, InstancesEvent):
+                fields = jsonable(msgspec.to_builtins(event))
+                self._instances = {name: fields[name] for name in ("levels", "epoch", "instances", "last")}
             else:
                 self._take_state(event, now)
         for listener in self.listeners:
@@ -168,6 +171,8 @@ class Hub:
         """Return whether the values make sense. Numbers that are not finite become None."""
         if not 0 <= event.replica < self.replicas:
             return False
+        if isinstance(event, InstancesEvent):
+            return event.epoch >= 0
         if isinstance(event, StateEvent):
             event.tbt_target, event.tbt_margin = finite(event.tbt_target) or 0.0, finite(event.tbt_margin) or 1.0
             event.drift = {mode: finite(event.drift.get(mode)) for mode in MODES}
@@ -244,6 +249,7 @@ class Hub:
                 "history": self._history(int(now) - HISTORY_SECONDS, int(now)),
                 "minute": self._minute(int(now)),
                 "switches": [dict(switch) for switch in self._switches],
+                "instances": self._instances,
             }
         return (
             value

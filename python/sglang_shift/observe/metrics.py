@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from sglang_shift.modes import MODES
-from sglang_shift.observe.events import StateEvent, StepEvent
+from sglang_shift.observe.events import Event, InstancesEvent, StateEvent, StepEvent
 from sglang_shift.observe.hub import Gaps
 from sglang_shift.observe.summaries import PHASES
 
@@ -78,6 +78,13 @@ METRICS = {
         buckets=SHARE_BUCKETS,
     ),
     "weight_bytes": Metric("gauge", "Bytes of weights on the first rank.", ("kind",)),
+    "instances": Metric("gauge", "Instances; the label is the number of their ranks.", ("level",)),
+    "instance_changes_total": Metric(
+        "counter", "Merges and splits of instances, by the level that was asked for.", ("level", "result")
+    ),
+    "instance_change_seconds_total": Metric("counter", "Time that merges and splits took, by phase.", ("phase",)),
+    "instance_change_bytes_total": Metric("counter", "Bytes of KV cache that merges and splits sent."),
+    "instance_recomputed_tokens_total": Metric("counter", "Tokens that were computed again after merges and splits."),
     "events_dropped_total": Metric("counter", "Step events that did not arrive: the other metrics lack these steps."),
 }
 """The metrics by name. The names do not include :data:`PREFIX`."""
@@ -98,11 +105,15 @@ class Metrics:
         self._gaps = Gaps()
         self._cumulative: dict[tuple[str, int], int] = {}
         self._replicas: set[int] = set()
+        self._epoch = 0  # of the last change of instances that was counted
 
-    def __call__(self, event: StepEvent | StateEvent) -> None:
+    def __call__(self, event: Event) -> None:
         """Update the metrics with one event."""
         if not self._metrics:
             self._create()
+        if isinstance(event, InstancesEvent):
+            self._take_instances(event)
+            return
         if event.replica not in self._replicas:
             self._begin(event.replica)
         if isinstance(event, StepEvent):
@@ -190,6 +201,22 @@ class Metrics:
         beyond = event.weight_bytes_beyond_base
         self._metric("weight_bytes", replica, kind="base").set(event.weight_bytes - beyond)
         self._metric("weight_bytes", replica, kind="beyond_base").set(beyond)
+
+    def _take_instances(self, event: InstancesEvent) -> None:
+        replica = event.replica
+        for level in event.levels:
+            count = sum(each["level"] == level for each in event.instances)
+            self._metric("instances", replica, level=str(level)).set(count)
+        for change in event.last:
+            if change["epoch"] <= self._epoch:
+                continue
+            self._epoch = change["epoch"]
+            result = "done" if change["ok"] else "given up"
+            self._metric("instance_changes_total", replica, level=str(change["level"]), result=result).inc()
+            for phase, seconds in change["phases"].items():
+                self._metric("instance_change_seconds_total", replica, phase=phase).inc(seconds)
+            self._metric("instance_change_bytes_total", replica).inc(change["bytes_sent"])
+            self._metric("instance_recomputed_tokens_total", replica).inc(change["tokens_recomputed"])
 
     def _take_queue(self, replica: int, running: int, waiting: int) -> None:
         self._metric("queue_requests", replica, state="running").set(running)

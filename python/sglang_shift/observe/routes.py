@@ -84,7 +84,7 @@ def install(hub: Hub, app: FastAPI) -> None:
     page, build = page_route(), app.build_middleware_stack
     # SGLang adds the middleware that checks its key later than this. So it would wrap our middleware in any case.
     app.build_middleware_stack = lambda: PublicRoute(page, build())  # type: ignore[method-assign]
-    routes: list[BaseRoute] = [page, *router(hub).routes]
+    routes: list[BaseRoute] = [page, *router(hub).routes, *instance_router().routes]
     routes += [PolicyNames(r) for r in app.router.routes if getattr(r, "path", None) == "/set_internal_state"]
     app.router.routes[:0] = routes
 
@@ -141,6 +141,62 @@ def router(hub: Hub) -> APIRouter:
         return Response(cache.get(), media_type="application/json", headers=headers)
 
     return api_router
+
+
+def instance_router() -> APIRouter:
+    """``/shift/instances``: the instances of a server with ``--instances``, and a way to merge and split them by hand.
+
+    The admin key protects the change, as it protects SGLang's own requests that change a server.
+    """
+    from sglang.srt.utils.auth import AuthLevel, auth_level
+
+    api_router = APIRouter()
+
+    @api_router.get("/shift/instances")
+    async def shift_instances() -> Response:
+        """The instances, their loads, and the last changes."""
+        return await _ask_controller({})
+
+    @api_router.post("/shift/instances")
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def change_shift_instances(request: Request) -> Response:
+        """Merge or split: ``{"level": K}``, and ``first`` and ``ranks`` if not all ranks change."""
+        try:
+            wanted = msgspec.json.decode(await request.body(), type=Wanted)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            return _json({"error": f"the body is not as {WANTED}: {error}"}, 400)
+        return await _ask_controller(msgspec.structs.asdict(wanted))
+
+    return api_router
+
+
+class Wanted(msgspec.Struct, forbid_unknown_fields=True):
+    """What the body of ``POST /shift/instances`` has: see ``ChangeInstancesReqInput``."""
+
+    level: int
+    first: int = 0
+    ranks: int | None = None
+    reason: str = "an operator"
+
+
+WANTED = '{"level": 2, "first": 0, "ranks": 4}'
+
+
+@extends(
+    "sglang.srt.entrypoints.http_server:get_global_state",
+    "Our routes ask the tokenizer manager, as SGLang's routes do.",
+)
+async def _ask_controller(values: dict[str, Any]) -> Response:
+    from sglang.srt.entrypoints.http_server import get_global_state
+
+    answer = await get_global_state().tokenizer_manager.change_instances(**values)
+    if answer.success:
+        return _json(answer.report, 200)
+    return _json({"error": answer.message, **answer.report}, 400)
+
+
+def _json(value: Any, status: int) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
 class _Cache:

@@ -1,17 +1,18 @@
 """Decides which ranks form an instance, and which instance gets a request.
 
 A policy sees the state of all instances. It routes each request when the request arrives. Several times a second it may
-ask for one layout instead of another. Whoever runs the instances merges and splits them. Today this is the simulator
-alone: :mod:`sglang_shift.simulate.instances`.
+ask for one layout instead of another. Whoever runs the instances merges and splits them: the simulator
+(:mod:`sglang_shift.simulate.instances`), or the controller of a server (:mod:`sglang_shift.runtime.controller`), which
+has no step times of each level, and so no :class:`AutoPolicy`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sglang_shift.cost.deployment import Deployment, InstancePolicy, InstanceState, least_loaded, starts
+from sglang_shift.cost.deployment import Capacity, Deployment, InstancePolicy, InstanceState, least_loaded, starts
 from sglang_shift.cost.layouts import (
     CostsByLevel,
     Layout,
@@ -54,7 +55,7 @@ class PaperPolicy(InstancePolicy):
         dwell: Least seconds between two changes.
     """
 
-    levels: CostsByLevel
+    levels: Mapping[int, Capacity]
     dwell: float = 2.0
     changes_layout = True
 
@@ -77,12 +78,12 @@ class PaperPolicy(InstancePolicy):
         return deployment.layout
 
 
-def smallest_level(levels: CostsByLevel, need: int) -> int | None:
+def smallest_level(levels: Mapping[int, Capacity], need: int) -> int | None:
     """Return the smallest level that holds a request of ``need`` tokens; None if there is none."""
     return min((k for k, level in levels.items() if level.tokens >= need), default=None)
 
 
-def merged_for_unplaced(deployment: Deployment, levels: CostsByLevel) -> Layout:
+def merged_for_unplaced(deployment: Deployment, levels: Mapping[int, Capacity]) -> Layout:
     """Return a layout that holds the largest request that no instance holds; the current one if there is none."""
     level = smallest_level(levels, max(deployment.unplaced))
     return deployment.layout if level is None else merge(deployment.layout, deployment.instances, level)

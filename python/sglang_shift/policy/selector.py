@@ -114,6 +114,10 @@ class ModeSelector:
         self.policy_text = policy.describe()
         self.probes = Probes(policy.costs) if isinstance(policy, Calibrated) else None
 
+    def restart(self) -> None:
+        """Forget the steps so far, but for the counters. The ranks of a new instance have seen different steps."""
+        self.count, self.previous_mode, self.steps_since_switch = 0, None, 0
+
     @property
     def must_agree_on_drift(self) -> bool:
         """Whether all ranks must agree now, between two steps, on the argument of :meth:`set_doubts`."""

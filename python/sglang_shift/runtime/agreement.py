@@ -141,7 +141,8 @@ class StepWatch:
 
     def stop(self) -> None:
         self._stop_event.set()
-        self._thread.join(2 * self._period)
+        if self._thread.is_alive():
+            self._thread.join(2 * self._period)
 
     def record(self, tokens: int, prefill_tokens: int, mode: Mode) -> None:
         """Record a step that is about to run. Its collectives depend on these arguments."""

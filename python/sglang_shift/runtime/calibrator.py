@@ -105,6 +105,10 @@ class Calibrator:
             self._log("sglang_shift: the new calibration failed, the old one stays: %s", error)
             return None
 
+    def end(self) -> None:
+        """Calibrate no more. The ranks of instances are not at the same point when they are idle."""
+        self._calibration = self._measurement_run = None
+
     def _run_turn(self, measurement_run: Iterator[None]) -> Calibration | None:
         """Run some laps. Return the calibration if they were the last laps. At the end all slots are free again."""
         end = self._results.seconds + TURN_SECONDS

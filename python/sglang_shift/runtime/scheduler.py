@@ -61,6 +61,16 @@ class ShiftScheduler(Scheduler):
     tp_worker: ShiftTpModelWorker
     shift_sparse = SparsePrefill(0.0, None, agreement.from_all_ranks)  # all is exact until the backend is built
 
+    @staticmethod
+    def shift_variant(server_args: Any = None, *_: Any, **__: Any) -> type[ShiftScheduler]:
+        """The class of the scheduler of a rank: with instances, one that changes its level."""
+        config = shift_config_of(server_args)
+        if config is None or not config.instances:
+            return ShiftScheduler
+        from sglang_shift.runtime.instance_scheduler import InstanceScheduler  # it is a subclass of this class
+
+        return InstanceScheduler
+
     @overrides("Our method calibrates after SGLang has built everything.")
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         parallel = get_parallel()
@@ -84,13 +94,15 @@ class ShiftScheduler(Scheduler):
         self.shift_exchange_counter = ExchangeCounter(self.tp_worker.model_runner.exchange_volume)
         self.shift_reporter: StepReporter | None = None
         if parallel.tp_rank == 0:
-            publisher = Publisher(parallel.dp_rank or 0)
-            self.shift_reporter = StepReporter(
-                self.shift_selector, publisher, self.shift_event, self.shift_exchange_counter
-            )
+            self.shift_reporter = self.make_reporter()
             logger.info("sglang_shift: The policy is: %s.", self.shift_selector.policy_text)
             logger.debug("sglang_shift: %s", self.shift_config)
         self.shift_watch = agreement.StepWatch.of_replica()
+
+    def make_reporter(self) -> StepReporter:
+        """The reporter of this rank. Only the first rank of a replica uses one."""
+        publisher = Publisher(get_parallel().dp_rank or 0)
+        return StepReporter(self.shift_selector, publisher, self.shift_event, self.shift_exchange_counter)
 
     @overrides("Our method builds our TP worker.")
     def init_tp_model_worker(self) -> None:
@@ -375,13 +387,21 @@ class ShiftScheduler(Scheduler):
 @relies_on(
     "sglang.srt.managers.scheduler:run_scheduler_process", "This function makes the scheduler from the class Scheduler."
 )
-def run_scheduler_process(server_args: Any, *args: Any, **kwargs: Any) -> None:
+def run_scheduler_process(
+    server_args: Any, port_args: Any, gpu_id: int, tp_rank: int, pp_rank: int, dp_rank: int | None, *args: Any
+) -> None:
     """Run SGLang's function of this name in a rank's process. With our flags, it builds our scheduler.
 
-    Without our flags, nothing of SGLang is replaced.
+    Without our flags, nothing of SGLang is replaced. With instances, each rank has addresses of its own, and its rank
+    is also its number as a replica, for the log, the events and the loads.
     """
-    if shift_config_of(server_args) is not None:
+    config = shift_config_of(server_args)
+    if config is not None:
         if cpu.is_active():
             os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", ",".join(NOT_ON_CPU))
         seams.install()
-    sglang_scheduler.run_scheduler_process(server_args, *args, **kwargs)
+        if config.instances:
+            from sglang_shift.runtime.instance_channels import ports_of_rank
+
+            port_args, dp_rank = ports_of_rank(port_args, tp_rank), tp_rank
+    sglang_scheduler.run_scheduler_process(server_args, port_args, gpu_id, tp_rank, pp_rank, dp_rank, *args)

@@ -22,6 +22,7 @@ from sglang_shift.runtime.admission import (
     check_values,
     convert_types,
 )
+from sglang_shift.runtime.instance_requests import InstanceRequests
 from sglang_shift.seams import overrides
 
 KEYS = (META_INFO_KEY, SPARSE_KEY)
@@ -96,12 +97,12 @@ class RequestChecks(TokenizerManager):
         await super()._async_dispatch_to_scheduler(obj)
 
 
-class ShiftTokenizerManager(ShiftSteps, RequestChecks):
-    """SGLang's tokenizer manager with both additions, for the main process."""
+class ShiftTokenizerManager(ShiftSteps, RequestChecks, InstanceRequests):
+    """SGLang's tokenizer manager with all additions, for the main process."""
 
 
-class ShiftTokenizerWorker(ShiftSteps, RequestChecks, TokenizerWorker):
-    """SGLang's tokenizer worker with both additions. If ``--tokenizer-worker-num`` is above 1, each process has one."""
+class ShiftTokenizerWorker(ShiftSteps, RequestChecks, InstanceRequests, TokenizerWorker):
+    """SGLang's tokenizer worker with all additions. If ``--tokenizer-worker-num`` is above 1, each process has one."""
 
 
 init_tokenizer_manager = partial(init_stock, TokenizerManagerClass=ShiftTokenizerManager)

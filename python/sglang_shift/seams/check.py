@@ -108,12 +108,13 @@ def put_in_place(ours: Any) -> None:
 
 def _substitute(stock: type, seam: Seam) -> None:
     """Make ``stock(...)`` create an object of our class. Python then calls the ``__init__`` of that object's class."""
+    variant = getattr(seam.ours, "shift_variant", lambda *args, **kwargs: seam.ours)
 
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
         if issubclass(cls, seam.ours) or not seam.condition(*args, **kwargs):
             return object.__new__(cls)
         if cls is stock:
-            return object.__new__(seam.ours)
+            return object.__new__(variant(*args, **kwargs))
         if seam.exclusive:
             other = f"{cls.__module__}:{cls.__qualname__}"
             raise SeamError(f"{other} takes the place of {seam.target}, which {seam.place} must have; {REMOVE}")

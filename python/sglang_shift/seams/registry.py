@@ -44,13 +44,22 @@ MODULES = (
     "sglang_shift.platforms.token_shards",
     "sglang_shift.runtime.admission",
     "sglang_shift.runtime.calibrator",
+    "sglang_shift.runtime.controller",
+    "sglang_shift.runtime.instance_cache",
+    "sglang_shift.runtime.instance_channels",
+    "sglang_shift.runtime.instance_requests",
+    "sglang_shift.runtime.instance_scheduler",
     "sglang_shift.runtime.internal_state",
     "sglang_shift.runtime.layernorm_sp",
+    "sglang_shift.runtime.level_change",
     "sglang_shift.runtime.level_switch",
     "sglang_shift.runtime.model_runner",
+    "sglang_shift.runtime.penalties",
     "sglang_shift.runtime.prefill_adder",
+    "sglang_shift.runtime.quiesce",
     "sglang_shift.runtime.rank_consensus",
     "sglang_shift.runtime.reporter",
+    "sglang_shift.runtime.request_record",
     "sglang_shift.runtime.scheduler",
     "sglang_shift.runtime.sparse_prefill",
     "sglang_shift.runtime.tokenizer_manager",
@@ -128,6 +137,9 @@ def substitutes_for(
 
     SGLang's class itself stays, under every name that a module imported it by. So ``isinstance`` and ``issubclass``
     hold for SGLang's objects and for our objects.
+
+    The decorated class may have a static method ``shift_variant``. It gets the arguments of the constructor, and
+    returns the subclass of the decorated class of which an object is made.
 
     Args:
         target: ``module:Class``.

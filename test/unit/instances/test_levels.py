@@ -69,3 +69,23 @@ def test_levels_may_leave_some_out():
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [
+        ((8, 8), (1, 2, 4, 8)),
+        ((8, 2), (4, 8)),
+        ((8, 8, "2"), (1, 2, 8)),
+        ((8, 4, "8"), (2, 8)),
+        ((8, 4, "4,2"), (2, 4, 8)),
+    ],
+)
+def test_levels_of_the_flags(flags, sizes):
+    assert Levels.of_flags(*flags).sizes == sizes
+
+
+@pytest.mark.parametrize("text", ["3", "1", "16", "two", "2,,4"])
+def test_levels_that_the_flags_cannot_have(text):
+    with pytest.raises(ValueError, match="is not"):
+        Levels.of_flags(8, 4, text)

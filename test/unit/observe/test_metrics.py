@@ -11,7 +11,7 @@ from harness import REPO
 
 FEED = """
 import sys
-from sglang_shift.observe.events import Finished, SparseFigures, StateEvent, StepEvent
+from sglang_shift.observe.events import Finished, InstancesEvent, SparseFigures, StateEvent, StepEvent
 from sglang_shift.observe.metrics import Metrics
 
 metrics = Metrics({"model_name": "demo", "cluster": "a"})
@@ -45,6 +45,12 @@ step(3, replica=2)
 done = [SparseFigures(900, 0.001, 0.01, 0.04, 0.7), SparseFigures(0, 0, 0, 0, 1, "it has images"), None]
 step(1, replica=3, finished=[Finished(1000, 2, 0.1, None, 0.2, {}, sparse) for sparse in done])
 state(replica=2, tbt_target=0.1, tbt_margin=0.75)
+
+change = dict(level=2, ok=True, phases={"quiesce": 0.25, "exchange": 0.5}, bytes_sent=1000, tokens_recomputed=3)
+for count in (1, 2, 2):  # the last changes come again with each event
+    last = [{**change, "epoch": 1}, {**change, "epoch": 2, "ok": False, "bytes_sent": 0}][:count]
+    metrics(InstancesEvent(time=1.0, levels=[1, 2], epoch=count, instances=[{"level": 2}, {"level": 1}, {"level": 1}],
+                           last=last, replica=4))
 """
 
 SCRAPE = """
@@ -158,6 +164,14 @@ def test_every_metric_is_documented_and_has_a_value(scraped):
     for name, metric in METRICS.items():
         assert (name if metric.kind != "histogram" else f"{name}_bucket") in {n for n, _ in scraped}
         assert f"`{PREFIX}{name}`" in documented, name
+
+
+def test_instances(value):
+    assert value("instances", "4", level="1") == 2 and value("instances", "4", level="2") == 1
+    assert value("instance_changes_total", "4", level="2", result="done") == 1
+    assert value("instance_changes_total", "4", level="2", result="given up") == 1
+    assert value("instance_change_seconds_total", "4", phase="exchange") == 1.0
+    assert value("instance_change_bytes_total", "4") == 1000 and value("instance_recomputed_tokens_total", "4") == 6
 
 
 def test_the_bound_on_the_gap_between_tokens(scraped, value):

@@ -48,6 +48,7 @@ def test_the_marks_in_the_document_are_needed():
 
 
 ASSIGNED = {
+    "engine.py": {"http_server.Engine"},  # which @extends names there
     "observe/routes.py": {"app.build_middleware_stack", "app.router.routes[:0]"},  # the app that @extends names there
     "platforms/speculation.py": {"sys.modules"},  # SGLang's kernels, whose library cannot be imported without CUDA
     "tools/gpu_check/dispatch.py": {"vars(unquant)"},  # during one check, in its own process, and put back
@@ -121,7 +122,7 @@ def undeclared(cls: type) -> Iterator[str]:
         for name in vars(owner):
             target = registry.next_in_sglang(cls, owner, name)
             place = f"{owner.__module__}:{owner.__qualname__}.{name}"
-            if target and not name.startswith(("__", "_abc_")) and (place, target) not in declared:
+            if target and not name.startswith(("__", "_abc_", "_is_protocol")) and (place, target) not in declared:
                 yield place
 
 

@@ -1,0 +1,118 @@
+"""Keeps what the controller knows: the instances, and the requests that it has sent to each of them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from sglang_shift.cost.deployment import Deployment, InstanceState
+from sglang_shift.instances.changes import Change, Layout
+from sglang_shift.instances.levels import Instance, Levels
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A request that an instance serves.
+
+    Attributes:
+        leader: The first rank of the instance.
+        need: The tokens that the request takes at most: its prompt and its output.
+    """
+
+    leader: int
+    need: int
+
+
+@dataclass
+class Ledger:
+    """The instances of a world, and the live requests on each of them.
+
+    Attributes:
+        levels: The levels of the world.
+        layout: The instances now.
+        capacities: The tokens that an instance of each level can hold.
+        requests: The live requests by their ids.
+        busy: The ranks that change their level now. Nothing is sent to them.
+    """
+
+    levels: Levels
+    layout: Layout
+    capacities: dict[int, int] = field(default_factory=dict)
+    requests: dict[str, Placed] = field(default_factory=dict)
+    busy: range = range(0)
+
+    @classmethod
+    def at(cls, levels: Levels) -> Ledger:
+        """A ledger of a world at its lowest level, without requests."""
+        return cls(levels, levels.instances(levels.lowest))
+
+    @property
+    def leaders(self) -> list[int]:
+        """The first ranks of all instances."""
+        return [each.leader for each in self.layout]
+
+    def deployment(self, now: float) -> Deployment:
+        """The instances as a policy sees them. All requests count as running. Ranks that change hold nothing.
+
+        Args:
+            now: The time in seconds.
+        """
+        needs: dict[int, list[int]] = defaultdict(list)
+        for placed in self.requests.values():
+            needs[placed.leader].append(placed.need)
+        return Deployment(now, tuple(self._state(each, needs[each.leader]) for each in self.layout))
+
+    def _state(self, instance: Instance, needs: list[int]) -> InstanceState:
+        capacity = 0 if instance.leader in self.busy else self.capacities.get(instance.level, 0)
+        return InstanceState(
+            instance.level, running=len(needs), used=sum(needs), capacity=capacity, largest=max(needs, default=0)
+        )
+
+    @property
+    def largest(self) -> int:
+        """The tokens that the largest instance of the layout can hold."""
+        return max(self.capacities.get(each.level, 0) for each in self.layout)
+
+    def level_for(self, need: int) -> int | None:
+        """The lowest level of which an instance holds ``need`` tokens; None if there is none."""
+        return min((level for level, tokens in self.capacities.items() if tokens >= need), default=None)
+
+    def place(self, rid: str, instance: Instance, need: int) -> None:
+        """Record that a request was sent to an instance."""
+        self.requests[rid] = Placed(instance.leader, need)
+
+    def end(self, rids: Iterable[str]) -> None:
+        """Forget requests that have ended. Unknown ones are ignored."""
+        for rid in rids:
+            self.requests.pop(rid, None)
+
+    def held_by(self, leader: int, rids: Iterable[str]) -> None:
+        """Record which requests an instance has after a change."""
+        for rid in rids:
+            if rid in self.requests:
+                self.requests[rid] = Placed(leader, self.requests[rid].need)
+
+    def apply(self, change: Change) -> None:
+        """Record that a change was made.
+
+        The new leaders say what they hold, before or after this. Other requests of these ranks count for the first one.
+        """
+        self.layout = change.applied(self.layout)
+        leaders = {each.leader for each in change.after}
+        for rid, placed in self.requests.items():
+            if placed.leader in change.whole.ranks and placed.leader not in leaders:
+                self.requests[rid] = Placed(change.whole.leader, placed.need)
+
+    def report(self) -> list[dict[str, int]]:
+        """The instances as JSON values."""
+        return [
+            {
+                "first": each.leader,
+                "level": each.level,
+                "requests": state.running,
+                "tokens": state.used,
+                "capacity": self.capacities.get(each.level, 0),
+            }
+            for each, state in zip(self.layout, self.deployment(0.0).instances, strict=True)
+        ]

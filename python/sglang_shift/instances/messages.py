@@ -1,0 +1,97 @@
+"""Defines the messages between the controller and the ranks.
+
+They travel in both directions on sockets that SGLang has: to a rank on the input socket of its scheduler, and from a
+rank on the socket on which it answers control requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ChangeLevelReq:
+    """The controller asks ranks to form instances of another level.
+
+    The controller sends the request on the input socket of each leader. So all requests that it sent to a rank before
+    arrive before it. When the controller sends it, it no longer sends to ranks that will follow.
+
+    Attributes:
+        epoch: The number of this change. Epochs rise, and each change has its own.
+        first: The first rank of the affected ranks.
+        ranks: The number of affected ranks. They are one instance of this level before a split or after a merge.
+        level: The ranks of each instance after the change.
+        reason: Why the controller asks, in words.
+    """
+
+    epoch: int
+    first: int
+    ranks: int
+    level: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class LevelChanged:
+    """The ranks have changed their level, or did not. Rank ``first`` sends this message to the controller.
+
+    Attributes:
+        epoch: The number of the change.
+        first: The first rank of the affected ranks.
+        ranks: The number of affected ranks.
+        level: The level that was asked for.
+        phases: The seconds of each phase.
+        bytes_sent: The bytes of KV cache that all affected ranks sent together.
+        tokens_recomputed: The tokens of running requests that must be computed again.
+        tokens_dropped: The tokens of KV cache that were not kept, of requests and of cached prefixes.
+        ok: Whether the level was changed. If not, the ranks go on at the level that they had.
+        reason: Why the level was not changed, in one sentence; else empty.
+    """
+
+    epoch: int
+    first: int
+    ranks: int
+    level: int
+    phases: dict[str, float]
+    bytes_sent: int
+    tokens_recomputed: int
+    tokens_dropped: int
+    ok: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class InstancesReady:
+    """Rank 0 tells the controller how much an instance can hold, before the first request.
+
+    Attributes:
+        capacities: The tokens that the KV cache of an instance of each level holds.
+        context: The most tokens of a request, prompt and output, that the model can serve.
+    """
+
+    capacities: dict[int, int]
+    context: int
+
+
+@dataclass(frozen=True)
+class RequestsEnded:
+    """A leader tells the controller which requests have ended.
+
+    Attributes:
+        rids: The ids of the requests.
+    """
+
+    rids: list[str]
+
+
+@dataclass(frozen=True)
+class RequestsHeld:
+    """A leader tells the controller which requests it has after a change of its level.
+
+    Attributes:
+        first: The leader's rank.
+        rids: The ids of the requests.
+    """
+
+    first: int
+    rids: list[str]

@@ -1,0 +1,504 @@
+"""The controller of instances: it sends each request to an instance, and lets instances merge and split.
+
+It stands between the tokenizer and the ranks, as SGLang's controller of replicas does. All ranks are one world, so they
+are started as the ranks of one server, and each has an input socket of its own. Answers to control requests come back
+to the controller, which waits for all leaders and sends one answer to the tokenizer.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from http import HTTPStatus
+from typing import Any
+
+import psutil
+import setproctitle
+import zmq
+from sglang.srt.managers import io_struct
+from sglang.srt.managers.data_parallel_controller import DataParallelController
+from sglang.srt.managers.io_struct import sock_recv, sock_send, wrap_as_pickle
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.plugins import load_plugins
+from sglang.srt.runtime_context import publish
+from sglang.srt.utils.common import configure_logger, kill_itself_when_parent_died
+from sglang.srt.utils.network import get_zmq_socket
+from sglang.utils import TypeBasedDispatcher
+
+from sglang_shift.cost.deployment import InstancePolicy, Room
+from sglang_shift.instances.changes import Change, check_range, plan, plan_layout
+from sglang_shift.instances.ledger import Ledger
+from sglang_shift.instances.levels import Levels
+from sglang_shift.instances.messages import (
+    ChangeLevelReq,
+    InstancesReady,
+    LevelChanged,
+    RequestsEnded,
+    RequestsHeld,
+)
+from sglang_shift.observe.events import InstancesEvent, Publisher
+from sglang_shift.policy.instances import PaperPolicy
+from sglang_shift.resolution import shift_config_of
+from sglang_shift.runtime.instance_channels import answers_of, input_of
+from sglang_shift.runtime.instance_requests import (
+    ChangeInstancesReqInput,
+    ChangeInstancesReqOutput,
+    carry_messages,
+)
+from sglang_shift.runtime.reporter import STATE_S
+from sglang_shift.seams import overrides, relies_on
+
+logger = logging.getLogger(__name__)
+
+POLL_MS = 100
+"""The longest wait for a message, in milliseconds. After it, the watchdog is fed."""
+
+POLICY_S = 0.1
+"""The least seconds between two questions to the policy."""
+
+LAST_CHANGES = 20
+"""Changes that the report names."""
+
+KEPT_FREE = 2
+"""Tokens of the KV cache that SGLang leaves free beside a request that is alone."""
+
+PROMPT_KEPT_FREE = 7
+"""Tokens of the KV cache that SGLang leaves free beside the prompt of such a request."""
+
+REQUESTS = (io_struct.TokenizedGenerateReqInput, io_struct.TokenizedEmbeddingReqInput)
+
+WHOLE_WORLD = (
+    io_struct.UpdateWeightFromDiskReqInput,
+    io_struct.InitWeightsUpdateGroupReqInput,
+    io_struct.DestroyWeightsUpdateGroupReqInput,
+    io_struct.BeginWeightUpdateReqInput,
+    io_struct.EndWeightUpdateReqInput,
+    io_struct.UpdateWeightsFromDistributedReqInput,
+    io_struct.UpdateWeightsFromTensorReqInput,
+    io_struct.UpdateWeightsFromIPCReqInput,
+    io_struct.CheckWeightsReqInput,
+    io_struct.ProfileReq,
+)
+"""Requests that are only right if all ranks are one instance: the shards of weights, and files named by TP ranks."""
+
+READS = (
+    io_struct.GetInternalStateReq,
+    io_struct.GetHiCacheL3LayoutReq,
+    io_struct.GetWeightsByNameReqInput,
+)
+"""Requests that the first instance answers for all."""
+
+MERGE_FIRST = (
+    "this needs all {ranks} ranks as one instance; merge them first (POST /shift/instances with level {ranks}), then "
+    "try again"
+)
+NO_SESSIONS = "instances cannot keep a session, because its requests must stay on one instance; send whole prompts"
+TOO_LONG = (
+    "the request needs {need} tokens of KV cache, and the largest instance holds {largest}; ask for fewer tokens, or "
+    "let instances merge to {level} ranks (POST /shift/instances)"
+)
+BUSY = "instances merge or split already; try again when they are done"
+ANSWERING = "the ranks still work on a {kind}; try again when it is answered"
+PAUSED = "generation is paused; continue it (/continue_generation) before instances merge or split"
+
+
+@dataclass
+class Gathering:
+    """The answers of the leaders to one control request.
+
+    Attributes:
+        kind: The type of the answers.
+        worker: The address of the tokenizer worker that has sent the request; None if there is one tokenizer.
+        count: How many leaders will answer.
+        answers: The answers so far.
+    """
+
+    kind: type
+    worker: str | None
+    count: int
+    answers: list[Any] = field(default_factory=list)
+
+    def combined(self) -> Any:
+        """One answer: a failure, if there is one, and else the first answer."""
+        failures = [each for each in self.answers if not getattr(each, "success", True)]
+        failures += [each for each in self.answers if not getattr(each, "updated", True)]
+        return (failures or self.answers)[0]
+
+
+@dataclass
+class Operation:
+    """What an operator or a policy asked for, and how far it is.
+
+    Attributes:
+        changes: The changes that are still to make.
+        reason: Why.
+        request: The operator's request; None if a policy asked.
+        done: The reports of the ranks so far.
+    """
+
+    changes: deque[Change]
+    reason: str
+    request: ChangeInstancesReqInput | None = None
+    done: list[LevelChanged] = field(default_factory=list)
+
+
+class InstanceController(DataParallelController):
+    """SGLang's controller of replicas, for instances of one world."""
+
+    @overrides("Our controller knows the instances, and starts no processes.")
+    @relies_on(
+        "sglang.srt.managers.data_parallel_controller:DataParallelController.dispatching_with_trace",
+        "This method calls dispatching or dispatch_health_check.",
+    )
+    def __init__(self, server_args: Any, port_args: Any) -> None:
+        config = shift_config_of(server_args)
+        assert config is not None
+        self.world_size = config.world_size
+        self.ledger = Ledger.at(Levels.of_flags(config.world_size, config.instances, config.merge_levels))
+        self.policy: InstancePolicy = InstancePolicy()
+        self.policy_name = config.instance_policy
+        self.context_length = 0
+        self.held: deque[Any] = deque()
+        self.gatherings: list[Gathering] = []
+        self.operation: Operation | None = None
+        self.change: Change | None = None
+        self.changed_at = float("-inf")
+        self.last: deque[dict[str, Any]] = deque(maxlen=LAST_CHANGES)
+        self.epoch = 0
+        self.paused = False
+        self.ended = False
+        self.publisher = Publisher(config.world_size)
+        self.event_due = self.policy_due = 0.0
+        super().__init__(server_args, port_args, _starts_nothing)
+        self.dispatching = self.route
+
+    @overrides("Our method opens the sockets of the ranks. The launcher has started the ranks already.")
+    def launch_dp_schedulers(self, server_args: Any, port_args: Any) -> None:
+        ranks = range(self.world_size)
+        self.workers = [get_zmq_socket(self.context, zmq.PUSH, input_of(port_args, rank), True) for rank in ranks]
+        self.from_ranks = get_zmq_socket(self.context, zmq.PULL, answers_of(port_args), True)
+        self.to_tokenizer = get_zmq_socket(self.context, zmq.PUSH, port_args.tokenizer_ipc_name, False)
+
+    @overrides("Our method says which messages go to which instances.")
+    def init_dispatcher(self) -> None:
+        self._request_dispatcher = TypeBasedDispatcher(
+            [
+                (io_struct.TokenizedGenerateReqInput, self.dispatching_with_trace),
+                (io_struct.TokenizedEmbeddingReqInput, self.dispatching_with_trace),
+                (io_struct.BatchTokenizedGenerateReqInput, self.dispatch_batch_generate),
+                (io_struct.BatchTokenizedEmbeddingReqInput, self.dispatch_batch_embedding),
+                (io_struct.AbortReq, self.abort),
+                (io_struct.OpenSessionReqInput, self.refuse_session),
+                (ChangeInstancesReqInput, self.operate),
+            ]
+        )
+        self._request_dispatcher.add_fallback_fn(self.control)
+        self._answer_dispatcher = TypeBasedDispatcher(
+            [
+                (InstancesReady, self.take_capacities),
+                (RequestsEnded, lambda message: self.ledger.end(message.rids)),
+                (RequestsHeld, lambda message: self.ledger.held_by(message.first, message.rids)),
+                (LevelChanged, self.take_change),
+            ]
+        )
+        self._answer_dispatcher.add_fallback_fn(self.take_answer)
+
+    @overrides("Our loop also reads what the ranks send, and waits for messages without using the CPU.")
+    def event_loop(self) -> None:
+        """Handle messages until the server is stopped."""
+        poller = zmq.Poller()
+        handlers: dict[Any, Callable[[Any], Any]] = {
+            self.from_ranks: self._answer_dispatcher,
+            self.recv_from_tokenizer: self._request_dispatcher,
+        }
+        for socket in handlers:
+            poller.register(socket, zmq.POLLIN)
+        while not self.ended:
+            self.soft_watchdog.feed()
+            ready = dict(poller.poll(POLL_MS))
+            for socket, handle in handlers.items():
+                if socket in ready:
+                    handle(sock_recv(socket))
+            if time.monotonic() >= self.event_due:
+                self.publish()
+            if self.policy.changes_layout:
+                self.consult()
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def route(self, req: Any) -> None:
+        """Send a request to an instance, hold it while ranks change, or answer it with an error."""
+        if getattr(req, "session_params", None) is not None:
+            self.refuse(req, NO_SESSIONS)
+            return
+        if not self.ledger.capacities:
+            self.held.append(req)
+            return
+        need = self.need(req)
+        index = self.policy.route(self.ledger.deployment(time.monotonic()), need)
+        if index is not None:
+            instance = self.ledger.layout[index]
+            self.ledger.place(req.rid, instance, need)
+            sock_send(self.workers[instance.leader], req)
+        elif self.operation is not None or self.policy.changes_layout:
+            self.held.append(req)
+        else:
+            level = self.ledger.level_for(need)
+            self.refuse(req, TOO_LONG.format(need=need, largest=self.ledger.largest, level=level))
+
+    def need(self, req: Any) -> int:
+        """The tokens of KV cache that an instance needs for a request.
+
+        A request without a limit of its own, or with one beyond what all ranks can serve, gets as many tokens as its
+        instance has room for. So only its prompt must fit.
+        """
+        prompt = len(req.input_ids if req.input_ids is not None else req.input_embeds)
+        output = getattr(req.sampling_params, "max_new_tokens", None)
+        most = min(self.context_length, max(self.ledger.capacities.values()))
+        if output is not None and prompt + output + KEPT_FREE <= most:
+            return int(prompt + max(output + KEPT_FREE, PROMPT_KEPT_FREE))
+        return min(prompt + PROMPT_KEPT_FREE, most)
+
+    @overrides("A health check goes to the leaders of the instances in turn.")
+    def dispatch_health_check(self, req: Any) -> None:
+        if self.operation is not None:
+            self.held.append(req)
+            return
+        leaders = self.ledger.leaders
+        self.health_round_robin_counter += 1
+        sock_send(self.workers[leaders[self.health_round_robin_counter % len(leaders)]], req)
+
+    def refuse(self, req: Any, why: str) -> None:
+        """Answer a request with an error. No rank gets it."""
+        reason = FINISH_ABORT(why, HTTPStatus.BAD_REQUEST).to_json()
+        answer = io_struct.AbortReq(rid=req.rid, finished_reason=reason, http_worker_ipc=req.http_worker_ipc)
+        sock_send(self.to_tokenizer, answer)
+
+    def abort(self, req: Any) -> None:
+        """Abort requests on all instances, and those that are held."""
+        kept = [each for each in self.held if not _aborts(req, each)]
+        for each in self.held:
+            if _aborts(req, each):
+                self.refuse(each, "the request was aborted before an instance had it")
+        self.held = deque(kept)
+        if self.operation is not None:
+            self.held.append(req)
+        else:
+            self._to_leaders(req)
+
+    def release(self) -> None:
+        """Handle what was held while ranks changed."""
+        held, self.held = self.held, deque()
+        for each in held:
+            self._request_dispatcher(each)
+
+    # --- control requests ---------------------------------------------------------------------------------------------
+
+    def control(self, req: Any) -> None:
+        """Send a control request to all leaders, or to the first one. Refuse what is not right now."""
+        if self.operation is not None:
+            self.held.append(req)
+            return
+        kind = answer_type(type(req))
+        if isinstance(req, WHOLE_WORLD) and len(self.ledger.layout) > 1:
+            self._answer(kind, req, success=False, message=MERGE_FIRST.format(ranks=self.world_size))
+            return
+        if isinstance(req, io_struct.PauseGenerationReqInput | io_struct.ContinueGenerationReqInput):
+            self.paused = isinstance(req, io_struct.PauseGenerationReqInput)
+        leaders = self.ledger.leaders[:1] if isinstance(req, READS) else self.ledger.leaders
+        if kind is not None:
+            self.gatherings.append(Gathering(kind, req.http_worker_ipc, len(leaders)))
+        for leader in leaders:
+            sock_send(self.workers[leader], req)
+        self.ended = isinstance(req, io_struct.ShutdownReq)
+
+    def take_answer(self, answer: Any) -> None:
+        """Take what a rank sends to the tokenizer. The answers to a control request are combined into one."""
+        if isinstance(answer, io_struct.AbortReq):
+            self.ledger.end([answer.rid])
+        worker = getattr(answer, "http_worker_ipc", None)
+        for gathering in self.gatherings:
+            if gathering.kind is type(answer) and gathering.worker == worker:
+                gathering.answers.append(answer)
+                if len(gathering.answers) < gathering.count:
+                    return
+                self.gatherings.remove(gathering)
+                answer = gathering.combined()
+                break
+        if isinstance(answer, io_struct.GetInternalStateReqOutput):
+            answer.internal_state.setdefault("shift", {})["instances"] = self.report()
+        sock_send(self.to_tokenizer, answer)
+
+    def refuse_session(self, req: Any) -> None:
+        """Answer that no session is opened."""
+        self._answer(io_struct.OpenSessionReqOutput, req, session_id=req.session_id, success=False)
+
+    def _answer(self, kind: Any, req: Any, **values: Any) -> None:
+        sock_send(self.to_tokenizer, kind(http_worker_ipc=req.http_worker_ipc, **values))
+
+    def _to_leaders(self, req: Any) -> None:
+        for leader in self.ledger.leaders:
+            sock_send(self.workers[leader], req)
+
+    # --- merges and splits --------------------------------------------------------------------------------------------
+
+    def operate(self, req: ChangeInstancesReqInput) -> None:
+        """Begin what an operator asks for. The answer is sent when all changes are made."""
+        if req.level is None:
+            self._report_to(req, "")
+            return
+        ranks = self.world_size - req.first if req.ranks is None else req.ranks
+        try:
+            check_range(self.ledger.levels, req.first, ranks, req.level)
+            if why := self.why_not_now():
+                raise ValueError(why)
+            changes = plan(self.ledger.layout, req.first, ranks, req.level)
+        except ValueError as error:
+            self._report_to(req, str(error))
+            return
+        self.begin(Operation(deque(changes), req.reason, req))
+
+    def consult(self) -> None:
+        """Ask the policy for a layout, at most every :data:`POLICY_S` seconds, and begin to change to it."""
+        now = time.monotonic()
+        if now < self.policy_due or self.why_not_now():
+            return
+        self.policy_due = now + POLICY_S
+        needs = tuple(self.need(each) for each in self.held if isinstance(each, REQUESTS))
+        deployment = replace(self.ledger.deployment(now), unplaced=needs, changed=self.changed_at)
+        wanted = self.policy.wanted(deployment)
+        if wanted != deployment.layout:
+            self.begin(Operation(deque(plan_layout(self.ledger.layout, wanted)), f"the policy {self.policy_name}"))
+
+    def why_not_now(self) -> str:
+        """Why no instances can merge or split now, in one sentence; empty if they can."""
+        if self.operation is not None:
+            return BUSY
+        if self.paused:
+            return PAUSED
+        if self.gatherings:
+            return ANSWERING.format(kind=self.gatherings[0].kind.__name__.removesuffix("Output"))
+        return ""
+
+    def begin(self, operation: Operation) -> None:
+        """Make the changes of an operation, one after the other."""
+        self.operation = operation
+        self._next_change()
+
+    def _next_change(self) -> None:
+        operation = self.operation
+        assert operation is not None
+        if not operation.changes:
+            self._end_operation("")
+            return
+        self.change = change = operation.changes.popleft()
+        self.epoch += 1
+        # From here on, nothing is sent to these ranks. What was sent before, they read before this message.
+        self.ledger.busy = change.whole.ranks
+        message = ChangeLevelReq(self.epoch, change.whole.leader, change.whole.level, change.level, operation.reason)
+        for instance in change.before(self.ledger.layout):
+            sock_send(self.workers[instance.leader], wrap_as_pickle(message))
+
+    def take_change(self, message: LevelChanged) -> None:
+        """Learn that ranks have changed their level, or did not."""
+        operation, change = self.operation, self.change
+        if operation is None or change is None or message.epoch != self.epoch:
+            logger.warning("sglang_shift: ranks report a change that nobody waits for: %s", message)
+            return
+        operation.done.append(message)
+        self.last.append({"time": time.time(), "why": operation.reason, **asdict(message)})
+        self.ledger.busy, self.change, self.changed_at = range(0), None, time.monotonic()
+        self.event_due = 0.0
+        logger.info("sglang_shift: %s", sentence(message, change))
+        if message.ok:
+            self.ledger.apply(change)
+            self._next_change()
+        else:
+            self._end_operation(message.reason)
+
+    def _end_operation(self, problem: str) -> None:
+        operation, self.operation = self.operation, None
+        assert operation is not None
+        if operation.request is not None:
+            self._report_to(operation.request, problem, [asdict(each) for each in operation.done])
+        self.release()
+
+    def _report_to(self, req: ChangeInstancesReqInput, problem: str, changes: list[Any] | None = None) -> None:
+        report = {**self.report(), "changes": changes or []}
+        self._answer(ChangeInstancesReqOutput, req, success=not problem, message=problem, report=report)
+
+    def report(self) -> dict[str, Any]:
+        """The instances and the last changes as JSON values."""
+        return {
+            "levels": list(self.ledger.levels.sizes),
+            "epoch": self.epoch,
+            "instances": self.ledger.report(),
+            "last": list(self.last),
+        }
+
+    def publish(self) -> None:
+        """Send the event of the instances."""
+        self.event_due = time.monotonic() + STATE_S
+        self.publisher.send(InstancesEvent(time=time.time(), replica=self.publisher.replica, **self.report()))
+
+    def take_capacities(self, message: InstancesReady) -> None:
+        """Learn what instances hold, and send them the requests that came before."""
+        self.ledger.capacities, self.context_length = dict(message.capacities), message.context
+        if self.policy_name == "paper":
+            self.policy = PaperPolicy({k: Room(k, tokens) for k, tokens in message.capacities.items()})
+        self.release()
+
+
+def answer_type(kind: type) -> type | None:
+    """The type of the answer to a control request, by SGLang's naming; None if there is no answer."""
+    answer = getattr(io_struct, kind.__name__.removesuffix("Input") + "Output", None)
+    return answer if isinstance(answer, type) else None
+
+
+def sentence(message: LevelChanged, change: Change) -> str:
+    """What ranks did, for the log."""
+    what = "merged into" if change.merges else f"split into instances of {change.level} from"
+    if not message.ok:
+        return f"instances were not {what} {change.whole}: {message.reason}"
+    total = sum(message.phases.values())
+    return (
+        f"instances were {what} {change.whole} in {1e3 * total:.0f} ms; {message.bytes_sent} bytes sent, "
+        f"{message.tokens_recomputed} tokens to compute again, {message.tokens_dropped} dropped"
+    )
+
+
+def _aborts(req: Any, held: Any) -> bool:
+    """Whether an abort is for a request that is held. SGLang compares the beginnings of ids."""
+    rid = getattr(held, "rid", None)
+    return isinstance(held, REQUESTS) and (req.abort_all or str(rid).startswith(req.rid))
+
+
+def _starts_nothing(*_: Any) -> None:
+    raise AssertionError("the launcher starts the ranks")
+
+
+@relies_on(
+    "sglang.srt.managers.data_parallel_controller:run_data_parallel_controller_process",
+    "This function says what the process of a controller does before it makes the controller.",
+)
+def run_controller_process(server_args: Any, port_args: Any) -> None:
+    """Run the controller in a process of its own, until the server is stopped."""
+    setproctitle.setproctitle("sglang::instance_controller")
+    faulthandler.enable()
+    kill_itself_when_parent_died()
+    parent = psutil.Process().parent()
+    load_plugins()
+    publish(server_args, role="dp_controller")
+    configure_logger(server_args, prefix=" controller")
+    carry_messages()
+    try:
+        InstanceController(server_args, port_args).event_loop()
+    except Exception:
+        logger.exception("sglang_shift: the controller of instances failed")
+        if parent is not None:
+            parent.send_signal(signal.SIGQUIT)

@@ -1,0 +1,240 @@
+"""The scheduler of a rank whose instance merges and splits while it serves."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.managers.scheduler_components.recv_skipper import SchedulerRecvSkipper
+from sglang.srt.runtime_context import get_context
+
+from sglang_shift.instances.levels import Levels
+from sglang_shift.instances.messages import ChangeLevelReq, InstancesReady, LevelChanged, RequestsHeld
+from sglang_shift.modes import StepState
+from sglang_shift.runtime.agreement import StepWatch
+from sglang_shift.runtime.instance_cache import BACKEND, InstanceCache
+from sglang_shift.runtime.instance_channels import InstanceChannels
+from sglang_shift.runtime.level_change import LevelChange
+from sglang_shift.runtime.level_switch import LevelSwitch
+from sglang_shift.runtime.penalties import seed_penalties
+from sglang_shift.runtime.request_record import RequestRecord, keep_request, restore, restore_grammar
+from sglang_shift.runtime.scheduler import ShiftScheduler
+from sglang_shift.seams import overrides, relies_on
+
+logger = logging.getLogger(__name__)
+
+ALONE = "the instance has one rank"
+"""The reason for which all steps at level 1 run in TP."""
+
+
+class InstanceScheduler(InstanceChannels, ShiftScheduler):
+    """Our scheduler, as a part of an instance.
+
+    SGLang builds it for all ranks of the world. Then it goes to the lowest level. A :class:`ChangeLevelReq` makes it
+    merge with its neighbours, or split.
+
+    Attributes:
+        shift_switch: The levels of this rank.
+    """
+
+    shift_switch: LevelSwitch
+    tree_cache: InstanceCache
+
+    _made: list[Req] | None = None  # collects requests that are made again, instead of the queue
+    _change: ChangeLevelReq | None = None
+    _backlog: tuple[Any, ...] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        get_context().override("sglang_shift.instances", radix_cache_backend=BACKEND)
+        super().__init__(*args, **kwargs)
+        self._largest = {key: self.get_init_info()[key] for key in ("max_total_num_tokens", "max_req_input_len")}
+        self.shift_calibrator.end()
+        levels = self.shift_levels()
+        self.shift_switch = LevelSwitch(self.tp_worker.model_runner, levels)
+        self.shift_switch.enter(levels.lowest)
+        self.enter_instance(0)
+        self.tree_cache.reset()
+        layout = self.shift_switch.pool.layout
+        if self.shift_switch.place.rank == 0:
+            capacities = {level: layout.tokens(level) for level in levels.sizes}
+            self.tell_controller(InstancesReady(capacities, self.model_config.context_len))
+
+    def shift_levels(self) -> Levels:
+        """The levels of the world, as the flags say."""
+        config = self.shift_config
+        return Levels.of_flags(config.world_size, config.instances, config.merge_levels)
+
+    @overrides("The tokenizer manager must accept what the largest instance holds.")
+    def get_init_info(self) -> dict[str, Any]:
+        return {**super().get_init_info(), **getattr(self, "_largest", {})}
+
+    @overrides("The checker compares all ranks of the world, and instances run different steps.")
+    def init_rank_consensus_checker(self) -> None:
+        pass
+
+    # Changes of the level
+
+    @overrides("A request for a change of the level ends what is handled before the change.")
+    def process_input_requests(self, recv_reqs: list[Any]) -> None:
+        """Handle requests, up to one for a change of the level. What follows it is handled after the change."""
+        for number, request in enumerate(recv_reqs):
+            if isinstance(request, ChangeLevelReq):
+                self._change, self._backlog = request, tuple(recv_reqs[number + 1 :])
+                return super().process_input_requests(recv_reqs[:number])
+        return super().process_input_requests(recv_reqs)
+
+    @overrides("The level changes between two steps, after the requests that came before are queued.")
+    def ingest_requests(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Receive and handle requests. If one asks for a change of the level, make it."""
+        received: list[Any] = super().ingest_requests(*args, **kwargs)
+        while (request := self._change) is not None:
+            self._change = None
+            change = LevelChange(self, request, list(self._backlog))
+            self._report(change.run())
+            self.process_input_requests(change.backlog)
+        return received
+
+    def _report(self, changed: LevelChanged) -> None:
+        place = self.shift_switch.place
+        if place.leads:
+            self.tell_controller(RequestsHeld(place.rank, [req.rid for req in self.waiting_queue]))
+        if place.rank == changed.first:
+            logger.info("sglang_shift: %s", changed)
+            self.tell_controller(changed)
+
+    @relies_on(
+        "sglang.srt.managers.scheduler:Scheduler.init_model_worker",
+        "This method copies the groups and the sizes that a scheduler uses.",
+    )
+    @relies_on(
+        "sglang.srt.managers.tp_worker:TpModelWorker.get_worker_info",
+        "This method says how the largest request follows from the size of the KV cache.",
+    )
+    @relies_on(
+        "sglang.srt.constrained.grammar_manager:GrammarManager.__init__",
+        "This method copies the group over which ranks agree that a grammar is compiled.",
+    )
+    @relies_on(
+        "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.__post_init__",
+        "This method copies the group over which ranks wait for new weights.",
+    )
+    def enter_instance(self, epoch: int) -> None:
+        """Replace all that has copied a group or a size of the level before. No request is in a batch.
+
+        Args:
+            epoch: The number of the change, equal on all ranks of the instance.
+        """
+        place = self.shift_switch.place
+        group = place.group
+        self.tp_size, self.tp_group, self.tp_cpu_group = place.size, group, group.cpu_group
+        self.attn_tp_group, self.attn_tp_cpu_group = group, group.cpu_group
+        self.dp_tp_group, self.dp_tp_cpu_group = group, group.cpu_group
+        self.max_total_num_tokens = self.shift_switch.pool.size
+        self.max_req_len = min(self.model_config.context_len, self.max_total_num_tokens) - 1
+        self.max_req_input_len = self.max_req_len - 5
+        self.weight_updater.tp_cpu_group = group.cpu_group
+        grammars = self.grammar_manager
+        grammars.grammar_sync_group, grammars.grammar_sync_size = group.cpu_group, place.size
+        grammars.grammar_sync_entry, grammars.is_grammar_sync_entry = group.first_rank, group.is_first_rank
+        self.tree_cache.regroup(group)
+        self.beam_coordinator.max_req_len = self.max_req_len
+        self.init_pool_stats_observer()
+        self.init_invariant_checker()
+        self.init_load_inquirer()
+        self.init_kv_events_publisher()
+        self.recv_skipper = SchedulerRecvSkipper.maybe_create()  # it counts steps
+        self.init_request_receiver()
+        self.lead(place.leads)
+        self._renew_modes(epoch)
+
+    def _renew_modes(self, epoch: int) -> None:
+        """Choose modes as at the start, because the ranks of a merged instance have seen different steps."""
+        place = self.shift_switch.place
+        self.shift_watch.stop()
+        store = dist.PrefixStore(
+            f"sglang_shift/steps/{place.instance.leader}/{epoch}", dist.distributed_c10d._get_default_store()
+        )
+        self.shift_watch = StepWatch(place.place, store)
+        if place.size > 1:
+            self.shift_watch.start()
+        self.shift_exchange_counter.volume = self.tp_worker.model_runner.exchange_volume
+        self.set_policy(self.shift_config)
+        self.shift_selector.restart()
+
+    def step_state(self, batch: ScheduleBatch) -> StepState:
+        """The state that the policy gets. At level 1 there is nothing to exchange, so each step needs TP."""
+        state = super().step_state(batch)
+        return state if self.shift_switch.level > 1 else replace(state, needs_tp=ALONE)
+
+    # Requests
+
+    @overrides("Our method keeps what the tokenizer manager sent, because another rank may have to make the request.")
+    def _create_generation_req(self, recv_req: TokenizedGenerateReqInput, *args: Any, **kwargs: Any) -> Req:
+        req: Req = super()._create_generation_req(recv_req, *args, **kwargs)
+        keep_request(req, recv_req)
+        return req
+
+    @overrides("A request that is made again gets its place in the queue later.")
+    def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
+        if self._made is None:
+            super()._add_request_to_queue(req, is_retracted)
+        else:
+            self._made.append(req)
+
+    @relies_on(
+        "sglang.srt.managers.scheduler:Scheduler._handle_generate_request",
+        "This method makes a request, and queues it, or lets its grammar be compiled before.",
+    )
+    def make_request(self, record: RequestRecord) -> Req:
+        """Make a request that another rank has, in the state that it has there.
+
+        Raises:
+            RuntimeError: SGLang refuses the request here.
+        """
+        request = copy.copy(record.request)
+        request.sampling_params = copy.copy(request.sampling_params)
+        compiled = self.grammar_manager.grammar_queue
+        self._made = []
+        try:
+            self.handle_generate_request(request)
+            made = self._made or compiled
+            if not made:
+                raise RuntimeError(f"rank {self.shift_switch.place.rank} cannot make request {record.rid} again")
+            req = made.pop()
+        finally:
+            self._made = None
+        restore(req, record)
+        restore_grammar(req, record, self.grammar_manager)
+        return req
+
+    @relies_on(
+        "sglang.srt.managers.scheduler:Scheduler.init_req_max_new_tokens",
+        "This method limits the output of a request to what the KV cache can hold.",
+    )
+    def renew_limits(self, req: Req) -> None:
+        """Limit the output of a request to what this instance can hold, and not to what another one could."""
+        if req.to_finish is None:
+            asked = req.shift_request.sampling_params
+            req.sampling_params.max_new_tokens = asked.max_new_tokens
+            req.sampling_params.min_new_tokens = asked.min_new_tokens
+            self.init_req_max_new_tokens(req)
+
+    def tokens_needed(self, req: Req) -> int:
+        """The tokens that a request may need: its prompt and the output that it asked for.
+
+        If this instance cannot hold as much, or the request asked for no limit, these are the tokens that it has.
+        """
+        asked = len(req.origin_input_ids) + (req.shift_request.sampling_params.max_new_tokens or 0)
+        return asked if req.seqlen < asked < self.max_req_len else req.seqlen + 1
+
+    @overrides("Penalties must count the tokens that a request had before the level changed.")
+    def _get_new_batch_prefill_raw(self, *args: Any, **kwargs: Any) -> Any:
+        batch, running = super()._get_new_batch_prefill_raw(*args, **kwargs)
+        if batch is not None:
+            seed_penalties(batch)
+        return batch, running

@@ -1,0 +1,290 @@
+"""A change of the level of a rank while it serves: instances merge, or an instance splits.
+
+All ranks that are affected run it at the same point of their loops, between two steps. Until the first byte of the KV
+cache is sent, a change can be given up: then the requests go on at the level that they had. From then on, an error ends
+the server, as an error in a step does.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from sglang.srt.managers.schedule_batch import Req
+
+from sglang_shift.instances.messages import ChangeLevelReq, LevelChanged
+from sglang_shift.instances.prefix_tree import PrefixTree, unite
+from sglang_shift.instances.shares import share_out
+from sglang_shift.kv.exchange import SCRATCH_BYTES, Volume
+from sglang_shift.kv.layout import merged_pages
+from sglang_shift.kv.split_plan import Claim, SplitPlan, plan_split
+from sglang_shift.runtime.quiesce import Retracted, drain, live_requests, retract
+from sglang_shift.runtime.request_record import RequestRecord, reason_to_stay, record, restore_times
+from sglang_shift.runtime.rng import random_state, set_random_state
+from sglang_shift.seams import relies_on
+
+
+class GivenUp(Exception):
+    """A change does not happen. All ranks raise it at the same point, with the reason as one sentence."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What an instance brings into a merge. Its leader sends it.
+
+    Attributes:
+        level: The level of the instance.
+        records: Its requests, in the order of its queue.
+        tree: Its cached prefixes.
+        counters: SGLang's counters that must be equal on all ranks of an instance.
+        random_state: The state of the random numbers.
+        backlog: What the leader received after the request for the change.
+    """
+
+    level: int
+    records: list[RequestRecord]
+    tree: PrefixTree
+    counters: dict[str, float]
+    random_state: Any
+    backlog: list[Any]
+
+
+COUNTERS = ("forward_ct", "processed_tokens_counter")
+"""SGLang's counters that decide something on each rank."""
+
+
+@dataclass
+class LevelChange:
+    """One change, on one rank.
+
+    Args:
+        scheduler: A :class:`sglang_shift.runtime.instance_scheduler.InstanceScheduler`, between two steps.
+        request: What the controller asks for.
+        backlog: What this instance received after the request.
+    """
+
+    scheduler: Any
+    request: ChangeLevelReq
+    backlog: list[Any]
+    phases: dict[str, float] = field(default_factory=dict)
+    retracted: list[Retracted] = field(default_factory=list)
+    recomputed: int = 0
+    dropped: int = 0
+    volume: Volume = field(default_factory=lambda: Volume(0, 0))
+
+    def run(self) -> LevelChanged:
+        """Change the level, or give up. All affected ranks call it.
+
+        Returns:
+            What happened, equal on all affected ranks but for the seconds.
+        """
+        switch, level = self.scheduler.shift_switch, self.request.level
+        highest = max(level, switch.level)
+        self.group = switch.places[highest].group.cpu_group
+        reason = ""
+        try:
+            if level > switch.level:
+                self._merge(level)
+            elif level < switch.level:
+                self._split(level)
+        except GivenUp as error:
+            reason = str(error)
+        sent = sum(self._gather(self.volume.sent_bytes))
+        return LevelChanged(
+            epoch=self.request.epoch,
+            first=self.request.first,
+            ranks=self.request.ranks,
+            level=level,
+            phases=self.phases,
+            bytes_sent=sent,
+            tokens_recomputed=self.recomputed,
+            tokens_dropped=self.dropped,
+            ok=not reason,
+            reason=reason,
+        )
+
+    # Merge
+
+    def _merge(self, level: int) -> None:
+        switch = self.scheduler.shift_switch
+        low, factor = switch.level, level // switch.level
+        problem = self._quiesce()
+        with self._phase("gather"):
+            part = self._part() if switch.place.leads else None
+            every = self._gather((problem, part))
+        self._agree([problem for problem, _ in every])
+        parts = [part for _, part in every if part is not None]
+        self._agree([None if [part.level for part in parts] == [low] * factor else "the instances have other levels"])
+        with self._phase("plan"):
+            trees = [_renamed(part.tree, number, factor) for number, part in enumerate(parts)]
+            tree = unite(trees)
+            pages = [
+                [page for page, new in zip(part.tree.pages, renamed.pages, strict=True) if new in tree.pages]
+                for part, renamed in zip(parts, trees, strict=True)
+            ]
+            self._vote(self._memory_problem())
+        with self._phase("exchange"):
+            self.volume = switch.merge(level, [torch.tensor(sorted(each), dtype=torch.int64) for each in pages])
+        with self._phase("rebuild"):
+            self._rebuild(tree)
+            self._adopt(parts)
+            self.backlog = [message for part in parts for message in part.backlog]
+            self._count_recomputed(tree, [each for part in parts for each in part.records])
+
+    def _part(self) -> Part:
+        scheduler = self.scheduler
+        computed = {each.req.rid: each.computed for each in self.retracted}
+        records = [
+            record(req, running=req.rid in computed, computed=computed.get(req.rid, 0))
+            for req in scheduler.waiting_queue
+        ]
+        counters = {name: getattr(scheduler, name) for name in COUNTERS}
+        counters["new_token_ratio"] = scheduler.new_token_ratio_tracker.current
+        state = random_state(scheduler.device)
+        tree = scheduler.tree_cache.read()
+        return Part(scheduler.shift_switch.level, records, tree, counters, state, self.backlog)
+
+    def _adopt(self, parts: list[Part]) -> None:
+        """Queue the requests of all parts: first those that were running, then by their arrival."""
+        scheduler = self.scheduler
+        own = {req.rid: req for req in scheduler.waiting_queue}
+        records = [each for part in parts for each in part.records]
+        records.sort(key=lambda each: (not each.running, 0.0 if each.running else each.arrival))
+        queue = [own[each.rid] if each.rid in own else scheduler.make_request(each) for each in records]
+        for req, each in zip(queue, records, strict=True):
+            restore_times(req, each)
+        self._requeue(queue)
+        for name in COUNTERS:
+            setattr(scheduler, name, max(int(part.counters[name]) for part in parts))
+        scheduler.new_token_ratio_tracker.current = max(part.counters["new_token_ratio"] for part in parts)
+        set_random_state(scheduler.device, parts[0].random_state)
+
+    # Split
+
+    def _split(self, level: int) -> None:
+        scheduler, switch = self.scheduler, self.scheduler.shift_switch
+        factor = switch.level // level
+        layout, part = switch.pool.layout, switch.place.place // level
+        self._agree(self._gather(self._quiesce()))
+        computed = {each.req.rid: each.computed for each in self.retracted}
+        with self._phase("plan"):
+            queue = scheduler.waiting_queue
+            tree = scheduler.tree_cache.read()
+            owners, problem = self._owners(queue, factor, layout.tokens(level))
+            claims = [Claim(owner, _cached_pages(tree, req)) for owner, req in zip(owners, queue, strict=True)]
+            plan = plan_split(tree, claims, factor, layout.last_page(switch.level))
+            self._vote(problem or self._memory_problem(), _digest(plan, owners))
+        with self._phase("exchange"):
+            switch.pool.copy(plan.moves)
+            pages = [torch.tensor(sorted(each.pages), dtype=torch.int64) for each in plan.trees]
+            self.volume = switch.split(level, pages)
+        with self._phase("rebuild"):
+            self._rebuild(plan.trees[part])
+            for owner, req in zip(owners, queue, strict=True):
+                self.recomputed += _lost_tokens(plan.trees[owner], req, computed.get(req.rid, 0))
+            self.dropped = plan.lost * layout.page_size
+            self._requeue([req for owner, req in zip(owners, queue, strict=True) if owner == part])
+            self.backlog = self.backlog if part == 0 else []
+
+    def _owners(self, queue: list[Req], factor: int, capacity: int) -> tuple[list[int], str | None]:
+        """The part of each request, and the reason why some request fits no part."""
+        needs = [self.scheduler.tokens_needed(req) for req in queue]
+        most = min(self.scheduler.model_config.context_len, capacity) - 2  # as SGLang limits the output of a request
+        for req, need in zip(queue, needs, strict=True):
+            if need > most:
+                return [0] * len(queue), f"request {req.rid} may need {need} tokens, and a part serves {most}"
+        return share_out(needs, factor), None
+
+    # Both
+
+    def _quiesce(self) -> str | None:
+        """Empty all batches, or say why not."""
+        scheduler = self.scheduler
+        with self._phase("quiesce"):
+            drain(scheduler)
+            while scheduler.return_health_check_ipcs:
+                scheduler.maybe_send_health_check_signal()
+            for req in [*live_requests(scheduler), *scheduler.waiting_queue]:
+                if problem := reason_to_stay(req):
+                    return f"request {req.rid} {problem}"
+            self.retracted = retract(scheduler)
+        return None
+
+    def _memory_problem(self) -> str | None:
+        """Why the exchange cannot run; None if it can."""
+        try:
+            torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device=self.scheduler.device)
+        except RuntimeError as error:
+            return f"there is no memory for the exchange: {error}"
+        return None
+
+    def _rebuild(self, tree: PrefixTree) -> None:
+        scheduler = self.scheduler
+        scheduler.enter_instance(self.request.epoch)
+        scheduler.tree_cache.write(tree)
+        scheduler.shift_switch.pool.keep(torch.tensor(sorted(tree.pages), dtype=torch.int64))
+
+    def _requeue(self, queue: list[Req]) -> None:
+        self.scheduler.waiting_queue = queue
+        for req in queue:
+            self.scheduler.renew_limits(req)
+
+    def _count_recomputed(self, tree: PrefixTree, records: list[RequestRecord]) -> None:
+        computed = {each.rid: each.computed for each in records}
+        self.recomputed = sum(_lost_tokens(tree, req, computed[req.rid]) for req in self.scheduler.waiting_queue)
+
+    def _vote(self, problem: str | None, digest: int = 0) -> None:
+        """Go on only if no rank has a problem, and all ranks made the same plan."""
+        votes = self._gather((problem, digest))
+        self._agree([problem for problem, _ in votes])
+        self._agree([None if len({digest for _, digest in votes}) == 1 else "the ranks made different plans"])
+
+    def _agree(self, problems: list[str | None]) -> None:
+        for problem in problems:
+            if problem is not None:
+                raise GivenUp(problem)
+
+    def _gather(self, value: Any) -> list[Any]:
+        """The values of all affected ranks, in the order of the ranks. Collective."""
+        values: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phases[name] = time.perf_counter() - begin
+
+
+def _renamed(tree: PrefixTree, part: int, factor: int) -> PrefixTree:
+    return tree.renamed(lambda page: merged_pages(page, part, factor))
+
+
+def _digest(plan: SplitPlan, owners: list[int]) -> int:
+    return zlib.crc32(repr((plan.moves, owners, [sorted(tree.pages.items()) for tree in plan.trees])).encode())
+
+
+def _cached_pages(tree: PrefixTree, req: Req) -> list[int]:
+    """The pages of a request's tokens that are cached."""
+    return tree.find([*req.origin_input_ids, *req.output_ids], (req.extra_key, req.cache_salt))
+
+
+@relies_on(
+    "sglang.srt.managers.schedule_batch:Req._compute_max_prefix_len",
+    "This method says how many tokens of a request SGLang takes from the cache at most.",
+)
+def _lost_tokens(tree: PrefixTree, req: Req, computed: int) -> int:
+    """Tokens of a request that were computed before, and are computed again."""
+    pages = _cached_pages(tree, req)
+    size = len(tree.pages[pages[0]].tokens) if pages else 1
+    kept = min(len(pages) * size, req._compute_max_prefix_len(req.seqlen))
+    return max(0, computed - kept)

@@ -1,0 +1,131 @@
+"""Four schedulers go through all pairs of levels under traffic. Each request gets the tokens that it gets alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+import pytest
+from families import Family, make_model
+from instance_trial import World, prompt, started
+from sglang_shift.instances.changes import Change, plan
+from sglang_shift.instances.levels import Levels
+
+# With the slot that holds no token, a multiple of the ranks. In a large cache, all pages find a place after a split.
+LARGE, SMALL = ("--max-total-tokens", "8191"), ("--max-total-tokens", "1535")
+NORMAL = "--disable-overlap-schedule"
+OPTIONS = [{}, {"stream": False}, {"return_logprob": True}, {"extra_key": "tenant"}]
+# With overlap scheduling, SGLang's penalties count other tokens if the steps of other requests come between.
+PENALTIES = [{"frequency_penalty": 0.5, "min_new_tokens": 8}, {"repetition_penalty": 1.3}, {"presence_penalty": 0.6}]
+COMMON = prompt(99, 30)  # some prompts begin alike
+
+# The levels of the instances, in the order of their ranks.
+ALL_PAIRS = [
+    (1, 1, 1, 1), (2, 1, 1), (2, 2), (4,), (2, 2), (1, 1, 2), (1, 1, 1, 1), (4,), (1, 1, 1, 1), (2, 2), (4,),
+]  # fmt: skip
+
+
+class Walk:
+    """The instances of a world, and the changes so far."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.layout = world, Levels.between(1, world.size).instances(1)
+        self.recomputed = self.dropped = self.changes = 0
+
+    def go(self, levels: Sequence[int]) -> None:
+        """Make the changes that lead to instances of these levels, in the order of their ranks."""
+        leader = 0
+        for level in levels:
+            holder = next(each for each in self.layout if leader in each.ranks)
+            if holder.level > level:
+                self.make(Change(holder, level))
+            else:
+                for change in plan(self.layout, leader, level, level):
+                    self.make(change)
+            leader += level
+        assert [each.level for each in self.layout] == list(levels)
+
+    def make(self, change: Change) -> None:
+        changed = self.world.change(change.whole.leader, change.whole.level, change.level)
+        assert changed.ok, changed.reason
+        self.layout = change.applied(self.layout)
+        self.changes += 1
+        self.recomputed += changed.tokens_recomputed
+        self.dropped += changed.tokens_dropped
+
+
+def requests(seed: int, options: list[dict]) -> Iterator[tuple[str, list[int], int, dict]]:
+    rng = random.Random(seed)
+    for number in range(10_000):
+        ids = (COMMON if number % 3 == 0 else []) + prompt(1000 * seed + number, rng.randrange(5, 150))
+        yield f"r{number}", ids, rng.randrange(10, 60), options[number % len(options)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = str(tmp_path_factory.mktemp("model"))
+    make_model(folder, Family("LlamaConfig", [], {"num_key_value_heads": 4, "max_position_embeddings": 2048}))
+    return folder
+
+
+def run(model: str, layouts: Sequence[Sequence[int]], flags: Sequence[str] = (), seed: int = 1) -> Walk:
+    """Walk through layouts under traffic, and compare all answers with those of stock SGLang."""
+    flags = ("--model-path", model, *LARGE, *flags)
+    rng, sent = random.Random(seed), {}
+    size = sum(layouts[0])
+    with started(size, flags, instances=size) as world:
+        walk, traffic = Walk(world), requests(seed, OPTIONS + PENALTIES * (NORMAL in flags))
+        for levels in layouts[1:]:
+            fresh = {}
+            for _ in range(rng.randrange(2, 6)):
+                rid, ids, tokens, options = next(traffic)
+                world.submit(rng.choice(world.leaders), rid, ids, tokens, **options)
+                if options.get("stream", True):
+                    fresh[rid] = rng.randrange(6)
+                sent[rid] = ids, tokens, options
+            world.wait_tokens(fresh)
+            walk.go(levels)
+        world.wait_end()
+        assert world.problems() == []
+    with started(1, (*flags, "--disable-radix-cache")) as alone:
+        for rid, (ids, tokens, options) in sent.items():
+            alone.submit(0, rid, ids, tokens, **options)
+            alone.wait_end([rid])
+    for rid, expected in alone.outputs.items():
+        output = world.outputs[rid]
+        assert (output.tokens, output.reason) == (expected.tokens, expected.reason), f"{rid} {sent[rid]}"
+        assert output.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+    return walk
+
+
+def test_all_pairs_of_levels(model):
+    walk = run(model, ALL_PAIRS)
+    assert walk.changes >= 11
+    assert walk.recomputed == 0
+
+
+def test_pages_of_several_tokens(model):
+    """A page that is not full is computed again."""
+    flags = ("--page-size", "16", "--max-total-tokens", "2032", NORMAL)
+    walk = run(model, [(1, 1), (2,), (1, 1), (2,), (1, 1), (2,)], flags, seed=2)
+    assert 0 < walk.recomputed < 16 * 20 * walk.changes
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("schedule", [(), (NORMAL,), ("--enable-mixed-chunk",)])
+def test_a_long_walk(model, schedule):
+    rng = random.Random(str(schedule))
+    kinds = [(1, 1, 1, 1), (2, 1, 1), (1, 1, 2), (2, 2), (4,)]
+    layouts = [kinds[0]]
+    while len(layouts) < 100:
+        layouts.append(rng.choice([each for each in kinds if each != layouts[-1]]))
+    walk = run(model, layouts, schedule, seed=3)
+    assert walk.changes > 100
+    assert walk.recomputed == 0
+
+
+@pytest.mark.full
+def test_a_cache_that_is_full(model):
+    """Requests that find no room after a split compute the rest again."""
+    walk = run(model, ALL_PAIRS * 2, SMALL, seed=4)
+    assert walk.recomputed > 0 and walk.dropped > 0

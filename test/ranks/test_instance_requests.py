@@ -1,0 +1,258 @@
+"""Requests of all kinds whose instance merges and splits: they get what they get alone on stock TP=1."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from instance_trial import World, change_in_chunk, prompt, started, tokens_of_batches
+from sglang_shift.models.demo import demo_model_path
+
+# With overlap scheduling, SGLang's penalties count other tokens if the steps of other requests come between.
+FLAGS = (
+    "--model-path", demo_model_path(), "--max-total-tokens", "1023", "--grammar-backend", "xgrammar",
+    "--disable-overlap-schedule",
+)  # fmt: skip
+SCHEMA = json.dumps(
+    {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 20}, "size": {"type": "integer"}},
+        "required": ["name", "size"],
+    }
+)
+REQUESTS = {
+    "plain": (prompt(1, 33), 50, {}),
+    "grammar": (prompt(2, 20), 40, {"json_schema": SCHEMA, "ignore_eos": False}),
+    "penalties": (prompt(3, 25), 45, {"frequency_penalty": 0.7, "presence_penalty": 0.4, "min_new_tokens": 30}),
+    "repetition": (prompt(4, 22), 45, {"repetition_penalty": 1.5, "min_new_tokens": 5, "ignore_eos": False}),
+    "logprobs": (prompt(5, 30), 45, {"return_logprob": True}),
+    "prompt logprobs": (prompt(6, 30), 45, {"return_logprob": True, "logprob_start_len": 0}),
+    "no stream": (prompt(7, 27), 45, {"stream": False}),
+    "namespace": (prompt(1, 33), 40, {"extra_key": "tenant", "cache_salt": "salt"}),
+}
+LONG = (prompt(20, 400), 30, {})
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What each request gets, one after the other on stock SGLang."""
+    with started(1, (*FLAGS, "--disable-radix-cache")) as world:
+        for rid, (ids, tokens, options) in {**REQUESTS, "long": LONG}.items():
+            world.submit(0, rid, ids, tokens, **options)
+            world.wait_end([rid])
+        return world.outputs
+
+
+@pytest.fixture(scope="module")
+def world():
+    with started(2, FLAGS, instances=2) as started_world:
+        yield started_world
+
+
+@pytest.fixture(autouse=True)
+def idle(world):
+    """Each test ends with idle instances that lost nothing, and the next one begins without cached prefixes."""
+    yield
+    world.wait_end()
+    world.outputs.clear()
+    assert world.problems() == []
+    if world.leaders == [0]:
+        split(world)
+    assert world.problems() == []
+    assert world.call(forget) == [True, True]
+
+
+def forget(scheduler):
+    return bool(scheduler.flush_cache())
+
+
+def submit(world: World, rank: int, rid: str) -> None:
+    ids, tokens, options = LONG if rid == "long" else REQUESTS[rid]
+    world.submit(rank, rid, ids, tokens, **options)
+
+
+def merge(world: World):
+    changed = world.change(0, 2, 2)
+    assert changed.ok, changed.reason
+    return changed
+
+
+def split(world: World):
+    changed = world.change(0, 2, 1)
+    assert changed.ok, changed.reason
+    return changed
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_all_kinds_of_requests(world, alone, first):
+    """Each request begins on rank 0 and on rank 1, runs merged, and ends on one of them."""
+    for number, rid in enumerate(REQUESTS):
+        submit(world, (first + number) % 2, rid)
+    streams = [rid for rid in REQUESTS if rid != "no stream"]
+    world.wait_tokens(dict.fromkeys(streams, 4))
+    assert merge(world).tokens_recomputed == 0
+    world.wait_tokens(dict.fromkeys(streams, 14))
+    assert split(world).tokens_recomputed == 0
+    assert world.wait_end() == {rid: alone[rid].tokens for rid in REQUESTS}
+    for rid in REQUESTS:
+        output, expected = world.outputs[rid], alone[rid]
+        assert output.reason == expected.reason
+        assert output.decode_ids == expected.decode_ids, "the detokenizer gets each token once"
+        assert output.retractions == 0
+        assert output.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+        assert output.input_logprobs[1:] == pytest.approx(expected.input_logprobs[1:], abs=1e-4)
+    assert '"size" :' in decoded(world.outputs["grammar"].tokens), "the output follows the schema"
+
+
+def decoded(tokens):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(demo_model_path()).decode(tokens, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_prompt_between_two_chunks(world, alone, rank):
+    from sglang_shift.instances.messages import ChangeLevelReq
+
+    submit(world, 1 - rank, "plain")
+    world.wait_tokens({"plain": 3})
+    world.epoch += 1
+    request = ChangeLevelReq(world.epoch, 0, 2, 2, "a test")
+    world.send(rank, _call(change_in_chunk, request))
+    submit(world, rank, "long")
+    world.wait(lambda: any(getattr(each, "rank", None) == rank for each in world.messages), "the call")
+    world.send(1 - rank, request)
+    changed = world.answer()
+    assert changed.ok and changed.tokens_recomputed == 0
+    assert world.wait_end() == {rid: alone[rid].tokens for rid in ("plain", "long")}
+
+
+def _call(function, *arguments):
+    from instance_trial import Call
+
+    return Call(function, arguments)
+
+
+def test_cached_prefixes_survive(world, alone):
+    """Prefixes of both instances are used after the merge, and after the split."""
+    submit(world, 0, "plain")
+    submit(world, 1, "penalties")
+    world.wait_end()
+    merge(world)
+    for rid in ("plain", "penalties"):
+        ids, tokens, options = REQUESTS[rid]
+        world.submit(0, f"{rid} again", ids, tokens, **options)
+    world.submit(0, "other namespace", REQUESTS["plain"][0], 5, extra_key="other")
+    world.wait_end()
+    for rid in ("plain", "penalties"):
+        assert world.outputs[f"{rid} again"].tokens == alone[rid].tokens
+        assert world.outputs[f"{rid} again"].cached == len(REQUESTS[rid][0]) - 1
+    assert world.outputs["other namespace"].cached == 0
+    split(world)
+    world.submit(0, "left", REQUESTS["plain"][0], 5)
+    world.submit(1, "right", REQUESTS["penalties"][0], 5)
+    world.wait_end()
+    assert world.outputs["left"].cached == len(REQUESTS["plain"][0]) - 1
+    assert world.outputs["right"].cached == len(REQUESTS["penalties"][0]) - 1
+
+
+def test_prefixes_of_both_instances_are_kept_once(world):
+    for rank in (0, 1):
+        world.submit(rank, f"r{rank}", prompt(9, 40), 10)
+    world.wait_end()
+    cached = world.call(cached_tokens)
+    merge(world)
+    assert cached[0] == cached[1]
+    assert world.call(cached_tokens) == cached
+
+
+def cached_tokens(scheduler):
+    return scheduler.tree_cache.evictable_size()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_abort_at_the_moment_of_the_merge(world, alone, late):
+    from sglang.srt.managers.io_struct import AbortReq
+
+    submit(world, 0, "plain")
+    submit(world, 1, "no stream")
+    submit(world, 1, "penalties")
+    world.wait_tokens({"plain": 4, "penalties": 4})
+    if late:  # the new leader gets it together with the request for the change
+        world.ask(0, 2, 2)
+        world.send(0, AbortReq(rid="penalties"))
+    else:
+        world.send(1, AbortReq(rid="penalties"))
+        world.ask(0, 2, 2)
+    assert world.answer().ok
+    world.wait_end()
+    assert world.outputs["penalties"].reason["type"] == "abort"
+    assert len(world.outputs["penalties"].tokens) < 45
+    for rid in ("plain", "no stream"):
+        assert world.outputs[rid].tokens == alone[rid].tokens
+
+
+def test_a_request_behind_the_change_is_handled_by_the_merged_instance(world):
+    """It fits no instance before."""
+    world.ask(0, 2, 2)
+    world.submit(0, "longer", prompt(30, 700), 5)
+    assert world.answer().ok
+    world.wait_tokens({"longer": 1})
+    world.wait_end()
+    assert world.outputs["longer"].reason["type"] == "length"
+
+
+def test_a_request_that_fits_no_part_prevents_the_split(world):
+    merge(world)
+    world.submit(0, "longer", prompt(31, 450), 200)
+    world.wait_tokens({"longer": 1})
+    refused = world.change(0, 2, 1)
+    assert not refused.ok and "request longer may need 650 tokens" in refused.reason
+    world.wait_end()
+    split(world)
+
+
+def test_a_request_that_cannot_travel_prevents_the_merge(world, alone):
+    world.submit(1, "masks", prompt(50, 20), 40, return_sampling_mask=True)
+    submit(world, 0, "plain")
+    world.wait_tokens({"masks": 3, "plain": 3})
+    refused = world.change(0, 2, 2)
+    assert not refused.ok and refused.reason == "request masks returns masks of sampling"
+    world.wait_end(["masks"])
+    merge(world)
+    assert world.wait_end(["plain"]) == {"plain": alone["plain"].tokens}
+
+
+def test_a_change_is_given_up(world, alone):
+    """One rank has no memory for the exchange. All go on as before."""
+    submit(world, 0, "plain")
+    submit(world, 1, "penalties")
+    world.wait_tokens({"plain": 4, "penalties": 4})
+    world.call(set_memory_problem, 1)
+    refused = world.change(0, 2, 2)
+    assert not refused.ok and refused.reason == "no memory on rank 1" and refused.bytes_sent == 0
+    world.call(set_memory_problem, None)
+    world.wait_tokens({"plain": 12, "penalties": 12})
+    merge(world)
+    assert world.wait_end() == {rid: alone[rid].tokens for rid in ("plain", "penalties")}
+
+
+def set_memory_problem(scheduler, rank):
+    from sglang_shift.runtime.level_change import LevelChange
+
+    mine = scheduler.shift_switch.place.rank == rank
+    LevelChange._memory_problem = lambda self: f"no memory on rank {rank}" if mine else None
+
+
+def test_ranks_sample_the_same_tokens_after_a_merge(world):
+    """Each rank has drawn random numbers of its own before."""
+    for rank in (0, 1):
+        for number in range(rank + 1):
+            world.submit(rank, f"s{rank}{number}", prompt(40 + rank + number, 25), 60, temperature=1.0)
+    rids = list(world.outputs)
+    world.wait_tokens(dict.fromkeys(rids, 5))
+    merge(world)
+    world.wait_tokens(dict.fromkeys(rids, 20))
+    tokens = world.call(tokens_of_batches)
+    assert tokens[0] == tokens[1] and set(tokens[0]) == set(rids)
+    world.wait_end()

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+from sglang_shift.instances.prefix_tree import ROOT, CachedPage, PrefixTree
+from sglang_shift.kv.layout import home_of
+from sglang_shift.kv.split_plan import Claim, SplitPlan, plan_split
+
+PLAIN = (None, None)
+
+
+def chain(pages: list[int], first_token: int) -> list[CachedPage]:
+    parents = [ROOT, *pages[:-1]]
+    return [
+        CachedPage(page, parent, (first_token + n,), PLAIN)
+        for n, (page, parent) in enumerate(zip(pages, parents, strict=True))
+    ]
+
+
+def check(tree: PrefixTree, plan: SplitPlan, factor: int) -> None:
+    """Check that each kept page has its own tokens after the copies, at home."""
+    memory = {page.number: page.tokens for page in tree.pages.values()}
+    sources = {source for source, _ in plan.moves}
+    targets = [target for _, target in plan.moves]
+    assert len(set(targets)) == len(targets) and not sources & set(targets)
+    memory |= {target: memory[source] for source, target in plan.moves}
+    for part, kept in enumerate(plan.trees):
+        for page in kept.pages.values():
+            before = (page.number - 1) * factor + part + 1
+            assert home_of(before, factor) == (part, page.number)
+            assert memory[before] == page.tokens
+
+
+def test_pages_at_home_stay():
+    tree = PrefixTree([*chain([1, 3, 5], 10), *chain([2, 4], 20)])
+    plan = plan_split(tree, [Claim(0, [1, 3, 5]), Claim(1, [2, 4])], 2, 8)
+    assert plan.moves == [] and plan.lost == 0
+    assert [sorted(each.pages) for each in plan.trees] == [[1, 2, 3], [1, 2]]
+
+
+def test_pages_move_to_their_request():
+    tree = PrefixTree(chain([1, 2, 3, 4], 10))
+    plan = plan_split(tree, [Claim(1, [1, 2, 3, 4])], 2, 8)
+    check(tree, plan, 2)
+    assert plan.moves == [(1, 6), (3, 8)]
+    assert plan.trees[1].find([10, 11, 12, 13], PLAIN) == [3, 1, 4, 2]
+    assert plan.lost == 0
+
+
+def test_two_parts_get_a_copy_of_a_shared_prefix():
+    tree = PrefixTree([*chain([1, 2], 10), CachedPage(3, 2, (50,), PLAIN), CachedPage(4, 2, (60,), PLAIN)])
+    plan = plan_split(tree, [Claim(0, [1, 2, 3]), Claim(1, [1, 2, 4])], 2, 12)
+    check(tree, plan, 2)
+    assert len(plan.trees[0].find([10, 11, 50], PLAIN)) == len(plan.trees[1].find([10, 11, 60], PLAIN)) == 3
+
+
+def test_requests_come_before_other_prefixes():
+    tree = PrefixTree([*chain([1, 3, 5, 7], 10), *chain([2, 4, 6, 8], 20)])
+    plan = plan_split(tree, [Claim(1, [1, 3, 5, 7])], 2, 8)
+    check(tree, plan, 2)
+    assert len(plan.trees[1].find([10, 11, 12, 13], PLAIN)) == 4
+    assert plan.lost == 4, "the other prefix was overwritten"
+
+
+def test_what_does_not_fit_is_lost():
+    tree = PrefixTree([*chain([1, 2, 3, 4], 10), *chain([5, 6, 7, 8], 20)])
+    plan = plan_split(tree, [Claim(0, [1, 2, 3, 4]), Claim(0, [5, 6, 7, 8])], 2, 8)
+    check(tree, plan, 2)
+    first, second = (len(plan.trees[0].find([begin + n for n in range(4)], PLAIN)) for begin in (10, 20))
+    assert first < 4 and second < 4
+    assert len(plan.trees[0]) <= 4
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("factor", [2, 4])
+def test_random_caches(seed, factor):
+    rng = random.Random(f"{seed} {factor}")
+    last = 40 * factor
+    free = list(range(1, last + 1))
+    rng.shuffle(free)
+    pages: dict[int, CachedPage] = {}
+    for _ in range(rng.randrange(1, 12)):
+        at = rng.choice([ROOT, *pages])
+        for _ in range(rng.randrange(1, 12)):
+            if free:
+                pages[free[-1]] = CachedPage(free[-1], at, (free[-1],), PLAIN)
+                at = free.pop()
+    tree = PrefixTree(pages.values())
+    claims = [Claim(rng.randrange(factor), tree.path(rng.choice(list(pages)))) for _ in range(rng.randrange(6))]
+    plan = plan_split(tree, claims, factor, last)
+    check(tree, plan, factor)
+    homes = [home_of(page, factor)[0] for page in free]
+    room = all(homes.count(part) >= len(pages) for part in range(factor))  # then every copy finds a page
+    for claim in claims if room else []:
+        assert len(plan.trees[claim.part].find([page for page in claim.pages], PLAIN)) == len(claim.pages)
+    assert plan.lost == 0 or not room

@@ -1,0 +1,329 @@
+"""The controller: which messages go to which ranks, over sockets of one process."""
+
+from __future__ import annotations
+
+import pytest
+import zmq
+from sglang.srt.managers import io_struct
+from sglang.srt.managers.data_parallel_controller import DataParallelController
+from sglang.srt.managers.io_struct import sock_recv, sock_send, wrap_as_pickle
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang_shift.config import ShiftConfig
+from sglang_shift.instances.messages import (
+    ChangeLevelReq,
+    InstancesReady,
+    LevelChanged,
+    RequestsEnded,
+    RequestsHeld,
+)
+from sglang_shift.runtime import controller as module
+from sglang_shift.runtime.controller import InstanceController
+from sglang_shift.runtime.instance_requests import ChangeInstancesReqInput, ChangeInstancesReqOutput, carry_messages
+
+RANKS = 4
+READY = InstancesReady({1: 100, 2: 200, 4: 400}, context=1000)
+
+
+class Bench:
+    """A controller between a tokenizer and ranks that the test plays."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, policy: str = "fixed") -> None:
+        carry_messages()
+        self.context = context = zmq.Context()
+
+        def pair(name: str) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+            pull, push = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+            pull.bind(f"inproc://{name}")
+            push.connect(f"inproc://{name}")
+            pull.setsockopt(zmq.RCVTIMEO, 2000)
+            return pull, push
+
+        self.through = pair("through")
+
+        def init(this: InstanceController, *_: object) -> None:
+            this.health_round_robin_counter, this.refresh_load_budget_on_dispatch = 0, False
+            self.tokenizer, this.to_tokenizer = pair("tokenizer")
+            pairs = [pair(f"rank{rank}") for rank in range(RANKS)]
+            self.ranks, this.workers = [pull for pull, _ in pairs], [push for _, push in pairs]
+            this.init_dispatcher()
+
+        config = ShiftConfig(RANKS, RANKS, switching=False, policy="tp", instances=RANKS, instance_policy=policy)
+        monkeypatch.setattr(module, "shift_config_of", lambda _: config)
+        monkeypatch.setattr(DataParallelController, "__init__", init)
+        self.controller = InstanceController(None, None)
+
+    def close(self) -> None:
+        self.context.destroy(linger=0)
+
+    def ask(self, message: object) -> None:
+        """Send a message as the tokenizer does."""
+        self.controller._request_dispatcher(self._as_it_arrives(message))
+
+    def tell(self, message: object) -> None:
+        """Send a message as a rank does."""
+        self.controller._answer_dispatcher(self._as_it_arrives(wrap_as_pickle(message)))
+
+    def answer(self, message: object) -> None:
+        """Send an answer to a control request, as a rank does."""
+        self.controller._answer_dispatcher(self._as_it_arrives(message))
+
+    def _as_it_arrives(self, message: object) -> object:
+        """The message after a socket. One that cannot be sent is found."""
+        pull, push = self.through
+        sock_send(push, message)
+        return sock_recv(pull)
+
+    def received(self) -> dict[int, list[object]]:
+        """What each rank has got since the last call."""
+        return {rank: got for rank, socket in enumerate(self.ranks) if (got := _all(socket))}
+
+    def answers(self) -> list[object]:
+        """What the tokenizer has got since the last call."""
+        return _all(self.tokenizer)
+
+
+def _all(socket: zmq.Socket[bytes]) -> list[object]:
+    got = []
+    while socket.poll(20):
+        got.append(sock_recv(socket))
+    return got
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    bench = Bench(monkeypatch)
+    yield bench
+    bench.close()
+
+
+@pytest.fixture
+def ready(bench):
+    bench.tell(READY)
+    return bench
+
+
+def request(
+    rid: str, prompt: int = 10, output: int | None = 10, **fields: object
+) -> io_struct.TokenizedGenerateReqInput:
+    """A request of ``prompt`` tokens that asks for ``output`` tokens."""
+    values: dict[str, object] = {
+        "rid": rid, "input_text": "", "input_ids": list(range(prompt)), "input_embeds": None, "mm_inputs": None,
+        "token_type_ids": None, "return_logprob": False, "logprob_start_len": -1, "top_logprobs_num": 0,
+        "token_ids_logprob": None, "stream": False,
+        "sampling_params": SamplingParams(max_new_tokens=output),
+    }  # fmt: skip
+    return io_struct.TokenizedGenerateReqInput(**values, **fields)
+
+
+def changed(message: ChangeLevelReq, **fields: object) -> LevelChanged:
+    """The report of ranks that have done what the controller asked for."""
+    values = {"phases": {"exchange": 0.5}, "bytes_sent": 10, "tokens_recomputed": 1, "tokens_dropped": 0, "ok": True}
+    return LevelChanged(message.epoch, message.first, message.ranks, message.level, **{**values, **fields})
+
+
+def test_requests_go_to_different_instances(ready):
+    for rid in "abcd":
+        ready.ask(request(rid))
+    got = ready.received()
+    assert sorted(got) == [0, 1, 2, 3] and all(len(each) == 1 for each in got.values())
+    ready.tell(RequestsEnded([got[2][0].rid]))
+    ready.ask(request("e"))
+    assert list(ready.received()) == [2]
+
+
+def test_requests_wait_until_the_ranks_have_said_what_they_hold(bench):
+    bench.ask(request("early"))
+    assert not bench.received()
+    bench.tell(READY)
+    assert [each.rid for [each] in bench.received().values()] == ["early"]
+
+
+def test_a_request_that_no_instance_holds_gets_an_error_that_says_what_to_do(ready):
+    ready.ask(request("long", prompt=120, output=30, http_worker_ipc="worker"))
+    [answer] = ready.answers()
+    assert answer.rid == "long" and answer.http_worker_ipc == "worker"
+    message = answer.finished_reason["message"]
+    assert "needs 152 tokens" in message and "holds 100" in message and "merge to 2 ranks" in message
+    assert not ready.received() and not ready.controller.ledger.requests
+
+
+def test_a_request_without_a_limit_gets_what_its_instance_has_room_for(ready):
+    ready.ask(request("endless", prompt=60, output=None))
+    ready.ask(request("beyond all ranks", prompt=60, output=5000))
+    assert sorted(ready.received()) == [0, 1]
+
+
+def test_merge_by_hand(ready):
+    for rid in "abcd":
+        ready.ask(request(rid))
+    ready.received()
+    ready.ask(ChangeInstancesReqInput(level=2, first=2, ranks=2, http_worker_ipc="worker"))
+    got = ready.received()
+    assert sorted(got) == [2, 3] and got[2] == got[3]
+    [message] = got[2]
+    assert (message.first, message.ranks, message.level) == (2, 2, 2)
+
+    # Nothing goes to ranks that change, and what only they could take is held.
+    ready.ask(request("e"))
+    ready.ask(request("long", prompt=120))
+    ready.ask(io_struct.AbortReq(rid="a"))
+    assert [[each.rid for each in got] for got in ready.received().values()] == [["e"]]
+    assert not ready.answers()
+
+    ready.tell(changed(message))
+    [answer] = ready.answers()
+    assert isinstance(answer, ChangeInstancesReqOutput) and answer.success and answer.http_worker_ipc == "worker"
+    assert [(each["first"], each["level"]) for each in answer.report["instances"]] == [(0, 1), (1, 1), (2, 2)]
+    assert answer.report["changes"][0]["phases"] == {"exchange": 0.5}
+    got = ready.received()
+    assert [each.rid for each in got[2]] == ["long", "a"] and sorted(got) == [0, 1, 2], "3 follows and gets nothing"
+
+
+def test_several_changes_run_one_after_the_other(ready):
+    ready.ask(ChangeInstancesReqInput(level=2))
+    assert sorted(ready.received()) == [0, 1]
+    ready.tell(changed(ChangeLevelReq(1, 0, 2, 2, "")))
+    assert sorted(ready.received()) == [2, 3] and not ready.answers()
+    ready.tell(changed(ChangeLevelReq(2, 2, 2, 2, "")))
+    [answer] = ready.answers()
+    assert len(answer.report["changes"]) == 2 and ready.controller.ledger.leaders == [0, 2]
+
+    ready.ask(ChangeInstancesReqInput(level=1, first=2, ranks=2))
+    got = ready.received()
+    assert list(got) == [2], "a follower gets it from its leader"
+    ready.tell(changed(got[2][0]))
+    ready.tell(RequestsHeld(3, []))
+    assert ready.controller.ledger.leaders == [0, 2, 3]
+
+
+def test_a_change_that_ranks_give_up(ready):
+    ready.ask(ChangeInstancesReqInput(level=4))
+    [message] = ready.received()[0]
+    ready.ask(request("held"))
+    ready.tell(changed(message, ok=False, reason="there is no memory"))
+    [answer] = ready.answers()
+    assert not answer.success and answer.message == "there is no memory"
+    assert ready.controller.ledger.leaders == [0, 1, 2, 3]
+    assert sum(map(len, ready.received().values())) == 1, "the request that was held is served"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "why"),
+    [
+        ({"level": 3}, "level 3 is not one of the levels"),
+        ({"level": 2, "first": 1, "ranks": 2}, "do not form instances"),
+    ],
+)
+def test_a_change_that_is_not_possible(ready, wanted, why):
+    ready.ask(ChangeInstancesReqInput(**wanted))
+    [answer] = ready.answers()
+    assert not answer.success and why in answer.message and not ready.received()
+
+
+def test_no_change_beside_another_or_while_generation_is_paused(ready):
+    ready.ask(ChangeInstancesReqInput(level=2, first=0, ranks=2))
+    message = ready.received()[0][0]
+    ready.ask(ChangeInstancesReqInput(level=2, first=2, ranks=2))
+    assert "merge or split already" in ready.answers()[0].message
+    ready.tell(changed(message))
+    ready.answers()
+    ready.ask(io_struct.PauseGenerationReqInput(mode="retract"))
+    assert sorted(ready.received()) == [0, 2, 3]
+    ready.ask(ChangeInstancesReqInput(level=1, first=0, ranks=2))
+    assert "paused" in ready.answers()[0].message
+    ready.ask(io_struct.ContinueGenerationReqInput())
+    ready.received()
+    ready.ask(ChangeInstancesReqInput(level=1, first=0, ranks=2))
+    assert list(ready.received()) == [0]
+
+
+def test_an_answer_is_a_failure_if_one_leader_fails(ready):
+    ready.ask(io_struct.FlushCacheReqInput())
+    assert sorted(ready.received()) == [0, 1, 2, 3]
+    for success in (True, False, True):
+        ready.answer(io_struct.FlushCacheReqOutput(success=success))
+    assert not ready.answers()
+    ready.ask(ChangeInstancesReqInput(level=4))
+    assert "FlushCache" in ready.answers()[0].message, "no change while an answer is missing"
+    ready.answer(io_struct.FlushCacheReqOutput(success=True))
+    [answer] = ready.answers()
+    assert answer.success is False
+
+
+def test_answers_of_two_tokenizer_workers_are_not_mixed(ready):
+    for worker in ("a", "b"):
+        ready.ask(io_struct.FlushCacheReqInput(http_worker_ipc=worker))
+    for worker in ("a", "b", "b", "a", "b", "b"):
+        ready.answer(io_struct.FlushCacheReqOutput(success=True, http_worker_ipc=worker))
+    assert [each.http_worker_ipc for each in ready.answers()] == ["b"]
+
+
+def test_the_first_instance_answers_reads_for_all(ready):
+    ready.ask(io_struct.GetInternalStateReq())
+    assert list(ready.received()) == [0]
+    ready.answer(io_struct.GetInternalStateReqOutput(internal_state={"shift": {"policy": "tp"}}))
+    [answer] = ready.answers()
+    assert len(answer.internal_state["shift"]["instances"]["instances"]) == 4
+
+
+def test_weights_change_only_when_all_ranks_are_one_instance(ready):
+    update = io_struct.UpdateWeightFromDiskReqInput(model_path="/model")
+    ready.ask(update)
+    [answer] = ready.answers()
+    assert not answer.success and "needs all 4 ranks as one instance" in answer.message and not ready.received()
+    ready.ask(ChangeInstancesReqInput(level=4))
+    ready.tell(changed(ready.received()[0][0]))
+    ready.answers()
+    ready.ask(update)
+    assert list(ready.received()) == [0]
+
+
+def test_sessions_are_refused(ready):
+    ready.ask(io_struct.OpenSessionReqInput(capacity_of_str_len=10, session_id="s"))
+    [answer] = ready.answers()
+    assert answer.session_id == "s" and not answer.success
+    ready.ask(request("r", session_params=io_struct.SessionParams(id="s")))
+    [answer] = ready.answers()
+    assert "session" in answer.finished_reason["message"] and not ready.received()
+
+
+def test_aborts_reach_all_leaders_and_what_is_held(ready):
+    ready.ask(io_struct.AbortReq(rid="x"))
+    assert sorted(ready.received()) == [0, 1, 2, 3]
+    ready.ask(ChangeInstancesReqInput(level=4))
+    ready.received()
+    ready.ask(request("held-1"))
+    ready.ask(request("other"))
+    ready.ask(io_struct.AbortReq(rid="held"))
+    [answer] = ready.answers()
+    assert answer.rid == "held-1" and answer.finished_reason["type"] == "abort"
+
+
+def test_a_shutdown_ends_the_loop_after_the_ranks_know(ready):
+    ready.ask(io_struct.ShutdownReq())
+    assert sorted(ready.received()) == [0, 1, 2, 3] and ready.controller.ended
+
+
+def test_the_rules_of_the_paper_merge_for_a_request_and_split_after_it(monkeypatch):
+    bench = Bench(monkeypatch, policy="paper")
+    controller = bench.controller
+    bench.tell(READY)
+    bench.ask(request("short"))
+    assert list(bench.received()) == [0]
+    bench.ask(request("long", prompt=120))
+    assert not bench.answers() and not bench.received()
+    controller.consult()
+    got = bench.received()
+    [message] = got[2]
+    assert sorted(got) == [2, 3] and message.level == 2 and message.reason == "the policy paper", "the idle ranks merge"
+    bench.tell(changed(message))
+    assert [each.rid for each in bench.received()[2]] == ["long"]
+
+    controller.policy_due, controller.changed_at = 0.0, float("-inf")
+    controller.consult()
+    assert not bench.received(), "a live request needs the level"
+    bench.tell(RequestsEnded(["long"]))
+    controller.policy_due = 0.0
+    controller.consult()
+    assert [each.level for each in bench.received()[2]] == [1]
+    bench.close()
