@@ -87,9 +87,11 @@ class Streams:
 
 @pytest.fixture
 def server(reference, servers):
+    """Two replicas. They have merged and split before, because the first steps at a level are slow."""
     server = servers.get(*TWO)
-    if layout(server) != [(0, 1), (1, 1)]:
-        instances(server, level=1)
+    for level in (2, 1):
+        instances(server, level=level)
+        server.generate([5, 6, 7], 4)
     return server
 
 
@@ -165,7 +167,7 @@ def test_control_requests(server, reference):
 
 
 def test_aborts_reach_a_request_after_a_merge(server, reference):
-    streams = Streams(server, reference.prompts[:2], count=400)
+    streams = Streams(server, reference.prompts[:2], count=480)
     streams.wait_for(3)
     instances(server, level=2)
     server.post("/abort_request", {"abort_all": True})
