@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from typing import Any
 
 from sglang.srt.entrypoints.engine import Engine as SglangEngine
@@ -16,6 +17,13 @@ from sglang_shift.runtime.scheduler import run_scheduler_process
 from sglang_shift.runtime.tokenizer_manager import init_tokenizer_manager
 from sglang_shift.seams import check_sources, extends, overrides
 from sglang_shift.start_up_log import LAUNCHER_MESSAGES, leave_out
+
+WAITS_AFTER_A_CRASH = ("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH")
+"""Variables of SGLang's for what a server does before it ends, if one of its processes has died.
+
+SGLang looks at ranks that are alive, and waits a minute for dumps of GPUs. Meanwhile nobody gets an answer. In a server
+without instances the other ranks die as well, and SGLang does not wait. Ranks of other instances stay alive.
+"""
 
 
 @extends(
@@ -48,6 +56,8 @@ class Engine(SglangEngine):
         result, processes = super()._launch_scheduler_processes(server_args, port_args, *args, **kwargs)
         config = shift_config_of(server_args)
         if config is not None and config.instances:
+            for variable in WAITS_AFTER_A_CRASH:
+                os.environ.setdefault(variable, "0")
             carry_messages()
             controller = multiprocessing.Process(target=run_controller_process, args=(server_args, port_args))
             controller.start()

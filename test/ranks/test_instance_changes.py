@@ -37,3 +37,16 @@ def test_merge_and_split_with_requests_in_flight(alone, schedule):
         split = world.change(0, 2, 1)
         assert split.ok and split.tokens_recomputed == split.tokens_dropped == 0 and split.bytes_sent > 0
         assert world.wait_end() == alone
+
+
+def test_instances_that_do_not_merge_go_on(alone):
+    """A step is in flight when the change is given up. SGLang must wait for its result, and for no other one."""
+    with started(2, (*MODEL, *POOL), instances=2) as world:
+        world.submit(1, "masks", prompt(50, 20), 12, return_sampling_mask=True)
+        world.submit(1, "q1", *REQUESTS["q1"])
+        world.wait_tokens({"masks": 3, "q1": 3})
+        refused = world.change(0, 2, 2)
+        assert not refused.ok and refused.reason == "request masks returns masks of sampling"
+        world.wait_end(["masks", "q1"])
+        world.submit(1, "q2", *REQUESTS["q2"])
+        assert world.wait_end(["q1", "q2"]) == {rid: alone[rid] for rid in ("q1", "q2")}

@@ -7,9 +7,10 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import psutil
 import pytest
 import requests
-from harness import Server
+from harness import Server, surviving_processes
 from prompts import assert_same_answers, prompts
 from sglang_shift.models.random_model import write_random_model
 
@@ -229,3 +230,24 @@ def test_the_paper_policy_merges_for_a_long_request_and_splits_after_it(servers,
     while layout(server) != [(0, 1), (1, 1)]:
         assert time.monotonic() < deadline, "no request needs the merged instance"
         time.sleep(0.2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["instance_controller", "sglang::scheduler"])
+def test_a_process_that_dies_ends_the_server(reference, servers, name):
+    """Requests on living ranks end with an error as well, and SGLang does not wait for dumps of these ranks."""
+    server = servers.get(*TWO)
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    process = next(child for child in children if name in " ".join(child.cmdline()))
+    prompts = short(reference, 400)[0][:6]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        running = [pool.submit(server.generate, ids, 400) for ids in prompts]
+        time.sleep(0.5)
+        process.kill()
+        for future in running:
+            with pytest.raises((requests.RequestException, AssertionError)):
+                future.result(timeout=120)
+    assert server.process.wait(120) != 0
+    assert "crash diagnostics" not in server.tail()
+    assert not surviving_processes(server.process.pid)
+    servers.stop()

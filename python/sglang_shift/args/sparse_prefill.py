@@ -39,6 +39,10 @@ FEATURES = (
     Feature("--enable-hierarchical-cache", lambda a: a.enable_hierarchical_cache,
      "other servers could take its copies for exact ones"),
     Feature("--enable-lmcache", lambda a: a.enable_lmcache, "other servers could take its copies for exact ones"),
+    Feature("--enable-flexkv", lambda a: a.enable_flexkv, "it takes such keys for exact ones"),
+    Feature("--radix-cache-backend", lambda a: a.radix_cache_backend, "it could take such keys for exact ones"),
+    Feature("--unified-cache-external-linker", lambda a: a.enable_unified_cache_external_linker,
+     "it could take such keys for exact ones"),
     Feature("--kv-events-config", lambda a: a.kv_events_config is not None,
      "a router would take such keys for exact ones"),
 )  # fmt: skip

@@ -160,6 +160,7 @@ def attend_sparsely(
     masses, computed = torch.zeros_like(sure.lse), pairs
     for head in range(heads):
         k, v = key[first:last, head // shared], value[first:last, head // shared]
+        k = k.to(torch.promote_types(k.dtype, torch.float32))
         for start in range(0, new, QUERY_BLOCK):
             rows = slice(start, start + QUERY_BLOCK)
             scores = scores_of(query[rows, head], k, scale, cap)
@@ -178,7 +179,8 @@ def without(x: torch.Tensor, first: int, last: int) -> torch.Tensor:
 
 def scores_of(query: torch.Tensor, key: torch.Tensor, scale: float, cap: float) -> torch.Tensor:
     """``[queries, keys]``: the scores in float32, or in float64 for float64."""
-    scores = (query @ key.T).to(torch.promote_types(query.dtype, torch.float32)) * scale
+    wide = torch.promote_types(query.dtype, torch.float32)  # rounded scores would be other masses
+    scores = query.to(wide) @ key.to(wide).T * scale
     return torch.tanh(scores / cap) * cap if cap > 0 else scores
 
 

@@ -81,6 +81,8 @@ WHOLE_WORLD = (
     io_struct.UpdateWeightsFromDistributedReqInput,
     io_struct.UpdateWeightsFromTensorReqInput,
     io_struct.UpdateWeightsFromIPCReqInput,
+    io_struct.InitWeightsSendGroupForRemoteInstanceReqInput,
+    io_struct.SendWeightsToRemoteInstanceReqInput,
     io_struct.CheckWeightsReqInput,
     io_struct.ProfileReq,
 )
@@ -261,7 +263,7 @@ class InstanceController(DataParallelController):
         output = getattr(req.sampling_params, "max_new_tokens", None)
         most = min(self.context_length, max(self.ledger.capacities.values()))
         if output is not None and prompt + output + KEPT_FREE <= most:
-            return int(prompt + max(output + KEPT_FREE, PROMPT_KEPT_FREE))
+            return int(min(prompt + max(output + KEPT_FREE, PROMPT_KEPT_FREE), most))
         return min(prompt + PROMPT_KEPT_FREE, most)
 
     @overrides("A health check goes to the leaders of the instances in turn.")

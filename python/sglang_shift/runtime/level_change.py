@@ -85,6 +85,7 @@ class LevelChange:
             What happened, equal on all affected ranks but for the seconds.
         """
         switch, level = self.scheduler.shift_switch, self.request.level
+        self.scheduler.cur_batch_for_debug = self.scheduler.running_batch  # SGLang's watchdog counts the time as a step
         highest = max(level, switch.level)
         self.group = switch.places[highest].group.cpu_group
         reason = ""
@@ -121,6 +122,8 @@ class LevelChange:
         self._agree([problem for problem, _ in every])
         parts = [part for _, part in every if part is not None]
         self._agree([None if [part.level for part in parts] == [low] * factor else "the instances have other levels"])
+        rids = [each.rid for part in parts for each in part.records]
+        self._agree([None if len(set(rids)) == len(rids) else "two requests have the same id"])
         with self._phase("plan"):
             trees = [_renamed(part.tree, number, factor) for number, part in enumerate(parts)]
             tree = unite(trees)
@@ -204,15 +207,19 @@ class LevelChange:
     # Both
 
     def _quiesce(self) -> str | None:
-        """Empty all batches, or say why not."""
+        """Empty all batches, or say why not.
+
+        The reasons come first. If a batch were drained but stayed the last one, SGLang would wait for its result.
+        """
         scheduler = self.scheduler
+        queued = [*scheduler.waiting_queue, *scheduler.grammar_manager.grammar_queue]
         with self._phase("quiesce"):
+            for req in [*live_requests(scheduler), *queued]:
+                if problem := reason_to_stay(req):
+                    return f"request {req.rid} {problem}"
             drain(scheduler)
             while scheduler.return_health_check_ipcs:
                 scheduler.maybe_send_health_check_signal()
-            for req in [*live_requests(scheduler), *scheduler.waiting_queue]:
-                if problem := reason_to_stay(req):
-                    return f"request {req.rid} {problem}"
             self.retracted = retract(scheduler)
         return None
 

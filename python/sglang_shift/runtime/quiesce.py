@@ -51,7 +51,7 @@ def drain(scheduler: Any) -> None:
     "This method lists the requests that are in no queue: those that decode, those of the last prefill, and a chunk.",
 )
 def live_requests(scheduler: Any) -> list[Req]:
-    """The requests in batches. Call :func:`drain` before."""
+    """The requests in batches. Before :func:`drain`, some of them may end with their last step."""
     batches = [scheduler.running_batch]
     last, chunk = scheduler.last_batch, scheduler.chunked_req
     if last is not None and last.forward_mode.is_extend():
@@ -83,7 +83,7 @@ def retract(scheduler: Any) -> list[Retracted]:
         retracted.append(Retracted(req, computed))
     scheduler.waiting_queue = [each.req for each in retracted] + scheduler.waiting_queue
     scheduler.running_batch = ScheduleBatch(reqs=[], batch_is_full=False)
-    scheduler.last_batch = scheduler.cur_batch_for_debug = scheduler.chunked_req = None
+    scheduler.last_batch = scheduler.chunked_req = None
     scheduler.req_to_token_pool.clear()
     return retracted
 

@@ -31,7 +31,10 @@ MUST_BE_EXACT: dict[str, Callable[[Req], bool]] = {
         req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids)
     ),
     "it asks for hidden states": lambda req: bool(req.return_hidden_states),
-    "it asks for scores only": lambda req: req.is_prefill_only,
+    # SGLang warms the cache for n answers with a request of no output, and their prompts must find it.
+    "it asks for scores only": lambda req: (
+        req.is_prefill_only and (req.return_logprob or req.multi_item_delimiter_indices is not None)
+    ),
     "it has images": lambda req: req.multimodal_inputs is not None,
     "it is of a session": lambda req: req.session is not None,
     "it searches with beams": lambda req: req.beam_group is not None,

@@ -56,9 +56,11 @@ def test_refused_at_resolution(flags, message):
 ASKING = {
     "enable_deterministic_inference": True, "dcp_size": 2, "speculative_algorithm": "NGRAM",
     "disaggregation_mode": "prefill", "enable_hierarchical_cache": True, "enable_lmcache": True,
-    "kv_events_config": "{}",
+    "kv_events_config": "{}", "enable_flexkv": True, "radix_cache_backend": "other",
+    "enable_unified_cache_external_linker": True,
 }  # fmt: skip
 PLAIN = {
+    "enable_flexkv": False, "radix_cache_backend": None, "enable_unified_cache_external_linker": False,
     "enable_deterministic_inference": False, "dcp_size": 1, "speculative_algorithm": None,
     "disaggregation_mode": "null", "enable_hierarchical_cache": False, "enable_lmcache": False,
     "kv_events_config": None, "device": "cpu", "attention_backend": "triton", "prefill_attention_backend": None,

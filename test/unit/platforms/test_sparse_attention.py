@@ -19,6 +19,7 @@ from sglang_shift.platforms.sparse_attention import (
     SparseStep,
     attend_sparsely,
     choose_blocks,
+    scores_of,
 )
 
 HEADS, KV_HEADS, WIDTH, SCALE = 4, 2, 16, 0.3
@@ -118,6 +119,16 @@ def test_other_precisions_come_close(dtype, bound):
     exact = [x.double() for x in (query, key, value)]
     expected = attend_sparsely(*exact, scale=SCALE, bound=bound, record=DroppedMass())
     torch.testing.assert_close(part.output.double(), expected.output, atol=64 * torch.finfo(dtype).eps, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_are_not_rounded_to_half_precision(dtype):
+    """Rounded to 8 bits, a score of 100 would be wrong by 0.2, and its mass by a fifth."""
+    query, key, _ = tokens(130, 300, dtype, spread=25.0)
+    scores = scores_of(query[:, 0], key[:, 0], SCALE, 0.0)
+    expected = query[:, 0].double() @ key[:, 0].double().T * SCALE
+    assert expected.abs().max() > 50
+    torch.testing.assert_close(scores.double(), expected, atol=1e-4, rtol=0)
 
 
 def test_a_block_that_a_single_query_needs_stays():

@@ -17,6 +17,7 @@ def request(**fields):
     plain = {
         "return_logprob": False, "logprob_start_len": -1, "origin_input_ids": [1] * 9000, "return_hidden_states": False,
         "is_prefill_only": False, "multimodal_inputs": None, "session": None, "beam_group": None, "extra_key": None,
+        "multi_item_delimiter_indices": None,
     }  # fmt: skip
     return SimpleNamespace(**plain | fields)
 
@@ -44,7 +45,9 @@ def alone(numbers):
         ({"return_logprob": True, "logprob_start_len": 8999}, "it asks for logprobs of its prompt"),
         ({"return_logprob": False, "logprob_start_len": 0}, ""),
         ({"return_hidden_states": True}, "it asks for hidden states"),
-        ({"is_prefill_only": True}, "it asks for scores only"),
+        ({"is_prefill_only": True, "return_logprob": True}, "it asks for scores only"),
+        ({"is_prefill_only": True, "multi_item_delimiter_indices": [3]}, "it asks for scores only"),
+        ({"is_prefill_only": True}, ""),  # it warms the cache for n answers
         ({"multimodal_inputs": object()}, "it has images"),
         ({"session": object()}, "it is of a session"),
         ({"beam_group": object()}, "it searches with beams"),
