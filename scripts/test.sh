@@ -19,8 +19,8 @@ case ${1:-} in
     *) exec .venv/bin/python -m pytest "$@" ;;
 esac
 ./scripts/lint.sh
-# Tests of one process share the cores, a module in each. Tests of several processes, above all servers, run alone.
+# Tests without a server share the cores, a module in each. Tests of servers run one after the other.
 code=0
-.venv/bin/python -m pytest --durations=25 -n logical --maxprocesses 4 --dist loadfile "${only[@]}" "$@" test/unit test/tools || code=$?
-.venv/bin/python -m pytest --durations=25 "${only[@]}" "$@" test/ranks test/server || code=$?
+.venv/bin/python -m pytest --durations=25 -n logical --maxprocesses 4 --dist loadfile "${only[@]}" "$@" test/unit test/tools test/ranks || code=$?
+.venv/bin/python -m pytest --durations=25 "${only[@]}" "$@" test/server || code=$?
 exit "$code"
