@@ -5,9 +5,12 @@ python test/support/unchecked_shards_server.py --port N [the flags of launch_ser
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-from serving import serve
+from sglang_shift.runtime import scheduler
+
+RUN = scheduler.run_scheduler_process
 
 
 def take_any_size() -> None:
@@ -19,12 +22,13 @@ def take_any_size() -> None:
 
 
 def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
-    from sglang_shift.runtime import scheduler
-
     take_any_size()
-    scheduler.run_scheduler_process(*args, **kwargs)
+    RUN(*args, **kwargs)
 
 
 if __name__ == "__main__":
+    from sglang_shift import launch_server
+
     take_any_size()
-    serve(run_scheduler_process)
+    scheduler.run_scheduler_process = run_scheduler_process
+    launch_server.main(sys.argv[1:])
