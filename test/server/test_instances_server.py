@@ -7,10 +7,9 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import psutil
 import pytest
 import requests
-from harness import Server, surviving_processes
+from harness import Server, child_process, surviving_processes
 from prompts import assert_same_answers, prompts
 from sglang_shift.models.random_model import write_random_model
 
@@ -237,8 +236,7 @@ def test_the_paper_policy_merges_for_a_long_request_and_splits_after_it(servers,
 def test_a_process_that_dies_ends_the_server(reference, servers, name):
     """Requests on living ranks end with an error as well, and SGLang does not wait for dumps of these ranks."""
     server = servers.get(*TWO)
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    process = next(child for child in children if name in " ".join(child.cmdline()))
+    process = child_process(server, name)
     prompts = short(reference, 400)[0][:6]
     with ThreadPoolExecutor(len(prompts)) as pool:
         running = [pool.submit(server.generate, ids, 400) for ids in prompts]

@@ -8,10 +8,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
 import requests
-from harness import TWO_RANKS, Server, free_port, surviving_processes
+from harness import TWO_RANKS, Server, child_process, free_port, surviving_processes
 
 
 @pytest.mark.server
@@ -68,8 +67,7 @@ def test_two_servers_on_one_machine_and_one_is_told_to_end_under_load(server):
 @pytest.mark.server(*TWO_RANKS)
 def test_a_rank_that_dies_takes_the_server_down(server, servers):
     """A killed rank ends the server with an error, and all running requests with it: no hang."""
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    rank = next(p for p in children if "scheduler_TP1" in " ".join(p.cmdline()))
+    rank = child_process(server, "scheduler_TP1")
     with ThreadPoolExecutor(8) as pool:
         running = [pool.submit(server.generate, list(range(50, 200 + i)), 3800) for i in range(8)]
         time.sleep(1)

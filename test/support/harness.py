@@ -207,6 +207,12 @@ def session_members(session: int) -> list[int]:
     return members
 
 
+def child_process(server: Server, name: str) -> psutil.Process:
+    """The first process below a server whose command line has ``name``."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return next(child for child in children if name in " ".join(child.cmdline()))
+
+
 def surviving_processes(session: int) -> list[int]:
     """Return the processes of a session that still run after a minute. Killed ranks should have ended by then."""
     deadline = time.monotonic() + 60

@@ -8,9 +8,10 @@ from typing import Any
 from sglang.srt.arg_groups.overrides import attention_backends_of, declare_resolution, model_config_of, resolving_view
 from sglang.srt.configs.model_config import AttentionArch
 
-from sglang_shift.args.feature import Feature
+from sglang_shift.args.feature import Feature, first_requested
 from sglang_shift.errors import Refusal
 from sglang_shift.flags import AUTO
+from sglang_shift.models.decoder_config import architecture_of
 from sglang_shift.models.families import FAMILIES
 from sglang_shift.models.heads import Heads
 from sglang_shift.models.token_shards import check_token_shards, most_token_shards
@@ -83,10 +84,8 @@ def resolve_dcp_size(server_args: Any, *, uses_sp: bool) -> None:
         count = most_token_shards(heads_of(model_config_of(server_args)), settings.tp_size)
         declare_resolution(server_args, "sglang_shift", dcp_size=count)
         logger.info("sglang_shift: --dcp-size auto: D=%d is the number of ranks that hold the same KV head", count)
-    if uses_sp and count > 1:
-        for feature in FEATURES:
-            if feature.is_requested(settings):
-                raise FEATURE_CONFLICT(feature=feature.name, reason=feature.why, D=count)
+    if uses_sp and count > 1 and (feature := first_requested(FEATURES, settings)):
+        raise FEATURE_CONFLICT(feature=feature.name, reason=feature.why, D=count)
 
 
 def heads_of(model_config: Any) -> Heads:
@@ -109,7 +108,7 @@ def check_dcp_size(settings: Any, model_config: Any) -> None:
     count = settings.dcp_size
     if count == 1:
         return
-    name = (getattr(model_config.hf_config, "architectures", None) or ["this model"])[0]
+    name = architecture_of(model_config.hf_config) or "this model"
     if model_config.attention_arch == AttentionArch.MLA:
         raise LATENTS(D=count, name=name)
     check_token_shards(heads_of(model_config), settings.tp_size, count)

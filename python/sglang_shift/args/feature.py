@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 
@@ -18,3 +18,8 @@ class Feature(NamedTuple):
     name: str
     is_requested: Callable[[Any], bool]
     why: str
+
+
+def first_requested(features: Iterable[Feature], settings: Any) -> Feature | None:
+    """Return the first of the features that the settings (a view of the server arguments) ask for, or None."""
+    return next((feature for feature in features if feature.is_requested(settings)), None)

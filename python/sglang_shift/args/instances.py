@@ -6,12 +6,12 @@ from typing import Any
 
 from sglang.srt.configs.model_config import AttentionArch
 
-from sglang_shift.args.feature import Feature
+from sglang_shift.args.feature import Feature, first_requested
 from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refusal
 from sglang_shift.flags import AUTO
 from sglang_shift.instances.levels import Levels
-from sglang_shift.models.decoder_config import text_config_of
+from sglang_shift.models.decoder_config import architecture_of, text_config_of
 
 NOT_INSTANCES = Refusal(
     "--instances {N} does not divide --tp-size {P} into at least 2 instances of equal size; give a power of two, 2 to "
@@ -109,9 +109,8 @@ def check_instances(settings: Any, config: ShiftConfig) -> None:
         raise SP_SIZE(S=config.sp_size, P=world_size)
     if config.instance_policy == AUTO:
         raise NO_POLICY(value=config.instance_policy)
-    for feature in FEATURES:
-        if feature.is_requested(settings):
-            raise FEATURE_CONFLICT(feature=feature.name, reason=feature.why, N=count)
+    if feature := first_requested(FEATURES, settings):
+        raise FEATURE_CONFLICT(feature=feature.name, reason=feature.why, N=count)
 
 
 def divisible_tokens(tokens: int, page_size: int, instances: int) -> int:
@@ -145,7 +144,7 @@ def check_instance_model(model_config: Any, config: ShiftConfig) -> None:
     if not config.instances:
         return
     if reason := why_not_shared(model_config):
-        name = (getattr(model_config.hf_config, "architectures", None) or ["this model"])[0]
+        name = architecture_of(model_config.hf_config) or "this model"
         raise MODEL(N=config.instances, name=name, reason=reason)
     heads = model_config.get_total_num_kv_heads()
     if heads < config.world_size:

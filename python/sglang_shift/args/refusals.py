@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from sglang_shift.args.feature import Feature
+from sglang_shift.args.feature import Feature, first_requested
 from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refusal
 from sglang_shift.flags import BY_NAME, FLAGS, LIVE_NUMBERS, POLICIES, Need
@@ -177,9 +177,8 @@ def check_flags(settings: Any) -> None:
         raise NO_SP(S=sp_size)
     if sp_size is not None and world_size % sp_size:
         raise NOT_A_DIVISOR(S=sp_size, P=world_size)
-    for feature in FEATURES:
-        if feature.is_requested(settings):
-            raise FEATURE_CONFLICT(feature=feature.name, reason=feature.why)
+    if feature := first_requested(FEATURES, settings):
+        raise FEATURE_CONFLICT(feature=feature.name, reason=feature.why)
 
 
 def check_policy(settings: Any) -> None:

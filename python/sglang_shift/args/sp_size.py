@@ -17,6 +17,7 @@ from sglang.srt.utils import get_device_memory_capacity
 from sglang_shift.errors import Refusal
 from sglang_shift.flags import AUTO
 from sglang_shift.models.checkpoint import checkpoint_sizes
+from sglang_shift.models.decoder_config import architecture_of
 from sglang_shift.models.formats import Format, format_of, format_of_flag
 from sglang_shift.models.sizes import MIB, SHARDED, ModelSizes, cache_of, size_text
 from sglang_shift.platforms.cpu import ShiftCpuPlatform, local_ranks
@@ -225,7 +226,7 @@ def _known(model_config: Any, read: Callable[[Any], T]) -> T:
         problem = f"no {error.args[0]}"
     except (ValueError, TypeError) as error:
         problem = str(error)
-    raise SIZE_UNKNOWN(name=(getattr(hf_config, "architectures", None) or ["this model"])[0], problem=problem)
+    raise SIZE_UNKNOWN(name=architecture_of(hf_config) or "this model", problem=problem)
 
 
 def choose_sp_size(weights: Mapping[int, int], memory: int, pool: Pool) -> SpSizeDecision:

@@ -8,10 +8,11 @@ from sglang.srt.arg_groups.overrides import attention_backends_of
 from sglang.srt.configs.model_config import AttentionArch
 
 from sglang_shift.args.dcp_size import other_layers
-from sglang_shift.args.feature import Feature
+from sglang_shift.args.feature import Feature, first_requested
 from sglang_shift.args.sp_size import uses_shift_cpu_platform
 from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refusal
+from sglang_shift.models.decoder_config import architecture_of
 from sglang_shift.platforms.cpu import ATTENTION
 
 NOT_A_SHARE = Refusal(
@@ -72,10 +73,9 @@ def check_sparse_prefill(settings: Any, model_config: Any, config: ShiftConfig) 
     backends = sorted(set(map(str, attention_backends_of(settings))))
     if not uses_shift_cpu_platform() or backends != [ATTENTION]:
         raise NEEDS_CPU(EPS=text, backend=" and ".join(backends), device=settings.device)
-    for feature in FEATURES:
-        if feature.is_requested(settings):
-            raise FEATURE_CONFLICT(feature=feature.name, reason=feature.why, EPS=text)
-    name = (getattr(model_config.hf_config, "architectures", None) or ["this model"])[0]
+    if feature := first_requested(FEATURES, settings):
+        raise FEATURE_CONFLICT(feature=feature.name, reason=feature.why, EPS=text)
+    name = architecture_of(model_config.hf_config) or "this model"
     if reason := why_exact(model_config, name):
         raise OTHER_MODEL(EPS=text, name=name, reason=reason)
 
