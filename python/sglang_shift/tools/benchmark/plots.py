@@ -28,9 +28,10 @@ MAX_LABELLED_BARS = 6
 LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "e2e": "E2E"}
 
 OTHERS: list[Style] = [
-    {"color": ("#E69F00", "#56B4E9", "#000000", "#F0E442")[i % 4], "marker": "vPX*"[(i + i // 4) % 4]}
-    for i in range(16)
-]  # fmt: skip
+    {"color": color, "marker": "vPX*"[(i + turn) % 4]}
+    for turn in range(4)
+    for i, color in enumerate(("#E69F00", "#56B4E9", "#000000", "#F0E442", "#882255", "#8C6D31"))
+]
 SHADES = ("#C8C8C8", "#6E6E6E", "#A0A0A0", "#404040")
 """Greys, because no contender has a grey colour."""
 
