@@ -27,6 +27,7 @@ class ShiftConfig:
         calibration: ``auto``, ``off``, or a file.
         exchange: The backend of the exchange: ``auto``, ``flashinfer`` or ``collective``.
         exchange_dtype: The data that the exchange sends: ``auto`` for unchanged activations, or ``fp8``.
+        exchange_pipeline: ``auto``, ``on`` or ``off``: whether SP steps exchange their heads group by group.
         experts: ``sharded`` or ``replicated``, for SP steps.
         check: ``on`` if the server compares the modes when it starts, otherwise ``off``.
         graph_buckets: The most CUDA graphs of each phase in SP; None for all sizes that the policy may run in SP.
@@ -49,6 +50,7 @@ class ShiftConfig:
     calibration: str = "off"
     exchange: str = "auto"
     exchange_dtype: str = "auto"
+    exchange_pipeline: str = "off"
     experts: str = "sharded"
     check: str = "on"
     graph_buckets: int | None = None

@@ -23,6 +23,7 @@ EXCHANGES = (AUTO, "flashinfer", "collective")
 EXCHANGE_DTYPES = (AUTO, "fp8")
 """The data that an exchange sends: unchanged activations, or quantized activations."""
 
+EXCHANGE_PIPELINES = (AUTO, "on", "off")
 CHECKS = ("on", "off")
 INSTANCE_POLICIES = ("fixed", AUTO, "paper")
 EXPERTS = ("sharded", "replicated")
@@ -234,6 +235,19 @@ FLAGS = (
         without="nothing is exchanged",
         choices=EXCHANGE_DTYPES,
         more="usage.md#the-exchange",
+    ),
+    Flag(
+        "shift_exchange_pipeline",
+        "exchange_pipeline",
+        str,
+        "Whether the heads of a layer are exchanged group by group, so that messages overlap with attention. This is "
+        "for CPUs only. auto: prefills for which the calibration finds it faster. on: all prefills in SP. off: none.",
+        default="off",
+        need=Need.SP,
+        without="nothing is exchanged",
+        choices=EXCHANGE_PIPELINES,
+        resolvable=True,
+        more="usage.md#the-exchange-by-groups-of-heads",
     ),
     Flag(
         "shift_experts",

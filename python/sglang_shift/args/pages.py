@@ -8,6 +8,7 @@ from types import ModuleType
 
 from sglang_shift.args import (
     dcp_size,
+    exchange_pipeline,
     gemm_backend,
     graph_memory,
     instances,
@@ -81,6 +82,12 @@ If `--shift-sparse-prefill` is given, these features are refused, too. The messa
 
 {sparse_features}
 
+## What does not combine with `--shift-exchange-pipeline`
+
+With `--shift-exchange-pipeline on`, these features are refused, too. With `auto`, they keep the ordinary exchange.
+
+{pipeline_features}
+
 {sections}
 """
 
@@ -91,7 +98,7 @@ REFUSAL_SECTIONS: dict[str, tuple[ModuleType, ...]] = {
     "`--instances`": (instances,),
     "`--shift-sparse-prefill`": (sparse_prefill,),
     "The model": (model_check, fields, families, structure, stacked, mode_check),
-    "The exchange": (choose,),
+    "The exchange": (choose, exchange_pipeline),
     "CUDA graphs and matrix products": (graph_memory, gemm_backend),
 }
 """Headings, and the modules that declare the refusals below each heading."""
@@ -144,6 +151,7 @@ def refusals_page() -> str:
         instance_features=_feature_table(instances.FEATURES),
         sparse_message=message_of(sparse_prefill.FEATURE_CONFLICT),
         sparse_features=_feature_table(sparse_prefill.FEATURES),
+        pipeline_features=_feature_table(exchange_pipeline.FEATURES),
         sections="\n\n".join(sections),
     )
 

@@ -15,6 +15,7 @@ from sglang.srt.server_args import ServerArgs
 from sglang_shift.args import config_file
 from sglang_shift.args.chunk_size import adjust_chunk_size
 from sglang_shift.args.dcp_size import check_dcp_size, resolve_dcp_size
+from sglang_shift.args.exchange_pipeline import resolved_exchange_pipeline
 from sglang_shift.args.gemm_backend import adjust_gemm_backend
 from sglang_shift.args.graph_memory import adjust_graph_memory
 from sglang_shift.args.instances import check_instance_model, check_instances, pool_fields
@@ -121,6 +122,9 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
     check_instance_model(model_config_of(server_args), config)
     check_dcp_size(settings, model_config_of(server_args))
     check_sparse_prefill(settings, model_config_of(server_args), config)
+    pipeline, why_no_pipeline = resolved_exchange_pipeline(settings, model_config_of(server_args), config)
+    if why_no_pipeline:
+        logger.info("sglang_shift: The exchange is not pipelined, because %s.", why_no_pipeline)
     sp_size = config.sp_size
     if auto:
         decision = auto_sp_size(server_args)
@@ -148,6 +152,7 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
         shift_policy=config.policy,
         shift_threshold=config.threshold if config.policy in BY_NAME["shift_threshold"].policies else None,
         shift_calibration=config.calibration,
+        shift_exchange_pipeline=None if pipeline == "off" else pipeline,
         **pool_fields(settings, config),
     )
 

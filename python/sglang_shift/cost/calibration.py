@@ -18,6 +18,7 @@ import msgspec
 import torch
 
 from sglang_shift.config import ShiftConfig
+from sglang_shift.cost.exchange_gain import ExchangeGain, first_tokens
 from sglang_shift.cost.model import CostModel, Measurement, NotNegative, fit
 from sglang_shift.modes import Mode
 
@@ -53,6 +54,7 @@ class Calibration:
         measurements: The measured step times.
         costs: The cost model, which is fitted to the measurements.
         format: Format of the file.
+        exchange_gains: What the pipelined exchange gains in SP prefills. It is empty if it was not measured.
     """
 
     key: dict[str, Any]
@@ -61,6 +63,12 @@ class Calibration:
     measurements: Annotated[tuple[Measurement, ...], msgspec.Meta(max_length=MAX_MEASUREMENTS)]
     costs: CostModel
     format: int = FORMAT
+    exchange_gains: Annotated[tuple[ExchangeGain, ...], msgspec.Meta(max_length=MAX_MEASUREMENTS)] = ()
+
+    @property
+    def pipelined_from(self) -> int | None:
+        """The tokens from which SP prefills are pipelined; None if the pipelined exchange wins nowhere."""
+        return first_tokens(self.exchange_gains)
 
     def with_measurements(
         self, took: float, measurements: Sequence[Measurement], switch_seconds: float | None
@@ -89,7 +97,7 @@ class Calibration:
         others = [m for m in self.measurements if m.phase not in phases]
         new = Calibration.from_measurements(self.key, took, [*others, *measurements], switch)
         costs = new.costs.extended_by(self.costs, measurements)
-        return replace(new, measurements=(*kept, *measurements), costs=costs)
+        return replace(new, measurements=(*kept, *measurements), costs=costs, exchange_gains=self.exchange_gains)
 
     @staticmethod
     def from_measurements(

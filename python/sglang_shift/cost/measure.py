@@ -157,7 +157,7 @@ class Results:
     progress: float = 0.0
 
 
-class _NoRoomError(Exception):
+class NoRoomError(Exception):
     """A shape does not fit on any rank, because its memory was taken while the bench was released."""
 
 
@@ -194,13 +194,13 @@ def measure(
         if affordable:
             started = results.seconds
             try:
-                times = yield from _take_turns(_Laps(bench, shape, results, clock))
+                times = yield from _take_turns(Laps(bench, shape, results, clock))
                 if shape.tokens in SWITCH_TOKENS and max(times.values()) < SECONDS_A_MODE:
-                    results.switches.append((yield from _switch(_Laps(bench, shape, results, clock))))
+                    results.switches.append((yield from _switch(Laps(bench, shape, results, clock))))
                 for mode, seconds in times.items():
                     results.steps.append(Measurement(shape.phase, mode, shape.tokens, shape.kv_reads, seconds))
                 last_shapes[shape.phase] = shape.tokens, results.seconds - started
-            except _NoRoomError:
+            except NoRoomError:
                 logger.debug("no room for %s", shape)
             finally:
                 bench.release()
@@ -208,7 +208,7 @@ def measure(
 
 
 @dataclass
-class _Laps:
+class Laps:
     """Runs laps of one shape."""
 
     bench: Bench
@@ -236,7 +236,7 @@ class _Laps:
 
     def _prepare(self) -> None:
         if not self.bench.make_room(self.shape):
-            raise _NoRoomError
+            raise NoRoomError
         failure = ""
         try:
             self.bench.prepare(self.shape)
@@ -246,7 +246,7 @@ class _Laps:
             raise CalibrationError(f"a step could not be prepared for calibrating ({failure or 'on another rank'})")
 
 
-def _take_turns(laps: _Laps) -> Generator[None, None, dict[Mode, float]]:
+def _take_turns(laps: Laps) -> Generator[None, None, dict[Mode, float]]:
     """Run rounds of laps, and return the seconds of each mode as agreed.
 
     The rounds give medians of two quantities: the modes' mean, and the ratio of each mode to the first mode. The result
@@ -263,7 +263,7 @@ def _take_turns(laps: _Laps) -> Generator[None, None, dict[Mode, float]]:
     return {mode: mean * ratio / shared for mode, ratio in ratios.items()}
 
 
-def _round(laps: _Laps) -> Generator[None, None, dict[Mode, float]]:
+def _round(laps: Laps) -> Generator[None, None, dict[Mode, float]]:
     """Run one lap in each mode."""
     times = {}
     for mode in MODES:
@@ -271,7 +271,7 @@ def _round(laps: _Laps) -> Generator[None, None, dict[Mode, float]]:
     return times
 
 
-def _switch(laps: _Laps) -> Generator[None, None, float]:
+def _switch(laps: Laps) -> Generator[None, None, float]:
     """Return how many seconds longer a step takes after a step in another mode.
 
     The result is the mean over all pairs of modes; each pair contributes its median.

@@ -51,6 +51,7 @@ class Step:
         batch: SGLang's forward batch.
         forwards: The methods that run in place of SGLang's, if the step is sharded.
         has_exit: Whether the step leaves the token-sharded region. It is False for a graph of the layers alone.
+        pipelined: Whether attention modules exchange their heads group by group, if they can.
         num_tokens: Rows that entered the region, with rows that pad the step to the size of a graph. The entry sets it.
         inside: Whether the step is inside of the region: between the embedding and the LM head.
         left: Whether the step has left the region.
@@ -64,6 +65,7 @@ class Step:
     batch: Any
     forwards: Forwards = field(default_factory=Forwards)
     has_exit: bool = True
+    pipelined: bool = False
     num_tokens: int = 0
     inside: bool = False
     left: bool = False

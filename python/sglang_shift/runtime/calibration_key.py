@@ -63,6 +63,8 @@ def settings_of(scheduler: Any, chunk: int, places: Sequence[str]) -> dict[str, 
     }
     if (shards := resolution_result(scheduler.server_args, "dcp_size", 1)) > 1:
         settings["kv_shards"] = shards
+    if (pipeline := resolution_result(scheduler.server_args, "shift_exchange_pipeline", None)) is not None:
+        settings["exchange_pipeline"] = pipeline
     if scheduler.shift_width > 1:
         settings["verify_width"] = scheduler.shift_width
     if sizes := runner.graphs.captured_sizes():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -15,6 +16,8 @@ from tqdm import tqdm
 
 from sglang_shift.config import ShiftConfig
 from sglang_shift.cost.calibration import Calibration, CalibrationError, cache_file, key_of, load, save
+from sglang_shift.cost.compare_exchanges import compare_exchanges
+from sglang_shift.cost.exchange_gain import ExchangeGain, first_tokens
 from sglang_shift.cost.measure import BUDGET_CPU, BUDGET_GPU, Results, StepShape, grid, measure
 from sglang_shift.modes import MODES, Mode
 from sglang_shift.policy.selector import DRIFT_STEPS
@@ -55,6 +58,7 @@ class Calibrator:
         self._interval = 2 * DRIFT_STEPS
         self._next_check = self._interval
         self._results = Results()
+        self._exchange_gains: tuple[ExchangeGain, ...] = ()
 
     def start(self) -> Calibration | None:
         """Load the saved calibration, or measure a new one. If neither works, log why and return None."""
@@ -69,6 +73,8 @@ class Calibrator:
             self._warn(self.text)
         if measure_now:
             self._calibration = self._measure_all()
+        elif self._calibration is not None:
+            self._pipeline_from(self._calibration.pipelined_from)
         return self._calibration
 
     def idle(self, steps: int, drifted: bool) -> Calibration | None:
@@ -171,6 +177,8 @@ class Calibrator:
         try:
             title = f"Calibrating {' and '.join(mode.name for mode in MODES)}"
             layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
+            if self._times_pipeline:
+                self._compare_exchanges()
             with tqdm(total=1.0, desc=title, bar_format=layout, disable=not self._is_rank_0) as bar:
                 for _ in self._measure():
                     bar.update(self._results.progress - bar.n)
@@ -180,6 +188,32 @@ class Calibrator:
             self.text, self.failed_mode = str(error), error.broken
             self._warn(self.text)
         return None
+
+    @property
+    def _times_pipeline(self) -> bool:
+        return self.config.exchange_pipeline == "auto"
+
+    def _compare_exchanges(self) -> None:
+        """Time the pipelined exchange beside the ordinary one. All steps from now on run in the way that is faster."""
+        self._log("sglang_shift: The calibration first times the pipelined exchange.")
+        pipeline = self.scheduler.tp_worker.model_runner.exchange_pipeline
+        gains: list[ExchangeGain] = []
+        laps = compare_exchanges(self.bench, self._shapes, lambda on: pipeline.starting_at(1 if on else None), gains)
+        try:
+            for _ in laps:
+                pass
+        except CalibrationError as error:  # every rank raises it
+            gains.clear()
+            self._warn(f"the exchange is not pipelined: {error}")
+        self._exchange_gains = tuple(gains)
+        self._pipeline_from(first_tokens(gains))
+
+    def _pipeline_from(self, tokens: int | None) -> None:
+        """Pipeline SP prefills of this number of tokens or more; with None, no step."""
+        if self._times_pipeline:
+            pipeline = self.scheduler.tp_worker.model_runner.exchange_pipeline
+            pipeline.first_tokens = tokens
+            self._log("sglang_shift: By the calibration, %s.", pipeline.text)
 
     def _measure(self) -> Generator[None, None, None]:
         self._results = Results()
@@ -200,9 +234,10 @@ class Calibrator:
         return calibration
 
     def _fit(self) -> Calibration:
-        return Calibration.from_measurements(
+        calibration = Calibration.from_measurements(
             self._key, self._results.seconds, self._results.steps, self._switch_seconds() or 0.0
         )
+        return replace(calibration, exchange_gains=self._exchange_gains)
 
     def _renew(self) -> Calibration:
         assert self._calibration is not None

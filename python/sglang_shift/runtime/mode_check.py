@@ -98,12 +98,14 @@ class ModeCheck:
         start = time.perf_counter()
         if not self.bench.make_room(_Shape()):  # type: ignore[arg-type]
             return "the KV pool has no room for the check of the modes, so they were not compared"
-        worst = {mode: self._compare(mode) for mode in MODES if mode is not Mode.TP}
+        worst = {mode.name: self._compare(mode) for mode in MODES if mode is not Mode.TP}
+        pipeline = self.runner.exchange_pipeline
+        if pipeline.possible and pipeline.first_tokens is None:
+            with pipeline.starting_at(1):
+                worst["pipelined SP"] = self._compare(Mode.SP)
         if any(map(math.isnan, worst.values())):
             return "the logits of TP are not finite, so the modes were not compared"
-        text = ", ".join(
-            f"{mode.name} is within {ratio:.1f} times what rounding explains" for mode, ratio in worst.items()
-        )
+        text = ", ".join(f"{name} is within {ratio:.1f} times what rounding explains" for name, ratio in worst.items())
         return f"the modes compute the same ({text}; {time.perf_counter() - start:.1f} s)"
 
     def _compare(self, mode: Mode) -> float:

@@ -17,13 +17,14 @@ from sglang.srt.model_executor.model_runner import ModelRunner, ModelRunnerOutpu
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 from sglang.srt.platforms import current_platform
 from sglang.srt.runtime_context import get_exec, get_flags, get_parallel, get_schedule
-from sglang.srt.utils import get_available_gpu_memory
+from sglang.srt.utils import get_available_gpu_memory, rank_consensus_checker
 from sglang_shift_kernels.operations import ExchangeShape, warm_up
 
 from sglang_shift.config import ShiftConfig
 from sglang_shift.graphs.mode_graphs import ModeGraphs
 from sglang_shift.graphs.runners import SpDecodeGraphRunner
 from sglang_shift.layers.adapters import pass_over_adapters
+from sglang_shift.layers.pipelined import add_pipelines
 from sglang_shift.layers.sp_model import SpModel
 from sglang_shift.models.families import check_class
 from sglang_shift.modes import Mode
@@ -35,6 +36,7 @@ from sglang_shift.parallel.region import scatter_tokens
 from sglang_shift.parallel.step import Step, current, run_step
 from sglang_shift.parallel.topology import Topology, build_topology
 from sglang_shift.resolution import shift_config_of
+from sglang_shift.runtime.exchange_pipeline import ExchangePipeline
 from sglang_shift.runtime.weight_updater import ShiftWeightUpdater
 from sglang_shift.seams import overrides, relies_on
 from sglang_shift.weights.base_weights import BaseWeights, WeightReport, loading_for
@@ -52,6 +54,7 @@ class ShiftModelRunner(ModelRunner):
         base_weights: The base weights for the topology.
         forwards: The methods that the next SP step runs in place of SGLang's.
         exchange_volume: How much the exchanges of an SP step send.
+        exchange_pipeline: Which SP steps exchange their heads group by group.
         capture_mode: The mode of the CUDA graphs that SGLang captures now.
         graphs: The CUDA graphs of both modes.
     """
@@ -62,6 +65,7 @@ class ShiftModelRunner(ModelRunner):
     base_weights: BaseWeights
     forwards: Forwards
     exchange_volume: ExchangeVolume
+    exchange_pipeline: ExchangePipeline
     capture_mode: Mode = Mode.TP
     graphs: ModeGraphs
     weight_report: WeightReport
@@ -103,6 +107,12 @@ class ShiftModelRunner(ModelRunner):
         exchange = self._exchange(config)
         self.topology = replace(self.topology, exchange=exchange)
         self.exchange_volume = self.sp_model.exchange_volume(exchange, self.dtype)
+        self.exchange_pipeline = ExchangePipeline()
+        if config.exchange_pipeline != "off":
+            groups = add_pipelines(self.model, self.sp_model)
+            self.exchange_pipeline = ExchangePipeline(groups, 1 if config.exchange_pipeline == "on" else None)
+            if config.exchange_pipeline == "on":
+                logger.info("sglang_shift: In SP, %s.", self.exchange_pipeline.text)
         if self.device != "cpu":  # on a CPU gloo keeps hardly any memory
             self._warm_up_collectives()
         logger.info(
@@ -198,12 +208,16 @@ class ShiftModelRunner(ModelRunner):
         if step.sharded and self.base_weights.stale:
             self.base_weights.refresh()  # the refresh must run on the forward's stream, as it does here
         span = torch.profiler.record_function(f"sglang_shift {step.mode.value} step")
+        if step.pipelined:
+            self.exchange_pipeline.steps += 1
+            rank_consensus_checker.assert_same("sglang_shift exchanges heads group by group")
         with span, run_step(step):
             return super().forward(forward_batch, *args, **kwargs)
 
     def step(self, mode: Mode, batch: ForwardBatch, has_exit: bool = True) -> Step:
         """Make the context of one step: see :class:`Step`."""
-        return Step(mode, self.topology, batch, self.forwards, has_exit)
+        pipelined = mode is Mode.SP and has_exit and self.exchange_pipeline.applies_to(batch)
+        return Step(mode, self.topology, batch, self.forwards, has_exit, pipelined)
 
     @overrides("If requests bring their own embeddings, our method keeps the rows of this rank.")
     def _extend_forward_kwargs(self, forward_batch: ForwardBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -369,6 +369,7 @@ class ShiftScheduler(Scheduler):
             "costs": None if calibration is None else msgspec.to_builtins(calibration.costs),
             **selector.counters(),
             "exchange": runner.topology.exchange.text,
+            "exchange_pipeline": runner.exchange_pipeline.report(),
             "exchanges": self.shift_exchange_counter.calls,
             "exchanged_bytes": self.shift_exchange_counter.bytes_sent,
             "weight_bytes": report.total,

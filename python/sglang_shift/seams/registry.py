@@ -28,6 +28,7 @@ MODULES = (
     "sglang_shift.kv.pool",
     "sglang_shift.layers.embedding",
     "sglang_shift.layers.logits",
+    "sglang_shift.layers.pipelined",
     "sglang_shift.layers.skins",
     "sglang_shift.layers.structure",
     "sglang_shift.models.fields",

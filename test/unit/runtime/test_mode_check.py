@@ -12,6 +12,7 @@ import torch
 from sglang_shift.errors import Refused
 from sglang_shift.modes import Mode
 from sglang_shift.runtime import mode_check
+from sglang_shift.runtime.exchange_pipeline import ExchangePipeline
 from sglang_shift.runtime.mode_check import ATTEMPTS, LENGTHS, MARGIN, ModeCheck, Trace, distance, noisy_linears
 
 VOCABULARY = 50
@@ -38,7 +39,7 @@ class Check(ModeCheck):
     def __init__(self, differences, noise, room=True, agree=lambda numbers: numbers):
         self.differences, self.noise, self.noisy = list(differences), noise, False
         self.bench = SimpleNamespace(make_room=lambda shape: room, agree=agree)
-        self.runner = SimpleNamespace(model=object())
+        self.runner = SimpleNamespace(model=object(), exchange_pipeline=ExchangePipeline())
         self.scheduler = SimpleNamespace(
             model_config=SimpleNamespace(vocab_size=VOCABULARY),
             tp_group=SimpleNamespace(all_gather_object=lambda mine: ["", mine]),

@@ -20,6 +20,12 @@ MESSAGE_BYTES = 16 << 10
 """The least bytes of a block for an all-to-all of single messages. Smaller blocks use gloo's all-to-all."""
 
 
+def number_of_parts(size: int, ranks: int) -> int:
+    """The number of parts for blocks of ``size`` bytes in total, from ``ranks`` ranks. It is equal on every rank."""
+    to_others = size * (ranks - 1) // ranks
+    return max(1, min(MAX_PARTS, to_others // PART_BYTES))
+
+
 @dataclass
 class Pending:
     """Blocks that are on their way. ``received`` holds them once all of ``works`` are done."""
@@ -55,9 +61,7 @@ class GlooExchange(CollectiveExchange):
         return self._start(blocks).wait()
 
     def _parts(self, size: int) -> int:
-        """The number of parts for blocks of ``size`` bytes in total. It is equal on every rank."""
-        to_others = size * (self.group.world_size - 1) // self.group.world_size
-        return max(1, min(MAX_PARTS, to_others // PART_BYTES))
+        return number_of_parts(size, self.group.world_size)
 
     def _start(self, blocks: torch.Tensor) -> Pending:
         if blocks.nbytes < MESSAGE_BYTES * len(blocks):
