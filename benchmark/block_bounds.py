@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -130,22 +129,13 @@ def skipped_exactly(mass: torch.Tensor, sure: torch.Tensor, share: float) -> flo
 def main() -> None:
     """Print a table."""
     import smollm2
-    from transformers import AutoTokenizer
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=3072, help=f"tokens of the text, a multiple of {BLOCK}")
     options = parser.parse_args()
-    file = smollm2.find()
-    if file is None:
-        parser.error("the weights are not installed: run scripts/chat_model.sh")
     torch.set_num_threads(1)
     attention = Attention()
-    ALL_ATTENTION_FUNCTIONS["block_bounds"] = attention
-    with tempfile.TemporaryDirectory() as folder:
-        model = smollm2.write(file, Path(folder))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    model.config._attn_implementation = "block_bounds"
+    model, tokenizer = smollm2.load(attention)
     ids = tokenizer.encode((ROOT / "docs/usage.md").read_text())[: options.length]
     model.model(torch.tensor([ids]))
     found = [case for query, key in attention.kept for case in cases(query, key)]

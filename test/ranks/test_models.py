@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from model_trial import TOLERANCE, Outcome, TrialError, difference, trial
+from sglang_shift.models.demo import demo_model_path
 from tiny_models import MODELS, write
 
 SERVED = [name for name, model in MODELS.items() if not model.stock]
@@ -103,6 +104,31 @@ def test_every_mode_with_a_cache_in_fp8(name, checkpoints):
     assert difference(logits["tp"], expected) > FP8_TOLERANCE, "the cache is not in fp8"
     for pattern, mine in logits.items():
         assert difference(mine, logits["tp"]) < FP8_TOLERANCE, f"{pattern} differs from TP"
+
+
+LATENTS_BY_TOKEN = [
+    ("deepseek_v3", 2, 2, 2),
+    pytest.param("deepseek_v2", 4, 4, 4, marks=pytest.mark.full),
+    pytest.param("minicpm3", 4, 2, 4, marks=pytest.mark.full),
+    pytest.param("glm4_moe_lite", 4, 4, 2, marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize(("name", "tp_size", "sp_size", "shards"), LATENTS_BY_TOKEN)
+def test_latents_that_ranks_divide_by_token(name, tp_size, sp_size, shards, checkpoints):
+    """SGLang's layers would move queries and latents themselves. The CPU platform's backend does it for them."""
+    folder, expected = checkpoints.get(name)
+    flags = (*MODELS[name].flags, "--dcp-size", str(shards))
+    check(trial(folder, tp_size=tp_size, sp_size=sp_size, patterns=("tp", "sp", "mixed"), flags=flags), expected)
+
+
+@pytest.mark.full
+def test_eight_ranks_divide_heads_by_token():
+    """The demo model has 8 heads and 2 KV heads, so four ranks hold the same KV head."""
+    stock = trial(demo_model_path(), tp_size=1, stock=True).logits["tp"]
+    for sp_size in (8, 2):
+        flags, patterns = ("--dcp-size", "auto"), ("tp", "sp", "mixed")
+        check(trial(demo_model_path(), tp_size=8, sp_size=sp_size, patterns=patterns, flags=flags), stock)
 
 
 @pytest.mark.parametrize("name", models([name for name in SERVED if MODELS[name].refused], fast=False))

@@ -41,14 +41,27 @@ class Pool:
         self.keys[places.loc], self.values[places.loc] = k.to(self.keys.dtype), v.to(self.values.dtype)
 
 
+class LatentPool(Pool):
+    """MLA's pool: the values are the first columns of the keys."""
+
+    def __init__(self, rows, kv_heads, dtype):
+        super().__init__(rows, kv_heads, dtype)
+        self.values = self.keys[..., :VALUE_WIDTH]
+
+    def set_kv_buffer(self, layer, places, k, v):
+        self.keys[places.loc] = k.to(self.keys.dtype)
+
+
 class Requests:
     """Four requests with their tokens, equal on all ranks, and their slots in pages of D."""
 
-    def __init__(self, kv_heads, shards, shared=0):
+    def __init__(self, kv_heads, shards, shared=0, latents=False):
         generator = torch.Generator().manual_seed(3)
         self.q = torch.randn(4, 200, HEADS, WIDTH, generator=generator)
         self.k = torch.randn(4, 200, kv_heads, WIDTH, generator=generator)
         self.v = torch.randn(4, 200, kv_heads, VALUE_WIDTH, generator=generator)
+        if latents:
+            self.v = self.k[..., :VALUE_WIDTH]
         pages = torch.randperm(SLOTS // shards - 1, generator=generator) + 1
         pages = pages[: 4 * (200 // shards + 1)].view(4, -1)
         self.table = (pages.unsqueeze(-1) * shards + torch.arange(shards)).flatten(1)
@@ -79,8 +92,8 @@ class Requests:
         return torch.cat(outputs)
 
 
-def backend_of(requests, layer, group, dtype=torch.float32):
-    pool = Pool(SLOTS // group.world_size, layer.tp_k_head_num, dtype)
+def backend_of(requests, layer, group, dtype=torch.float32, pool_class=Pool):
+    pool = pool_class(SLOTS // group.world_size, layer.tp_k_head_num, dtype)
     runner = SimpleNamespace(
         device="cpu", req_to_token_pool=SimpleNamespace(req_to_token=requests.table), token_to_kv_pool=pool
     )
@@ -91,14 +104,16 @@ def layer_of(heads, **others):
     return RadixAttention(heads, WIDTH, SCALE, 1, layer_id=0, v_head_dim=VALUE_WIDTH, **others)
 
 
-def worst_error(rank, world, kv_heads, shards, *, sinks=None, cap=0.0, dtype=torch.float32, shared=0, padding=0):
+def worst_error(
+    rank, world, kv_heads, shards, *, sinks=None, cap=0.0, dtype=torch.float32, shared=0, padding=0, latents=""
+):
     """Run all steps on this rank. Return the largest error of an output, and what moved."""
     group = GlooGroup.mine([list(range(start, start + shards)) for start in range(0, world, shards)])
-    requests = Requests(kv_heads, shards, shared)
+    requests = Requests(kv_heads, shards, shared, bool(latents))
     per_rank, kv_head = HEADS // world, rank * kv_heads // world
     heads = slice(rank * per_rank, (rank + 1) * per_rank)
     layer = layer_of(per_rank, logit_cap=cap)
-    backend = backend_of(requests, layer, group, dtype)
+    backend = backend_of(requests, layer, group, dtype, LatentPool if latents else Pool)
     worst = torch.zeros(())
     for prefixes, news in STEPS:
         decode = max(news) == 1
@@ -107,7 +122,11 @@ def worst_error(rank, world, kv_heads, shards, *, sinks=None, cap=0.0, dtype=tor
         own = [x[:, [kv_head]] for x in (k, v)]
         backend.init_forward_metadata(batch)
         kwargs = {} if sinks is None else {"sinks": sinks[heads]}
-        output = backend.forward(q[:, heads].flatten(1), *own, layer, batch, **kwargs)
+        q = q[:, heads]
+        if latents == "in two parts":
+            kwargs |= {"q_rope": q[..., VALUE_WIDTH:], "k_rope": own[0][..., VALUE_WIDTH:]}
+            q, own[0] = q[..., :VALUE_WIDTH], own[0][..., :VALUE_WIDTH]
+        output = backend.forward(q.flatten(1), *own, layer, batch, **kwargs)
         output = output.view(-1, per_rank, VALUE_WIDTH)
         assert (output[output.shape[0] - extra :] == 0).all()
         expected = requests.expected(prefixes, news, heads, kv_head, sinks, cap)
@@ -134,6 +153,40 @@ def test_outputs_are_those_of_one_rank(world, kv_heads, shards):
 )
 def test_what_layers_and_batches_may_have(options):
     run_ranks(2, check_all_steps, 1, 2, options, 1e-5)
+
+
+@pytest.mark.parametrize(("world", "shards"), [(2, 2), (4, 2), (4, 4), (8, 8)])
+def test_latents(world, shards):
+    """All ranks hold the same latents, so all of them can divide the tokens."""
+    run_ranks(world, check_all_steps, 1, shards, {"latents": "whole"}, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"latents": "in two parts"}, {"latents": "whole", "shared": 64}, {"latents": "whole", "padding": 3}],
+    ids=["in two parts", "shared prefix", "rows that fill up"],
+)
+def test_what_batches_of_latents_may_have(options):
+    run_ranks(2, check_all_steps, 1, 2, options, 1e-5)
+
+
+def test_an_fp8_cache_of_latents():
+    run_ranks(2, check_all_steps, 1, 2, {"latents": "whole", "dtype": torch.float8_e4m3fn}, 0.2)
+
+
+def check_latents_move_once(rank, world):
+    """A cached token takes its latent and no value beside it."""
+    group = GlooGroup.mine([list(range(world))])
+    layer = layer_of(HEADS // world)
+    bytes_of = [
+        backend_of(Requests(1, world), layer, group, pool_class=pool_class)._rule(torch.zeros(1, 4, WIDTH), layer)
+        for pool_class in (LatentPool, Pool)
+    ]
+    assert [rule.key_bytes for rule in bytes_of] == [4 * WIDTH, 4 * (WIDTH + VALUE_WIDTH)]
+
+
+def test_latents_move_without_values():
+    run_ranks(2, check_latents_move_once)
 
 
 def test_an_fp8_cache():
@@ -176,9 +229,10 @@ def check_bytes(rank, world):
     everything = torch.arange(sum(prefixes), dtype=torch.bfloat16).view(-1, 1, 1).repeat(1, 1, 3)
     own = [each[rank::world] for each in everything.split(prefixes)]
     own_values = [each[..., :1].float() for each in own]
-    whole = shards.whole_prefixes(torch.cat(own), torch.cat(own_values), prefixes)
-    for (key, value), expected in zip(whole, everything.split(prefixes), strict=True):
-        assert key.dtype is torch.bfloat16 and torch.equal(key, expected)
+    whole = shards.whole_prefixes([torch.cat(own), torch.cat(own_values)], prefixes)
+    alone = shards.whole_prefixes([torch.cat(own)], prefixes)
+    for (key, value), (same,), expected in zip(whole, alone, everything.split(prefixes), strict=True):
+        assert key.dtype is torch.bfloat16 and torch.equal(key, expected) and torch.equal(same, expected)
         assert value.dtype is torch.float32 and torch.equal(value, expected[..., :1].float())
 
 
@@ -188,19 +242,18 @@ def test_prefixes_arrive_in_order(world):
 
 
 @pytest.mark.parametrize(
-    ("layer", "kwargs", "keys", "reason"),
+    ("layer", "keys", "reason"),
     [
-        ({"sliding_window_size": 8}, {}, True, "has a sliding window"),
-        ({"is_cross_attention": True}, {}, True, "reads the keys of an encoder"),
-        ({}, {}, False, "writes no keys of its own"),
-        ({}, {"q_rope": torch.zeros(1, 4)}, True, "caches latents"),
+        ({"sliding_window_size": 8}, True, "has a sliding window"),
+        ({"is_cross_attention": True}, True, "reads the keys of an encoder"),
+        ({}, False, "writes no keys of its own"),
     ],
 )
 @pytest.mark.parametrize("method", ["extend", "decode"])
-def test_layers_that_are_refused(layer, kwargs, keys, reason, method):
+def test_layers_that_are_refused(layer, keys, reason, method):
     group = SimpleNamespace(world_size=2, rank_in_group=0)
     refused = layer_of(4, **layer)
     backend = backend_of(Requests(1, 2), refused, group)
     k, v = (torch.zeros(1, 1, WIDTH), torch.zeros(1, 1, VALUE_WIDTH)) if keys else (None, None)
     with pytest.raises(NotImplementedError, match=f"{reason}; serve this model without --dcp-size"):
-        getattr(backend, method)(torch.zeros(1, 4 * WIDTH), k, v, refused, None, **kwargs)
+        getattr(backend, method)(torch.zeros(1, 4 * WIDTH), k, v, refused, None)

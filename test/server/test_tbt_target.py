@@ -228,10 +228,13 @@ def test_the_page_and_the_metrics_show_the_bound(server, prompts):
     assert status["tbt"]["target"] == 0.25
     assert 0 < status["tbt"]["margin"] <= 1
     assert status["tbt"]["chunks"]["room"]["p50"] >= FLOOR
+    gaps = STREAMS * (STREAM_TOKENS - 1) + len(prompts[1]) * 7  # of all answers of one load
+    assert status["gaps"]["10"]["count"] >= gaps and 0 <= status["gaps"]["10"]["late"] <= 1
     text = requests.get(server.url + "/metrics", timeout=60).text
     found = {line.split("{")[0]: float(line.split()[-1]) for line in text.splitlines() if line.startswith("sglang")}
     assert found["sglang_shift:tbt_target_seconds"] == 0.25
     assert found["sglang_shift:chunk_room_tokens_count"] > 0
+    assert found["sglang_shift:token_gap_seconds_count"] >= gaps
 
 
 def test_input_embeddings(servers, folder, prompts):

@@ -331,6 +331,7 @@ def build_runner(rank: int, task: Task, server_args: Any) -> Any:
         nccl_port=task.port,
         server_args=server_args,
     )
+    one_batch.TreeCacheNamespace = with_pages_of_the_pool(one_batch.TreeCacheNamespace)
     runner.alloc_memory_pool()
     runner.init_attention_backends()
     if mambaish_config(runner.model_config) is not None:
@@ -339,6 +340,16 @@ def build_runner(rank: int, task: Task, server_args: Any) -> Any:
         initialize_mamba_selective_state_update_backend(server_args)
     runner.init_cuda_graphs()
     return runner
+
+
+def with_pages_of_the_pool(make: Callable[..., Any]) -> Callable[..., Any]:
+    """SGLang's benchmark takes the page size of the flags. With ``--dcp-size``, pages have D times as many tokens."""
+
+    def make_cache(token_to_kv_pool_allocator: Any, **fields: Any) -> Any:
+        fields["page_size"] = token_to_kv_pool_allocator.page_size
+        return make(token_to_kv_pool_allocator=token_to_kv_pool_allocator, **fields)
+
+    return make_cache
 
 
 def run_pattern(

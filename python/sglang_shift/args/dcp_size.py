@@ -9,12 +9,13 @@ from sglang.srt.arg_groups.overrides import attention_backends_of, declare_resol
 from sglang.srt.configs.model_config import AttentionArch
 
 from sglang_shift.args.feature import Feature, first_requested
+from sglang_shift.args.sp_size import uses_shift_cpu_platform
 from sglang_shift.errors import Refusal
 from sglang_shift.flags import AUTO
 from sglang_shift.models.decoder_config import architecture_of
-from sglang_shift.models.families import FAMILIES
 from sglang_shift.models.heads import Heads
-from sglang_shift.models.token_shards import check_token_shards, most_token_shards
+from sglang_shift.models.token_shards import check_latent_shards, check_token_shards, most_token_shards
+from sglang_shift.models.whole_prefixes import other_layers
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,8 @@ OTHER_BACKEND = Refusal(
     "Other backends write each token on all ranks, at places that other tokens have, and SGLang does not refuse it.",
 )
 LATENTS = Refusal(
-    "--dcp-size {D} is not served with latent attention (MLA), as in {name}; leave it out",
-    "SGLang's code for it is in single backends of its own, and has not been tested with SP steps.",
+    "--dcp-size {D} is not served with latent attention (MLA) on GPUs, as in {name}; leave it out",
+    "SGLang's Triton backend has no code for it. The backends that have it have not been tested with SP steps.",
 )
 OTHER_LAYERS = Refusal(
     "--dcp-size {D} is not served for {name}, because {reason}; leave it out",
@@ -67,7 +68,7 @@ FEATURE_CONFLICT = Refusal(
 
 
 def resolve_dcp_size(server_args: Any, *, uses_sp: bool) -> None:
-    """Replace ``auto`` by the number of ranks that hold the same KV heads, and check other features.
+    """Replace ``auto`` by the number of ranks that hold the same KV heads or latents, and check other features.
 
     SGLang's own checks compare the number, so this comes before them.
 
@@ -81,17 +82,24 @@ def resolve_dcp_size(server_args: Any, *, uses_sp: bool) -> None:
     if count == AUTO:
         if not uses_sp:
             raise NEEDS_SP()
-        count = most_token_shards(heads_of(model_config_of(server_args)), settings.tp_size)
+        count, why = largest(model_config_of(server_args), settings.tp_size)
         declare_resolution(server_args, "sglang_shift", dcp_size=count)
-        logger.info("sglang_shift: --dcp-size auto: D=%d is the number of ranks that hold the same KV head", count)
+        logger.info("sglang_shift: --dcp-size auto: D=%d%s", count, why)
     if uses_sp and count > 1 and (feature := first_requested(FEATURES, settings)):
         raise FEATURE_CONFLICT(feature=feature.name, reason=feature.why, D=count)
 
 
+def largest(model_config: Any, ranks: int) -> tuple[int, str]:
+    """Return the largest D that is served with this number of ranks, and why, as the end of a sentence."""
+    if model_config.attention_arch != AttentionArch.MLA:
+        return most_token_shards(heads_of(model_config), ranks), " is the number of ranks that hold the same KV head"
+    if not uses_shift_cpu_platform():
+        return 1, ", because latents are not divided on GPUs"
+    return ranks, ", because all ranks hold the same latents"
+
+
 def heads_of(model_config: Any) -> Heads:
-    """The heads of a model. Latents (MLA) are not divided by heads, so they count as one KV head of each query head."""
-    if model_config.attention_arch == AttentionArch.MLA:
-        return Heads(model_config.num_attention_heads, model_config.num_attention_heads)
+    """The heads of a model that has no latents."""
     return Heads(model_config.num_attention_heads, model_config.get_total_num_kv_heads())
 
 
@@ -109,24 +117,13 @@ def check_dcp_size(settings: Any, model_config: Any) -> None:
     if count == 1:
         return
     name = architecture_of(model_config.hf_config) or "this model"
-    if model_config.attention_arch == AttentionArch.MLA:
+    if model_config.attention_arch != AttentionArch.MLA:
+        check_token_shards(heads_of(model_config), settings.tp_size, count)
+    elif uses_shift_cpu_platform():
+        check_latent_shards(settings.tp_size, count)
+    else:
         raise LATENTS(D=count, name=name)
-    check_token_shards(heads_of(model_config), settings.tp_size, count)
     if reason := other_layers(model_config, name):
         raise OTHER_LAYERS(D=count, name=name, reason=reason)
     if others := sorted({str(backend) for backend in attention_backends_of(settings)} - {BACKEND}):
         raise OTHER_BACKEND(D=count, backend=" and ".join(others))
-
-
-def other_layers(model_config: Any, name: str) -> str | None:
-    """Why the KV cache of a model is not divided by token, as a clause, or None."""
-    if getattr(model_config, "is_encoder_decoder", False):
-        return "its decoder reads the keys of an encoder"
-    if name in FAMILIES:
-        return None  # no class of these applies a window
-    kinds = set(getattr(model_config.hf_config, "layer_types", None) or ()) - {"full_attention"}
-    if kinds:
-        return f"it has layers of type {' and '.join(sorted(map(str, kinds)))}"
-    if getattr(model_config, "is_hybrid_swa", False):
-        return "it has layers with a sliding window"
-    return None

@@ -7,12 +7,12 @@ from typing import Any
 from sglang.srt.arg_groups.overrides import attention_backends_of
 from sglang.srt.configs.model_config import AttentionArch
 
-from sglang_shift.args.dcp_size import other_layers
 from sglang_shift.args.feature import Feature, first_requested
 from sglang_shift.args.sp_size import uses_shift_cpu_platform
 from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refusal
 from sglang_shift.models.decoder_config import architecture_of
+from sglang_shift.models.whole_prefixes import other_layers
 from sglang_shift.platforms.cpu import ATTENTION
 
 NOT_A_SHARE = Refusal(

@@ -1,7 +1,8 @@
 """Among how many ranks the tokens of a KV cache can be divided: D, SGLang's ``--dcp-size``.
 
 The ranks of a group must hold the same KV heads. Otherwise a rank would store keys of its own heads for tokens that
-another rank reads with other heads, and every answer would be wrong without an error.
+another rank reads with other heads, and every answer would be wrong without an error. With latent attention (MLA), all
+ranks hold the same latents.
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ NOT_A_DIVISOR = Refusal(
     "--dcp-size {D} does not divide the {R} ranks that hold the same KV head with --tp-size {P} and {N} KV heads; give "
     "auto, which is {R} here, or a smaller divisor of {R}",
     "D is at most P / KV heads, and divides it. SGLang does not check this, and its answers would be wrong.",
+)
+
+NOT_A_DIVISOR_OF_P = Refusal(
+    "--dcp-size {D} does not divide --tp-size {P}; with latent attention (MLA) give auto, which is {P} here, or a "
+    "smaller divisor of {P}",
+    "All ranks hold the same latents, and groups of D of them divide the tokens.",
 )
 
 
@@ -43,3 +50,17 @@ def check_token_shards(heads: Heads, ranks: int, count: int) -> None:
         raise NOT_SHARED(D=count, P=ranks, N=heads.kv)
     if count < 1 or most % count:
         raise NOT_A_DIVISOR(D=count, P=ranks, N=heads.kv, R=most)
+
+
+def check_latent_shards(ranks: int, count: int) -> None:
+    """Check that groups of ``count`` ranks can divide the tokens of a cache of latents.
+
+    Args:
+        ranks: P.
+        count: D.
+
+    Raises:
+        Refused: they cannot.
+    """
+    if count < 1 or ranks % count:
+        raise NOT_A_DIVISOR_OF_P(D=count, P=ranks)

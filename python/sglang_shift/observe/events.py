@@ -110,6 +110,7 @@ class StepEvent(msgspec.Struct):
         replayed: Whether the step replayed a CUDA graph; None if no graphs are captured for its phase.
         chunk_room: Prompt tokens that the step could take under ``--shift-tbt-target``; None if no bound applies to it.
         chunk_budget: Seconds that its prompts could take under that bound; None like ``chunk_room``.
+        gaps: The gaps between tokens that end with the step: pairs of seconds and the number of requests.
     """
 
     time: float
@@ -132,6 +133,7 @@ class StepEvent(msgspec.Struct):
     replayed: bool | None = None
     chunk_room: int | None = None
     chunk_budget: float | None = None
+    gaps: list[tuple[float, int]] = []
 
 
 class StateEvent(msgspec.Struct):

@@ -16,6 +16,7 @@ import zmq
 
 from sglang_shift.modes import MODES, Mode
 from sglang_shift.observe.events import SCHEMA, Event, Finished, InstancesEvent, StateEvent, StepEvent, Subscriber
+from sglang_shift.observe.gap_counts import GapCounts
 from sglang_shift.observe.summaries import (
     PHASES,
     BoundedStep,
@@ -32,6 +33,8 @@ from sglang_shift.observe.summaries import (
 logger = logging.getLogger(__name__)
 
 HISTORY_SECONDS = 600
+GAP_MINUTES = (1, 5, 10)
+"""The times over which gaps between tokens are summed up: those that the page can show."""
 RECENT_STEPS = 2000
 RECENT_REQUESTS = 1000
 RECENT_SWITCHES = 50
@@ -64,6 +67,7 @@ class _Second:
     tokens: dict[Mode, int] = field(default_factory=lambda: dict.fromkeys(MODES, 0))
     prefill_tokens: dict[Mode, int] = field(default_factory=lambda: dict.fromkeys(MODES, 0))
     busy_seconds: dict[Mode, float] = field(default_factory=lambda: dict.fromkeys(MODES, 0.0))
+    gaps: GapCounts = field(default_factory=GapCounts)
     running: int | None = None
     waiting: int | None = None
     pending_tokens: int | None = None
@@ -182,6 +186,7 @@ class Hub:
         event.chunk_room = finite(event.chunk_room)
         if event.chunk_budget is not None and not math.isfinite(event.chunk_budget):
             event.chunk_budget = None
+        event.gaps = [(s, count) for s, count in event.gaps if finite(s) is not None and count > 0]
         event.predicted = {mode: s for mode, s in event.predicted.items() if finite(s) is not None}
         counts = [event.tokens, event.prefill_tokens, event.running, event.waiting, event.pending_tokens, event.step]
         known = event.mode in MODES and event.phase in PHASES
@@ -202,6 +207,9 @@ class Hub:
         second.tokens[event.mode] += event.tokens
         second.prefill_tokens[event.mode] += event.prefill_tokens
         second.busy_seconds[event.mode] += event.seconds or 0.0
+        _, state = self._states.get(event.replica, (0.0, {}))
+        for seconds, count in event.gaps:
+            second.gaps.add(seconds, count, state.get("tbt_target", 0.0))
         self._take_queue(second, event.replica, event.running, event.waiting, event.pending_tokens)
         self._dropped += self._gaps.count_missing(event)
         predicted = event.predicted.get(event.mode)
@@ -248,6 +256,7 @@ class Hub:
                 "queue": {"running": running, "waiting": waiting, "pending_tokens": pending},
                 "history": self._history(int(now) - HISTORY_SECONDS, int(now)),
                 "minute": self._minute(int(now)),
+                "gaps": self._gap_summaries(int(now)),
                 "switches": [dict(switch) for switch in self._switches],
                 "instances": self._instances,
             }
@@ -276,3 +285,14 @@ class Hub:
             name: {mode: sum(getattr(s, name)[mode] for s in seconds) for mode in MODES}
             for name in ("steps", "tokens", "prefill_tokens", "busy_seconds")
         }
+
+    def _gap_summaries(self, end: int) -> dict[str, Any]:
+        """Return the gaps between tokens by the number of minutes, with those of the second that has not ended."""
+        summaries = {}
+        for minutes in GAP_MINUTES:
+            gaps = GapCounts()
+            for key, second in self._seconds.items():
+                if key > end - 60 * minutes:
+                    gaps.include(second.gaps)
+            summaries[str(minutes)] = gaps.summary()
+        return summaries

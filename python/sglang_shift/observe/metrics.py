@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ STEP_TIME_BUCKETS = tuple(
         100, 150, 200, 300, 500, 750, 1000, 1500, 2000, 3000, 5000, 10000,
     )
 )  # fmt: skip
+"""Upper bounds of the buckets, in seconds."""
+GAP_BUCKETS = (*STEP_TIME_BUCKETS[2:], 20.0, 30.0, 60.0)
 """Upper bounds of the buckets, in seconds."""
 CHUNK_BUCKETS = tuple(2**i for i in range(6, 18))
 """Upper bounds of the buckets, in prompt tokens."""
@@ -63,6 +66,7 @@ METRICS = {
         "counter", "Measured time of the steps that have both a prediction and a measurement.", ("mode", "phase")
     ),
     "step_time_ratio": Metric("gauge", "Median of actual over predicted step time of late.", ("mode",)),
+    "token_gap_seconds": Metric("histogram", "Gaps between two tokens of a request.", buckets=GAP_BUCKETS),
     "tbt_target_seconds": Metric("gauge", "Bound on the gap between two tokens of a request; 0 for none."),
     "tbt_margin": Metric("gauge", "Share of that bound that predicted step times may use."),
     "chunk_tokens": Metric("histogram", "Prompt tokens of steps under that bound.", buckets=CHUNK_BUCKETS),
@@ -180,6 +184,8 @@ class Metrics:
             self._metric("chunk_tokens", replica).observe(event.prefill_tokens)
             self._metric("chunk_room_tokens", replica).observe(event.chunk_room)
             self._metric("chunk_budget_seconds", replica).observe(max(0.0, event.chunk_budget))
+        for seconds, count in event.gaps:
+            observe(self._metric("token_gap_seconds", replica), seconds, count)
         for figures in (request.sparse for request in event.finished):
             if figures is not None and figures.tokens:
                 self._metric("sparse_tokens_total", replica).inc(figures.tokens)
@@ -221,3 +227,15 @@ class Metrics:
     def _take_queue(self, replica: int, running: int, waiting: int) -> None:
         self._metric("queue_requests", replica, state="running").set(running)
         self._metric("queue_requests", replica, state="waiting").set(waiting)
+
+
+def observe(histogram: Any, value: float, count: int) -> None:
+    """Count equal values at once, as SGLang does: hundreds of requests may decode in each step.
+
+    Args:
+        histogram: A ``Histogram`` of prometheus_client, with its labels.
+        value: The value.
+        count: How many of it there are.
+    """
+    histogram._sum.inc(value * count)
+    histogram._buckets[bisect_left(histogram._upper_bounds, value)].inc(count)

@@ -123,7 +123,7 @@ class CpuAttentionBackend(AttentionBackend):
             A part with ``output`` ``[rows, heads, value width]`` and ``lse`` ``[rows, heads]``. Rows that only fill up
             the batch are 0.
         """
-        query, sinks = self._prepare(q, k, v, layer, batch, save_kv_cache, **kwargs)
+        query, _, sinks = self._prepare(q, k, v, layer, batch, save_kv_cache, **kwargs)
         causal = self._is_causal(layer, batch)
         options = {"scale": layer.scaling, "causal": causal, "cap": layer.logit_cap, "window": window_of(layer, causal)}
         keys, values = self._buffers(layer)
@@ -156,7 +156,7 @@ class CpuAttentionBackend(AttentionBackend):
         Returns:
             A part with ``output`` ``[requests, heads, value width]`` and ``lse`` ``[requests, heads]``.
         """
-        query, sinks = self._prepare(q, k, v, layer, batch, save_kv_cache, **kwargs)
+        query, _, sinks = self._prepare(q, k, v, layer, batch, save_kv_cache, **kwargs)
         part = self._attend_together(query, self._together(layer, batch), layer)
         return part if sinks is None else add_sinks(part, sinks)
 
@@ -204,8 +204,12 @@ class CpuAttentionBackend(AttentionBackend):
         q_rope: torch.Tensor | None = None,
         k_rope: torch.Tensor | None = None,
         **others: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Write new keys and values to the pool. Return the queries, ``[rows, heads, width]``, and the sinks."""
+    ) -> tuple[torch.Tensor, Any, torch.Tensor | None]:
+        """Write new keys and values to the pool.
+
+        Returns:
+            The queries, ``[rows, heads, width]``, the whole keys if there are new ones, and the sinks.
+        """
         refuse_unknown(layer, others)
         if q_rope is not None:  # MLA's rotary part apart
             q = torch.cat([q.view(-1, layer.tp_q_head_num, layer.v_head_dim), q_rope], -1)
@@ -213,7 +217,7 @@ class CpuAttentionBackend(AttentionBackend):
             k = torch.cat([k, k_rope.view(k.shape[0], 1, -1)], -1)
         if save_kv_cache and k is not None and v is not None:
             self._write(k, v, layer, batch)
-        return q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim), sinks
+        return q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim), k, sinks
 
     def _write(self, k: torch.Tensor, v: torch.Tensor, layer: Any, batch: Any) -> None:
         slots = batch.encoder_out_cache_loc if layer.is_cross_attention else batch.out_cache_loc
@@ -222,6 +226,11 @@ class CpuAttentionBackend(AttentionBackend):
     def _buffers(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
         pool = self.token_to_kv_pool
         return pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+
+    def _has_latents(self, layer: Any) -> bool:
+        """Whether the pool has MLA's latents: they are keys, and their first columns are the values."""
+        keys, values = self._buffers(layer)
+        return keys.data_ptr() == values.data_ptr()
 
     def _is_causal(self, layer: Any, batch: Any) -> bool:
         if layer.attn_type == AttentionType.DECODER_BIDIRECTIONAL:

@@ -4,6 +4,9 @@ Ranks that hold the same KV heads form groups of D neighbours. The token at posi
 rank ``i % D`` of each group, so a KV pool of N tokens on each rank holds D * N tokens. SGLang's allocator counts slots
 in the whole group: slot x is row ``x // D`` of rank ``x % D``.
 
+MLA's latents are divided in the same way. They are one key for all heads, and all ranks hold them, so D may be P. The
+values are the first columns of the keys, and never move on their own.
+
 A step computes attention in two parts, which are merged by their log-sum-exp. All ranks of a group have the keys of the
 new tokens, so a chunk's attention to itself is local. For the prefix, queries and keys must meet:
 :mod:`sglang_shift.platforms.kv_move` says which of them move. A step moves the queries of all its requests at once, and
@@ -17,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.distributed.parallel_state import get_dcp_group_no_assert
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
@@ -102,22 +106,20 @@ class TokenShards:
         by_rank = x.view(tokens, kv_heads, self.count, -1, width).permute(2, 0, 1, 3, 4)
         return by_rank.reshape(self.count, tokens, heads // self.count, width)
 
-    def whole_prefixes(
-        self, keys: torch.Tensor, values: torch.Tensor, prefixes: Sequence[int]
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def whole_prefixes(self, stored: Sequence[torch.Tensor], prefixes: Sequence[int]) -> list[list[torch.Tensor]]:
         """Get the keys and values of whole prefixes. All ranks call it.
 
         Args:
-            keys: ``[tokens, KV heads, width]``, those that this rank stores, prefix by prefix.
-            values: ``[tokens, KV heads, value width]``, likewise.
+            stored: What this rank stores, prefix by prefix: keys, ``[tokens, KV heads, width]``, and values likewise,
+                or keys alone.
             prefixes: The tokens of each prefix.
 
         Returns:
-            Keys and values of each prefix, in the order of its tokens.
+            The same of each prefix, in the order of its tokens.
         """
         own = self.lengths(torch.tensor(prefixes)).tolist()
         most = [-(-prefix // self.count) for prefix in prefixes]  # the shards of the first rank are the longest
-        sent = torch.cat([as_bytes(keys), as_bytes(values)], -1)
+        sent = torch.cat([as_bytes(each) for each in stored], -1)
         if own != most:
             padded = sent.new_zeros(sum(most), *sent.shape[1:])
             for target, shard in zip(padded.split(most), sent.split(own), strict=True):
@@ -127,9 +129,7 @@ class TokenShards:
         self.group.all_gather_into_tensor(received.flatten(0, 1), sent.contiguous())
         whole = []
         for prefix, shards in zip(prefixes, received.split(most, 1), strict=True):
-            in_order = shards.transpose(0, 1).flatten(0, 1)[:prefix]
-            key, value = from_bytes(in_order, (keys, values))
-            whole.append((key, value))
+            whole.append(from_bytes(shards.transpose(0, 1).flatten(0, 1)[:prefix], stored))
         return whole
 
 
@@ -138,12 +138,12 @@ def as_bytes(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view(torch.uint8)
 
 
-def from_bytes(x: torch.Tensor, like: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two tensors whose bytes :func:`as_bytes` gave, side by side. ``like`` has their dtypes and last dimensions."""
+def from_bytes(x: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors whose bytes :func:`as_bytes` gave, side by side. ``like`` has their dtypes and last dimensions."""
     parts = x.split([each.shape[-1] * each.element_size() for each in like], -1)
     # A copy, and no view of a single row: its first byte need not be where an element may begin.
-    first, second = (part.clone(memory_format=torch.contiguous_format) for part in parts)
-    return first.view(like[0].dtype), second.view(like[1].dtype)
+    copies = (part.clone(memory_format=torch.contiguous_format) for part in parts)
+    return [copy.view(each.dtype) for copy, each in zip(copies, like, strict=True)]
 
 
 @relies_on(
@@ -164,8 +164,8 @@ class TokenShardedBackend(CpuAttentionBackend):
         self.moves: Counter[Move] = Counter()  # over all layers and steps
 
     def extend(self, q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool = True, **kwargs: Any) -> Part:
-        refuse_layer(layer, k, v, save_kv_cache, kwargs)
-        query, sinks = self._prepare(q, k, v, layer, batch, save_kv_cache, **kwargs)
+        refuse_layer(layer, k, v, save_kv_cache)
+        query, k, sinks = self._prepare(q, k, v, layer, batch, save_kv_cache, **kwargs)
         extensions = self._extensions(batch)
         if any(extension.visible is not None for extension in extensions):
             raise NotImplementedError(f"drafts cannot be verified with --dcp-size {self.shards.count}; leave one out")
@@ -184,8 +184,8 @@ class TokenShardedBackend(CpuAttentionBackend):
         return part if sinks is None else add_sinks(part, sinks)
 
     def decode(self, q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool = True, **kwargs: Any) -> Part:
-        refuse_layer(layer, k, v, save_kv_cache, kwargs)
-        query, sinks = self._prepare(q, k, v, layer, batch, save_kv_cache, **kwargs)
+        refuse_layer(layer, k, v, save_kv_cache)
+        query, _, sinks = self._prepare(q, k, v, layer, batch, save_kv_cache, **kwargs)
         kv_heads = layer.tp_k_head_num
         queries = self.shards.all_queries(query, kv_heads)
         part = self.shards.merged(self._attend_together(queries, self._together(layer, batch), layer), kv_heads)
@@ -207,19 +207,20 @@ class TokenShardedBackend(CpuAttentionBackend):
         causal: bool,
     ) -> Part:
         """Attention of each request's new tokens to themselves. Rows that only fill up the batch are 0."""
-        key = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
-        value = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
+        new = [k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)]
+        if not self._has_latents(layer):
+            new.append(v.view(-1, layer.tp_v_head_num, layer.v_head_dim))
         part = Part(query.new_zeros(*query.shape[:2], layer.v_head_dim), no_lse(query))
         for rows in rows_of(extensions):
-            part.output[rows], part.lse[rows] = attend_in(layer, query[rows], key[rows], value[rows], causal)
+            part.output[rows], part.lse[rows] = attend_in(layer, query[rows], *(x[rows] for x in new), causal=causal)
         return part
 
     def _rule(self, query: torch.Tensor, layer: Any) -> MoveRule:
         """The rule for this layer: what a token's queries and its key take."""
         widths = layer.qk_head_dim + layer.v_head_dim
         query_bytes = layer.tp_q_head_num * (widths * query.element_size() + no_lse(query[:0]).element_size())
-        keys = self._buffers(layer)[0]
-        return MoveRule(self.shards.count, query_bytes, layer.tp_k_head_num * widths * keys.element_size())
+        stored, keys = layer.qk_head_dim if self._has_latents(layer) else widths, self._buffers(layer)[0]
+        return MoveRule(self.shards.count, query_bytes, layer.tp_k_head_num * stored * keys.element_size())
 
     def _move_queries(
         self, part: Part, query: torch.Tensor, requests: list[tuple[int, Extension, slice]], layer: Any
@@ -244,20 +245,20 @@ class TokenShardedBackend(CpuAttentionBackend):
         self, part: Part, query: torch.Tensor, requests: list[tuple[int, Extension, slice]], layer: Any
     ) -> None:
         """Add attention to prefixes that come to the queries."""
-        stored = [self._stored(index, extension, layer) for index, extension, _ in requests]
-        keys, values = (torch.cat(each) for each in zip(*stored, strict=True))
-        prefixes = self.shards.whole_prefixes(keys, values, [extension.prefix for _, extension, _ in requests])
-        for (_, _, rows), (key, value) in zip(requests, prefixes, strict=True):
-            prefix = attend_in(layer, query[rows], key, value)
+        stored = zip(*(self._stored(index, extension, layer) for index, extension, _ in requests), strict=True)
+        lengths = [extension.prefix for _, extension, _ in requests]
+        prefixes = self.shards.whole_prefixes([torch.cat(each) for each in stored], lengths)
+        for (_, _, rows), keys_and_values in zip(requests, prefixes, strict=True):
+            prefix = attend_in(layer, query[rows], *keys_and_values)
             part.output[rows], part.lse[rows] = merge(prefix, Part(part.output[rows], part.lse[rows]))
 
-    def _stored(self, index: int, extension: Extension, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the part of a prefix that this rank stores, in the dtype of the pool."""
+    def _stored(self, index: int, extension: Extension, layer: Any) -> list[torch.Tensor]:
+        """Keys and values of the part of a prefix that this rank stores, or latents, in the dtype of the pool."""
         if index not in self.slots:
             slots = self.req_to_token_pool.req_to_token[extension.row, self.shards.rank : extension.prefix]
             self.slots[index] = self.shards.rows(slots[:: self.shards.count])
-        keys, values = self._buffers(layer)
-        return take(keys, self.slots[index]), take(values, self.slots[index])
+        buffers = self._buffers(layer)
+        return [take(each, self.slots[index]) for each in (buffers[:1] if self._has_latents(layer) else buffers)]
 
     def _together(self, layer: Any, batch: Any) -> list[Together]:
         """The requests of a decode of which this rank stores tokens, in groups of similar lengths."""
@@ -272,9 +273,15 @@ class TokenShardedBackend(CpuAttentionBackend):
         return self.slots["decode"]
 
 
-def attend_in(layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool = False) -> Part:
-    """Attention with a layer's scale and cap. A prefix needs no order: every new token attends to all of it."""
-    key, value = key.to(query.dtype), value.to(query.dtype)
+def attend_in(
+    layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None = None, *, causal: bool = False
+) -> Part:
+    """Attention with a layer's scale and cap. A prefix needs no order: every new token attends to all of it.
+
+    Without values, the keys are latents.
+    """
+    key = key.to(query.dtype)
+    value = key[..., : layer.v_head_dim] if value is None else value.to(query.dtype)
     return attend(query, key, value, scale=layer.scaling, causal=causal, cap=layer.logit_cap)
 
 
@@ -287,7 +294,7 @@ def rows_of(extensions: list[Extension]) -> list[slice]:
     return rows
 
 
-def refuse_layer(layer: Any, k: Any, v: Any, save_kv_cache: bool, others: dict[str, Any]) -> None:
+def refuse_layer(layer: Any, k: Any, v: Any, save_kv_cache: bool) -> None:
     """Refuse a layer whose KV cache cannot be divided by token.
 
     Raises:
@@ -300,8 +307,6 @@ def refuse_layer(layer: Any, k: Any, v: Any, save_kv_cache: bool, others: dict[s
         reason = "has a sliding window"
     elif k is None or v is None or not save_kv_cache:
         reason = "writes no keys of its own"
-    elif others.get("q_rope") is not None or others.get("k_rope") is not None:
-        reason = "caches latents"
     if reason:
         raise NotImplementedError(f"attention layer {layer.layer_id} {reason}; serve this model without --dcp-size")
 
@@ -329,10 +334,43 @@ def make_backend(model_runner: Any) -> CpuAttentionBackend:
     group = get_dcp_group_no_assert()
     if group is None:
         return CpuAttentionBackend(model_runner)
-    config = model_runner.model_config
-    heads = Heads(config.num_attention_heads, config.get_total_num_kv_heads())
-    token_shards.check_token_shards(heads, get_parallel().attn_tp_size, group.world_size)
+    config, ranks = model_runner.model_config, get_parallel().attn_tp_size
+    if config.attention_arch == AttentionArch.MLA:
+        token_shards.check_latent_shards(ranks, group.world_size)
+        take_over_latents(model_runner.model, model_runner.token_to_kv_pool)
+    else:
+        heads = Heads(config.num_attention_heads, config.get_total_num_kv_heads())
+        token_shards.check_token_shards(heads, ranks, group.world_size)
     return TokenShardedBackend(model_runner, TokenShards(group))
+
+
+@relies_on(
+    "sglang.srt.models.deepseek_common.attention_forward_methods.forward_mla:DeepseekMLAForwardMixin.forward_absorb_core",
+    "If dcp_size is 1, it calls attention for this rank's heads, and lets attention do the rest.",
+)
+@relies_on(
+    "sglang.srt.model_executor.runner.eager_runner:EagerRunner._execute_extend",
+    "It asks the model for what SGLang's own way needs, and passes it on to the layers.",
+)
+@relies_on(
+    "sglang.srt.mem_cache.memory_pool:MLATokenToKVPool.set_kv_buffer",
+    "It writes at rows of this rank if write_loc_is_dcp_resolved says so.",
+)
+def take_over_latents(model: Any, pool: Any) -> None:
+    """Let SGLang's MLA layers leave the division of tokens to the backend.
+
+    SGLang's way is in these layers: they move queries and latents with CUDA kernels, for single backends.
+
+    Args:
+        model: The model, which is built for D ranks.
+        pool: Its KV pool.
+    """
+    for module in model.modules():
+        if getattr(module, "dcp_size", 1) > 1:
+            module.dcp_size = 1
+    if hasattr(model, "prepare_context_parallel_metadata_for_dcp"):
+        model.prepare_context_parallel_metadata_for_dcp = lambda *_: None
+    pool.write_loc_is_dcp_resolved = True
 
 
 def register() -> None:

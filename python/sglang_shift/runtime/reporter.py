@@ -16,6 +16,7 @@ from sglang_shift.observe.events import META_INFO_KEY, SPARSE_KEY, Finished, Pub
 from sglang_shift.policy.selector import Decision, Drift, ModeSelector
 from sglang_shift.runtime.chunk_sizer import Chunk
 from sglang_shift.runtime.stopwatch import Lap
+from sglang_shift.runtime.token_gaps import TokenGaps
 from sglang_shift.seams import overrides
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class _StepInFlight:
     lap: Lap | None
     replayed: bool | None
     chunk: Chunk | None
+    sparse: bool
 
 
 class StepReporter:
@@ -55,6 +57,7 @@ class StepReporter:
     def __init__(self, selector: ModeSelector, publisher: Publisher, state: Any, exchange: Any) -> None:
         self.selector, self.publisher, self.state, self.exchange = selector, publisher, state, exchange
         self.drift = Drift()
+        self.gaps = TokenGaps()
         self.batch_lines = BatchLines()
         self._in_flight: dict[int, _StepInFlight] = {}
         self._steps = 0
@@ -72,12 +75,23 @@ class StepReporter:
         lap: Lap | None,
         replayed: bool | None,
         chunk: Chunk | None = None,
+        *,
+        sparse: bool = False,
     ) -> None:
-        """Record that a step was launched. ``replayed`` is the field of :class:`StepEvent`."""
+        """Record that a step was launched.
+
+        Args:
+            forward_iter: SGLang's number of the step.
+            decision: The mode of the step, and what it computes.
+            lap: The time of the step, as soon as it is known.
+            replayed: The field of :class:`StepEvent`.
+            chunk: What was decided under a bound on the gap between tokens.
+            sparse: Whether some of its chunks leave out blocks.
+        """
         if len(self._in_flight) >= MAX_IN_FLIGHT:
             self._in_flight.pop(next(iter(self._in_flight)))  # the result of this step never came
         self._in_flight[forward_iter] = _StepInFlight(
-            decision, self.selector.predict(decision.step), lap, replayed, chunk
+            decision, self.selector.predict(decision.step), lap, replayed, chunk, sparse
         )
         if chunk is not None and chunk.floor_rules:
             self._log_floor(chunk)
@@ -98,6 +112,7 @@ class StepReporter:
     def after_result(self, batch: Any) -> None:
         """Publish the step, after SGLang has processed its result."""
         in_flight = self._in_flight.pop(batch.forward_iter, None)
+        gaps = self.gaps.take(batch.reqs)
         if in_flight is None:
             return
         decision = in_flight.decision
@@ -110,7 +125,8 @@ class StepReporter:
             reason = self._explain(decision) if decision.switched else ""
         seconds = in_flight.lap.seconds if in_flight.lap is not None else None
         if seconds is not None and in_flight.predicted and step.needs_tp is None:  # such a step computes more
-            self.drift.add(mode, in_flight.predicted[mode], seconds, step.phase)
+            if not in_flight.sparse:  # the calibration timed exact chunks
+                self.drift.add(mode, in_flight.predicted[mode], seconds, step.phase)
             chunk = in_flight.chunk
             if chunk is not None and chunk.uses_budget and not decision.probe:
                 self.drift.add_chunk(chunk.predicted, seconds)
@@ -138,6 +154,7 @@ class StepReporter:
                 replayed=in_flight.replayed,
                 chunk_room=in_flight.chunk.room if in_flight.chunk is not None else None,
                 chunk_budget=in_flight.chunk.budget if in_flight.chunk is not None else None,
+                gaps=gaps,
                 replica=self.publisher.replica,
             )
         )

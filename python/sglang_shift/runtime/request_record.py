@@ -24,7 +24,7 @@ STATE = (
     "is_retracted", "retracted_stain", "retraction_count", "priority", "to_finish", "arrival_processed_tokens",
     "cached_tokens", "cached_tokens_device", "_cache_breakdown_computed", "weight_version_events", "hidden_states",
     "_is_reasoning_over", "reasoning_tokens", "_think_end_match_len", "_think_start_match_len", "customized_info",
-    "shift_steps",
+    "shift_steps", "shift_last_token",
 )  # fmt: skip
 """The attributes of SGLang's request that change while it runs, and that steps and answers depend on."""
 

@@ -176,14 +176,15 @@ class ShiftScheduler(Scheduler):
         if decision is None:
             return super().run_batch(batch, *args, **kwargs)
         runner = self.tp_worker.model_runner
-        with runner.running_in(decision.mode), self.shift_sparse.running(batch):
+        with runner.running_in(decision.mode), self.shift_sparse.running(batch) as sparse:
             result = super().run_batch(batch, *args, **kwargs)
         step, mode = decision.step, decision.mode
         replayed = runner.graphs.for_phase(step.num_prefill_tokens > 0).count(mode, result.can_run_cuda_graph)
         if mode is Mode.SP:
             self.shift_exchange_counter.count(step.padded[mode] if replayed else step.num_tokens)
         if self.shift_reporter is not None:
-            self.shift_reporter.on_launch(batch.forward_iter, decision, self.tp_worker.last_lap, replayed, chunk)
+            lap = self.tp_worker.last_lap
+            self.shift_reporter.on_launch(batch.forward_iter, decision, lap, replayed, chunk, sparse=sparse)
         return result
 
     def choose_mode(self, batch: ScheduleBatch) -> Decision | None:

@@ -50,13 +50,19 @@ class SparseRequest:
 
     Attributes:
         exact: Why its next chunks are exact; empty if they may leave out blocks.
-        tokens: Its prompt tokens that were computed sparsely.
-        dropped: What they left out, on all ranks.
+        tokens: Its prompt tokens that were computed sparsely. After a retraction, they do not count again.
+        dropped: What they left out, on all ranks, each time that they were computed.
     """
 
     exact: str = ""
     tokens: int = 0
     dropped: DroppedMass = field(default_factory=DroppedMass)
+    _end: int = 0  # of the tokens that have been counted
+
+    def count(self, start: int, end: int) -> None:
+        """Count the prompt tokens from ``start`` to ``end`` that were not counted before."""
+        self.tokens += max(0, end - max(start, self._end))
+        self._end = max(end, self._end)
 
     def figures(self) -> SparseFigures:
         """The figures for the answer."""
@@ -92,18 +98,22 @@ class SparsePrefill:
         req.extra_key = (EXACT if reason else SPARSE) + (req.extra_key or "")
 
     @contextmanager
-    def running(self, batch: ScheduleBatch) -> Iterator[None]:
-        """Inside of this context, the backend leaves out blocks for the chunks of a batch that may do so."""
+    def running(self, batch: ScheduleBatch) -> Iterator[bool]:
+        """Inside of this context, the backend leaves out blocks for the chunks of a batch that may do so.
+
+        The context gives whether there are such chunks.
+        """
         chunks = self.sparse_chunks(batch) if self.bound else {}
         if not chunks:
-            yield
+            yield False
             return
         records = {index: DroppedMass() for index in chunks}
         for index, request in chunks.items():
-            request.tokens += batch.extend_lens[index]
+            prefix, prompt = batch.prefix_lens[index], len(batch.reqs[index].origin_input_ids)
+            request.count(prefix, min(prefix + batch.extend_lens[index], prompt))
         self.backend.sparse = SparseStep(self.bound, records)
         try:
-            yield
+            yield True
         finally:
             self.backend.sparse = None
         self.chunks += len(chunks)

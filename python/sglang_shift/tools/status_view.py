@@ -177,6 +177,8 @@ def _requests(data: dict[str, Any]) -> RenderableType:
         grid.add_column(name, justify="right")
     for key, name in (("ttft", "first token"), ("tpot", "each further token"), ("e2e", "whole request")):
         grid.add_row(name, *(seconds((requests[key] or {}).get(p)) for p in PERCENTILES))
+    if gaps := (data.get("gaps") or {}).get("1"):
+        grid.add_row("gap, last minute", *(seconds(gaps[p]) for p in PERCENTILES))
     return grid
 
 

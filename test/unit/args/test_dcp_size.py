@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 from sglang.srt.arg_groups.overrides import resolution_result
 from sglang.srt.configs.model_config import AttentionArch
-from sglang_shift.args.dcp_size import FEATURES, check_dcp_size
+from sglang_shift.args import dcp_size
+from sglang_shift.args.dcp_size import FEATURES, check_dcp_size, largest
 from sglang_shift.args.server_args import ShiftServerArgs, prepare_server_args
 from sglang_shift.args.sp_size import pool_of
 from sglang_shift.errors import Refused, ShiftError
@@ -132,8 +133,8 @@ def test_every_feature_is_asked_for_by_its_field():
 
 
 def settings(backend="triton", **others):
-    split = {"prefill_attention_backend": None, "decode_attention_backend": None}
-    return SimpleNamespace(tp_size=4, dcp_size=2, attention_backend=backend, **{**split, **others})
+    plain = {"prefill_attention_backend": None, "decode_attention_backend": None, "dcp_size": 2}
+    return SimpleNamespace(tp_size=4, attention_backend=backend, **{**plain, **others})
 
 
 def model(name="LlamaForCausalLM", arch=AttentionArch.MHA, *, windows=False, encoder=False, **fields):
@@ -157,7 +158,6 @@ def test_backends_that_would_silently_be_wrong(backend):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (model("DeepseekV3ForCausalLM", AttentionArch.MLA), "latent attention (MLA), as in DeepseekV3ForCausalLM"),
         (model("XForCausalLM", encoder=True), "XForCausalLM, because its decoder reads the keys of an encoder"),
         (model("XForCausalLM", windows=True), "XForCausalLM, because it has layers with a sliding window"),
         (
@@ -170,6 +170,34 @@ def test_models_that_are_not_served(config, message):
     with pytest.raises(Refused) as refusal:
         check_dcp_size(settings(), config)
     assert message in str(refusal.value)
+
+
+def latents(**fields):
+    return model("DeepseekV3ForCausalLM", AttentionArch.MLA, **fields)
+
+
+@pytest.fixture
+def on_gpus(monkeypatch):
+    monkeypatch.setattr(dcp_size, "uses_shift_cpu_platform", lambda: False)
+
+
+def test_all_ranks_hold_the_same_latents():
+    """So D is any divisor of P, whatever number of KV heads the model's configuration has."""
+    assert largest(latents(), 4) == (4, ", because all ranks hold the same latents")
+    for count in (2, 4):
+        check_dcp_size(settings(dcp_size=count), latents())
+    with pytest.raises(Refused, match=r"--dcp-size 3 does not divide --tp-size 4; with latent attention \(MLA\) give"):
+        check_dcp_size(settings(dcp_size=3), latents())
+    with pytest.raises(Refused, match="needs --attention-backend triton"):
+        check_dcp_size(settings("torch_native"), latents())
+
+
+def test_latents_on_gpus(on_gpus):
+    assert largest(latents(), 4) == (1, ", because latents are not divided on GPUs")
+    assert largest(model(), 4)[0] == 2
+    with pytest.raises(Refused) as refusal:
+        check_dcp_size(settings(), latents())
+    assert "latent attention (MLA) on GPUs, as in DeepseekV3ForCausalLM" in str(refusal.value)
 
 
 def test_windows_that_no_class_applies_do_not_matter():

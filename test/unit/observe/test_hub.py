@@ -352,3 +352,28 @@ class TestBound:
             "the decodes alone may take longer than the target, so a budget may be below 0"
         )
         assert tbt["chunks"]["over_budget"] == 1.0
+
+
+class TestGaps:
+    """The gaps between tokens of the last minutes."""
+
+    def test_without_gaps(self, hub):
+        hub.take(step())
+        assert strict(hub)["gaps"] == {"1": None, "5": None, "10": None}
+
+    def test_by_minutes_and_under_the_target_of_their_time(self, hub, clock):
+        hub.take(step(number=1, gaps=[(0.01, 3)]))
+        clock.now += 120
+        hub.take(state(clock.now, tbt_target=0.1))
+        hub.take(step(clock.now, 2, gaps=[(0.05, 2), (0.15, 1)]))
+        gaps = strict(hub)["gaps"]
+        assert (gaps["1"]["count"], gaps["5"]["count"], gaps["10"]["count"]) == (3, 6, 6)
+        assert gaps["1"]["max"] == gaps["10"]["max"] == 0.15
+        assert gaps["1"]["late"] == gaps["10"]["late"] == pytest.approx(1 / 3)
+        assert sum(gaps["10"]["counts"]) == 6
+        clock.now += 400
+        assert strict(hub)["gaps"]["5"] is None and strict(hub)["gaps"]["10"]["count"] == 6
+
+    def test_values_that_make_no_sense(self, hub):
+        hub.take(step(gaps=[(float("nan"), 1), (-1.0, 1), (0.5, 0), (float("inf"), 2), (0.25, 1)]))
+        assert strict(hub)["gaps"]["1"]["count"] == 1 and strict(hub)["gaps"]["1"]["max"] == 0.25

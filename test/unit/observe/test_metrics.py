@@ -45,6 +45,7 @@ step(3, replica=2)
 done = [SparseFigures(900, 0.001, 0.01, 0.04, 0.7), SparseFigures(0, 0, 0, 0, 1, "it has images"), None]
 step(1, replica=3, finished=[Finished(1000, 2, 0.1, None, 0.2, {}, sparse) for sparse in done])
 state(replica=2, tbt_target=0.1, tbt_margin=0.75)
+step(4, replica=2, gaps=[(0.02, 300), (0.021, 2), (75.0, 1)])
 
 change = dict(level=2, ok=True, phases={"quiesce": 0.25, "exchange": 0.5}, bytes_sent=1000, tokens_recomputed=3)
 for count in (1, 2, 2):  # the last changes come again with each event
@@ -184,6 +185,14 @@ def test_the_bound_on_the_gap_between_tokens(scraped, value):
     assert value("chunk_tokens_count", replica="2") == 2
     assert value("chunk_budget_seconds_sum", replica="2") == pytest.approx(0.05)
     assert ("chunk_tokens_count", frozenset({("replica", "0")})) not in scraped
+
+
+def test_gaps_between_tokens(value):
+    """Equal gaps are counted at once. The largest bucket has no end."""
+    buckets = {le: value("token_gap_seconds_bucket", "2", le=le) for le in ("0.015", "0.02", "0.03", "60.0", "+Inf")}
+    assert buckets == {"0.015": 0, "0.02": 300, "0.03": 302, "60.0": 302, "+Inf": 303}
+    assert value("token_gap_seconds_count", "2") == 303
+    assert value("token_gap_seconds_sum", "2") == pytest.approx(300 * 0.02 + 2 * 0.021 + 75)
 
 
 def test_what_sparse_requests_left_out(value):

@@ -169,6 +169,36 @@ def test_the_bound_on_the_gap_between_tokens(served, opened):
     assert page.problems == []
 
 
+def test_gaps_between_tokens(served, opened):
+    page = opened()
+    assert words(page, "#c-gaps") == "No request got a second token in this time."
+    assert page.evaluate("document.querySelector('#l-gaps').hidden")
+    served.state(tbt_target=0.1)
+    for _ in range(20):
+        served.step("tp", 1, gaps=[(0.02, 40)])
+    served.step("sp", 600, gaps=[(0.05, 7), (0.25, 1)])
+    page.wait("document.querySelector('#c-gaps path.late-bar') !== null", 5)
+    assert "p50 21.5 ms, p99 21.5 ms, longest 250 ms of 808 gaps; 0.1\u00a0% were longer" in words(page, "#a-gaps")
+    assert "the last 5 minutes" in words(page, "#a-gaps")
+    assert "target 100 ms" in words(page, "#c-gaps") and not page.evaluate("document.querySelector('#l-gaps').hidden")
+    left, right = (
+        page.evaluate(
+            f"(b => [b.left, b.right])(document.querySelector('#c-gaps path.{kind}').getBoundingClientRect())"
+        )
+        for kind in ("gap-bar", "late-bar")
+    )
+    at = page.evaluate("document.querySelector('#c-gaps path.cross').getBoundingClientRect().x")
+    assert left[1] < at < right[0], "the bars of longer gaps are beyond the target"
+    page.evaluate("document.querySelector('#c-gaps').scrollIntoView()")
+    x, y = page.evaluate(
+        "(b => [b.left + 2, b.bottom - 2])(document.querySelector('#c-gaps path.late-bar').getBoundingClientRect())"
+    )
+    page.command("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    page.wait("document.querySelector('#c-gaps .tip') !== null", 3)
+    assert words(page, "#c-gaps .tip").endswith("1 gaps")
+    assert page.problems == []
+
+
 def test_the_crossovers_are_those_of_the_cost_model(served, opened):
     page = opened()
     assert words(page, "#a-prefill") == "TP up to 256 tokens, SP from 257 tokens on."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from types import SimpleNamespace
 
+import pytest
 from sglang_shift.cost.calibration import Calibration
 from sglang_shift.cost.chunk_budget import Decodes
 from sglang_shift.cost.model import Measurement
@@ -66,3 +67,16 @@ def test_a_step_that_needs_tp_has_its_reason_and_is_no_drift():
     expected = [("sp", "", False), ("tp", "an adapter", False)] * 2
     assert [(step.mode, step.reason, step.switched) for step in steps[:4]] == expected
     assert reporter.drift.ratio(Mode.SP) is not None and reporter.drift.ratio(Mode.TP) is None
+
+
+def test_a_step_with_sparse_chunks_is_no_drift():
+    """The calibration timed exact chunks. But the bound on the gap between tokens is for sparse ones, too."""
+    reporter, selector, published = reporter_of(FixedMode(Mode.SP))
+    chunk = Chunk(600, 700, 0.1, 0.1, Decodes(3, 300))
+    for number in range(2 * DRIFT_STEPS):
+        lap = SimpleNamespace(seconds=0.3 if number % 2 else 0.1)
+        reporter.on_launch(number, selector.choose(StepState(1, 1)), lap, None, chunk, sparse=bool(number % 2))
+        reporter.after_result(SimpleNamespace(forward_iter=number, reqs=[]))
+    assert reporter.drift.ratio(Mode.SP) == pytest.approx(1) and reporter.drift.margin == pytest.approx(1 / 3)
+    steps = [event for event in published.events if hasattr(event, "seconds")]
+    assert [step.seconds for step in steps[:2]] == [0.1, 0.3], "their times are still reported"

@@ -69,8 +69,8 @@ def test_exact_requests_have_radix_keys_of_their_own(fields, reason, key):
 def test_without_the_flag_nothing_changes():
     prefill, req = SparsePrefill(0.0, SimpleNamespace(sparse=None), alone), request(extra_key="mine")
     prefill.admit(req)
-    with prefill.running(batch_of((req, 2 * MIN_PREFIX, 500))):
-        assert prefill.backend.sparse is None
+    with prefill.running(batch_of((req, 2 * MIN_PREFIX, 500))) as sparse:
+        assert prefill.backend.sparse is None and not sparse
     assert req.extra_key == "mine"
     assert sparse_of(req) is None
     assert prefill.report() is None
@@ -102,7 +102,8 @@ def test_all_ranks_know_what_each_of_them_dropped():
         other.admit(req)
     other.gather = lambda numbers: sent.append(numbers) or [numbers]
     for part, reqs, mass in ((other, theirs, 0.08), (prefill, mine, 0.02)):
-        with part.running(batch_of((reqs[0], 5000, 100), (reqs[1], 5000, 200))):
+        with part.running(batch_of((reqs[0], 5000, 100), (reqs[1], 5000, 200))) as sparse:
+            assert sparse
             step = part.backend.sparse
             assert step.bound == 0.1
             step.records[0].add(torch.tensor([mass, 0.0]), 100, 50)
@@ -133,6 +134,19 @@ def test_a_request_that_can_leave_out_little_is_finished_exactly():
     assert req.shift_sparse.exact == "its chunks could leave out too little"
     assert prefill.sparse_chunks(batch) == {}
     assert req.extra_key.startswith(SPARSE), "its KV cache is not exact"
+
+
+def test_tokens_count_once_although_a_retraction_lets_them_be_computed_again():
+    """After it the chunks are others, and the tokens of the answer are in the last one."""
+    prefill = SparsePrefill(0.1, SimpleNamespace(sparse=None), alone)
+    req = request(origin_input_ids=[1] * 6000)
+    prefill.admit(req)
+    counts = []
+    for prefix, new in ((5000, 500), (5500, 500), (4900, 700), (5600, 450)):
+        with prefill.running(batch_of((req, prefix, new))):
+            prefill.backend.sparse.records[0].add(torch.zeros(1), 1000, 500)
+        counts.append(req.shift_sparse.tokens)
+    assert counts == [500, 1000, 1000, 1000]
 
 
 def test_an_error_in_a_step_leaves_the_backend_exact():
