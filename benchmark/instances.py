@@ -2,7 +2,9 @@
 """Compare policies for instances that merge and split, in the simulator, on the cost model of 8 x H200.
 
     python benchmark/instances.py                      # the grid: rates x shares of long prompts
+    python benchmark/instances.py --day                # a day in short instead: idle, a ramp to the load, a burst
     python benchmark/instances.py --trace FILE         # a window of a trace instead
+    python benchmark/instances.py --trace FILE --fit 0.5   # its longest request needs half of all KV tokens
 
 Every contender gets the same requests.
 """
@@ -15,22 +17,30 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, median
+from pathlib import Path
+from statistics import fmean
 
+import numpy as np
 from sglang_shift.cost.deployment import InstancePolicy
 from sglang_shift.cost.layouts import CostsByLevel, InstanceCosts, Layout, Load, RequestClass
 from sglang_shift.modes import Mode
 from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.policy.instances import AutoPolicy, PaperPolicy
 from sglang_shift.simulate.instances import Outcome, Transformation, simulate
+from sglang_shift.simulate.simulator import ServedRequest
 from sglang_shift.simulate.traces import read_trace
 from sglang_shift.simulate.traffic import Request, cut_window, scale, steady
+from sglang_shift.tools.benchmark.workloads import Plan, Sizes
 from sglang_shift.tools.plan.hardware import gpus
 from sglang_shift.tools.plan.memory import memory
 from sglang_shift.tools.plan.paper import MODELS
 from sglang_shift.tools.plan.step_time import StepTimes
 
 CHUNK = 8192
+PROMPT, OUTPUT = (256, 8192), (32, 512)
+NAN = float("nan")
+BURST_S = 4
+"""Requests of a day's burst, in seconds of Shift's capacity."""
 
 
 def levels_of(model_name: str, ranks: int, pool: int | None) -> CostsByLevel:
@@ -78,14 +88,40 @@ def traffic(
 ) -> list[Request]:
     """Return Poisson arrivals. Long prompts fit a merged instance alone."""
     rng = random.Random(seed)
-    requests = steady(rate, prompt=(256, 8192), output=(32, 512), requests=max(2, round(rate * seconds)), seed=seed)
-    low, high = int(1.2 * levels[1].tokens), int(0.5 * levels[ranks].tokens)
+    requests = steady(rate, prompt=PROMPT, output=OUTPUT, requests=max(2, round(rate * seconds)), seed=seed)
+    low, high = long_prompts(levels, ranks)
     return [replace(r, prompt=rng.randint(low, high)) if rng.random() < long_share else r for r in requests]
+
+
+def long_prompts(levels: CostsByLevel, ranks: int) -> tuple[int, int]:
+    """Return the lengths of long prompts. They fit a merged instance alone."""
+    return int(1.2 * levels[1].tokens), int(0.5 * levels[ranks].tokens)
+
+
+def day(unit: float, load: float, seconds: float, levels: CostsByLevel, ranks: int) -> list[Request]:
+    """Return the benchmark's day in short. Its ramp ends at ``load``, and its idle part has a tenth of that."""
+    sizes = Sizes(
+        prompt=PROMPT, output=OUTPUT, long_prompt=long_prompts(levels, ranks), day_seconds=seconds, day_peak=load,
+        day_idle=load / 10, burst=round(BURST_S * unit),
+    )  # fmt: skip
+    plan = Plan(["day"], sizes, levels[ranks].tokens)
+    sample = plan.saturated()
+    [made] = plan.workloads(unit * sample.tokens / len(sample.requests))
+    return list(made.requests)
+
+
+def window(args: argparse.Namespace, load: float, levels: CostsByLevel) -> list[Request]:
+    """Return a window of a trace, whose requests come ``load`` times as fast."""
+    requests = scale(cut_window(read_trace(Path(args.trace)), 0, args.seconds / load), time=load)
+    if not args.fit:
+        return requests
+    longest = max(r.prompt + r.output for r in requests)
+    return scale(requests, length=args.fit * levels[args.ranks].tokens / longest)
 
 
 def capacity(levels: CostsByLevel, ranks: int) -> float:
     """Return the requests per second that a Shift instance of all ranks serves, without long prompts."""
-    sample = steady(1.0, prompt=(256, 8192), output=(32, 512), requests=2000)
+    sample = steady(1.0, prompt=PROMPT, output=OUTPUT, requests=2000)
     mean = RequestClass(1.0, fmean(r.prompt for r in sample), fmean(r.output for r in sample), 0)
     return Load(levels[ranks], [mean]).capacity
 
@@ -93,19 +129,38 @@ def capacity(levels: CostsByLevel, ranks: int) -> float:
 def figures(outcome: Outcome, begin: float, end: float, limit: int) -> dict[str, float]:
     """Return throughput in the window, and latencies of the requests that arrived in it."""
     mine = [s for s in outcome.served if begin <= s.request.time < end]
-    short = [s for s in mine if s.request.prompt + s.request.output <= limit]
-    long = [s for s in mine if s.request.prompt + s.request.output > limit]
-    nan = float("nan")
+    groups = {
+        "short": [s for s in mine if s.request.prompt + s.request.output <= limit],
+        "long": [s for s in mine if s.request.prompt + s.request.output > limit],
+    }
     return {
         "tokens/s": outcome.tokens_per_second(begin, end),
         "rejected": len(outcome.rejected),
         "unserved": outcome.unserved,
-        "ttft p50": median([s.ttft for s in short] or [nan]),
-        "tpot p50": median([s.tpot for s in short if s.tpot is not None] or [nan]),
-        "e2e mean": fmean([s.e2e for s in mine] or [nan]),
-        "long ttft p50": median([s.ttft for s in long] or [nan]),
+        "e2e mean": fmean([s.e2e for s in mine] or [NAN]),
+        **{name: value for group, served in groups.items() for name, value in latencies(group, served).items()},
+        **levels_of_time(outcome),
         "changes": len(outcome.changes),
     }
+
+
+def latencies(group: str, served: Sequence[ServedRequest]) -> dict[str, float]:
+    """Return percentiles of the latencies of a group of requests, in seconds."""
+    values = {"ttft": [s.ttft for s in served], "tpot": [s.tpot for s in served if s.tpot is not None]}
+    return {
+        f"{group} {name} p{percent}": float(np.percentile(seconds or [NAN], percent))
+        for name, seconds in values.items()
+        for percent in (50, 99)
+    }
+
+
+def levels_of_time(outcome: Outcome) -> dict[str, float]:
+    """Return the share of the ranks' time at each level."""
+    seconds: dict[int, float] = {}
+    for layout, time in outcome.seconds_at.items():
+        for level in layout:
+            seconds[level] = seconds.get(level, 0.0) + level * time
+    return {f"at level {level}": seconds[level] / sum(seconds.values()) for level in sorted(seconds)}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -120,6 +175,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--change", type=float, default=0.5, help="seconds of a transformation")
     parser.add_argument("--trace", help="a trace: arrivals and lengths of a window of --seconds")
+    parser.add_argument(
+        "--fit", type=float, help="scale its lengths: the longest request needs this share of all tokens"
+    )
+    parser.add_argument("--day", action="store_true", help="a day in short")
     parser.add_argument("--out", help="a CSV file for all figures")
     args = parser.parse_args(argv)
     levels = levels_of(args.model, args.ranks, args.pool)
@@ -127,11 +186,14 @@ def main(argv: Sequence[str]) -> int:
     unit = capacity(levels, args.ranks)
     print(f"KV tokens of a rank: {levels[1].tokens}; Shift's capacity without long prompts: {unit:.3g} requests/s")
     rows = []
+    made_once = args.trace or args.day  # neither has a seed or a share of long prompts
     for load in args.loads:
-        for share in args.long:
-            for seed in range(args.seeds):
+        for share in [0.0] if made_once else args.long:
+            for seed in range(1 if made_once else args.seeds):
                 if args.trace:
-                    requests = scale(cut_window(read_trace(args.trace), 0, args.seconds / load), time=load)
+                    requests = window(args, load, levels)
+                elif args.day:
+                    requests = day(unit, load, args.seconds, levels, args.ranks)
                 else:
                     requests = traffic(load * unit, share, args.seconds, levels, args.ranks, seed)
                 for c in contenders(levels, args.ranks, change):
@@ -142,7 +204,7 @@ def main(argv: Sequence[str]) -> int:
             print_table(rows, load, share)
     if args.out:
         with open(args.out, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer = csv.DictWriter(file, list(dict.fromkeys(n for r in rows for n in r)), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
     return 0
@@ -152,9 +214,9 @@ def print_table(rows: list[dict], load: float, share: float) -> None:
     """Print the means over the seeds."""
     mine = [r for r in rows if (r["load"], r["long"]) == (load, share)]
     print(f"\n## load {load:g}, {share:.1%} long")
-    names = [n for n in mine[0] if n not in ("load", "long", "seed", "contender")]
+    names = [n for n in dict.fromkeys(n for r in mine for n in r) if n not in ("load", "long", "seed", "contender")]
     for contender in dict.fromkeys(r["contender"] for r in mine):
-        values = {n: fmean(r[n] for r in mine if r["contender"] == contender) for n in names}
+        values = {n: fmean(r.get(n, 0.0) for r in mine if r["contender"] == contender) for n in names}
         print(f"{contender:14s} " + ", ".join(f"{n} {v:.4g}" for n, v in values.items()), flush=True)
 
 

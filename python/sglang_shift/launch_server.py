@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from sglang_shift.errors import ShiftError, print_error
@@ -24,8 +24,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def run_server(server_args: ShiftServerArgs) -> None:
+def run_server(server_args: ShiftServerArgs, run_rank: Callable[..., None] | None = None) -> None:
     """Serve until the server is stopped.
+
+    Args:
+        server_args: The arguments, which need not be resolved.
+        run_rank: The function that each rank's process runs, if it is not our ``run_scheduler_process``.
 
     Raises:
         ShiftError: there is a problem before any process is started. The error has one sentence.
@@ -58,7 +62,7 @@ def run_server(server_args: ShiftServerArgs) -> None:
             serve_from_our_engine()
         launch_server(
             server_args,
-            run_scheduler_process_func=run_scheduler_process,
+            run_scheduler_process_func=run_rank or run_scheduler_process,
             init_tokenizer_manager_func=init_tokenizer_manager,
         )
 
@@ -130,7 +134,11 @@ def check_port(host: str, port: int, node_rank: int) -> None:
         ) from error
 
 
-def main(argv: list[str], prog: str = "python -m sglang_shift.launch_server") -> None:
+def main(
+    argv: list[str],
+    prog: str = "python -m sglang_shift.launch_server",
+    run_rank: Callable[..., None] | None = None,
+) -> None:
     """Parse and check the command line, and serve. At the end, no process is left."""
     try:
         from sglang_shift import seams
@@ -148,7 +156,7 @@ def main(argv: list[str], prog: str = "python -m sglang_shift.launch_server") ->
         try:
             with one_sentence("these flags cannot be read"):
                 server_args = prepare_server_args(argv, prog)
-            run_server(server_args)
+            run_server(server_args, run_rank)
         finally:
             kill_process_tree(os.getpid(), include_parent=False)
             remove_endpoint()

@@ -35,3 +35,23 @@ def test_smoke(servers, tmp_path):
 
     again = subprocess.run([*command, "--report"], capture_output=True, text=True, check=True)
     assert again.stdout == done.stdout
+
+
+def test_instances_beside_replicas(servers, tmp_path):
+    """The pools hold 512 tokens for each rank, so replicas refuse the long prompts, and instances merge for them."""
+    servers.stop()
+    command = [sys.executable, "-m", "sglang_shift.benchmark", "--out", str(tmp_path), "--rounds", "1",
+               "--contenders", "stock-dp", "instances:2:paper", "--workloads", "mixed-lengths", "closed-loop",
+               "--kv-tokens", "1024", "--prompt", "16", "64", "--output", "2", "4", "--saturated", "6",
+               "--long-shares", "0.02", "--long-prompt", "600", "700", "--mixed-rate", "0.3", "--mixed-seconds", "6",
+               "--clients", "4", "--closed-seconds", "4"]  # fmt: skip
+    done = subprocess.run([*command, "--", "--sleep-on-idle"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    with (tmp_path / "results.csv").open(newline="") as file:
+        rows = {(row["contender"], row["workload"]): row for row in csv.DictReader(file)}
+    stock, ours = (rows[name, "mixed-lengths 2%"] for name in ("stock-dp", "instances:2:paper"))
+    assert float(stock["long/rejected"]) == float(stock["long/requests"]) == float(ours["long/requests"]) > 0
+    assert (ours["long/rejected"], ours["errors"], stock["errors"]) == ("", "0", "0")
+    assert float(ours["merges"]) > 0 and float(ours["merge_exchange_s"]) > 0 and float(ours["at_level_1"]) > 0
+    loops = [row for (_, workload), row in rows.items() if workload == "closed-loop"]
+    assert len(loops) == 2 and all(float(row["completed_tokens_per_s"]) > 0 for row in loops)

@@ -15,12 +15,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import requests
 
 from sglang_shift.errors import ShiftError
 
 HOST = "127.0.0.1"
 SHUTDOWN_S = 20
+LOWEST_PRIORITY = 19
 # This holds unless the environment says otherwise, because a download must not count as start-up time.
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 LAUNCHER = (sys.executable, "-m", "sglang_shift.launch_server")
@@ -113,6 +115,14 @@ class Server:
         """
         self._signal(signal.SIGCONT)
         self.wait_until_healthy(60)
+
+    def lower_priority(self, title: str) -> None:
+        """Give the processes of this title only the time that no other process of this machine wants."""
+        for process in self.processes:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    if title in child.cmdline():
+                        child.nice(LOWEST_PRIORITY)
 
     def stop(self) -> None:
         """End the server and everything it started."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import threading
 import time
+from itertools import pairwise
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request
@@ -21,7 +24,7 @@ from sglang_shift.tools.benchmark.client import Client
 from sglang_shift.tools.benchmark.contenders import parse_contender, parse_contenders
 from sglang_shift.tools.benchmark.records import Visits
 from sglang_shift.tools.benchmark.workloads import Workload, prompt_ids
-from sglang_shift.tools.servers import Failure
+from sglang_shift.tools.servers import Failure, launch
 
 CONTEXT = 4096
 
@@ -72,6 +75,59 @@ class TestWorkloads:
         assert all(50 <= r.prompt <= 60 and 5 <= r.output <= 9 for r in arriving)
         tokens = sum(r.prompt + r.output for r in arriving)
         assert tokens / arriving[-1].time == pytest.approx(50.0)
+
+    def test_a_closed_loop_ends_after_its_time(self):
+        words = ("--workloads", "closed-loop", "--clients", "7", "--closed-seconds", "40", "--prompt", "9", "9")
+        [made] = plan(*words, "--output", "1", "1").workloads(100.0)
+        assert (made.concurrency, made.window, made.stop, made.groups) == (7, (10.0, 40.0), 40.0, ())
+        assert len(made.requests) == 7 + 4 * 40 * 10, "more than the capacity allows, so that it never runs dry"
+        assert {r.time for r in made.requests} == {0.0}
+
+    def test_a_share_of_prompts_that_no_replica_holds(self):
+        words = ("--workloads", "mixed-lengths", "--kv-tokens", "2000", "--tp-size", "4", "--long-shares", "0", "0.005",
+                 "0.02", "--prompt", "20", "20", "--output", "5", "5", "--mixed-rate", "0.5", "--mixed-seconds", "100",
+                 "--drain", "7")  # fmt: skip
+        none, rare, some = plan(*words).workloads(500.0)
+        assert [w.name for w in (none, rare, some)] == [f"mixed-lengths {n}%" for n in ("0", "0.5", "2")]
+        assert len(rare.requests) == 1000, "half of the capacity of 500 tokens/s, for 100 s, of 25 tokens each"
+        assert (rare.window, rare.stop) == ((pytest.approx(100 / 6), pytest.approx(100)), pytest.approx(107))
+        assert none.groups == ()
+        for made, count in ((rare, 5), (some, 20)):
+            places = [i for i, r in enumerate(made.requests) if r.prompt > 500]
+            assert len(places) == count
+            assert {b - a for a, b in pairwise(places)} == {1000 // count}
+            assert all(600 <= made.requests[i].prompt <= 1000 for i in places), "1.2 replicas to half of all"
+            assert [i for i, group in enumerate(made.groups) if group == "long"] == places
+            assert [r.time for r in made.requests] == [r.time for r in none.requests]
+
+    def test_a_day_is_idle_then_a_ramp_then_a_burst(self):
+        words = ("--workloads", "day", "--kv-tokens", "2000", "--tp-size", "2", "--prompt", "20", "20", "--output", "5",
+                 "5", "--day-seconds", "80", "--day-idle", "0.1", "--day-peak", "1", "--burst", "30",
+                 "--day-long-share", "0.01")  # fmt: skip
+        [made] = plan(*words).workloads(250.0)
+        times = {group: [r.time for r, g in zip(made.requests, made.groups, strict=True) if g == group]
+                 for group in ("idle", "ramp", "burst", "long")}  # fmt: skip
+        assert times["burst"] == [60.0] * 30
+        assert {round(b - a, 6) for a, b in pairwise(times["idle"])} == {1.0, 41.0}
+        assert min(times["ramp"]) > 20 and max(times["ramp"]) == 60
+        middle = sum(time < 40 for time in times["ramp"])
+        assert 0.2 < middle / len(times["ramp"]) < 0.4, "more and more arrive"
+        assert len(times["long"]) == 2 and made.stop == 80 + 20
+
+    def test_long_prompts_need_a_size(self, capsys):
+        with pytest.raises(SystemExit):
+            options.parse(["--workloads", "mixed-lengths"])
+        assert "need --kv-tokens or --long-prompt" in capsys.readouterr().err
+        assert plan("--workloads", "day", "--long-prompt", "70", "90").sizes.long_prompt == (70, 90)
+
+    def test_a_trace_fits_a_small_pool(self, tmp_path):
+        file = tmp_path / "a.csv"
+        rows = "".join(f"2023-11-16 18:17:0{i}.0,{1000 * (i + 1)},{100 * (i + 1)}\n" for i in range(4))
+        file.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows)
+        words = ("--workloads", "--azure", str(file), "--kv-tokens", "880", "--tp-size", "4", "--trace-fit", "0.5")
+        [made] = plan(*words).workloads(100.0)
+        assert [(r.prompt, r.output) for r in made.requests] == [(100, 10), (200, 20), (300, 30), (400, 40)]
+        assert list(made.groups) == ["short", "short", "long", "long"], "a replica holds 220 tokens"
 
     def test_a_trace_at_a_load_or_a_speed(self, tmp_path):
         rows = "".join(f"2023-11-16 18:17:{i:02}.0,{1000 + i},20\n" for i in range(50))
@@ -127,10 +183,22 @@ class TestContenders:
         )  # fmt: skip
         assert parse_contender("stock-tp", 4, kv_tokens=1000).flags[-1] == "1000"
         assert (parse_contender("stock-dp", 4).ranks, parse_contender("sp", 4).ranks) == (1, 4)
+        assert parse_contender("stock-dp", 4).busy_loop == "sglang::data_parallel_controller"
+        assert {parse_contender(name, 4).busy_loop for name in ("stock-tp", "sp", "shift")} == {None}
+
+    def test_instances(self):
+        flags = ("--tp-size", "4", "--instances", "2", "--enable-shift-parallel")
+        assert parse_contender("instances:2", 4).flags == flags
+        made = parse_contender("instances:4:paper", 4, kv_tokens=1000)
+        assert made.flags[-4:] == ("--instance-policy", "paper", "--max-total-tokens", "1000")
+        assert (made.ranks, made.levels) == (4, (1, 2, 4))
+        assert parse_contender("instances:2", 8).levels == (4, 8)
 
     @pytest.mark.parametrize(
         ("words", "match"),
-        [(["fast"], "none of stock-tp"), (["sp:tokens"], "none of"), (["shift:nope"], "the policy is none of"),
+        [(["instances"], "instances:N"), (["instances:3"], "power of two that divides 2"), (["instances:4"], "divides"),
+         (["instances:2:now"], "the policy is none of fixed"),
+         (["fast"], "none of stock-tp"), (["sp:tokens"], "none of"), (["shift:nope"], "the policy is none of"),
          (["tbt"], "tbt:MS"), (["sarathi:0"], "sarathi:TOKENS"), (["sarathi:many"], "sarathi:TOKENS"),
          (["x=ftp://a"], "URL of http"), (["=http://a"], "NAME=URL"), (["sp", "sp"], "named twice")],
     )  # fmt: skip
@@ -186,11 +254,18 @@ class FakeServer:
         self.prompts: list[list[int]] = []
         self.fail = 0  # fails from this prompt on, where not 0
         self.together = 1  # tokens of a delivery
+        self.longest = 10**9  # tokens of the longest prompt that it takes
+        self.refusal = ""  # the text of its answer to a longer prompt
+        self.pause = 0.01  # seconds between tokens
+        self.aborts: list[dict] = []
+        self.instances = {"epoch": 0, "instances": [{"first": 0, "level": 2}], "last": []}
         self.app = FastAPI()
         self.app.post("/generate")(self.generate)
         self.app.get("/get_model_info")(lambda: {"model_path": "x"})
         self.app.get("/health")(lambda: {})
         self.app.post("/flush_cache")(lambda: "flushed")
+        self.app.post("/abort_request")(self.abort)
+        self.app.get("/shift/instances")(lambda: self.instances)
         self.app.get("/metrics", response_class=PlainTextResponse)(lambda: "sglang:token_usage 0.25\n")
         self.port = free_port()
         self.server = uvicorn.Server(uvicorn.Config(self.app, port=self.port, log_level="error"))
@@ -203,15 +278,24 @@ class FakeServer:
         self.prompts.append(body["input_ids"])
         if self.fail and len(self.prompts) >= self.fail:
             return PlainTextResponse("no more", status_code=500)
+        if len(body["input_ids"]) > self.longest:
+            if not body.get("stream"):
+                return PlainTextResponse("too long", status_code=400)
+            meta = {"prompt_tokens": 1, "completion_tokens": len(self.refusal)}  # as SGLang does
+            answer = {"text": self.refusal, "meta_info": meta}
+            return StreamingResponse(iter([f"data: {json.dumps(answer)}\n\n".encode(), b"data: [DONE]\n\n"]))
 
         async def answer():
             for n in range(1, body["sampling_params"]["max_new_tokens"] + 1, self.together):
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(self.pause)
                 meta = {"prompt_tokens": len(body["input_ids"]), "completion_tokens": n, "cached_tokens": 3}
                 yield f"data: {json.dumps({'text': 'x' * n, 'meta_info': meta})}\n\n".encode()
             yield b"data: [DONE]\n\n"
 
         return StreamingResponse(answer())
+
+    async def abort(self, request: Request):
+        self.aborts.append(await request.json())
 
 
 @pytest.fixture
@@ -240,6 +324,60 @@ def test_the_gap_of_tokens_that_come_together(fake):
     [record] = client.run(Workload("one", "single", [traffic.Request(0.0, 5, 7)]), seed=1)
     assert record.gaps == record.itl
     assert len(record.itl) == 6
+
+
+@pytest.mark.parametrize("text", ["", "x", "xy"])
+def test_requests_that_a_server_refuses_are_rejected(fake, text):
+    fake.longest, fake.refusal = 10, text
+    client = Client(f"http://127.0.0.1:{fake.port}", "sglang", "default", 4096, 30)
+    requests = [traffic.Request(0.0, n, 2) for n in (5, 50, 9)]
+    records = client.run(Workload("w", "rate", requests, groups=("short", "long", "short")), seed=1)
+    assert [(r.rejected, r.failed, r.group) for r in records] == [
+        (False, False, "short"), (True, False, "long"), (False, False, "short"),
+    ]  # fmt: skip
+    assert records[1].error == "rejected: too long"
+
+
+def test_a_process_gets_the_lowest_priority(tmp_path):
+    code = "import subprocess; subprocess.run(['sleep', '60'])"
+    server = launch([([sys.executable, "-c", code], {})], "http://127.0.0.1:1", tmp_path / "log")
+    try:
+        deadline = time.monotonic() + 30
+        while not (children := psutil.Process(server.processes[0].pid).children()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        server.lower_priority("another")
+        assert children[0].nice() == psutil.Process().nice()
+        server.lower_priority("60")
+        assert children[0].nice() == 19
+    finally:
+        server.stop()
+
+
+def test_a_workload_that_stops(fake):
+    fake.pause = 0.2
+    client = Client(f"http://127.0.0.1:{fake.port}", "sglang", "default", 4096, 30)
+    requests = [traffic.Request(0.0, 5, 2 if i < 2 else 1000) for i in range(9)]
+    records = client.run(Workload("w", "closed-loop", requests, concurrency=2, stop=1.5), seed=1)
+    assert [r.unfinished for r in records] == [False, False, True, True], "the others were never sent"
+    assert not [r for r in records if r.failed]
+    assert fake.aborts == [{"abort_all": True}]
+
+
+def test_changes_of_instances_are_noted_once(fake):
+    def change(epoch: int, level: int):
+        return {"epoch": epoch, "first": 0, "ranks": 2, "level": level, "ok": True, "phases": {"exchange": 0.5},
+                "bytes_sent": 7, "tokens_recomputed": 1, "why": "x", "time": 1.0}  # fmt: skip
+
+    fake.instances["last"] = [change(1, 2)]
+    watched = watch.InstanceWatch(f"http://127.0.0.1:{fake.port}")
+    assert watched.levels() == {2: 2} and watched.changes == []
+    fake.instances["epoch"] = 2  # it begins with the next change, whose report is not there yet
+    watched.levels()
+    fake.instances |= {"last": [change(1, 2), change(2, 1)], "instances": [{"first": i, "level": 1} for i in (0, 1)]}
+    assert watched.levels() == watched.levels() == {1: 2}
+    assert [(c.epoch, c.merges, c.phases) for c in watched.changes] == [(2, False, {"exchange": 0.5})]
+    assert watch.InstanceWatch(f"http://127.0.0.1:{fake.port}/none").levels() == {}
 
 
 def test_a_campaign_is_measured_once(fake, tmp_path, monkeypatch):

@@ -12,9 +12,9 @@ import pytest
 from msgspec.structs import replace
 from sglang_shift.errors import ShiftError
 from sglang_shift.modes import Mode
-from sglang_shift.tools.benchmark import plots, report
+from sglang_shift.tools.benchmark import goals, plots, report
 from sglang_shift.tools.benchmark.figures import HIGHER_IS_BETTER, Comparison, Limits, Spread, figures
-from sglang_shift.tools.benchmark.records import RequestRecord, Sample, Visit
+from sglang_shift.tools.benchmark.records import InstanceChange, RequestRecord, Sample, Visit
 
 NAMES = ("stock-tp", "stock-dp", "sp", "shift")
 FAILED = RequestRecord(0.5, 0.5, 9.0, 99.0, [9.0], 7777, 777, 77, "timeout")
@@ -84,6 +84,75 @@ def test_what_servers_do_not_tell_and_limits_that_are_not_given_have_no_figures(
     found = figures(visit("stock-tp", samples=[Sample(0.0, waiting=3), Sample(1.0)]))
     assert found["queue_mean"] == 3
     assert not {"kv_max", "goodput", "goodput_share", "tp_steps"} & set(found)
+
+
+REJECTED = RequestRecord(0.5, 0.5, 0.0, 0.0, [], 0, 0, error="rejected: too long", rejected=True, group="long")
+UNFINISHED = RequestRecord(0.5, 0.5, 0.0, 0.0, [], 0, 0, error="not answered", unfinished=True, group="short")
+
+
+def test_only_what_ends_in_the_window_is_completed():
+    requests = [request(1.0, 0.0, prompt=89, output=11, due=float(i)) for i in range(10)]  # they end at 1, 2 to 10 s
+    found = figures(visit(requests=requests, window=(2.0, 6.0)))
+    assert found["completed_tokens_per_s"] == pytest.approx(4 * 100 / 4)
+    assert "completed_tokens_per_s" not in figures(visit(requests=requests))
+
+
+def test_groups_of_requests():
+    short, long = (replace(request(ttft), group=name) for ttft, name in ((0.1, "short"), (4.0, "long")))
+    found = figures(visit(requests=[short, long, REJECTED, UNFINISHED]))
+    assert (found["requests"], found["errors"], found["rejected"], found["unfinished"]) == (4, 0, 1, 1)
+    assert (found["short/ttft_p50"], found["long/ttft_p99"]) == pytest.approx((0.1, 4.0))
+    assert (found["short/unfinished"], found["long/rejected"], found["long/requests"]) == (1, 1, 2)
+    assert "short/rejected" not in found
+
+
+def instance_visit(contender, tokens_per_s, workload="mixed-lengths 0.2%", rejected=False):
+    """A visit whose requests end in the window, with ``tokens_per_s`` tokens in each of its 10 seconds."""
+    answered = replace(request(1.0, 0.0, prompt=10 * tokens_per_s - 1, output=1, due=1.0), group="short")
+    return visit(contender, workload, requests=[answered, *[REJECTED] * rejected], window=(0.0, 10.0))
+
+
+def test_levels_and_changes():
+    samples = [Sample(0.0, levels={1: 4}), Sample(1.0, levels={1: 2, 2: 2}), Sample(2.0, levels={4: 4})]
+    changes = [
+        InstanceChange(1, 0, 2, 2, True, {"plan": 0.1, "exchange": 0.3}),
+        InstanceChange(2, 0, 4, 4, True, {"plan": 0.1, "exchange": 0.5}),
+        InstanceChange(3, 0, 4, 1, False, {"plan": 9.0}),
+        InstanceChange(4, 0, 4, 1, True, {"plan": 0.2}),
+    ]
+    made = replace(instance_visit("instances:4:paper", 100), samples=samples, changes=changes)
+    found = figures(made)
+    expected = {
+        "at_level_1": 0.5, "at_level_2": 0.5 / 3, "at_level_4": 1 / 3, "merges": 2, "splits": 1, "failed_changes": 1,
+        "merge_s": 0.5, "merge_plan_s": 0.1, "merge_exchange_s": 0.4, "split_s": 0.2, "split_plan_s": 0.2,
+    }  # fmt: skip
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    lines = report.tables(Comparison([made, instance_visit("stock-dp", 100, rejected=True)])).splitlines()
+    for row in (
+        "| completed tokens/s in the window | **100** | **100** |", "| short: requests | 1 | 1 |",
+        "| long: rejected requests | - | 1 |", "| time at level 2, % | 16.7 | - |", "| merges | 2 | - |",
+        "| merge, ms | 500 | - |", "| merge: exchange, ms | 400 | - |", "| rejected requests | - | 1 |",
+    ):  # fmt: skip
+        assert any(line.endswith(row) for line in lines), (row, lines)
+
+
+def test_goals_of_instances():
+    visits = [
+        instance_visit("instances:4:paper", 180),
+        instance_visit("stock-dp", 300, rejected=True),
+        instance_visit("stock-tp", 80),
+        instance_visit("shift", 100),
+        *(instance_visit(name, n, "closed-loop") for name, n in (("instances:4:paper", 96), ("stock-dp", 100))),
+    ]
+    rows = [line.split(" | ")[1:] for line in goals.table(Comparison(visits)).splitlines()[2:]]
+    assert [(workload, got, verdict.rstrip(" |")) for workload, _, got, verdict in rows] == [
+        ("`mixed-lengths 0.2%`", "1.800", "met"),  # DP is no peer, because it refuses requests
+        ("`mixed-lengths 0.2%`", "1.800", "met"),  # beside Shift alone
+        ("`closed-loop`", "0.960", "**missed**"),
+    ]
+    assert "the best of `stock-tp`, `shift`" in rows[0][1]
+    assert goals.table(Comparison(visits[1:4])) == ""
+    assert "## Goals of instances" in report.markdown(Comparison(visits), {})
 
 
 def times(**ttfts):

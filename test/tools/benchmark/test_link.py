@@ -17,7 +17,7 @@ from sglang_shift.errors import ShiftError
 from sglang_shift.models.decoder_layer import Layer
 from sglang_shift.models.families import Role
 from sglang_shift.tools.benchmark import link as link_module
-from sglang_shift.tools.benchmark import link_rate
+from sglang_shift.tools.benchmark import link_rate, linked_server
 from sglang_shift.tools.benchmark.link import Link, burst, namespaces
 from sglang_shift.tools.benchmark.link_rate import gemm_flops, most_gain, rate_for, read_layer
 from sglang_shift.tools.published import TARGETS
@@ -252,6 +252,17 @@ class TestNamespaces:
         )
         threads = max(1, len(os.sched_getaffinity(0)) // 2)
         assert process.communicate()[0].split() == [str(process.pid), link.address(1), str(threads)]
+
+    def test_a_rank_of_one_node_enters_its_namespace(self, link):
+        code = (
+            "import sys; from sglang_shift.tools.benchmark import linked_server; linked_server.enter(sys.argv[1]);"
+            "import socket; print([i for _, i in socket.if_nameindex()]);"
+            "s = socket.socket(); s.bind((sys.argv[2], 0))"
+        )
+        names = output(link.command(0, [sys.executable, "-c", code, link.namespace(1), link.address(1)]))
+        assert "wire" in names and "management" not in names, "only rank 0 has the other interface"
+        with pytest.raises(ShiftError, match="cannot be opened: No such file"):
+            linked_server.enter("sglang-shift-none")
 
     def test_ranks_share_the_cores(self, link, monkeypatch):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 5, 7, 9})

@@ -20,7 +20,7 @@ from sglang_shift.errors import ShiftError
 from sglang_shift.simulate.traffic import Request
 from sglang_shift.tools.benchmark.client import Client, errors
 from sglang_shift.tools.benchmark.contenders import Contender
-from sglang_shift.tools.benchmark.link import Link, start_on
+from sglang_shift.tools.benchmark.link import Link, start_as_one_node, start_on
 from sglang_shift.tools.benchmark.records import Visit, Visits
 from sglang_shift.tools.benchmark.watch import Watch, change, counters
 from sglang_shift.tools.benchmark.workloads import Plan, Workload
@@ -150,14 +150,26 @@ class Campaign:
         if self.settings.link_rate is not None and contender.ranks > 1:
             link = Link(contender.ranks, self.settings.link_rate)
             self._links.append(link)
-            server = start_on(link, flags, self.settings.port, log)
+            begin = start_as_one_node if contender.levels else start_on
+            server = begin(link, flags, self.settings.port, log)
         else:
             server = start(flags, self.settings.port, log)
         self._servers[contender.name] = server
         server.wait_until_healthy(self.settings.timeout)
+        if contender.busy_loop:
+            server.lower_priority(contender.busy_loop)
         # What a server does for the first time takes longer. So this sends the most requests at once that it will see.
-        self._client(contender, server).run(self.plan.saturated(), seed=-1)
+        client = self._client(contender, server)
+        client.run(self.plan.saturated(), seed=-1)
+        for level in (*contender.levels[1:], *contender.levels[:1]):
+            self._change_level(server, level)
+            client.run(self.plan.saturated(), seed=-1 - level)
         return server
+
+    def _change_level(self, server: Server, level: int) -> None:
+        """Let instances merge or split before the first visit, so that their first steps at each level do not count."""
+        with suppress(OSError):  # a policy that changes them at the same time does as well
+            call(server.url + "/shift/instances", {"level": level, "reason": "the warm-up of the benchmark"})
 
     def _client(self, contender: Contender, server: Server) -> Client:
         if contender.name not in self._clients or contender.url is None:
@@ -181,13 +193,15 @@ class Campaign:
         for error in errors(records):
             server.check_alive(f"under load ({workload.name})", 5)
             log_progress(f"{contender.name}, {workload.name}: a request failed: {error}")
+        if rejected := sum(r.rejected for r in records):
+            log_progress(f"{contender.name}, {workload.name}: {rejected} requests were rejected")
         if all(r.error for r in records):
             raise Failure(f"{contender.name}: no request of {workload.name} was answered", server.log)
         ends = [r.end for r in records if not r.error]
         return Visit(
             contender.name, workload.name, workload.kind, workload.x, number,
             max(ends) - min(r.sent for r in records if not r.error), records, watch.samples,
-            change(before, counters(server.url)), started, load_average,
+            change(before, counters(server.url)), started, load_average, workload.window, watch.instances.changes,
         )  # fmt: skip
 
     def _measure_capacity(self) -> float:
@@ -196,7 +210,7 @@ class Campaign:
         log_progress(f"measuring the saturated throughput of {contender.name}: the unit of the arrival rates")
         with self._serving(contender) as server, tqdm(total=2 * len(workload.requests), unit="request") as bar:
             visits = [self._visit(server, contender, workload, n, bar) for n in (1, 2)]
-        return fmean(sum(r.prompt + r.output for r in v.requests) / v.seconds for v in visits)
+        return fmean(sum(r.prompt + r.output for r in v.requests if not r.error) / v.seconds for v in visits)
 
     def _resume(self) -> float | None:
         """Return the capacity that an earlier run of the same campaign measured, or None if there was no such run."""

@@ -9,7 +9,7 @@ from statistics import fmean, median
 
 import numpy as np
 
-from sglang_shift.tools.benchmark.records import KINDS, RequestRecord, Sample, Visit
+from sglang_shift.tools.benchmark.records import KINDS, InstanceChange, RequestRecord, Sample, Visit
 
 SHIFT = "shift"
 BASELINES = ("stock-tp", "stock-dp", "sp")
@@ -25,6 +25,13 @@ LOWER_IS_BETTER = frozenset(
 HIGHER_IS_BETTER = frozenset(
     ("requests_per_s", "total_tokens_per_s", "output_tokens_per_s", "goodput", "goodput_share")
 )  # fmt: skip
+COMPLETED = "completed_tokens_per_s"
+"""The throughput in the steady window. A visit without a window lacks it."""
+
+GROUP = "{group}/{metric}"
+"""The name of a figure of the requests of a group."""
+OF_GROUPS = ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99", "e2e_p50", "e2e_p99")
+OUTCOMES = ("requests", "rejected", "unfinished", "errors")
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,8 @@ def figures(visit: Visit, limits: Limits | None = None) -> dict[str, float]:
     """Compute the figures of a visit, by name. A figure that the visit lacks is left out.
 
     For example, a visit whose requests have single output tokens lacks the TPOT. Requests that failed count only in
-    ``requests`` and ``errors``, and are never good.
+    ``requests`` and ``errors``, and are never good. The same holds for those that were rejected or did not end in time:
+    they count in ``rejected`` or ``unfinished`` instead of ``errors``.
 
     Returns:
         ``{ttft,tpot,itl,gap,e2e}_{mean,p50,p90,p99}``, ``gap_max``: Seconds. Percentiles interpolate linearly between
@@ -57,24 +65,66 @@ def figures(visit: Visit, limits: Limits | None = None) -> dict[str, float]:
             together have one gap, but an ITL each.
         ``requests_per_s``, ``total_tokens_per_s`` (prompt and output), ``output_tokens_per_s``: Amounts of the
             requests that did not fail, over the seconds of the visit.
+        ``completed_tokens_per_s``: Prompt and output tokens of the requests that ended in the steady window, over its
+            length.
         ``goodput``, ``goodput_share``: Requests/s that met ``limits``, and the share of such requests in all requests.
-        ``requests``, ``errors``, ``seconds``: Requests, failed requests and seconds of the visit.
+        ``requests``, ``errors``, ``rejected``, ``unfinished``, ``seconds``: Requests and seconds of the visit.
+        ``GROUP/METRIC``: Some latencies and all numbers of requests of each group, such as ``long/ttft_p50``.
         ``cached_share``: The share of the prompt tokens that was cached.
         ``kv_mean``, ``kv_max``: The share of the KV pool in use, over the samples.
         ``queue_mean``, ``queue_max``: The requests in the queue, over the samples.
+        ``at_level_K``: The share of the ranks that were at level K of instances, over the samples.
+        ``merges``, ``splits``, ``failed_changes``: Changes of instances.
+        ``merge_s``, ``merge_PHASE_s``, ``split_s``, ``split_PHASE_s``: Mean seconds of a merge or split, and of a phase
+            of it.
         All entries of ``visit.shift``.
     """
     served = [r for r in visit.requests if not r.error]
-    result: dict[str, float] = {
-        "seconds": visit.seconds,
-        "requests": len(visit.requests),
-        "errors": len(visit.requests) - len(served),
-    }
+    result: dict[str, float] = {"seconds": visit.seconds} | _outcomes(visit.requests)
     result |= _latencies(served) | _rates(visit, served, limits or Limits()) | _states(visit.samples)
+    result |= _groups(visit.requests) | _levels(visit.samples) | _changes(visit.changes)
     prompt_tokens = sum(r.prompt for r in served)
     if prompt_tokens:
         result["cached_share"] = sum(r.cached for r in served) / prompt_tokens
     return result | (visit.shift or {})
+
+
+def _outcomes(requests: Sequence[RequestRecord]) -> dict[str, float]:
+    """Return how many requests there are, and how many ended otherwise than with an answer."""
+    others = {"rejected": sum(r.rejected for r in requests), "unfinished": sum(r.unfinished for r in requests)}
+    counts: dict[str, float] = {"requests": len(requests), "errors": sum(r.failed for r in requests)}
+    return counts | {name: count for name, count in others.items() if count}
+
+
+def _groups(requests: Sequence[RequestRecord]) -> dict[str, float]:
+    result: dict[str, float] = {}
+    for group in dict.fromkeys(r.group for r in requests if r.group):
+        mine = [r for r in requests if r.group == group]
+        latencies = _latencies([r for r in mine if not r.error])
+        values = _outcomes(mine) | {name: latencies[name] for name in OF_GROUPS if name in latencies}
+        result |= {GROUP.format(group=group, metric=name): value for name, value in values.items()}
+    return result
+
+
+def _levels(samples: Sequence[Sample]) -> dict[str, float]:
+    """Return the share of the ranks at each level. All samples are equally far apart."""
+    shares = [{level: n / sum(s.levels.values()) for level, n in s.levels.items()} for s in samples if s.levels]
+    levels = sorted({level for share in shares for level in share})
+    return {f"at_level_{level}": fmean(share.get(level, 0.0) for share in shares) for level in levels}
+
+
+def _changes(changes: Sequence[InstanceChange]) -> dict[str, float]:
+    if not changes:
+        return {}
+    kinds = {"merge": [c for c in changes if c.ok and c.merges], "split": [c for c in changes if c.ok and not c.merges]}
+    result: dict[str, float] = {"failed_changes": sum(not c.ok for c in changes)}
+    for kind, made in kinds.items():
+        result[f"{kind}s"] = len(made)
+        if made:
+            result[f"{kind}_s"] = fmean(sum(c.phases.values()) for c in made)
+        for phase in dict.fromkeys(phase for c in made for phase in c.phases):
+            result[f"{kind}_{phase}_s"] = fmean(c.phases.get(phase, 0.0) for c in made)
+    return result
 
 
 def _latencies(served: Sequence[RequestRecord]) -> dict[str, float]:
@@ -106,6 +156,9 @@ def _rates(visit: Visit, served: Sequence[RequestRecord], limits: Limits) -> dic
     if limits:
         amounts["goodput"] = sum(limits.met(r) for r in served)
     rates = {name: amount / visit.seconds if visit.seconds else 0.0 for name, amount in amounts.items()}
+    if visit.window is not None:
+        begin, end = visit.window
+        rates[COMPLETED] = sum(r.prompt + r.output for r in served if begin <= r.end < end) / (end - begin)
     if limits and visit.requests:
         rates["goodput_share"] = amounts["goodput"] / len(visit.requests)
     return rates
@@ -208,7 +261,8 @@ class Comparison:
 
 def best_of(metric: str) -> Callable[[Iterable[float]], float] | None:
     """Return ``min`` or ``max``, whichever finds the best value of a metric; None if neither is better."""
-    return min if metric in LOWER_IS_BETTER else max if metric in HIGHER_IS_BETTER else None
+    metric = metric.rpartition("/")[2]
+    return min if metric in LOWER_IS_BETTER else max if metric in (*HIGHER_IS_BETTER, COMPLETED) else None
 
 
 def digits(value: float) -> int:

@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address, IPv4Network
@@ -30,6 +31,11 @@ PREFIX = "sglang-shift"
 
 DEVICE = "wire"
 """The name of the interface in every rank's namespace that limits the rate."""
+
+NAMESPACES_VARIABLE = "SGLANG_SHIFT_LINK_NAMESPACES"
+"""Environment variable with the namespace of each rank, with commas between them."""
+
+LINKED_LAUNCHER = (sys.executable, "-m", "sglang_shift.tools.benchmark.linked_server")
 
 RENDEZVOUS_PORT = 20000
 """A port that is free in a new namespace."""
@@ -128,7 +134,7 @@ class Link:
 
     def address(self, rank: int) -> str:
         """Return a rank's address on the link."""
-        return str(RANKS[rank + 1])
+        return address_of(rank)
 
     def namespace(self, rank: int | str) -> str:
         """Return the name of the network namespace of a rank, or of the ``switch``."""
@@ -200,6 +206,11 @@ class Link:
                      "burst", str(burst(self.rate)), "limit", str(QUEUE_BYTES))  # fmt: skip
 
 
+def address_of(rank: int) -> str:
+    """Return the address that a rank has on every link."""
+    return str(RANKS[rank + 1])
+
+
 def namespaces() -> list[str]:
     """Return the names of the namespaces of all links on this machine."""
     return [line.split()[0] for line in _run("ip", "netns", "list").splitlines() if line.startswith(f"{PREFIX}-")]
@@ -253,12 +264,48 @@ def start_on(link: Link, flags: Sequence[str], port: int, log: Path) -> Server:
         Failure: the port is in use.
     """
     port = claim_port(port)
-    command = [*LAUNCHER, *flags, "--host", "0.0.0.0", "--port", str(port)]
-    command += ["--nnodes", str(link.ranks), "--dist-init-addr", link.rendezvous]
-    # A calibration over another link, or without a link, would look like a calibration over this link.
-    variables = {"SGLANG_SHIFT_CACHE_DIR": str(log.parent.resolve() / "calibrations")}
+    command = [*LAUNCHER, *_flags(link, flags, port), "--nnodes", str(link.ranks)]
+    variables = _variables(log)
     commands = [
         (link.command(rank, [*command, "--node-rank", str(rank)]), variables | link.environment(rank))
         for rank in range(link.ranks)
     ]
     return launch(commands, f"http://{link.server_address}:{port}", log)
+
+
+def start_as_one_node(link: Link, flags: Sequence[str], port: int, log: Path) -> Server:
+    """Start ``sglang_shift.launch_server`` on a link. All ranks are one node for SGLang, as instances need it.
+
+    The launcher and rank 0 are in the namespace of rank 0. Every other rank goes to its own namespace when it starts
+    (:mod:`sglang_shift.tools.benchmark.linked_server`). The ranks share ``/dev/shm`` and the sockets in the file
+    system, on which the controller of instances sends requests. Between ranks, everything goes over the link.
+
+    Args:
+        link: The link that joins the ranks.
+        flags: As in :func:`~sglang_shift.tools.servers.start`.
+        port: As in :func:`~sglang_shift.tools.servers.start`.
+        log: As in :func:`~sglang_shift.tools.servers.start`.
+
+    Raises:
+        Failure: the port is in use.
+    """
+    port = claim_port(port)
+    command = [*LINKED_LAUNCHER, *_flags(link, flags, port)]
+    variables = {
+        NAMESPACES_VARIABLE: ",".join(link.namespace(rank) for rank in range(link.ranks)),
+        "GLOO_SOCKET_IFNAME": DEVICE,
+        "SGLANG_HOST_IP": link.address(0),
+        "SGLANG_USE_MESSAGE_QUEUE_BROADCASTER": "false",  # it would send objects through shared memory
+    }
+    return launch(
+        [(link.command(0, command), _variables(log) | variables)], f"http://{link.server_address}:{port}", log
+    )
+
+
+def _flags(link: Link, flags: Sequence[str], port: int) -> list[str]:
+    return [*flags, "--host", "0.0.0.0", "--port", str(port), "--dist-init-addr", link.rendezvous]
+
+
+def _variables(log: Path) -> dict[str, str]:
+    # A calibration over another link, or without a link, would look like a calibration over this link.
+    return {"SGLANG_SHIFT_CACHE_DIR": str(log.parent.resolve() / "calibrations")}

@@ -12,7 +12,7 @@ from sglang_shift.errors import ShiftError
 from sglang_shift.simulate.traces import read_azure, read_mooncake
 from sglang_shift.simulate.traffic import Request, cut_window, scale
 from sglang_shift.tools.benchmark.contenders import DEFAULT
-from sglang_shift.tools.benchmark.records import MADE_UP, TRACES
+from sglang_shift.tools.benchmark.records import MADE_UP, TRACES, USUAL
 from sglang_shift.tools.benchmark.workloads import Plan, Sizes, Trace
 
 # With these options one sees in about two minutes whether everything works.
@@ -22,6 +22,8 @@ SMOKE: dict[str, Any] = {
     "rates": (0.5,), "rate_requests": 4,
 }  # fmt: skip
 FIELDS = tuple(Sizes.__dataclass_fields__)
+LONGER_THAN_REPLICA = 1.2
+"""The shortest of the long prompts, over what a replica holds."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,9 +38,9 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=list(DEFAULT),
         metavar="NAME",
-        help="stock-tp, stock-dp, sarathi:TOKENS, tp, sp, shift, shift:POLICY, tbt:MS, or NAME=URL of a server that "
-        "runs; the "
-        "first one's throughput is the unit of the arrival rates",
+        help="stock-tp, stock-dp, sarathi:TOKENS, tp, sp, shift, shift:POLICY, tbt:MS, instances:N, "
+        "instances:N:POLICY, or NAME=URL of a server that runs; the first one's throughput is the unit of the arrival "
+        "rates",
     )
     p.add_argument("--model-path", help="model to serve; the package's demo model if left out")
     p.add_argument("--tp-size", type=int, default=2, metavar="P", help="ranks, or replicas of stock-dp")
@@ -87,7 +89,7 @@ def _workloads(group: argparse._ArgumentGroup) -> None:
         "--workloads",
         nargs="*",
         choices=MADE_UP,
-        default=list(MADE_UP),
+        default=list(USUAL),
         metavar="KIND",
         help=f"of {', '.join(MADE_UP)}; traces are added by their files",
     )
@@ -145,6 +147,7 @@ def _workloads(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--arriving-requests", type=int, default=s.arriving_requests, help="prompts beside the streams")
     group.add_argument("--arriving-rate", type=float, default=s.arriving_rate, metavar="X", help="rate, as --rates")
+    _mixed(group)
     for kind, what in (("azure", "an Azure LLM inference trace (CSV)"), ("mooncake", "a Mooncake trace (JSONL)")):
         group.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"replay {what}")
         group.add_argument(
@@ -157,6 +160,12 @@ def _workloads(group: argparse._ArgumentGroup) -> None:
         )
         group.add_argument(f"--{kind}-length", type=float, default=1.0, metavar="X", help="factor on its lengths")
     group.add_argument(
+        "--trace-fit",
+        type=float,
+        metavar="X",
+        help="scale the lengths of traces so that the longest request needs this share of --kv-tokens, instead",
+    )
+    group.add_argument(
         "--trace-load",
         type=float,
         default=0.8,
@@ -168,6 +177,53 @@ def _workloads(group: argparse._ArgumentGroup) -> None:
         group.add_argument(
             f"--slo-{name}", type=float, metavar="MS", help=f"goodput counts requests of at most this {what}"
         )
+
+
+def _mixed(group: argparse._ArgumentGroup) -> None:
+    """Add the options of workloads whose longest requests fit no replica."""
+    s = Sizes()
+    group.add_argument("--clients", type=int, default=s.clients, help="requests in flight of closed-loop")
+    group.add_argument("--closed-seconds", type=float, default=s.closed_seconds, metavar="S", help="how long it lasts")
+    group.add_argument(
+        "--long-shares",
+        type=float,
+        nargs="+",
+        default=s.long_shares,
+        metavar="X",
+        help="shares of long requests of mixed-lengths, a workload for each; 0 for none",
+    )
+    group.add_argument(
+        "--long-prompt",
+        type=int,
+        nargs=2,
+        metavar=("FROM", "TO"),
+        help="prompt tokens of these requests; if left out, from 1.2 times what a replica holds to half of --kv-tokens",
+    )
+    group.add_argument(
+        "--long-need",
+        type=int,
+        metavar="N",
+        help="tables tell requests of more tokens from the others; --kv-tokens / P if left out",
+    )
+    group.add_argument(
+        "--mixed-rate",
+        type=float,
+        default=s.mixed_rate,
+        metavar="X",
+        help="rate of mixed-lengths, as --rates, for its short requests",
+    )
+    for name, default, what in (
+        ("mixed-seconds", s.mixed_seconds, "how long requests of mixed-lengths arrive"),
+        ("day-seconds", s.day_seconds, "how long requests of day arrive"),
+        ("drain", s.drain, "how long both wait for answers after the last arrival"),
+    ):
+        group.add_argument(f"--{name}", type=float, default=default, metavar="S", help=what)
+    for name, default, what in (
+        ("day-idle", s.day_idle, "rate of day's idle part, as --rates"),
+        ("day-peak", s.day_peak, "rate at the end of day's ramp, as --rates"),
+        ("day-long-share", s.day_long_share, "share of long requests in day's ramp"),
+    ):
+        group.add_argument(f"--{name}", type=float, default=default, metavar="X", help=what)
 
 
 def _link(group: argparse._ArgumentGroup) -> None:
@@ -189,8 +245,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     counts = ("tp_size", "rounds", "singles", "saturated", "rate_requests", "burst", "bursts", "long_every",
               "mix_requests", "single_output", "long", "timeout", "azure_length", "mooncake_length", "trace_load",
               "mix_rate", "burst_stream", "burst_every", "kv_tokens", "sp_size", "trace_speed", "streams",
-              "stream_output", "arriving_requests", "arriving_rate",
-              "link_rate")  # fmt: skip
+              "stream_output", "arriving_requests", "arriving_rate", "link_rate", "clients", "closed_seconds",
+              "long_need", "mixed_rate", "mixed_seconds", "day_seconds", "day_idle", "day_peak",
+              "trace_fit")  # fmt: skip
     for name in counts:
         if (value := getattr(args, name)) is not None and value <= 0:
             p.error(f"--{name.replace('_', '-')} {value:g} is not positive")
@@ -201,7 +258,29 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         p.error("--link needs --kv-tokens: each rank is alone on its node and would take memory for itself alone")
     if min(*args.lengths, *args.rates) <= 0:
         p.error("--lengths and --rates must be positive")
+    if not 0 <= min(*args.long_shares, args.day_long_share) <= max(*args.long_shares, args.day_long_share) < 1:
+        p.error("--long-shares and --day-long-share are shares from 0 on and below 1")
+    if args.drain < 0:
+        p.error(f"--drain {args.drain:g} is negative")
+    if args.trace_fit and args.kv_tokens is None:
+        p.error("--trace-fit needs --kv-tokens, because it is a share of them")
+    _set_long_requests(p, args)
     return args
+
+
+def _set_long_requests(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Set what follows from the size of the KV pools, if the user left it out: which requests are long ones."""
+    if args.kv_tokens is not None:
+        replica = args.kv_tokens // args.tp_size
+        low = round(LONGER_THAN_REPLICA * replica)
+        args.long_prompt = args.long_prompt or (low, max(low, args.kv_tokens // 2))
+        args.long_need = args.long_need or replica
+    if args.long_prompt is None:
+        if {"mixed-lengths", "day"} & {*args.workloads}:
+            p.error("mixed-lengths and day need --kv-tokens or --long-prompt, which say how long a long prompt is")
+        args.long_prompt = Sizes.long_prompt
+    if not 1 <= args.long_prompt[0] <= args.long_prompt[1]:
+        p.error("--long-prompt takes two numbers, the first from 1 on and not above the second")
 
 
 def plan(args: argparse.Namespace, context: int) -> Plan:
@@ -228,4 +307,7 @@ def _trace(kind: str, args: argparse.Namespace) -> Trace:
         raise ShiftError(f"--{kind} {path} cannot be read as such a trace: {error}") from error
     if not requests:
         raise ShiftError(f"--{kind}-window {start:g} {seconds:g}: no request of {path} arrives in that time")
-    return Trace(kind, scale(requests, length=getattr(args, f"{kind}_length")), args.trace_load, args.trace_speed)
+    length = getattr(args, f"{kind}_length")
+    if args.trace_fit:
+        length = args.trace_fit * args.kv_tokens / max(r.prompt + r.output for r in requests)
+    return Trace(kind, scale(requests, length=length), args.trace_load, args.trace_speed)

@@ -9,7 +9,9 @@ import msgspec
 
 from sglang_shift.modes import Mode
 
-MADE_UP = ("single", "saturated", "rate", "bursty", "long-mix", "long-prompts")
+USUAL = ("single", "saturated", "rate", "bursty", "long-mix", "long-prompts")
+"""The kinds of workload that are sent unless the user names some."""
+MADE_UP = (*USUAL, "closed-loop", "mixed-lengths", "day")
 TRACES = ("azure", "mooncake")
 KINDS = MADE_UP + TRACES
 """The kinds of workload, in the order of reports."""
@@ -28,7 +30,11 @@ class RequestRecord(msgspec.Struct, frozen=True):
         prompt: Number of prompt tokens.
         output: Number of tokens that the server generated.
         cached: Number of prompt tokens in the server's prefix cache; 0 if the server does not say.
-        error: What went wrong; empty if nothing went wrong. After an error, only the field ``due`` has a meaning.
+        error: What went wrong; empty if nothing went wrong. After an error, only the fields ``due``, ``rejected``,
+            ``unfinished`` and ``group`` have a meaning.
+        rejected: Whether the server refused the request (status 400), such as one that is too long for it.
+        unfinished: Whether the workload ended before the request did.
+        group: The name of the requests that are like this one, such as ``long``; empty if there are no groups.
     """
 
     due: float
@@ -41,6 +47,14 @@ class RequestRecord(msgspec.Struct, frozen=True):
     cached: int = 0
     error: str = ""
     deliveries: list[float] = msgspec.field(default_factory=list)
+    rejected: bool = False
+    unfinished: bool = False
+    group: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the request failed, although the server neither refused it nor ran out of time."""
+        return bool(self.error) and not (self.rejected or self.unfinished)
 
     @property
     def gaps(self) -> list[float]:
@@ -67,6 +81,7 @@ class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         waiting: Requests in the queue.
         kv_usage: Share of the KV pool in use, 0 to 1.
         steps: Steps since the start of the visit, by mode; empty if the server has no modes.
+        levels: Ranks at each level of instances; empty if the server has no instances.
     """
 
     time: float
@@ -74,6 +89,36 @@ class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     waiting: float | None = None
     kv_usage: float | None = None
     steps: dict[Mode, int] = msgspec.field(default_factory=dict)
+    levels: dict[int, int] = msgspec.field(default_factory=dict)
+
+
+class InstanceChange(msgspec.Struct, frozen=True):
+    """A merge or split of instances, as the server reports it. docs/instances.md explains the fields.
+
+    Attributes:
+        epoch: The number of the change.
+        first: The first rank that changed.
+        ranks: Number of ranks that changed.
+        level: The ranks of each instance afterwards.
+        ok: Whether the change was made.
+        phases: Seconds of each phase.
+        bytes_sent: Bytes of KV cache that the ranks sent.
+        tokens_recomputed: Tokens of running requests that had to be computed again.
+    """
+
+    epoch: int
+    first: int
+    ranks: int
+    level: int
+    ok: bool
+    phases: dict[str, float]
+    bytes_sent: int = 0
+    tokens_recomputed: int = 0
+
+    @property
+    def merges(self) -> bool:
+        """Whether instances merged; if not, one split."""
+        return self.level == self.ranks
 
 
 class Visit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -93,6 +138,9 @@ class Visit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ``exchanged_bytes`` and ``exchanges``. It is None for other servers.
         started: Local time of the start, in ISO 8601.
         load_average: Load average of the machine over the minute before.
+        window: Begin and end of the steady window, in seconds from the start of the visit. Throughput is taken in it,
+            so neither the first requests nor the end of the last replica count. None means no window.
+        changes: Merges and splits of instances, in their order.
     """
 
     contender: str
@@ -106,6 +154,8 @@ class Visit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shift: dict[str, int] | None = None
     started: str = ""
     load_average: float = 0.0
+    window: tuple[float, float] | None = None
+    changes: list[InstanceChange] = msgspec.field(default_factory=list)
 
 
 class Visits:

@@ -12,8 +12,19 @@ from typing import Any
 
 from sglang_shift.errors import ShiftError
 from sglang_shift.modes import MODES
-from sglang_shift.tools.benchmark import plots
-from sglang_shift.tools.benchmark.figures import BASELINES, SHIFT, Comparison, Limits, Spread, best_of, digits
+from sglang_shift.tools.benchmark import goals, plots
+from sglang_shift.tools.benchmark.figures import (
+    BASELINES,
+    COMPLETED,
+    OF_GROUPS,
+    OUTCOMES,
+    SHIFT,
+    Comparison,
+    Limits,
+    Spread,
+    best_of,
+    digits,
+)
 from sglang_shift.tools.benchmark.records import TRACES, Visit
 
 _TIMES = ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99", "e2e_p50", "e2e_p99")
@@ -22,7 +33,7 @@ _MEANS = ("ttft_mean", "gap_mean", "e2e_mean")
 _TRAFFIC = (
     *_TIMES,
     *_GAPS,
-    *("total_tokens_per_s", "output_tokens_per_s", "goodput", "goodput_share"),
+    *(COMPLETED, "total_tokens_per_s", "output_tokens_per_s", "goodput", "goodput_share"),
     *("cached_share", "kv_max", "queue_max"),
 )
 
@@ -33,15 +44,17 @@ def _latency(metric: str) -> str:
 
 
 ROWS = {
-    "single": ("ttft_p50", "tpot_p50", *_GAPS),
+    "single": ("ttft_p50", "tpot_p50", "e2e_p50", *_GAPS),
     "saturated": ("total_tokens_per_s", "output_tokens_per_s", *_GAPS),
-    "rate": ("ttft_p50", "ttft_p99", "tpot_p50", *_GAPS, "total_tokens_per_s", "goodput"),
+    "rate": ("ttft_p50", "ttft_p99", "tpot_p50", *_GAPS, COMPLETED, "total_tokens_per_s", "goodput"),
+    "closed-loop": (COMPLETED, *_TIMES, *_GAPS),
     "long-prompts": (*_MEANS, *_TRAFFIC),
-    **dict.fromkeys(("bursty", "long-mix", *TRACES), _TRAFFIC),
+    **dict.fromkeys(("bursty", "long-mix", "mixed-lengths", "day", *TRACES), _TRAFFIC),
 }
 """The metrics in the table of each kind of workload."""
 
 LABELS = {name: (f"{_latency(name)}, ms", 1e3) for name in (*_TIMES, *_GAPS, *_MEANS)} | {
+    COMPLETED: ("completed tokens/s in the window", 1.0),
     "total_tokens_per_s": ("total tokens/s", 1.0),
     "output_tokens_per_s": ("output tokens/s", 1.0),
     "goodput": ("goodput, requests/s", 1.0),
@@ -50,9 +63,44 @@ LABELS = {name: (f"{_latency(name)}, ms", 1e3) for name in (*_TIMES, *_GAPS, *_M
     "kv_max": ("KV usage max, %", 100.0),
     "queue_max": ("queue max, requests", 1.0),
     "exchanged_bytes": ("exchanged, MiB", 2.0**-20),
+    "requests": ("requests", 1.0),
+    "rejected": ("rejected requests", 1.0),
+    "unfinished": ("unfinished requests", 1.0),
     "errors": ("failed requests", 1.0),
+    "merges": ("merges", 1.0),
+    "splits": ("splits", 1.0),
+    "failed_changes": ("changes that were given up", 1.0),
 }
 """The label of each metric, and the factor from the metric to the unit in the label."""
+
+LEVEL = "at_level_"
+CHANGES = ("merges", "splits", "failed_changes")
+_CHANGE_TIME = ("merge_", "split_")
+
+
+def label(metric: str) -> tuple[str, float]:
+    """Return the label of a metric, and the factor from the metric to the unit in the label."""
+    group, _, name = metric.rpartition("/")
+    if group:
+        text, factor = LABELS[name]
+        return f"{group}: {text}", factor
+    if metric.startswith(LEVEL):
+        return f"time at level {metric.removeprefix(LEVEL)}, %", 100.0
+    if metric.startswith(_CHANGE_TIME):
+        kind, *phase = metric.removesuffix("_s").split("_")
+        return f"{kind}{': ' if phase else ''}{'_'.join(phase)}, ms", 1e3
+    return LABELS[metric]
+
+
+def extra_metrics(comparison: Comparison, workload: str) -> list[str]:
+    """Return the metrics of a workload that only some servers or workloads have: by group, and of instances."""
+    visits = [v for v in comparison.visits if v.workload == workload]
+    names = dict.fromkeys(name for v in visits for name in comparison.figures(v))
+    groups = dict.fromkeys(name.partition("/")[0] for name in names if "/" in name)
+    of_groups = [f"{group}/{name}" for group in groups for name in (*OUTCOMES, *OF_GROUPS)]
+    levels = sorted((name for name in names if name.startswith(LEVEL)), key=lambda n: int(n.removeprefix(LEVEL)))
+    times = sorted(name for name in names if name.startswith(_CHANGE_TIME))
+    return [*of_groups, *levels, *CHANGES, *times]
 
 
 @dataclass(frozen=True)
@@ -182,18 +230,18 @@ def _head(comparison: Comparison) -> list[str]:
 def _rows(comparison: Comparison, workload: str, metrics: Sequence[str]) -> list[str]:
     others = _others(comparison)
     rows = []
-    for metric in (*metrics, "exchanged_bytes", "errors"):
+    for metric in (*metrics, *extra_metrics(comparison, workload), "exchanged_bytes", *OUTCOMES[1:]):
         spreads = [comparison.spread(c, workload, metric) for c in comparison.contenders]
-        if not any(spreads) or (metric == "errors" and not any(s.high for s in spreads if s)):
+        if not any(spreads) or (metric.endswith("errors") and not any(s.high for s in spreads if s)):
             continue
-        label, factor = LABELS[metric]
+        text, factor = label(metric)
         best = best_of(metric)
         medians = [s.median for s in spreads if s]
         winner = best(medians) if best and len(medians) > 1 else None
         cells = [_cell(s, factor, s is not None and s.median == winner) for s in spreads]
         if others:
             cells.append(_ratio(comparison.ratio(SHIFT, others, workload, metric)) if best else "")
-        rows.append([label, *cells])
+        rows.append([text, *cells])
     steps = [[comparison.spread(c, workload, f"{mode}_steps") for mode in MODES] for c in comparison.contenders]
     if any(map(any, steps)):
         cells = [
@@ -277,11 +325,17 @@ def markdown(comparison: Comparison, heading: dict[str, Any], limits: Limits | N
         "Median over the rounds (min to max). Bold: the best median. Tokens/s and goodput: higher is better; times: "
         "lower. Ratios are taken within a round, to the best of the baselines there, and then their median. "
         "Latencies are of requests that did not fail. Steps: median over the rounds.",
+        *(
+            ["Completed tokens/s: those of requests that ended in the steady window, which is the same for all."]
+            if any(v.window for v in comparison.visits)
+            else []
+        ),
         *([f"Goodput: requests/s within {', '.join(good)}."] if good else []),
     ]
     parts = [
         "\n".join(_facts(heading)),
         "## Targets\n\n" + targets_table(comparison).rstrip(),
+        *([f"## Goals of instances\n\n{text}"] if (text := goals.table(comparison)) else []),
         tables(comparison).rstrip(),
         *notes,
     ]

@@ -13,7 +13,7 @@ from sglang_shift.flags import AUTO
 from sglang_shift.models.sizes import REPLICATED, SHARDED
 from sglang_shift.simulate.traces import MAX_TOKENS, read_trace
 from sglang_shift.simulate.traffic import Lengths, Request, cut_window, scale, steady
-from sglang_shift.tools.plan import gaps, paper, report
+from sglang_shift.tools.plan import gaps, motivation, paper, report
 from sglang_shift.tools.plan.hardware import NODE, gpus, parse_gpus
 from sglang_shift.tools.plan.model import Model, read_model
 from sglang_shift.tools.plan.search import search
@@ -108,6 +108,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="predict the Shift Parallelism paper's table, and say how far off it is; "
         "with --tbt-target: compare bounds on the gap between tokens for its Llama-70B, with long prompts",
     )
+    add(
+        "--check-instances",
+        action="store_true",
+        help="predict the table by which the paper Gyges motivates instances, beside the table itself",
+    )
     add("--model", type=Path, metavar="PATH", help="a config.json, or the folder that has one")
     add("--gpus", metavar="NxKIND", help=f"for example 8xH200; kinds: {', '.join(gpus())}")
     add("--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help="auto is bfloat16")
@@ -125,7 +130,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tbt-target", type=factor, metavar="MS", help="also compare ways to bound the gap between tokens")
     add("--plot", type=Path, metavar="FILE.png", help="also draw latency against throughput")
     args = parser.parse_args(argv)
-    if not args.check and not (args.model and args.gpus and (args.trace or args.rate)):
+    if not (args.check or args.check_instances) and not (args.model and args.gpus and (args.trace or args.rate)):
         parser.error("give --model, --gpus and one of --trace and --rate; or --check")
     start, seconds = args.window
     if not (math.isfinite(start) and seconds > 0):
@@ -200,6 +205,8 @@ def main(argv: Sequence[str]) -> int:
             print(gaps.study(paper.MODELS["Llama-70B"], args.tbt_target / 1e3, progress))
         elif args.check:
             print(paper.report())
+        elif args.check_instances:
+            print(motivation.report())
         else:
             print_plan(args)
     except ShiftError as error:
