@@ -12,10 +12,12 @@ from sglang_shift.args.server_args import ShiftServerArgs
 from sglang_shift.models.demo import demo_model_path
 from sglang_shift.resolution import shift_config_of
 from sglang_shift.runtime.controller import run_controller_process
+from sglang_shift.runtime.detokenizer import run_detokenizer_process
 from sglang_shift.runtime.instance_requests import carry_messages
+from sglang_shift.runtime.process_watch import ProcessWatch
 from sglang_shift.runtime.scheduler import run_scheduler_process
 from sglang_shift.runtime.tokenizer_manager import init_tokenizer_manager
-from sglang_shift.seams import check_sources, extends, overrides
+from sglang_shift.seams import check_sources, extends, overrides, put_in_place
 from sglang_shift.start_up_log import LAUNCHER_MESSAGES, leave_out
 
 WAITS_AFTER_A_CRASH = ("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH")
@@ -58,12 +60,23 @@ class Engine(SglangEngine):
         if config is not None and config.instances:
             for variable in WAITS_AFTER_A_CRASH:
                 os.environ.setdefault(variable, "0")
+            put_in_place(ProcessWatch)
             carry_messages()
             controller = multiprocessing.Process(target=run_controller_process, args=(server_args, port_args))
             controller.start()
             processes.append(controller)
             result.all_child_pids.append(controller.pid)
         return result, processes
+
+    @classmethod
+    @overrides("With instances, our method starts a detokenizer that tells ranks what it has read.")
+    def _launch_detokenizer_subprocesses(
+        cls, server_args: Any, port_args: Any, run_detokenizer_process_func: Any
+    ) -> Any:
+        config = shift_config_of(server_args)
+        if config is not None and config.instances:
+            run_detokenizer_process_func = run_detokenizer_process
+        return super()._launch_detokenizer_subprocesses(server_args, port_args, run_detokenizer_process_func)
 
 
 @extends(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from instance_trial import World, prompt, started
+from instance_trial import TrialError, World, prompt, started
 from sglang_shift.models.demo import demo_model_path
 
 POOL = ("--max-total-tokens", "1023")  # with the slot that holds no token, a multiple of the ranks
@@ -50,3 +50,26 @@ def test_instances_that_do_not_merge_go_on(alone):
         world.wait_end(["masks", "q1"])
         world.submit(1, "q2", *REQUESTS["q2"])
         assert world.wait_end(["q1", "q2"]) == {rid: alone[rid] for rid in ("q1", "q2")}
+
+
+def decide(scheduler, same):
+    """Write a decision as a part of SGLang's does, for its rank-consensus checker."""
+    from sglang.srt.utils import rank_consensus_checker as checker
+
+    checker.assert_same("decision %s", 0 if same else scheduler.shift_switch.place.rank)
+    return checker.enabled()
+
+
+def test_the_ranks_of_an_instance_must_decide_alike_and_others_need_not():
+    with started(2, (*MODEL, *POOL), instances=2) as world:
+        assert world.call(decide, False) == [True, True], "the checker is on"
+        submit_all(world)
+        assert world.change(0, 2, 2).ok
+        world.call(decide, True)
+        assert world.change(0, 2, 1).ok
+        world.call(decide, False)
+        world.wait_end()
+        assert world.change(0, 2, 2).ok
+        with pytest.raises(TrialError, match="Found rank divergence"):
+            world.call(decide, False)
+            world.wait(lambda: False, "a rank that ends")

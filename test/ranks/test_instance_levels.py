@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 from families import Family, make_model
-from instance_trial import World, prompt, started
-from sglang_shift.instances.changes import Change, plan
-from sglang_shift.instances.levels import Levels
+from instance_trial import prompt, started
+from instance_walk import ALL_PAIRS, Walk
 
 # With the slot that holds no token, a multiple of the ranks. In a large cache, all pages find a place after a split.
 LARGE, SMALL = ("--max-total-tokens", "8191"), ("--max-total-tokens", "1535")
@@ -18,40 +17,6 @@ OPTIONS = [{}, {"stream": False}, {"return_logprob": True}, {"extra_key": "tenan
 # With overlap scheduling, SGLang's penalties count other tokens if the steps of other requests come between.
 PENALTIES = [{"frequency_penalty": 0.5, "min_new_tokens": 8}, {"repetition_penalty": 1.3}, {"presence_penalty": 0.6}]
 COMMON = prompt(99, 30)  # some prompts begin alike
-
-# The levels of the instances, in the order of their ranks.
-ALL_PAIRS = [
-    (1, 1, 1, 1), (2, 1, 1), (2, 2), (4,), (2, 2), (1, 1, 2), (1, 1, 1, 1), (4,), (1, 1, 1, 1), (2, 2), (4,),
-]  # fmt: skip
-
-
-class Walk:
-    """The instances of a world, and the changes so far."""
-
-    def __init__(self, world: World) -> None:
-        self.world, self.layout = world, Levels.between(1, world.size).instances(1)
-        self.recomputed = self.dropped = self.changes = 0
-
-    def go(self, levels: Sequence[int]) -> None:
-        """Make the changes that lead to instances of these levels, in the order of their ranks."""
-        leader = 0
-        for level in levels:
-            holder = next(each for each in self.layout if leader in each.ranks)
-            if holder.level > level:
-                self.make(Change(holder, level))
-            else:
-                for change in plan(self.layout, leader, level, level):
-                    self.make(change)
-            leader += level
-        assert [each.level for each in self.layout] == list(levels)
-
-    def make(self, change: Change) -> None:
-        changed = self.world.change(change.whole.leader, change.whole.level, change.level)
-        assert changed.ok, changed.reason
-        self.layout = change.applied(self.layout)
-        self.changes += 1
-        self.recomputed += changed.tokens_recomputed
-        self.dropped += changed.tokens_dropped
 
 
 def requests(seed: int, options: list[dict]) -> Iterator[tuple[str, list[int], int, dict]]:

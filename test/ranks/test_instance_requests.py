@@ -244,6 +244,71 @@ def set_memory_problem(scheduler, rank):
     LevelChange._memory_problem = lambda self: f"no memory on rank {rank}" if mine else None
 
 
+def test_the_detokenizer_gets_the_tokens_of_both_leaders_in_order(world, alone):
+    """It stands still while instances merge. Meanwhile the new leader must not send, as the old one's tokens wait."""
+    for rid in ("plain", "penalties"):
+        submit(world, 1, rid)
+    world.wait_tokens({"plain": 4, "penalties": 4})
+    world.look_away(0.2)
+    world.ask(0, 2, 2)
+    world.look_away(1.5)
+    assert world.answer().ok
+    assert world.wait_end() == {rid: alone[rid].tokens for rid in ("plain", "penalties")}
+    for rid in ("plain", "penalties"):
+        assert world.outputs[rid].decode_ids == alone[rid].decode_ids
+
+
+def test_a_change_is_given_up_if_the_detokenizer_is_far_behind(world, alone):
+    submit(world, 0, "plain")
+    submit(world, 1, "penalties")
+    world.wait_tokens({"plain": 4, "penalties": 4})
+    assert world.call(set_patience, 0.3) == [10.0, 10.0]
+    world.ask(0, 2, 2)
+    world.look_away(1.5)
+    refused = world.answer()
+    assert not refused.ok and "the detokenizer is more than 0 s behind" in refused.reason
+    world.call(set_patience, 10.0)
+    merge(world)
+    assert world.wait_end() == {rid: alone[rid].tokens for rid in ("plain", "penalties")}
+
+
+def set_patience(scheduler, seconds):
+    from sglang_shift.runtime import read_receipts
+
+    before, read_receipts.PATIENCE_S = read_receipts.PATIENCE_S, seconds
+    return before
+
+
+def test_a_change_that_is_refused_leaves_requests_in_their_batches(world, alone):
+    """Nothing is computed again, and no request goes through the queue."""
+    merge(world)
+    world.submit(0, "longer", prompt(31, 450), 200)
+    submit(world, 0, "plain")
+    world.wait_tokens({"longer": 1, "plain": 3})
+    world.call(count_retractions)
+    for _ in range(3):
+        assert not world.change(0, 2, 1).ok
+    assert world.call(count_retractions) == [0, 0]
+    world.wait_end()
+    assert world.outputs["plain"].tokens == alone["plain"].tokens
+
+
+def count_retractions(scheduler):
+    """How often the scheduler has emptied its batches since this function was called first."""
+    from sglang_shift.runtime import level_change
+
+    if not hasattr(level_change.retract, "calls"):
+        original = level_change.retract
+
+        def retract(*args):
+            retract.calls += 1
+            return original(*args)
+
+        retract.calls = 0
+        level_change.retract = retract
+    return level_change.retract.calls
+
+
 def test_ranks_sample_the_same_tokens_after_a_merge(world):
     """Each rank has drawn random numbers of its own before."""
     for rank in (0, 1):

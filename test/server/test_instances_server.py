@@ -232,6 +232,17 @@ def test_the_paper_policy_merges_for_a_long_request_and_splits_after_it(servers,
 
 
 @pytest.mark.full
+def test_tokens_stay_in_order_with_several_detokenizers(servers, reference):
+    """A router stands before them. A receipt of any of them says that the router has read the messages before."""
+    server = servers.get(*TWO, "--detokenizer-worker-num", "2")
+    streams = Streams(server, [reference.prompts[8 * i] for i in range(STREAMS)])
+    for level in (2, 1):
+        streams.wait_for(max(len(each.chunks) for each in streams.streams) + 3)
+        assert instances(server, level=level)["changes"][0]["ok"]
+    assert streams.tokens() == [each.tokens for each in reference.tokens_64[:STREAMS]]
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["instance_controller", "_TP0"])
 def test_a_process_that_dies_ends_the_server(reference, servers, name):
     """Each request ends with its answer or with an error, and SGLang does not wait for dumps of the rank that lives.

@@ -74,6 +74,7 @@ class World:
         outputs: What was received, by the ids of the requests.
         messages: What the controller has received.
         leaders: The first ranks of the instances.
+        reads_outputs: Whether the detokenizer reads what the ranks send to it. If not, it stands still.
     """
 
     folder: Path
@@ -85,13 +86,16 @@ class World:
     messages: list[Any] = field(default_factory=list)
     epoch: int = 0
     leaders: list[int] = field(default_factory=list)
+    reads_outputs: bool = True
 
     def open(self) -> None:
         """Bind the sockets to which the ranks connect."""
         import zmq
         from sglang_shift.runtime.instance_channels import answers_of, input_of
+        from sglang_shift.runtime.read_receipts import ReceiptWriter
 
         context = zmq.Context()
+        self.receipts = ReceiptWriter()
         self.leaders = list(range(self.size))
         ports = ports_in(self.folder)
         shared = (ports.scheduler_input_ipc_name, ports.tokenizer_ipc_name)
@@ -138,9 +142,10 @@ class World:
         """
         import zmq
         from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput, sock_recv
+        from sglang_shift.runtime.read_receipts import ReceiptReq
 
         poller = zmq.Poller()
-        for socket in self.received:
+        for socket in self.received if self.reads_outputs else self.received[1:]:
             poller.register(socket, zmq.POLLIN)
         for socket, _ in poller.poll(1000 * seconds):
             with contextlib.suppress(zmq.Again):
@@ -148,6 +153,8 @@ class World:
                     message = sock_recv(socket, zmq.NOBLOCK)
                     if isinstance(message, BatchTokenIDOutput):
                         self._collect(message)
+                    elif isinstance(message, ReceiptReq):
+                        self.receipts.write(message)
                     elif isinstance(message, AbortReq):  # of a request that was not running
                         self.outputs[message.rid].reason = {"type": "abort"}
                     else:
@@ -201,6 +208,28 @@ class World:
         rids = list(self.outputs) if rids is None else rids
         self.wait(lambda: all(self.outputs[rid].reason for rid in rids), f"the end of {rids}")
         return {rid: self.outputs[rid].tokens for rid in rids}
+
+    def look_away(self, seconds: float) -> None:
+        """Let the detokenizer stand still for some seconds."""
+        self.reads_outputs = False
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.poll()
+        self.reads_outputs = True
+
+    def wait_failure(self) -> None:
+        """Wait until all ranks have ended, because one of them failed.
+
+        Raises:
+            TrialError: a rank goes on.
+        """
+        with contextlib.suppress(TrialError):
+            self.wait(lambda: False, "a failure")
+        end = time.monotonic() + SECONDS
+        for rank, process in enumerate(self.processes):
+            process.join(max(0.0, end - time.monotonic()))
+            if process.is_alive():
+                raise TrialError(f"rank {rank} goes on after another one failed:\n{self.tail()}")
 
     def change(self, first: int, ranks: int, level: int) -> Any:
         """Ask for a change of the level, and return the answer."""

@@ -54,6 +54,8 @@ FEATURES = (
      "its copies on the host belong to one level"),
     Feature("--device other than cpu", lambda a: a.device != "cpu",
      "attention backends of GPUs keep the number of heads of one level"),
+    Feature("--enable-deterministic-inference", lambda a: a.enable_deterministic_inference,
+     "sums are ordered differently at each level, so sampling with a seed would give other tokens after a change"),
     Feature("--disable-radix-cache", lambda a: a.disable_radix_cache,
      "the KV cache of running requests moves as cached prefixes"),
     Feature("--radix-cache-backend", lambda a: a.radix_cache_backend, "instances have a prefix cache of their own"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +27,11 @@ class Room:
 
     ranks: int
     tokens: int
+
+
+def smallest_level(levels: Mapping[int, Capacity], need: int) -> int | None:
+    """Return the smallest level of which an instance holds a request of ``need`` tokens; None if there is none."""
+    return min((k for k, level in levels.items() if level.tokens >= need), default=None)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from sglang_shift.cost.deployment import Deployment, InstanceState
+from sglang_shift.cost.deployment import Deployment, InstanceState, Room, smallest_level
 from sglang_shift.instances.changes import Change, Layout
 from sglang_shift.instances.levels import Instance, Levels
 
@@ -22,6 +22,39 @@ class Placed:
 
     leader: int
     need: int
+
+
+@dataclass
+class Load:
+    """What the live requests of one instance need together, kept up to date with each request that comes or ends.
+
+    Attributes:
+        requests: Their number.
+        tokens: The tokens that they need.
+        largest: The tokens that the largest one needs; 0 if there is none.
+    """
+
+    requests: int = 0
+    tokens: int = 0
+    largest: int = 0
+    _needs: Counter[int] = field(default_factory=Counter)
+
+    def add(self, need: int) -> None:
+        """Count a request that needs so many tokens."""
+        self.requests += 1
+        self.tokens += need
+        self.largest = max(self.largest, need)
+        self._needs[need] += 1
+
+    def remove(self, need: int) -> None:
+        """Count a request no longer."""
+        self.requests -= 1
+        self.tokens -= need
+        self._needs[need] -= 1
+        if not self._needs[need]:
+            del self._needs[need]
+            if need == self.largest:
+                self.largest = max(self._needs, default=0)
 
 
 @dataclass
@@ -41,6 +74,7 @@ class Ledger:
     capacities: dict[int, int] = field(default_factory=dict)
     requests: dict[str, Placed] = field(default_factory=dict)
     busy: range = range(0)
+    _loads: defaultdict[int, Load] = field(default_factory=lambda: defaultdict(Load))  # by the first rank
 
     @classmethod
     def at(cls, levels: Levels) -> Ledger:
@@ -58,15 +92,13 @@ class Ledger:
         Args:
             now: The time in seconds.
         """
-        needs: dict[int, list[int]] = defaultdict(list)
-        for placed in self.requests.values():
-            needs[placed.leader].append(placed.need)
-        return Deployment(now, tuple(self._state(each, needs[each.leader]) for each in self.layout))
+        return Deployment(now, tuple(self._state(each) for each in self.layout))
 
-    def _state(self, instance: Instance, needs: list[int]) -> InstanceState:
+    def _state(self, instance: Instance) -> InstanceState:
         capacity = 0 if instance.leader in self.busy else self.capacities.get(instance.level, 0)
+        load = self._loads[instance.leader]
         return InstanceState(
-            instance.level, running=len(needs), used=sum(needs), capacity=capacity, largest=max(needs, default=0)
+            instance.level, running=load.requests, used=load.tokens, capacity=capacity, largest=load.largest
         )
 
     @property
@@ -76,22 +108,25 @@ class Ledger:
 
     def level_for(self, need: int) -> int | None:
         """The lowest level of which an instance holds ``need`` tokens; None if there is none."""
-        return min((level for level, tokens in self.capacities.items() if tokens >= need), default=None)
+        return smallest_level({level: Room(level, tokens) for level, tokens in self.capacities.items()}, need)
 
     def place(self, rid: str, instance: Instance, need: int) -> None:
         """Record that a request was sent to an instance."""
+        self.end([rid])
         self.requests[rid] = Placed(instance.leader, need)
+        self._loads[instance.leader].add(need)
 
     def end(self, rids: Iterable[str]) -> None:
         """Forget requests that have ended. Unknown ones are ignored."""
         for rid in rids:
-            self.requests.pop(rid, None)
+            if (placed := self.requests.pop(rid, None)) is not None:
+                self._loads[placed.leader].remove(placed.need)
 
     def held_by(self, leader: int, rids: Iterable[str]) -> None:
         """Record which requests an instance has after a change."""
         for rid in rids:
             if rid in self.requests:
-                self.requests[rid] = Placed(leader, self.requests[rid].need)
+                self._move(rid, leader)
 
     def apply(self, change: Change) -> None:
         """Record that a change was made.
@@ -100,9 +135,15 @@ class Ledger:
         """
         self.layout = change.applied(self.layout)
         leaders = {each.leader for each in change.after}
-        for rid, placed in self.requests.items():
-            if placed.leader in change.whole.ranks and placed.leader not in leaders:
-                self.requests[rid] = Placed(change.whole.leader, placed.need)
+        silent = set(change.whole.ranks) - leaders
+        for rid in [rid for rid, placed in self.requests.items() if placed.leader in silent]:
+            self._move(rid, change.whole.leader)
+
+    def _move(self, rid: str, leader: int) -> None:
+        placed = self.requests[rid]
+        self._loads[placed.leader].remove(placed.need)
+        self._loads[leader].add(placed.need)
+        self.requests[rid] = Placed(leader, placed.need)
 
     def report(self) -> list[dict[str, int]]:
         """The instances as JSON values."""

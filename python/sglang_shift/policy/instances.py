@@ -12,7 +12,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sglang_shift.cost.deployment import Capacity, Deployment, InstancePolicy, InstanceState, least_loaded, starts
+from sglang_shift.cost.deployment import (
+    Capacity,
+    Deployment,
+    InstancePolicy,
+    InstanceState,
+    least_loaded,
+    smallest_level,
+    starts,
+)
 from sglang_shift.cost.layouts import (
     CostsByLevel,
     Layout,
@@ -76,11 +84,6 @@ class PaperPolicy(InstancePolicy):
                 parts = (least.ranks,) * (state.ranks // least.ranks)
                 return (*deployment.layout[:i], *parts, *deployment.layout[i + 1 :])
         return deployment.layout
-
-
-def smallest_level(levels: Mapping[int, Capacity], need: int) -> int | None:
-    """Return the smallest level that holds a request of ``need`` tokens; None if there is none."""
-    return min((k for k, level in levels.items() if level.tokens >= need), default=None)
 
 
 def merged_for_unplaced(deployment: Deployment, levels: Mapping[int, Capacity]) -> Layout:

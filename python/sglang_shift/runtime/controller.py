@@ -12,7 +12,7 @@ import logging
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from http import HTTPStatus
 from typing import Any
@@ -31,6 +31,8 @@ from sglang.srt.utils.network import get_zmq_socket
 from sglang.utils import TypeBasedDispatcher
 
 from sglang_shift.cost.deployment import InstancePolicy, Room
+from sglang_shift.cost.layouts import Layout
+from sglang_shift.instances.back_off import BackOff
 from sglang_shift.instances.changes import Change, check_range, plan, plan_layout
 from sglang_shift.instances.ledger import Ledger
 from sglang_shift.instances.levels import Levels
@@ -106,6 +108,10 @@ TOO_LONG = (
 )
 BUSY = "instances merge or split already; try again when they are done"
 ANSWERING = "the ranks still work on a {kind}; try again when it is answered"
+HALFWAY = (
+    "{problem}; {made} of the {count} changes that this takes were made before, so the instances now have {levels} "
+    "ranks; ask for the level again, or for the one before"
+)
 PAUSED = "generation is paused; continue it (/continue_generation) before instances merge or split"
 
 
@@ -139,12 +145,14 @@ class Operation:
     Attributes:
         changes: The changes that are still to make.
         reason: Why.
+        wanted: The level of each instance afterwards, in the order of their ranks; empty if an operator asked.
         request: The operator's request; None if a policy asked.
         done: The reports of the ranks so far.
     """
 
     changes: deque[Change]
     reason: str
+    wanted: Layout = ()
     request: ChangeInstancesReqInput | None = None
     done: list[LevelChanged] = field(default_factory=list)
 
@@ -166,10 +174,12 @@ class InstanceController(DataParallelController):
         self.policy_name = config.instance_policy
         self.context_length = 0
         self.held: deque[Any] = deque()
+        self.aborts: list[Any] = []
         self.gatherings: list[Gathering] = []
         self.operation: Operation | None = None
         self.change: Change | None = None
         self.changed_at = float("-inf")
+        self.back_off = BackOff()
         self.last: deque[dict[str, Any]] = deque(maxlen=LAST_CHANGES)
         self.epoch = 0
         self.paused = False
@@ -282,16 +292,18 @@ class InstanceController(DataParallelController):
         sock_send(self.to_tokenizer, answer)
 
     def abort(self, req: Any) -> None:
-        """Abort requests on all instances, and those that are held."""
+        """Abort requests on all instances, and those that are held.
+
+        Ranks that change get the abort right after the change. Later its id may be the id of another request.
+        """
         kept = [each for each in self.held if not _aborts(req, each)]
         for each in self.held:
             if _aborts(req, each):
                 self.refuse(each, "the request was aborted before an instance had it")
         self.held = deque(kept)
-        if self.operation is not None:
-            self.held.append(req)
-        else:
-            self._to_leaders(req)
+        self._send(req, [leader for leader in self.ledger.leaders if leader not in self.ledger.busy])
+        if self.ledger.busy:
+            self.aborts.append(req)
 
     def release(self) -> None:
         """Handle what was held while ranks changed."""
@@ -315,8 +327,7 @@ class InstanceController(DataParallelController):
         leaders = self.ledger.leaders[:1] if isinstance(req, READS) else self.ledger.leaders
         if kind is not None:
             self.gatherings.append(Gathering(kind, req.http_worker_ipc, len(leaders)))
-        for leader in leaders:
-            sock_send(self.workers[leader], req)
+        self._send(req, leaders)
         self.ended = isinstance(req, io_struct.ShutdownReq)
 
     def take_answer(self, answer: Any) -> None:
@@ -343,8 +354,8 @@ class InstanceController(DataParallelController):
     def _answer(self, kind: Any, req: Any, **values: Any) -> None:
         sock_send(self.to_tokenizer, kind(http_worker_ipc=req.http_worker_ipc, **values))
 
-    def _to_leaders(self, req: Any) -> None:
-        for leader in self.ledger.leaders:
+    def _send(self, req: Any, leaders: Iterable[int]) -> None:
+        for leader in leaders:
             sock_send(self.workers[leader], req)
 
     # --- merges and splits --------------------------------------------------------------------------------------------
@@ -363,7 +374,7 @@ class InstanceController(DataParallelController):
         except ValueError as error:
             self._report_to(req, str(error))
             return
-        self.begin(Operation(deque(changes), req.reason, req))
+        self.begin(Operation(deque(changes), req.reason, request=req))
 
     def consult(self) -> None:
         """Ask the policy for a layout, at most every :data:`POLICY_S` seconds, and begin to change to it."""
@@ -374,8 +385,9 @@ class InstanceController(DataParallelController):
         needs = tuple(self.need(each) for each in self.held if isinstance(each, REQUESTS))
         deployment = replace(self.ledger.deployment(now), unplaced=needs, changed=self.changed_at)
         wanted = self.policy.wanted(deployment)
-        if wanted != deployment.layout:
-            self.begin(Operation(deque(plan_layout(self.ledger.layout, wanted)), f"the policy {self.policy_name}"))
+        if wanted != deployment.layout and self.back_off.allows(wanted, now):
+            changes = deque(plan_layout(self.ledger.layout, wanted))
+            self.begin(Operation(changes, f"the policy {self.policy_name}", wanted))
 
     def why_not_now(self) -> str:
         """Why no instances can merge or split now, in one sentence; empty if they can."""
@@ -419,13 +431,30 @@ class InstanceController(DataParallelController):
         logger.info("sglang_shift: %s", sentence(message, change))
         if message.ok:
             self.ledger.apply(change)
+        self._send_aborts(change)
+        if message.ok:
             self._next_change()
         else:
             self._end_operation(message.reason)
 
+    def _send_aborts(self, change: Change) -> None:
+        """Send the aborts that came during a change to the ranks that changed."""
+        aborts, self.aborts = self.aborts, []
+        for abort in aborts:
+            self._send(abort, [leader for leader in self.ledger.leaders if leader in change.whole.ranks])
+
     def _end_operation(self, problem: str) -> None:
         operation, self.operation = self.operation, None
         assert operation is not None
+        if operation.wanted:
+            if problem:
+                self.back_off.fail(operation.wanted, time.monotonic())
+            else:
+                self.back_off.succeed()
+        elif problem and len(operation.done) > 1:
+            count = len(operation.done) + len(operation.changes)
+            levels = ", ".join(str(each.level) for each in self.ledger.layout)
+            problem = HALFWAY.format(problem=problem, made=len(operation.done) - 1, count=count, levels=levels)
         if operation.request is not None:
             self._report_to(operation.request, problem, [asdict(each) for each in operation.done])
         self.release()

@@ -23,6 +23,7 @@ from sglang.srt.runtime_context import get_parallel
 from sglang.srt.server_args import PortArgs
 
 from sglang_shift.instances.messages import InstancesReady, LevelChanged, RequestsEnded, RequestsHeld
+from sglang_shift.runtime.read_receipts import ReceiptReader
 from sglang_shift.runtime.reporter import StepReporter
 from sglang_shift.seams import overrides, relies_on
 
@@ -32,6 +33,11 @@ Message = InstancesReady | LevelChanged | RequestsEnded | RequestsHeld
 def input_of(port_args: PortArgs, rank: int) -> str:
     """The address of the socket from which a rank reads what the controller sends."""
     return f"{port_args.scheduler_input_ipc_name}.{rank}"
+
+
+def receipts_of(port_args: PortArgs) -> str:
+    """The address of the socket on which a rank hears what the detokenizer has read of it."""
+    return f"{port_args.scheduler_input_ipc_name}.read"
 
 
 def answers_of(port_args: PortArgs) -> str:
@@ -60,6 +66,8 @@ def ports_of_rank(port_args: PortArgs, rank: int) -> PortArgs:
 class ReportingSender(SenderWrapper):
     """Sends the outputs of a rank, and tells the controller which requests have ended with them.
 
+    A receipt is due after each output.
+
     Args:
         socket: The socket that SGLang has made.
         channels: Sends the messages.
@@ -72,6 +80,7 @@ class ReportingSender(SenderWrapper):
     @overrides("Our method tells the controller which requests have ended.")
     def send_output(self, output: Any, recv_obj: Any = None) -> None:
         super().send_output(output, recv_obj)
+        self.channels.shift_receipts.due |= self.socket is not None
         if self.socket is not None and (rids := ended(output)):
             self.channels.tell_controller(RequestsEnded(rids))
 
@@ -104,6 +113,7 @@ class InstanceChannels(Scheduler):
         self.ipc_channels = replace(channels, send_to_detokenizer=sender)
         self.shift_senders = {each: each.socket for each in (channels.send_to_tokenizer, sender)}
         self.shift_load_writer = self.load_snapshot_writer
+        self.shift_receipts = ReceiptReader(sender.socket, receipts_of(port_args))
 
     @overrides("With --sleep-on-idle, each rank that leads an instance sleeps on its own sockets.")
     def init_idle_sleeper(self) -> None:

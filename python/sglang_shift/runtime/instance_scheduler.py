@@ -22,6 +22,7 @@ from sglang_shift.runtime.instance_channels import InstanceChannels
 from sglang_shift.runtime.level_change import LevelChange
 from sglang_shift.runtime.level_switch import LevelSwitch
 from sglang_shift.runtime.penalties import seed_penalties
+from sglang_shift.runtime.rank_consensus import compare_in, groups_of_levels
 from sglang_shift.runtime.request_record import RequestRecord, keep_request, restore, restore_grammar
 from sglang_shift.runtime.scheduler import ShiftScheduler
 from sglang_shift.seams import overrides, relies_on
@@ -56,6 +57,7 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
         self.shift_calibrator.end()
         levels = self.shift_levels()
         self.shift_switch = LevelSwitch(self.tp_worker.model_runner, levels)
+        self.shift_consensus = groups_of_levels(self.shift_switch.places)
         self.shift_switch.enter(levels.lowest)
         self.enter_instance(0)
         self.tree_cache.reset()
@@ -72,10 +74,6 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
     @overrides("The tokenizer manager must accept what the largest instance holds.")
     def get_init_info(self) -> dict[str, Any]:
         return {**super().get_init_info(), **getattr(self, "_largest", {})}
-
-    @overrides("The checker compares all ranks of the world, and instances run different steps.")
-    def init_rank_consensus_checker(self) -> None:
-        pass
 
     # Changes of the level
 
@@ -130,6 +128,7 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
             epoch: The number of the change, equal on all ranks of the instance.
         """
         place = self.shift_switch.place
+        compare_in(self.shift_consensus[place.size])
         group = place.group
         self.tp_size, self.tp_group, self.tp_cpu_group = place.size, group, group.cpu_group
         self.attn_tp_group, self.attn_tp_cpu_group = group, group.cpu_group

@@ -7,12 +7,13 @@ the server, as an error in a step does.
 
 from __future__ import annotations
 
+import logging
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,10 @@ from sglang_shift.runtime.quiesce import Retracted, drain, live_requests, retrac
 from sglang_shift.runtime.request_record import RequestRecord, reason_to_stay, record, restore_times
 from sglang_shift.runtime.rng import random_state, set_random_state
 from sglang_shift.seams import relies_on
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class GivenUp(Exception):
@@ -115,9 +120,10 @@ class LevelChange:
     def _merge(self, level: int) -> None:
         switch = self.scheduler.shift_switch
         low, factor = switch.level, level // switch.level
-        problem = self._quiesce()
+        self._check(level)
+        self._quiesce()
         with self._phase("gather"):
-            part = self._part() if switch.place.leads else None
+            part, problem = self._try(self._part) if switch.place.leads else (None, None)
             every = self._gather((problem, part))
         self._agree([problem for problem, _ in every])
         parts = [part for _, part in every if part is not None]
@@ -125,15 +131,12 @@ class LevelChange:
         rids = [each.rid for part in parts for each in part.records]
         self._agree([None if len(set(rids)) == len(rids) else "two requests have the same id"])
         with self._phase("plan"):
-            trees = [_renamed(part.tree, number, factor) for number, part in enumerate(parts)]
-            tree = unite(trees)
-            pages = [
-                [page for page, new in zip(part.tree.pages, renamed.pages, strict=True) if new in tree.pages]
-                for part, renamed in zip(parts, trees, strict=True)
-            ]
-            self._vote(self._memory_problem())
+            united, problem = self._try(lambda: self._unite(parts))
+            self._vote(problem)
+            assert united is not None
+            tree, pages = united
         with self._phase("exchange"):
-            self.volume = switch.merge(level, [torch.tensor(sorted(each), dtype=torch.int64) for each in pages])
+            self.volume = switch.merge(level, pages)
         with self._phase("rebuild"):
             self._rebuild(tree)
             self._adopt(parts)
@@ -142,6 +145,7 @@ class LevelChange:
 
     def _part(self) -> Part:
         scheduler = self.scheduler
+        scheduler.shift_receipts.wait()
         computed = {each.req.rid: each.computed for each in self.retracted}
         records = [
             record(req, running=req.rid in computed, computed=computed.get(req.rid, 0))
@@ -152,6 +156,17 @@ class LevelChange:
         state = random_state(scheduler.device)
         tree = scheduler.tree_cache.read()
         return Part(scheduler.shift_switch.level, records, tree, counters, state, self.backlog)
+
+    def _unite(self, parts: Sequence[Part]) -> tuple[PrefixTree, list[torch.Tensor]]:
+        """The cached prefixes after a merge, and the pages that each part keeps, by their numbers in the part."""
+        trees = [_renamed(part.tree, number, len(parts)) for number, part in enumerate(parts)]
+        tree = unite(trees)
+        pages = [
+            [page for page, new in zip(part.tree.pages, renamed.pages, strict=True) if new in tree.pages]
+            for part, renamed in zip(parts, trees, strict=True)
+        ]
+        self._give_up_for(self._memory_problem())
+        return tree, [torch.tensor(sorted(each), dtype=torch.int64) for each in pages]
 
     def _adopt(self, parts: list[Part]) -> None:
         """Queue the requests of all parts: first those that were running, then by their arrival."""
@@ -173,16 +188,16 @@ class LevelChange:
     def _split(self, level: int) -> None:
         scheduler, switch = self.scheduler, self.scheduler.shift_switch
         factor = switch.level // level
-        layout, part = switch.pool.layout, switch.place.place // level
-        self._agree(self._gather(self._quiesce()))
+        part = switch.place.place // level
+        self._check(level)
+        self._quiesce()
         computed = {each.req.rid: each.computed for each in self.retracted}
         with self._phase("plan"):
             queue = scheduler.waiting_queue
-            tree = scheduler.tree_cache.read()
-            owners, problem = self._owners(queue, factor, layout.tokens(level))
-            claims = [Claim(owner, _cached_pages(tree, req)) for owner, req in zip(owners, queue, strict=True)]
-            plan = plan_split(tree, claims, factor, layout.last_page(switch.level))
-            self._vote(problem or self._memory_problem(), _digest(plan, owners))
+            planned, problem = self._try(lambda: self._plan(level, factor))
+            self._vote(problem, _digest(*planned) if planned is not None else 0)
+            assert planned is not None
+            plan, owners = planned
         with self._phase("exchange"):
             switch.pool.copy(plan.moves)
             pages = [torch.tensor(sorted(each.pages), dtype=torch.int64) for each in plan.trees]
@@ -191,9 +206,22 @@ class LevelChange:
             self._rebuild(plan.trees[part])
             for owner, req in zip(owners, queue, strict=True):
                 self.recomputed += _lost_tokens(plan.trees[owner], req, computed.get(req.rid, 0))
-            self.dropped = plan.lost * layout.page_size
+            self.dropped = plan.lost * switch.pool.layout.page_size
             self._requeue([req for owner, req in zip(owners, queue, strict=True) if owner == part])
             self.backlog = self.backlog if part == 0 else []
+
+    def _plan(self, level: int, factor: int) -> tuple[SplitPlan, list[int]]:
+        """What happens to the pages in a split, and the part of each request."""
+        scheduler, switch = self.scheduler, self.scheduler.shift_switch
+        layout, queue = switch.pool.layout, scheduler.waiting_queue
+        if switch.place.leads:
+            scheduler.shift_receipts.wait()
+        tree = scheduler.tree_cache.read()
+        owners, problem = self._owners(queue, factor, layout.tokens(level))
+        claims = [Claim(owner, _cached_pages(tree, req)) for owner, req in zip(owners, queue, strict=True)]
+        plan = plan_split(tree, claims, factor, layout.last_page(switch.level))
+        self._give_up_for(problem or self._memory_problem())
+        return plan, owners
 
     def _owners(self, queue: list[Req], factor: int, capacity: int) -> tuple[list[int], str | None]:
         """The part of each request, and the reason why some request fits no part."""
@@ -206,22 +234,50 @@ class LevelChange:
 
     # Both
 
-    def _quiesce(self) -> str | None:
-        """Empty all batches, or say why not.
+    def _check(self, level: int) -> None:
+        """Give up for what is known before batches are emptied. So requests go through the queue only if they must."""
+        with self._phase("check"):
+            _, problem = self._try(lambda: self._check_requests(level))
+            self._agree(self._gather(problem))
 
-        The reasons come first. If a batch were drained but stayed the last one, SGLang would wait for its result.
-        """
-        scheduler = self.scheduler
+    def _check_requests(self, level: int) -> None:
+        scheduler, switch = self.scheduler, self.scheduler.shift_switch
         queued = [*scheduler.waiting_queue, *scheduler.grammar_manager.grammar_queue]
+        requests = [*live_requests(scheduler), *queued]
+        for req in requests:
+            if problem := reason_to_stay(req):
+                raise GivenUp(f"request {req.rid} {problem}")
+        if level < switch.level:
+            _, problem = self._owners(requests, switch.level // level, switch.pool.layout.tokens(level))
+            self._give_up_for(problem)
+        self._give_up_for(self._memory_problem())
+
+    def _quiesce(self) -> None:
+        """Empty all batches. An error ends the server, as an error in a step does."""
+        scheduler = self.scheduler
         with self._phase("quiesce"):
-            for req in [*live_requests(scheduler), *queued]:
-                if problem := reason_to_stay(req):
-                    return f"request {req.rid} {problem}"
             drain(scheduler)
             while scheduler.return_health_check_ipcs:
                 scheduler.maybe_send_health_check_signal()
             self.retracted = retract(scheduler)
-        return None
+
+    def _try(self, step: Callable[[], T]) -> tuple[T | None, str | None]:
+        """What a step returns, or why it failed.
+
+        The step changes nothing. So this rank can tell the others that it failed, and all give the change up.
+        """
+        try:
+            return step(), None
+        except GivenUp as error:
+            return None, str(error)
+        except Exception as error:
+            rank = self.scheduler.shift_switch.place.rank
+            logger.exception("sglang_shift: rank %d cannot prepare a change of its level", rank)
+            return None, f"rank {rank} failed with {type(error).__name__}: {' '.join(str(error).split())[:400]}"
+
+    def _give_up_for(self, problem: str | None) -> None:
+        if problem is not None:
+            raise GivenUp(problem)
 
     def _memory_problem(self) -> str | None:
         """Why the exchange cannot run; None if it can."""
@@ -254,8 +310,7 @@ class LevelChange:
 
     def _agree(self, problems: list[str | None]) -> None:
         for problem in problems:
-            if problem is not None:
-                raise GivenUp(problem)
+            self._give_up_for(problem)
 
     def _gather(self, value: Any) -> list[Any]:
         """The values of all affected ranks, in the order of the ranks. Collective."""

@@ -80,7 +80,8 @@ CONFIG = ShiftConfig(2, 2, switching=False, policy="tp", instances=2)
 
 ASKING = [
     {"dp_size": 2}, {"nnodes": 2}, {"dcp_size": 2}, {"ep_size": 2}, {"enable_hierarchical_cache": True},
-    {"device": "cuda"}, {"disable_radix_cache": True}, {"radix_cache_backend": "mine"}, {"enable_lmcache": True},
+    {"device": "cuda"}, {"enable_deterministic_inference": True}, {"disable_radix_cache": True},
+    {"radix_cache_backend": "mine"}, {"enable_lmcache": True},
     {"enable_hisparse": True}, {"enable_unified_memory": True}, {"enable_kv_cache_sharding": True},
     {"kv_cache_dtype": "fp8_e4m3"}, {"enable_lora": True}, {"speculative_algorithm": "NGRAM"},
     {"disaggregation_mode": "decode"}, {"enable_streaming_session": True}, {"enable_memory_saver": True},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from sglang_shift.cost.deployment import InstancePolicy
 from sglang_shift.instances.changes import Change
@@ -59,3 +61,24 @@ def test_requests_follow_their_ranks(ledger):
     ledger.held_by(2, ["b", "d", "ended before"])
     assert {rid: placed.leader for rid, placed in ledger.requests.items()} == {"a": 0, "b": 2, "c": 0, "d": 2}
     assert [(each["first"], each["requests"], each["tokens"]) for each in ledger.report()] == [(0, 2, 20), (2, 2, 20)]
+
+
+def test_what_requests_need_is_counted_as_they_come_and_end(ledger):
+    """The sums that the ledger keeps are those of the live requests, after each of many steps."""
+    rng = random.Random(3)
+    merge, split = Change(Instance(2, 0), 2), Change(Instance(2, 0), 1)
+    for number in range(400):
+        place(ledger, f"r{number}", rng.choice([5, 9, 20, 90]))
+        ledger.end([f"r{rng.randrange(number + 1)}", f"r{rng.randrange(number + 1)}"])
+        if number % 20 == 0:
+            ledger.apply(split if Instance(2, 0) in ledger.layout else merge)
+            ledger.held_by(0, rng.sample([*ledger.requests], min(2, len(ledger.requests))))
+        for instance, state in zip(ledger.layout, ledger.deployment(0.0).instances, strict=True):
+            needs = [placed.need for placed in ledger.requests.values() if placed.leader == instance.leader]
+            assert (state.running, state.used, state.largest) == (len(needs), sum(needs), max(needs, default=0))
+
+
+def test_a_request_that_is_placed_again_counts_once(ledger):
+    assert place(ledger, "a", 10) == 0
+    assert place(ledger, "a", 30) == 1
+    assert [each["tokens"] for each in ledger.report()] == [0, 30, 0, 0]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from sglang_shift.cost.deployment import Deployment, InstancePolicy, InstanceState, starts
+from sglang_shift.cost.deployment import Deployment, InstancePolicy, InstanceState, smallest_level, starts
 from sglang_shift.cost.layouts import CALM, InstanceCosts, Load, RequestClass, layouts, outlook
 from sglang_shift.cost.model import PHASES, CostModel, Curve
 from sglang_shift.modes import MODES
-from sglang_shift.policy.instances import AutoPolicy, Demand, PaperPolicy, merge, place, smallest_level
+from sglang_shift.policy.instances import AutoPolicy, Demand, PaperPolicy, merge, place
 
 STEP = 0.01
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import zmq
 from sglang.srt.managers import io_struct
@@ -163,11 +165,11 @@ def test_merge_by_hand(ready):
     [message] = got[2]
     assert (message.first, message.ranks, message.level) == (2, 2, 2)
 
-    # Nothing goes to ranks that change, and what only they could take is held.
+    # Nothing goes to ranks that change, and what only they could take is held. So is an abort, for these ranks.
     ready.ask(request("e"))
     ready.ask(request("long", prompt=120))
     ready.ask(io_struct.AbortReq(rid="a"))
-    assert [[each.rid for each in got] for got in ready.received().values()] == [["e"]]
+    assert [[each.rid for each in got] for got in ready.received().values()] == [["e", "a"], ["a"]]
     assert not ready.answers()
 
     ready.tell(changed(message))
@@ -176,7 +178,7 @@ def test_merge_by_hand(ready):
     assert [(each["first"], each["level"]) for each in answer.report["instances"]] == [(0, 1), (1, 1), (2, 2)]
     assert answer.report["changes"][0]["phases"] == {"exchange": 0.5}
     got = ready.received()
-    assert [each.rid for each in got[2]] == ["long", "a"] and sorted(got) == [0, 1, 2], "3 follows and gets nothing"
+    assert [each.rid for each in got[2]] == ["a", "long"] and sorted(got) == [2], "3 follows and gets nothing"
 
 
 def test_several_changes_run_one_after_the_other(ready):
@@ -299,6 +301,46 @@ def test_aborts_reach_all_leaders_and_what_is_held(ready):
     assert answer.rid == "held-1" and answer.finished_reason["type"] == "abort"
 
 
+def test_an_abort_during_a_change_spares_a_later_request_of_the_same_id(ready):
+    """The request ends before the change, and another instance gets a new one with its id."""
+    for rid in "abc":
+        ready.ask(request(rid))
+    ready.ask(ChangeInstancesReqInput(level=2))
+    message = ready.received()[0][-1]
+    ready.ask(io_struct.AbortReq(rid="a"))
+    assert sorted(ready.received()) == [2, 3], "instances that do not change get the abort at once"
+    ready.tell(RequestsEnded(["a"]))
+    ready.ask(request("a"))
+    assert [each.rid for each in ready.received()[3]] == ["a"]
+    ready.tell(changed(message))
+    got = ready.received()
+    assert sorted(got) == [0, 2, 3]
+    assert [type(each) for each in got[0]] == [io_struct.AbortReq], "before what follows"
+    assert [type(each) for each in got[3]] == [ChangeLevelReq], "the new request is not aborted"
+
+
+def test_an_abort_reaches_ranks_that_gave_a_change_up(ready):
+    ready.ask(request("a"))
+    ready.ask(ChangeInstancesReqInput(level=2, first=0, ranks=2))
+    message = ready.received()[0][-1]
+    ready.ask(io_struct.AbortReq(rid="a"))
+    ready.received()
+    ready.tell(changed(message, ok=False, reason="there is no memory"))
+    assert sorted(ready.received()) == [0, 1]
+
+
+def test_the_answer_says_what_was_done_if_a_later_change_is_given_up(ready):
+    ready.ask(ChangeInstancesReqInput(level=2))
+    ready.tell(changed(ready.received()[0][0]))
+    ready.tell(changed(ready.received()[2][0], ok=False, reason="there is no memory"))
+    [answer] = ready.answers()
+    assert not answer.success
+    assert answer.message.startswith("there is no memory; 1 of the 2 changes that this takes were made before")
+    assert "the instances now have 2, 1, 1 ranks" in answer.message
+    assert [each["level"] for each in answer.report["instances"]] == [2, 1, 1]
+    assert [each["ok"] for each in answer.report["changes"]] == [True, False]
+
+
 def test_a_shutdown_ends_the_loop_after_the_ranks_know(ready):
     ready.ask(io_struct.ShutdownReq())
     assert sorted(ready.received()) == [0, 1, 2, 3] and ready.controller.ended
@@ -326,4 +368,28 @@ def test_the_rules_of_the_paper_merge_for_a_request_and_split_after_it(monkeypat
     controller.policy_due = 0.0
     controller.consult()
     assert [each.level for each in bench.received()[2]] == [1]
+    bench.close()
+
+
+def test_a_split_that_ranks_give_up_is_tried_again_later_and_later(monkeypatch):
+    """A request that the controller sees as short may need the whole instance, because it asked for no limit."""
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    bench = Bench(monkeypatch, policy="paper")
+    bench.tell(READY)
+    bench.ask(request("long", prompt=120))
+    bench.controller.consult()
+    bench.tell(changed(bench.received()[0][0]))
+    bench.tell(RequestsEnded(["long"]))
+    bench.received()
+    tries = []
+    for _ in range(1000):
+        now[0] += 0.1
+        bench.controller.consult()
+        if bench.controller.operation is not None:
+            tries.append(now[0])
+            message = ChangeLevelReq(bench.controller.epoch, 0, 2, 1, "")
+            bench.tell(changed(message, ok=False, reason="request long may need 130 tokens"))
+    gaps = [round(later - earlier) for earlier, later in pairwise(tries)]
+    assert gaps == [4, 8, 16, 32]
     bench.close()

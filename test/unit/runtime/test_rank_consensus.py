@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pickle
+from queue import Queue
 
 import pytest
 from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang_shift.runtime.rank_consensus import build_payload, same_everywhere
+from sglang.srt.utils import rank_consensus_checker as checker
+from sglang_shift.runtime.rank_consensus import build_payload, compare_decisions, compare_in, same_everywhere
 
 
 def compared(value) -> str:
@@ -51,3 +53,21 @@ def test_sets_of_numbers_are_compared_by_their_members():
 )
 def test_nothing_else_is_left_out(text, same):
     assert same_everywhere(text) == same
+
+
+def test_decisions_are_compared_by_the_ranks_of_the_instance_that_made_them(monkeypatch):
+    compared = []
+    for name, value in {
+        "_q": Queue(),
+        "_sync_groups": ["world"],
+        "_all_reduce_min_int": lambda number: number,
+        "_check_for_consensus": lambda decisions: compared.append((decisions, list(checker._sync_groups))),
+    }.items():
+        monkeypatch.setattr(checker, name, value)
+    for item in ("a", "b", ["two ranks"], "c", [], "d", None, "after the end"):
+        if isinstance(item, list):
+            compare_in(item)
+        else:
+            checker._q.put(item)
+    compare_decisions()
+    assert compared == [(["a", "b"], ["world"]), (["c"], ["two ranks"]), (["d"], [])]

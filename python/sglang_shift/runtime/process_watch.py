@@ -1,0 +1,28 @@
+"""Notices at once that a process of the server has died. SGLang's watchdog looks once a second."""
+
+from __future__ import annotations
+
+from multiprocessing import connection
+
+from sglang.srt.utils.watchdog import SubprocessWatchdog
+
+from sglang_shift.seams import overrides, relies_on, substitutes_for
+
+
+@substitutes_for(
+    "sglang.srt.utils.watchdog:SubprocessWatchdog",
+    "With instances, requests may end on other ranks until the server notices that a process has died.",
+)
+class ProcessWatch(SubprocessWatchdog):
+    """SGLang's watchdog, which the end of a process wakes up."""
+
+    @overrides("Our method also waits for the end of a process, and not only for the next look at it.")
+    @relies_on(
+        "sglang.srt.utils.watchdog:SubprocessWatchdog._check_processes",
+        "This method ends the server if a process has died. A process that ended by itself is no reason.",
+    )
+    def _monitor_loop(self) -> None:
+        while not self._stop_event.is_set():
+            connection.wait([each.sentinel for each in self._processes if each.is_alive()], self._interval)
+            if self._stop_event.is_set() or self._check_processes():
+                return

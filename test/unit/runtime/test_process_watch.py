@@ -1,0 +1,29 @@
+"""The death of a process is noticed at once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+
+from sglang_shift.runtime.process_watch import ProcessWatch
+
+FORK = multiprocessing.get_context("fork")
+HOUR = 3600.0
+
+
+def test_a_killed_process_ends_the_server_before_the_next_look(monkeypatch):
+    ended, kill = threading.Event(), os.kill
+    monkeypatch.setattr(os, "kill", lambda pid, number: ended.set() if pid == os.getpid() else kill(pid, number))
+    processes = [FORK.Process(target=time.sleep, args=(HOUR,), daemon=True) for _ in range(2)]
+    done = FORK.Process(target=os.getpid)
+    for process in (*processes, done):
+        process.start()
+    done.join()
+    watch = ProcessWatch([done, *processes], interval=HOUR)
+    watch.start()
+    assert not ended.wait(0.2), "a process that ended by itself is no reason"
+    processes[1].kill()
+    assert ended.wait(60)
+    processes[0].kill()
