@@ -3,7 +3,7 @@
 
     python benchmark/instances.py                      # the grid: rates x shares of long prompts
     python benchmark/instances.py --day                # a day in short instead: idle, a ramp to the load, a burst
-    python benchmark/instances.py --trace FILE         # a window of a trace instead
+    python benchmark/instances.py --trace FILE         # windows of a trace instead
     python benchmark/instances.py --trace FILE --fit 0.5   # its longest request needs half of all KV tokens
 
 Every contender gets the same requests.
@@ -22,7 +22,7 @@ from statistics import fmean
 
 import numpy as np
 from sglang_shift.cost.deployment import InstancePolicy
-from sglang_shift.cost.layouts import CostsByLevel, InstanceCosts, Layout, Load, RequestClass
+from sglang_shift.cost.layouts import CostsByLevel, InstanceCosts, Layout, Load, RequestClass, layouts
 from sglang_shift.modes import Mode
 from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.policy.instances import AutoPolicy, PaperPolicy
@@ -39,6 +39,7 @@ from sglang_shift.tools.plan.step_time import StepTimes
 CHUNK = 8192
 PROMPT, OUTPUT = (256, 8192), (32, 512)
 NAN = float("nan")
+ORACLE = "best static"
 BURST_S = 4
 """Requests of a day's burst, in seconds of Shift's capacity."""
 
@@ -110,15 +111,6 @@ def day(unit: float, load: float, seconds: float, levels: CostsByLevel, ranks: i
     return list(made.requests)
 
 
-def window(args: argparse.Namespace, load: float, levels: CostsByLevel) -> list[Request]:
-    """Return a window of a trace, whose requests come ``load`` times as fast."""
-    requests = scale(cut_window(read_trace(Path(args.trace)), 0, args.seconds / load), time=load)
-    if not args.fit:
-        return requests
-    longest = max(r.prompt + r.output for r in requests)
-    return scale(requests, length=args.fit * levels[args.ranks].tokens / longest)
-
-
 def capacity(levels: CostsByLevel, ranks: int) -> float:
     """Return the requests per second that a Shift instance of all ranks serves, without long prompts."""
     sample = steady(1.0, prompt=PROMPT, output=OUTPUT, requests=2000)
@@ -127,14 +119,18 @@ def capacity(levels: CostsByLevel, ranks: int) -> float:
 
 
 def figures(outcome: Outcome, begin: float, end: float, limit: int) -> dict[str, float]:
-    """Return throughput in the window, and latencies of the requests that arrived in it."""
+    """Return the throughput of the whole run, and latencies of the requests that arrived in a window.
+
+    All contenders begin without requests. So after the whole run, they differ by what is left undone.
+    """
     mine = [s for s in outcome.served if begin <= s.request.time < end]
     groups = {
         "short": [s for s in mine if s.request.prompt + s.request.output <= limit],
         "long": [s for s in mine if s.request.prompt + s.request.output > limit],
     }
     return {
-        "tokens/s": outcome.tokens_per_second(begin, end),
+        "tokens/s": outcome.computed_per_second(0, int(end)),
+        "ended tokens/s": outcome.tokens_per_second(begin, end),
         "rejected": len(outcome.rejected),
         "unserved": outcome.unserved,
         "e2e mean": fmean([s.e2e for s in mine] or [NAN]),
@@ -163,44 +159,72 @@ def levels_of_time(outcome: Outcome) -> dict[str, float]:
     return {f"at level {level}": seconds[level] / sum(seconds.values()) for level in sorted(seconds)}
 
 
+def requests_of(args: argparse.Namespace, load: float, share: float, seed: int, levels: CostsByLevel) -> list[Request]:
+    """Return the requests of a run: of a day, of a window of the trace at ``load`` times its rate, or made-up ones."""
+    unit = capacity(levels, args.ranks)
+    if args.day:
+        return day(unit, load, args.seconds, levels, args.ranks)
+    if args.trace:
+        window = cut_window(read_trace(args.trace), seed * args.seconds * load, args.seconds * load)
+        if not args.fit:
+            return scale(window, time=1 / load, context=levels[args.ranks].tokens // 2)
+        longest = max(r.prompt + r.output for r in window)
+        return scale(window, time=1 / load, length=args.fit * levels[args.ranks].tokens / longest)
+    return traffic(load * unit, share, args.seconds, levels, args.ranks, seed)
+
+
+def best_static(requests: Sequence[Request], levels: CostsByLevel, ranks: int, begin: float, end: float) -> dict:
+    """Return the figures of the best layout that never changes, which only the future tells.
+
+    It rejects nothing. Of layouts whose throughput is within 1 %, it has the lowest mean time of a request.
+    """
+    runs = []
+    for layout in layouts(ranks, sorted(levels)):
+        result = simulate(requests, InstancePolicy(), levels, layout, until=end)
+        if not result.rejected:
+            runs.append({"layout": "+".join(map(str, layout)), **figures(result, begin, end, levels[1].tokens)})
+    most = max(run["tokens/s"] for run in runs)
+    return min((run for run in runs if run["tokens/s"] >= 0.99 * most), key=lambda run: run["e2e mean"])
+
+
 def main(argv: Sequence[str]) -> int:
     """Print a table, and write all figures as CSV."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), default="Llama-70B")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--pool", type=int, help="KV tokens of a rank; what an H200 has left if not given")
-    parser.add_argument("--loads", type=float, nargs="+", default=[0.1, 0.5, 0.9, 1.2, 1.6])
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.1, 0.5, 0.9, 1.2, 1.6],
+                        help="shares of the capacity of Shift, or factors on the rate of the trace")  # fmt: skip
     parser.add_argument("--long", type=float, nargs="+", default=[0.0, 0.002, 0.005, 0.02])
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each cell; of a trace, windows")
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--change", type=float, default=0.5, help="seconds of a transformation")
-    parser.add_argument("--trace", help="a trace: arrivals and lengths of a window of --seconds")
+    parser.add_argument("--trace", type=Path, help="a trace: arrivals and lengths of windows of --seconds")
     parser.add_argument(
         "--fit", type=float, help="scale its lengths: the longest request needs this share of all tokens"
     )
-    parser.add_argument("--day", action="store_true", help="a day in short")
+    parser.add_argument("--day", action="store_true", help="a day in short, which has no seed and no share of its own")
+    parser.add_argument("--contenders", nargs="+", help="only these")
     parser.add_argument("--out", help="a CSV file for all figures")
     args = parser.parse_args(argv)
     levels = levels_of(args.model, args.ranks, args.pool)
     change = Transformation(args.change)
     unit = capacity(levels, args.ranks)
     print(f"KV tokens of a rank: {levels[1].tokens}; Shift's capacity without long prompts: {unit:.3g} requests/s")
-    rows = []
-    made_once = args.trace or args.day  # neither has a seed or a share of long prompts
+    rows: list[dict] = []
     for load in args.loads:
-        for share in [0.0] if made_once else args.long:
-            for seed in range(1 if made_once else args.seeds):
-                if args.trace:
-                    requests = window(args, load, levels)
-                elif args.day:
-                    requests = day(unit, load, args.seconds, levels, args.ranks)
-                else:
-                    requests = traffic(load * unit, share, args.seconds, levels, args.ranks, seed)
+        for share in [0.0] if args.trace or args.day else args.long:
+            for seed in range(1 if args.day else args.seeds):
+                requests = requests_of(args, load, share, seed, levels)
+                begin, end = requests[-1].time / 6, requests[-1].time
+                row = {"load": load, "long": share, "seed": seed}
                 for c in contenders(levels, args.ranks, change):
-                    result = simulate(requests, c.policy, c.levels, c.layout, change, until=requests[-1].time)
-                    begin, end = requests[-1].time / 6, requests[-1].time
-                    row = {"load": load, "long": share, "seed": seed, "contender": c.name}
-                    rows.append(row | figures(result, begin, end, levels[1].tokens))
+                    if args.contenders is None or c.name in args.contenders:
+                        result = simulate(requests, c.policy, c.levels, c.layout, change, until=end)
+                        found = figures(result, begin, end, levels[1].tokens)
+                        rows.append({**row, "contender": c.name, "layout": "", **found})
+                if args.contenders is None or ORACLE in args.contenders:
+                    rows.append({**row, "contender": ORACLE, **best_static(requests, levels, args.ranks, begin, end)})
             print_table(rows, load, share)
     if args.out:
         with open(args.out, "w", newline="") as file:
@@ -214,10 +238,12 @@ def print_table(rows: list[dict], load: float, share: float) -> None:
     """Print the means over the seeds."""
     mine = [r for r in rows if (r["load"], r["long"]) == (load, share)]
     print(f"\n## load {load:g}, {share:.1%} long")
-    names = [n for n in dict.fromkeys(n for r in mine for n in r) if n not in ("load", "long", "seed", "contender")]
+    row = ("load", "long", "seed", "contender", "layout")
+    names = [n for n in dict.fromkeys(n for r in mine for n in r) if n not in row]
     for contender in dict.fromkeys(r["contender"] for r in mine):
-        values = {n: fmean(r.get(n, 0.0) for r in mine if r["contender"] == contender) for n in names}
-        print(f"{contender:14s} " + ", ".join(f"{n} {v:.4g}" for n, v in values.items()), flush=True)
+        its = [r for r in mine if r["contender"] == contender]
+        text = ", ".join(f"{n} {fmean(r.get(n, 0.0) for r in its):.4g}" for n in names)
+        print(f"{contender:14s} {text} {' '.join(r['layout'] for r in its)}", flush=True)
 
 
 if __name__ == "__main__":

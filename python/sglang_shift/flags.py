@@ -323,11 +323,12 @@ FLAGS = (
         str,
         "Who decides when instances merge and split. fixed: only an operator does. paper: the rules of the paper Gyges "
         "do, too. They merge instances for a request that fits none of them, and split an instance when its requests "
-        "fit its parts and half of its KV cache is free. auto: not in a server yet.",
+        "fit its parts and half of its KV cache is free. auto: predictions from the step times of each level do. It "
+        "takes the layout that should serve the requests of the last minutes best.",
         default="fixed",
         need=Need.INSTANCES,
         choices=INSTANCE_POLICIES,
-        more="instances.md#merge-and-split-by-hand",
+        more="instances.md#when-to-merge-and-to-split",
     ),
 )
 

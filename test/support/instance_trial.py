@@ -26,7 +26,8 @@ FLAGS = (
     "--dtype", "float32", "--device", "cpu", "--disable-cuda-graph", "--skip-server-warmup", "--random-seed", "7",
     "--max-running-requests", "16", "--chunked-prefill-size", "64", "--log-level", "info",
 )  # fmt: skip
-SHIFT_FLAGS = ("--enable-shift-parallel", "--shift-policy", "tokens", "--shift-threshold", "8", "--shift-check", "off")
+SHIFT_FLAGS = ("--enable-shift-parallel", "--shift-check", "off")
+MODE_FLAGS = ("--shift-policy", "tokens", "--shift-threshold", "8")
 
 
 @dataclass(frozen=True)
@@ -308,13 +309,16 @@ def ports_in(folder: Path) -> Any:
 
 
 @contextlib.contextmanager
-def started(size: int, flags: Sequence[str] = (), *, instances: int = 0) -> Iterator[World]:
+def started(
+    size: int, flags: Sequence[str] = (), *, instances: int = 0, modes: Sequence[str] = MODE_FLAGS
+) -> Iterator[World]:
     """Start the ranks of a world. At the end of the context none is left.
 
     Args:
         size: The number of ranks.
         flags: Flags besides :data:`FLAGS`.
         instances: The instances at the start. With 0 these are SGLang's schedulers, and nothing of ours is in place.
+        modes: Flags that say how the mode of a step is chosen.
     """
     from harness import free_port
 
@@ -323,7 +327,7 @@ def started(size: int, flags: Sequence[str] = (), *, instances: int = 0) -> Iter
         (folder / "port").write_text(str(free_port()))
         (folder / "log").touch()
         CONTEXT.set_forkserver_preload([*IMPORTS, "sglang.benchmark.one_batch"])
-        own = (*SHIFT_FLAGS, "--instances", str(instances)) if instances else ()
+        own = (*SHIFT_FLAGS, *modes, "--instances", str(instances)) if instances else ()
         world = World(folder, size, stock=not instances)
         world.open()
         try:

@@ -27,10 +27,10 @@ SP_SIZE = Refusal(
     "--sp-size {S} cannot be combined with --instances, which need --sp-size {P}; leave --sp-size out",
     "Each rank must hold the whole weights.",
 )
-NO_POLICY = Refusal(
-    "--instance-policy {value} needs the step times of each level, and a server measures those of one level only; give "
-    "fixed or paper",
-    "Only [the simulator](instances.md#when-to-merge-and-to-split) has this policy.",
+AUTO_NEEDS_TIMES = Refusal(
+    "--instance-policy auto needs step times, and --shift-policy {policy} has none; give --enable-shift-parallel with "
+    "--shift-policy calibrated, and leave out --shift-calibration off",
+    "The policy [compares layouts](instances.md#when-to-merge-and-to-split) by the step times of each level.",
 )
 MODEL = Refusal(
     "--instances {N} is not served for {name}, because {reason}; leave it out",
@@ -109,8 +109,8 @@ def check_instances(settings: Any, config: ShiftConfig) -> None:
         raise MERGE_LEVELS(value=config.merge_levels, reason=error, example=world_size) from None
     if config.sp_size not in (world_size, AUTO):
         raise SP_SIZE(S=config.sp_size, P=world_size)
-    if config.instance_policy == AUTO:
-        raise NO_POLICY(value=config.instance_policy)
+    if config.instance_policy == AUTO and config.calibration == "off":
+        raise AUTO_NEEDS_TIMES(policy=config.policy)
     if feature := first_requested(FEATURES, settings):
         raise FEATURE_CONFLICT(feature=feature.name, reason=feature.why, N=count)
 

@@ -172,6 +172,11 @@ def cache_file(key: dict[str, Any]) -> Path:
     return Path(cache_folder(), f"{digest}.json")
 
 
+def file_of_level(path: Path, level: int) -> Path:
+    """Return the path of the calibration of one level of instances: for two ranks, ``own.2.json`` of ``own.json``."""
+    return path.with_name(f"{path.stem}.{level}{path.suffix}")
+
+
 def load(path: Path, key: dict[str, Any]) -> Calibration:
     """Read a calibration that was made for ``key``.
 

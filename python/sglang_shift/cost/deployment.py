@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from sglang_shift.cost.layouts import Layout
 
@@ -93,12 +93,28 @@ class InstancePolicy:
 
     Attributes:
         changes_layout: Whether it may ask for another layout. If not, a request that no instance holds is rejected.
+        reason: Why the policy asked for another layout last, as a clause; empty if there is nothing to say.
     """
 
     changes_layout = False
+    reason = ""
 
-    def arrived(self, now: float, prompt: int, output: int) -> None:
-        """Learn of a request."""
+    def arrived(self, now: float, prompt: int, output: int, need: int | None = None) -> None:
+        """Learn of a request.
+
+        Args:
+            now: The time in seconds.
+            prompt: Prompt tokens.
+            output: The tokens that it will generate, as far as that is known.
+            need: The tokens that an instance must be able to hold for it; by default prompt and output.
+        """
+
+    def changed(self, seconds: float) -> None:
+        """Learn how long a change took."""
+
+    def report(self) -> dict[str, Any]:
+        """What the policy knows and predicts, as JSON values."""
+        return {}
 
     def route(self, deployment: Deployment, need: int) -> int | None:
         """Return the index of the instance that gets a request of ``need`` tokens; None if no instance holds it."""
@@ -107,13 +123,6 @@ class InstancePolicy:
     def wanted(self, deployment: Deployment) -> Layout:
         """Return the layout that the deployment should have. The current layout means that nothing changes."""
         return deployment.layout
-
-    def drains_to(self, deployment: Deployment) -> int | None:
-        """Return the level to which the largest instances will be split; None if they will stay.
-
-        Until the split, such an instance admits only what instances of that level can hold.
-        """
-        return None
 
 
 def least_loaded(deployment: Deployment, indexes: Sequence[int]) -> int | None:

@@ -137,6 +137,7 @@ class Load:
 
     def __init__(self, level: InstanceCosts, classes: Sequence[RequestClass]) -> None:
         self.level = level
+        self._decodes: dict[int, float] = {}
         self.rate = sum(c.rate for c in classes)
         weights = [c.rate / self.rate for c in classes]
         pairs = list(zip(weights, classes, strict=True))
@@ -153,7 +154,9 @@ class Load:
     def _decode_seconds(self, running: float) -> float:
         """Return the seconds of a decode step. Below one request, the step is that of one request."""
         n = max(1, round(running))
-        return self.level.step_seconds(n, 0, round(n * self.context))
+        if n not in self._decodes:
+            self._decodes[n] = self.level.step_seconds(n, 0, round(n * self.context))
+        return self._decodes[n]
 
     def _rate_at(self, running: float) -> float:
         return running / (self.output * self._decode_seconds(running) + running * self.batched_seconds)

@@ -43,6 +43,24 @@ class Change:
         return tuple(sorted([*others, *self.after], key=lambda each: each.leader))
 
 
+def largest_targets(change: Change, wanted: Sequence[int]) -> tuple[int, ...]:
+    """The level of the largest instance that will have ranks of each part of a split, when all changes are made.
+
+    A part that splits further must not get a request that only a larger instance holds.
+
+    Args:
+        change: One of the changes.
+        wanted: The level of each instance after the last change, in the order of their ranks; empty if ``change`` is
+            the last one for these ranks.
+    """
+    if change.merges or not wanted:
+        return ()
+    starts = [sum(wanted[:i]) for i in range(len(wanted))]
+    return tuple(
+        max(level for first, level in zip(starts, wanted, strict=True) if first in part.ranks) for part in change.after
+    )
+
+
 def check_range(levels: Levels, first: int, ranks: int, level: int) -> None:
     """Check what an operator asks for.
 

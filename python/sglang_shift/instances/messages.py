@@ -6,7 +6,9 @@ rank on the socket on which it answers control requests.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from sglang_shift.cost.layouts import InstanceCosts
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class ChangeLevelReq:
         ranks: The number of affected ranks. They are one instance of this level before a split or after a merge.
         level: The ranks of each instance after the change.
         reason: Why the controller asks, in words.
+        limits: The tokens that a request of each part may need at most, if some part will split further. Empty if each
+            part gets what its instance can hold.
     """
 
     epoch: int
@@ -29,6 +33,7 @@ class ChangeLevelReq:
     ranks: int
     level: int
     reason: str
+    limits: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,16 +66,31 @@ class LevelChanged:
 
 
 @dataclass(frozen=True)
+class LevelCosts:
+    """What a policy that compares layouts must know of the levels.
+
+    Attributes:
+        levels: What an instance of each level can do.
+        changes: Seconds of a change from the first level to the second one, as they were measured at the start.
+    """
+
+    levels: dict[int, InstanceCosts]
+    changes: dict[tuple[int, int], float]
+
+
+@dataclass(frozen=True)
 class InstancesReady:
     """Rank 0 tells the controller how much an instance can hold, before the first request.
 
     Attributes:
         capacities: The tokens that the KV cache of an instance of each level holds.
         context: The most tokens of a request, prompt and output, that the model can serve.
+        costs: What the levels cost; None if no policy needs it.
     """
 
     capacities: dict[int, int]
     context: int
+    costs: LevelCosts | None = None
 
 
 @dataclass(frozen=True)
@@ -79,9 +99,24 @@ class RequestsEnded:
 
     Attributes:
         rids: The ids of the requests.
+        outputs: The tokens that each of them has generated; empty if they generate none.
     """
 
     rids: list[str]
+    outputs: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class QueueLength:
+    """A leader tells the controller how many of its requests wait for their first step.
+
+    Attributes:
+        first: The leader's rank.
+        waiting: The number of requests.
+    """
+
+    first: int
+    waiting: int
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,8 @@ class InstancesEvent(msgspec.Struct):
             and its ``capacity`` in tokens.
         last: The last changes, oldest first: the fields of ``LevelChanged``, a ``time``, and ``why``.
         replica: The controller's number among the senders of events: the number of ranks.
+        policy: The ``name`` of the policy. ``auto`` adds the ``reason`` of its last choice, its ``predictions`` for
+            each layout (``loss`` and ``seconds``), the ``demand`` by classes of requests, and its ``dwell`` time.
     """
 
     time: float
@@ -205,6 +207,7 @@ class InstancesEvent(msgspec.Struct):
     instances: list[dict[str, int]]
     last: list[dict[str, Any]]
     replica: int
+    policy: dict[str, Any] = {}
 
 
 Event = StepEvent | StateEvent | InstancesEvent

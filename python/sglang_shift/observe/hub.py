@@ -160,7 +160,7 @@ class Hub:
                 self._take_step(event)
             elif isinstance(event, InstancesEvent):
                 fields = jsonable(msgspec.to_builtins(event))
-                self._instances = {name: fields[name] for name in ("levels", "epoch", "instances", "last")}
+                self._instances = {name: fields[name] for name in ("levels", "epoch", "instances", "last", "policy")}
             else:
                 self._take_state(event, now)
         for listener in self.listeners:

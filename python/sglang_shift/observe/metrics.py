@@ -89,6 +89,12 @@ METRICS = {
     "instance_change_seconds_total": Metric("counter", "Time that merges and splits took, by phase.", ("phase",)),
     "instance_change_bytes_total": Metric("counter", "Bytes of KV cache that merges and splits sent."),
     "instance_recomputed_tokens_total": Metric("counter", "Tokens that were computed again after merges and splits."),
+    "instance_predicted_seconds": Metric(
+        "gauge", "Mean time of a request that --instance-policy auto predicts for a layout.", ("layout",)
+    ),
+    "instance_predicted_loss": Metric(
+        "gauge", "Share of the demand that it predicts a layout not to serve without long queues.", ("layout",)
+    ),
     "events_dropped_total": Metric("counter", "Step events that did not arrive: the other metrics lack these steps."),
 }
 """The metrics by name. The names do not include :data:`PREFIX`."""
@@ -213,6 +219,9 @@ class Metrics:
         for level in event.levels:
             count = sum(each["level"] == level for each in event.instances)
             self._metric("instances", replica, level=str(level)).set(count)
+        for layout, predicted in event.policy.get("predictions", {}).items():
+            self._metric("instance_predicted_seconds", replica, layout=layout).set(predicted["seconds"])
+            self._metric("instance_predicted_loss", replica, layout=layout).set(predicted["loss"])
         for change in event.last:
             if change["epoch"] <= self._epoch:
                 continue

@@ -2,15 +2,15 @@
 
 A policy sees the state of all instances. It routes each request when the request arrives. Several times a second it may
 ask for one layout instead of another. Whoever runs the instances merges and splits them: the simulator
-(:mod:`sglang_shift.simulate.instances`), or the controller of a server (:mod:`sglang_shift.runtime.controller`), which
-has no step times of each level, and so no :class:`AutoPolicy`.
+(:mod:`sglang_shift.simulate.instances`), or the controller of a server (:mod:`sglang_shift.runtime.controller`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from sglang_shift.cost.deployment import (
     Capacity,
@@ -96,45 +96,74 @@ def merged_for_unplaced(deployment: Deployment, levels: Mapping[int, Capacity]) 
 class Demand:
     """Estimates the arriving requests: exponential averages over a window.
 
+    Requests that the smallest instances do not hold are rare. So for these, the higher one of two averages counts: one
+    over the window, and one over a window that is longer.
+
     Attributes:
         limits: Tokens that separate the classes, ascending: what an instance of each level holds.
         window: Seconds over which the averages are taken.
+        longer: How many times as long the longer window is.
     """
 
     limits: tuple[int, ...]
     window: float = 30.0
-    _sums: list[list[float]] = field(default_factory=list)
-    _needs: list[int] = field(default_factory=list)
-    _at: float = 0.0
-    _begin: float | None = None
+    longer: float = 4.0
+    _averages: list[_Average] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._sums = [[0.0, 0.0, 0.0] for _ in self.limits]
-        self._needs = [0 for _ in self.limits]
+        self._averages = [
+            _Average((self.window,) + (self.longer * self.window,) * (i > 0)) for i in range(len(self.limits))
+        ]
 
-    def add(self, now: float, prompt: int, output: int) -> None:
-        """Count a request."""
-        self._decay(now)
-        i = next((i for i, limit in enumerate(self.limits) if prompt + output <= limit), len(self.limits) - 1)
-        for j, value in enumerate((1.0, float(prompt), float(output))):
-            self._sums[i][j] += value
-        self._needs[i] = max(self._needs[i], prompt + output)
+    def add(self, now: float, prompt: int, output: int, need: int | None = None) -> None:
+        """Count a request. ``need`` is what an instance must hold for it, by default its prompt and its output."""
+        need = prompt + output if need is None else need
+        i = next((i for i, limit in enumerate(self.limits) if need <= limit), len(self.limits) - 1)
+        for average in self._averages:
+            average.begin(now)
+        self._averages[i].add(now, prompt, output, need)
 
     def classes(self, now: float) -> list[RequestClass]:
         """Return the classes of which a request came in the last windows."""
+        return [found for average in self._averages if (found := average.at(now)) is not None]
+
+
+class _Average:
+    """The requests of a class: decaying sums of their number, their prompts and their outputs, over some windows."""
+
+    def __init__(self, windows: Sequence[float]) -> None:
+        self.windows = windows
+        self.sums = [[0.0, 0.0, 0.0] for _ in windows]
+        self.need = 0
+        self.now = 0.0
+        self.start: float | None = None
+
+    def begin(self, now: float) -> None:
+        self.start = now if self.start is None else self.start
+
+    def add(self, now: float, prompt: int, output: int, need: int) -> None:
         self._decay(now)
-        seen = self.window if self._begin is None else min(self.window, max(1.0, now - self._begin))
-        return [
-            RequestClass(count / seen, prompt / count, output / count, need)
-            for (count, prompt, output), need in zip(self._sums, self._needs, strict=True)
+        for sums in self.sums:
+            for j, value in enumerate((1.0, float(prompt), float(output))):
+                sums[j] += value
+        self.need = max(self.need, need)
+
+    def at(self, now: float) -> RequestClass | None:
+        """Return the class as the window with the highest rate has it; None if its requests are forgotten."""
+        self._decay(now)
+        seen = max(1.0, now - (self.start or 0.0))
+        found = [
+            RequestClass(count / (window * -math.expm1(-seen / window)), prompt / count, output / count, self.need)
+            for window, (count, prompt, output) in zip(self.windows, self.sums, strict=True)
             if count > FORGOTTEN
         ]
+        return max(found, key=lambda c: c.rate, default=None)
 
     def _decay(self, now: float) -> None:
-        self._begin = now if self._begin is None else self._begin
-        factor = math.exp(-(now - self._at) / self.window)
-        self._sums = [[value * factor for value in sums] for sums in self._sums]
-        self._at = now
+        for window, sums in zip(self.windows, self.sums, strict=True):
+            factor = math.exp(-(now - self.now) / window)
+            sums[:] = [value * factor for value in sums]
+        self.now = now
 
 
 FORGOTTEN = 0.02
@@ -155,25 +184,42 @@ class AutoPolicy(InstancePolicy):
         margin: The share by which a layout must be better.
         horizon: Seconds in which a queue should be served. The queue counts as this much more demand.
         window: Seconds over which the demand is averaged.
+        longer: How many times as long the demand of rare classes is averaged as well.
+        patience: Seconds for which requests are watched before the first change that no request needs.
+        loss_seconds: Seconds that a request counts as waiting if its layout does not serve it.
     """
 
     ranks: int
     levels: CostsByLevel
     change_seconds: float = 0.5
-    margin: float = 0.05
+    margin: float = 0.1
     horizon: float = 10.0
     window: float = 30.0
+    longer: float = 4.0
+    patience: float = 10.0
+    loss_seconds: float = 60.0
     changes_layout = True
 
     def __post_init__(self) -> None:
-        self.demand = Demand(tuple(level.tokens for _, level in sorted(self.levels.items())), self.window)
+        limits = tuple(level.tokens for _, level in sorted(self.levels.items()))
+        self.demand = Demand(limits, self.window, self.longer)
         self.layouts = layouts(self.ranks, sorted(self.levels))
-        self.dwell = max(2.0, 20 * self.change_seconds)
+        self.reason = ""
+        self._begin: float | None = None
+        self._due = float("-inf")
         self._target: Layout | None = None
         self._speeds = {k: float(k) for k in self.levels}
+        self._outlooks: dict[Layout, Outlook] = {}
+        self._demand: list[RequestClass] = []
 
-    def arrived(self, now: float, prompt: int, output: int) -> None:
-        self.demand.add(now, prompt, output)
+    @property
+    def dwell(self) -> float:
+        """The least seconds between two changes that no request needs."""
+        return max(2.0, 20 * self.change_seconds)
+
+    def arrived(self, now: float, prompt: int, output: int, need: int | None = None) -> None:
+        self._begin = now if self._begin is None else self._begin
+        self.demand.add(now, prompt, output, need)
 
     def route(self, deployment: Deployment, need: int) -> int | None:
         """Return the instance that has served its requests and this one first, as far as the cost models say."""
@@ -186,22 +232,65 @@ class AutoPolicy(InstancePolicy):
 
     def wanted(self, deployment: Deployment) -> Layout:
         """Return a better layout, or the current one."""
-        current = deployment.layout
+        current, now = deployment.layout, deployment.now
         if deployment.unplaced:
+            self.reason = f"a request needs {max(deployment.unplaced)} tokens"
             return merged_for_unplaced(deployment, self.levels)
-        if deployment.now - deployment.changed < self.dwell:
+        began = now if self._begin is None else self._begin
+        if now < max(deployment.changed + self.dwell, began + self.patience):
             return current
-        classes = self._classes(deployment)
-        if not classes:
+        largest = max(s.largest for s in deployment.instances)
+        if now >= self._due or (self._target is not None and not self._holds(self._target, largest)):
+            self._due = now + DECIDE_S
+            self._decide(deployment)
+        if self._target is None:
             return current
-        self._speeds = {k: self._speed(k, classes) for k in self.levels}
-        self._target = self._better(deployment, classes)
-        return current if self._target is None else place(self._target, current, deployment.instances)
+        return place(self._target, current, deployment.instances)
 
-    def drains_to(self, deployment: Deployment) -> int | None:
-        if self._target is None or max(self._target) >= max(deployment.layout):
-            return None
-        return max(self._target)
+    def _decide(self, deployment: Deployment) -> None:
+        classes = self._demand = self._classes(deployment)
+        if not classes:
+            self._target = None
+            return
+        self._speeds = {k: self._speed(k, classes) for k in self.levels}
+        largest = max(s.largest for s in deployment.instances)
+        current = simplified(deployment.layout)
+        self._outlooks = {layout: self._outlook(layout, classes) for layout in {*self.layouts, current}}
+        scores = {
+            layout: self._score(found) for layout, found in self._outlooks.items()
+            if self._holds(layout, largest)
+        }  # fmt: skip
+        best = min(scores, key=lambda layout: scores[layout])
+        better = scores[best] < (1 - self.margin) * scores[current]
+        self._target = best if better else None
+        if better:
+            self.reason = f"{self._prediction(best)}; {self._prediction(current)}"
+
+    def _holds(self, layout: Layout, need: int) -> bool:
+        return self.levels[max(layout)].tokens >= need
+
+    def _prediction(self, layout: Layout) -> str:
+        found = self._outlooks[layout]
+        loss = f", and leaves {100 * found.loss:.0f} % of the demand" if found.loss else ""
+        return f"{name_of(layout)} takes {found.latency:.2g} s for a request{loss}"
+
+    def changed(self, seconds: float) -> None:
+        """Learn how long a change took. Half of what was known before counts."""
+        self.change_seconds = (self.change_seconds + seconds) / 2
+
+    def report(self) -> dict[str, Any]:
+        """The reason of the last choice, the demand, and the predictions for each layout that serves it."""
+        found = {name_of(layout): each for layout, each in self._outlooks.items() if math.isfinite(each.latency)}
+        return {
+            "reason": self.reason,
+            "dwell": self.dwell,
+            "demand": [asdict(each) for each in self._demand],
+            "predictions": {name: {"loss": each.loss, "seconds": each.latency} for name, each in found.items()},
+        }
+
+    def _score(self, found: Outlook) -> float:
+        """Return the mean seconds of a request. What is not served is as if it waited."""
+        return found.latency + self.loss_seconds * found.loss
 
     def _classes(self, deployment: Deployment) -> list[RequestClass]:
         """Return the demand. The requests in queues count as arriving within the horizon."""
@@ -219,19 +308,6 @@ class AutoPolicy(InstancePolicy):
         load = Load(level, fitting)
         return load.capacity * load.tokens
 
-    def _better(self, deployment: Deployment, classes: Sequence[RequestClass]) -> Layout | None:
-        """Return the best layout that holds all live requests; None if it is not better by the margin."""
-        largest = max(s.largest for s in deployment.instances)
-        holding = [layout for layout in self.layouts if self.levels[max(layout)].tokens >= largest]
-        outlooks = {layout: self._outlook(layout, classes) for layout in holding}
-        best = min(outlooks, key=lambda layout: outlooks[layout].key, default=None)
-        if best is None or sorted(best) == sorted(deployment.layout):
-            return None
-        new, now = outlooks[best], self._outlook(deployment.layout, classes)
-        if now.loss == new.loss:
-            return best if new.latency < (1 - 2 * self.margin) * now.latency else None
-        return best if new.loss < now.loss - self.margin else None
-
     def _outlook(self, layout: Layout, classes: Sequence[RequestClass]) -> Outlook:
         """Return the outlook, with the time that merging takes if some class fits no instance of the layout."""
         most = self.levels[max(layout)].tokens
@@ -239,18 +315,41 @@ class AutoPolicy(InstancePolicy):
         rare = [c for c in classes if c.need > most]
         if not fitting:
             return Outlook(float("inf"), float("inf"))
-        found = outlook(tuple(sorted(layout, reverse=True)), self.levels, fitting)
+        found = outlook(layout, self.levels, fitting)
         assert found is not None
         if not rare:
             return found
-        # Each of these requests merges all ranks that it needs, and they split after it.
-        lost = sum(c.rate * (2 * self.change_seconds + self._alone(c)) for c in rare)
+        # Each of these requests merges the ranks that it needs, and they split after it.
+        lost = sum(c.rate * (2 * self.change_seconds + self._alone(c)) * self._share(c) for c in rare)
         return Outlook(min(1.0, found.loss + lost), found.latency * (1 + lost))
+
+    def _share(self, c: RequestClass) -> float:
+        """The share of the ranks that a request of a class needs."""
+        return (smallest_level(self.levels, c.need) or self.ranks) / self.ranks
 
     def _alone(self, c: RequestClass) -> float:
         level = self.levels[smallest_level(self.levels, c.need) or max(self.levels)]
         prompt = round(c.prompt)
         return prompt_seconds(level, prompt) + c.output * level.step_seconds(1, 0, prompt)
+
+
+DECIDE_S = 1.0
+"""Seconds between two comparisons of all layouts."""
+
+
+def name_of(layout: Layout) -> str:
+    """Name a layout, such as ``4+1+1+1+1``."""
+    return "+".join(map(str, layout))
+
+
+def simplified(layout: Layout) -> Layout:
+    """Return a layout of two levels at most, of which an outlook is known, with the largest instances first.
+
+    Instances between the smallest and the largest ones count as several of the smallest.
+    """
+    big, small = max(layout), min(layout)
+    rest = sum(k for k in layout if k != big)
+    return (big,) * layout.count(big) + (small,) * (rest // small)
 
 
 def place(layout: Layout, current: Layout, states: Sequence[InstanceState]) -> Layout:

@@ -32,13 +32,14 @@ class SchedulerBench:
 
     Args:
         scheduler: A :class:`sglang_shift.runtime.scheduler.ShiftScheduler` that is built and idle.
+        cpu_group: The ranks that measure together; by default those of the scheduler's instance or replica.
 
     Attributes:
         prepared_shape: The shape that :meth:`run` runs; None if no shape is prepared.
     """
 
-    def __init__(self, scheduler: Any) -> None:
-        self.scheduler = scheduler
+    def __init__(self, scheduler: Any, cpu_group: Any = None) -> None:
+        self.scheduler, self.cpu_group = scheduler, cpu_group
         self.prepared_shape: StepShape | None = None
         self._reqs: list[Any] = []
         self._batch: Any = None
@@ -186,7 +187,8 @@ class SchedulerBench:
                 step, so the ranks cannot continue. The error ends the server.
         """
         agreed = torch.tensor(numbers, dtype=torch.float64)
-        work = dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self.scheduler.tp_cpu_group, async_op=True)
+        group = self.cpu_group or self.scheduler.tp_cpu_group
+        work = dist.all_reduce(agreed, dist.ReduceOp.MAX, group=group, async_op=True)
         try:
             work.wait(*([WAIT] if failure else []))
         except RuntimeError as error:

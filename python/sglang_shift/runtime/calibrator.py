@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ from sglang.srt.runtime_context import get_parallel
 from tqdm import tqdm
 
 from sglang_shift.config import ShiftConfig
-from sglang_shift.cost.calibration import Calibration, CalibrationError, cache_file, key_of, load, save
+from sglang_shift.cost.calibration import Calibration, CalibrationError, cache_file, file_of_level, key_of, load, save
 from sglang_shift.cost.compare_exchanges import compare_exchanges
 from sglang_shift.cost.exchange_gain import ExchangeGain, first_tokens
 from sglang_shift.cost.measure import BUDGET_CPU, BUDGET_GPU, Results, StepShape, grid, measure
@@ -40,32 +41,51 @@ class Calibrator:
         scheduler: A :class:`sglang_shift.runtime.scheduler.ShiftScheduler` that is built.
         config: The settings.
         chunk: Prompt tokens of the largest step.
+        group: The ranks that calibrate together; by default those of the replica. The first one fits the curves.
+        bench: Runs the steps; by default the scheduler's worker.
+        level: With instances, the ranks of an instance whose steps are measured; by default all ranks of the world.
 
     Attributes:
         text: The source of the calibration, or the reason why there is none.
         failed_mode: A mode that failed during the measurement, or None.
     """
 
-    def __init__(self, scheduler: Any, config: ShiftConfig, chunk: int) -> None:
+    def __init__(
+        self,
+        scheduler: Any,
+        config: ShiftConfig,
+        chunk: int,
+        *,
+        group: Any = None,
+        bench: SchedulerBench | None = None,
+        level: int | None = None,
+    ) -> None:
         self.scheduler, self.config, self.chunk = scheduler, config, chunk
-        self.bench = SchedulerBench(scheduler)
+        self._group = group
+        self.bench = bench or SchedulerBench(scheduler)
+        self.level = (level or config.world_size) if config.instances else None
         self.text = "off"
         self.failed_mode: Mode | None = None
-        self._is_rank_0 = get_parallel().tp_rank == 0
+        self._calibration: Calibration | None = None
+        self._is_rank_0 = (get_parallel().tp_rank if group is None else group.rank_in_group) == 0
         self._path: Path | None = None
-        self._calibration: Calibration | None = None  # the one in use
         self._measurement_run: Generator[None, None, None] | None = None
         self._interval = 2 * DRIFT_STEPS
-        self._next_check = self._interval
+        self._next_check: float = self._interval
         self._results = Results()
         self._exchange_gains: tuple[ExchangeGain, ...] = ()
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The calibration in use, or None."""
+        return self._calibration
 
     def start(self) -> Calibration | None:
         """Load the saved calibration, or measure a new one. If neither works, log why and return None."""
         if self.config.calibration == "off":
             return None
         self._shapes = self._agreed_grid()
-        self._places = self.scheduler.tp_group.all_gather_object(host_and_links())
+        self._places = self._ranks.all_gather_object(host_and_links())
         self._calibration, self.text, measure_now = self._from_rank_0(self._load)
         if self._calibration is not None:
             self._log("sglang_shift: %s", self.text)
@@ -113,7 +133,7 @@ class Calibrator:
 
     def end(self) -> None:
         """Calibrate no more. The ranks of instances are not at the same point when they are idle."""
-        self._calibration = self._measurement_run = None
+        self._measurement_run, self._next_check = None, math.inf
 
     def _run_turn(self, measurement_run: Iterator[None]) -> Calibration | None:
         """Run some laps. Return the calibration if they were the last laps. At the end all slots are free again."""
@@ -161,21 +181,39 @@ class Calibrator:
     def _load(self) -> tuple[Calibration | None, str, bool]:
         """On rank 0: the saved calibration or None, a text for the log, and whether to measure."""
         settings = settings_of(self.scheduler, self.chunk, self._places)
+        if self.level is not None:
+            settings["level"] = self.level
         self._key = key_of(self.config, self.scheduler.model_config, settings)
         own_file = self.config.calibration != "auto"
-        self._path = Path(self.config.calibration) if own_file else cache_file(self._key)
+        self._path = self._own_path if own_file else cache_file(self._key)
         try:
             calibration = load(self._path, self._key)
         except FileNotFoundError:
             return None, "", True
         except CalibrationError as error:
             return None, str(error), not own_file
-        return calibration, f"calibration of {calibration.made} from {self._path}", False
+        return calibration, f"calibration of {calibration.made}{self._of_level} from {self._path}", False
+
+    @property
+    def _ranks(self) -> Any:
+        """The ranks that calibrate together."""
+        return self._group or self.scheduler.tp_group
+
+    @property
+    def _own_path(self) -> Path:
+        """The file that the user has named. With instances, each level has a file of its own."""
+        named = Path(self.config.calibration)
+        return named if self.level is None else file_of_level(named, self.level)
+
+    @property
+    def _of_level(self) -> str:
+        """Whose steps these are, for texts."""
+        return "" if self.level is None else f" at level {self.level}"
 
     def _measure_all(self) -> Calibration | None:
         """Measure at the start, with a progress bar. The server starts even if the measurement fails."""
         try:
-            title = f"Calibrating {' and '.join(mode.name for mode in MODES)}"
+            title = f"Calibrating {' and '.join(mode.name for mode in MODES)}{self._of_level}"
             layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
             if self._times_pipeline:
                 self._compare_exchanges()
@@ -254,7 +292,7 @@ class Calibrator:
             calibration = make()
         except CalibrationError as error:
             return None, str(error), False
-        text = f"calibrated in {results.seconds:.1f} s ({len(results.steps)} measurements)"
+        text = f"calibrated{self._of_level} in {results.seconds:.1f} s ({len(results.steps)} measurements)"
         try:
             save(self._path, calibration)
         except CalibrationError as error:
@@ -270,7 +308,7 @@ class Calibrator:
             except Exception as error:  # the other ranks wait for an answer
                 logger.exception("sglang_shift: calibration")
                 outcome = None, f"{type(error).__name__}: {error}", False
-        return self.scheduler.tp_group.broadcast_object(outcome, src=0)
+        return self._ranks.broadcast_object(outcome, src=0)
 
     def _log(self, message: str, *args: Any) -> None:
         if self._is_rank_0:

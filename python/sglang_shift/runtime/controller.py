@@ -30,21 +30,23 @@ from sglang.srt.utils.common import configure_logger, kill_itself_when_parent_di
 from sglang.srt.utils.network import get_zmq_socket
 from sglang.utils import TypeBasedDispatcher
 
-from sglang_shift.cost.deployment import InstancePolicy, Room
+from sglang_shift.cost.deployment import Deployment, InstancePolicy, Room
 from sglang_shift.cost.layouts import Layout
 from sglang_shift.instances.back_off import BackOff
-from sglang_shift.instances.changes import Change, check_range, plan, plan_layout
+from sglang_shift.instances.changes import Change, check_range, largest_targets, plan, plan_layout
+from sglang_shift.instances.feed import PolicyFeed
 from sglang_shift.instances.ledger import Ledger
 from sglang_shift.instances.levels import Levels
 from sglang_shift.instances.messages import (
     ChangeLevelReq,
     InstancesReady,
     LevelChanged,
+    QueueLength,
     RequestsEnded,
     RequestsHeld,
 )
 from sglang_shift.observe.events import InstancesEvent, Publisher
-from sglang_shift.policy.instances import PaperPolicy
+from sglang_shift.policy.instances import AutoPolicy, PaperPolicy
 from sglang_shift.resolution import shift_config_of
 from sglang_shift.runtime.instance_channels import answers_of, input_of
 from sglang_shift.runtime.instance_requests import (
@@ -172,6 +174,7 @@ class InstanceController(DataParallelController):
         self.ledger = Ledger.at(Levels.of_flags(config.world_size, config.instances, config.merge_levels))
         self.policy: InstancePolicy = InstancePolicy()
         self.policy_name = config.instance_policy
+        self.feed = PolicyFeed()
         self.context_length = 0
         self.held: deque[Any] = deque()
         self.aborts: list[Any] = []
@@ -187,7 +190,7 @@ class InstanceController(DataParallelController):
         self.publisher = Publisher(config.world_size)
         self.event_due = self.policy_due = 0.0
         super().__init__(server_args, port_args, _starts_nothing)
-        self.dispatching = self.route
+        self.dispatching = self.arrive
 
     @overrides("Our method opens the sockets of the ranks. The launcher has started the ranks already.")
     def launch_dp_schedulers(self, server_args: Any, port_args: Any) -> None:
@@ -213,7 +216,8 @@ class InstanceController(DataParallelController):
         self._answer_dispatcher = TypeBasedDispatcher(
             [
                 (InstancesReady, self.take_capacities),
-                (RequestsEnded, lambda message: self.ledger.end(message.rids)),
+                (RequestsEnded, self.take_ends),
+                (QueueLength, lambda message: self.feed.waiting.update({message.first: message.waiting})),
                 (RequestsHeld, lambda message: self.ledger.held_by(message.first, message.rids)),
                 (LevelChanged, self.take_change),
             ]
@@ -243,6 +247,19 @@ class InstanceController(DataParallelController):
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
+    def arrive(self, req: Any) -> None:
+        """Take a new request, and tell the policy of it."""
+        if self.ledger.capacities:
+            self._tell_policy(req)
+        self.route(req)
+
+    def _tell_policy(self, req: Any) -> None:
+        prompt, need = prompt_tokens(req), self.need(req)
+        output = getattr(req.sampling_params, "max_new_tokens", None)
+        most = max(1, min(self.context_length, max(self.ledger.capacities.values())) - prompt)
+        allowed = most if output is None else min(output, most)
+        self.feed.arrived(self.policy, time.monotonic(), req.rid, prompt, allowed, need)
+
     def route(self, req: Any) -> None:
         """Send a request to an instance, hold it while ranks change, or answer it with an error."""
         if getattr(req, "session_params", None) is not None:
@@ -252,7 +269,7 @@ class InstanceController(DataParallelController):
             self.held.append(req)
             return
         need = self.need(req)
-        index = self.policy.route(self.ledger.deployment(time.monotonic()), need)
+        index = self.policy.route(self.deployment(), need)
         if index is not None:
             instance = self.ledger.layout[index]
             self.ledger.place(req.rid, instance, need)
@@ -269,12 +286,23 @@ class InstanceController(DataParallelController):
         A request without a limit of its own, or with one beyond what all ranks can serve, gets as many tokens as its
         instance has room for. So only its prompt must fit.
         """
-        prompt = len(req.input_ids if req.input_ids is not None else req.input_embeds)
+        prompt = prompt_tokens(req)
         output = getattr(req.sampling_params, "max_new_tokens", None)
         most = min(self.context_length, max(self.ledger.capacities.values()))
         if output is not None and prompt + output + KEPT_FREE <= most:
             return int(min(prompt + max(output + KEPT_FREE, PROMPT_KEPT_FREE), most))
         return min(prompt + PROMPT_KEPT_FREE, most)
+
+    def deployment(self) -> Deployment:
+        """The instances as the policy sees them."""
+        needs = tuple(self.need(each) for each in self.held if isinstance(each, REQUESTS))
+        deployment = replace(self.ledger.deployment(time.monotonic()), unplaced=needs, changed=self.changed_at)
+        return self.feed.view(self.ledger, deployment)
+
+    def take_ends(self, message: RequestsEnded) -> None:
+        """Learn which requests have ended."""
+        self.ledger.end(message.rids)
+        self.feed.ended(message.rids, message.outputs)
 
     @overrides("A health check goes to the leaders of the instances in turn.")
     def dispatch_health_check(self, req: Any) -> None:
@@ -287,6 +315,7 @@ class InstanceController(DataParallelController):
 
     def refuse(self, req: Any, why: str) -> None:
         """Answer a request with an error. No rank gets it."""
+        self.feed.ended([req.rid], [])
         reason = FINISH_ABORT(why, HTTPStatus.BAD_REQUEST).to_json()
         answer = io_struct.AbortReq(rid=req.rid, finished_reason=reason, http_worker_ipc=req.http_worker_ipc)
         sock_send(self.to_tokenizer, answer)
@@ -309,7 +338,10 @@ class InstanceController(DataParallelController):
         """Handle what was held while ranks changed."""
         held, self.held = self.held, deque()
         for each in held:
-            self._request_dispatcher(each)
+            if isinstance(each, REQUESTS):
+                self.route(each)
+            else:
+                self._request_dispatcher(each)
 
     # --- control requests ---------------------------------------------------------------------------------------------
 
@@ -333,7 +365,7 @@ class InstanceController(DataParallelController):
     def take_answer(self, answer: Any) -> None:
         """Take what a rank sends to the tokenizer. The answers to a control request are combined into one."""
         if isinstance(answer, io_struct.AbortReq):
-            self.ledger.end([answer.rid])
+            self.take_ends(RequestsEnded([answer.rid]))
         worker = getattr(answer, "http_worker_ipc", None)
         for gathering in self.gatherings:
             if gathering.kind is type(answer) and gathering.worker == worker:
@@ -382,12 +414,11 @@ class InstanceController(DataParallelController):
         if now < self.policy_due or self.why_not_now():
             return
         self.policy_due = now + POLICY_S
-        needs = tuple(self.need(each) for each in self.held if isinstance(each, REQUESTS))
-        deployment = replace(self.ledger.deployment(now), unplaced=needs, changed=self.changed_at)
+        deployment = self.deployment()
         wanted = self.policy.wanted(deployment)
         if wanted != deployment.layout and self.back_off.allows(wanted, now):
-            changes = deque(plan_layout(self.ledger.layout, wanted))
-            self.begin(Operation(changes, f"the policy {self.policy_name}", wanted))
+            reason = ": ".join(filter(None, (f"the policy {self.policy_name}", self.policy.reason)))
+            self.begin(Operation(deque(plan_layout(self.ledger.layout, wanted)), reason, wanted))
 
     def why_not_now(self) -> str:
         """Why no instances can merge or split now, in one sentence; empty if they can."""
@@ -414,7 +445,11 @@ class InstanceController(DataParallelController):
         self.epoch += 1
         # From here on, nothing is sent to these ranks. What was sent before, they read before this message.
         self.ledger.busy = change.whole.ranks
-        message = ChangeLevelReq(self.epoch, change.whole.leader, change.whole.level, change.level, operation.reason)
+        targets = largest_targets(change, operation.wanted)
+        message = ChangeLevelReq(
+            self.epoch, change.whole.leader, change.whole.level, change.level, operation.reason,
+            tuple(self.ledger.capacities[level] for level in targets),
+        )  # fmt: skip
         for instance in change.before(self.ledger.layout):
             sock_send(self.workers[instance.leader], wrap_as_pickle(message))
 
@@ -427,9 +462,11 @@ class InstanceController(DataParallelController):
         operation.done.append(message)
         self.last.append({"time": time.time(), "why": operation.reason, **asdict(message)})
         self.ledger.busy, self.change, self.changed_at = range(0), None, time.monotonic()
+        self.feed.moved(change.whole.ranks)
         self.event_due = 0.0
         logger.info("sglang_shift: %s", sentence(message, change))
         if message.ok:
+            self.policy.changed(sum(message.phases.values()))
             self.ledger.apply(change)
         self._send_aborts(change)
         if message.ok:
@@ -470,6 +507,7 @@ class InstanceController(DataParallelController):
             "epoch": self.epoch,
             "instances": self.ledger.report(),
             "last": list(self.last),
+            "policy": {"name": self.policy_name, **self.policy.report()},
         }
 
     def publish(self) -> None:
@@ -482,6 +520,9 @@ class InstanceController(DataParallelController):
         self.ledger.capacities, self.context_length = dict(message.capacities), message.context
         if self.policy_name == "paper":
             self.policy = PaperPolicy({k: Room(k, tokens) for k, tokens in message.capacities.items()})
+        elif message.costs is not None:
+            seconds = max(message.costs.changes.values())
+            self.policy = AutoPolicy(self.world_size, message.costs.levels, seconds)
         self.release()
 
 
@@ -489,6 +530,11 @@ def answer_type(kind: type) -> type | None:
     """The type of the answer to a control request, by SGLang's naming; None if there is no answer."""
     answer = getattr(io_struct, kind.__name__.removesuffix("Input") + "Output", None)
     return answer if isinstance(answer, type) else None
+
+
+def prompt_tokens(req: Any) -> int:
+    """The number of tokens of a request's prompt."""
+    return len(req.input_ids if req.input_ids is not None else req.input_embeds)
 
 
 def sentence(message: LevelChanged, change: Change) -> str:

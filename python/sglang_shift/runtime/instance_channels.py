@@ -22,12 +22,12 @@ from sglang.srt.managers.scheduler_components.output_sender import SenderWrapper
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.server_args import PortArgs
 
-from sglang_shift.instances.messages import InstancesReady, LevelChanged, RequestsEnded, RequestsHeld
+from sglang_shift.instances.messages import InstancesReady, LevelChanged, QueueLength, RequestsEnded, RequestsHeld
 from sglang_shift.runtime.read_receipts import ReceiptReader
 from sglang_shift.runtime.reporter import StepReporter
 from sglang_shift.seams import overrides, relies_on
 
-Message = InstancesReady | LevelChanged | RequestsEnded | RequestsHeld
+Message = InstancesReady | LevelChanged | QueueLength | RequestsEnded | RequestsHeld
 
 
 def input_of(port_args: PortArgs, rank: int) -> str:
@@ -81,15 +81,18 @@ class ReportingSender(SenderWrapper):
     def send_output(self, output: Any, recv_obj: Any = None) -> None:
         super().send_output(output, recv_obj)
         self.channels.shift_receipts.due |= self.socket is not None
-        if self.socket is not None and (rids := ended(output)):
-            self.channels.tell_controller(RequestsEnded(rids))
+        if self.socket is not None and (message := ended(output)).rids:
+            self.channels.tell_controller(message)
 
 
-def ended(output: Any) -> list[str]:
-    """The ids of the requests that end with an output."""
+def ended(output: Any) -> RequestsEnded:
+    """The requests that end with an output."""
     if not isinstance(output, BatchTokenIDOutput | BatchEmbeddingOutput):
-        return []
-    return [rid for rid, reason in zip(output.rids or (), output.finished_reasons, strict=True) if reason is not None]
+        return RequestsEnded([])
+    rids = output.rids or ()
+    places = [i for i, reason in enumerate(output.finished_reasons) if reason is not None]
+    generated = output.completion_tokens if isinstance(output, BatchTokenIDOutput) else ()
+    return RequestsEnded([rids[i] for i in places], [generated[i] for i in places] if generated else [])
 
 
 class InstanceChannels(Scheduler):

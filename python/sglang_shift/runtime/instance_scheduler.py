@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +14,16 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.scheduler_components.recv_skipper import SchedulerRecvSkipper
 from sglang.srt.runtime_context import get_context
 
+from sglang_shift.flags import AUTO
 from sglang_shift.instances.levels import Levels
-from sglang_shift.instances.messages import ChangeLevelReq, InstancesReady, LevelChanged, RequestsHeld
+from sglang_shift.instances.messages import ChangeLevelReq, InstancesReady, LevelChanged, QueueLength, RequestsHeld
 from sglang_shift.modes import StepState
 from sglang_shift.runtime.agreement import StepWatch
+from sglang_shift.runtime.calibrator import Calibrator
 from sglang_shift.runtime.instance_cache import BACKEND, InstanceCache
 from sglang_shift.runtime.instance_channels import InstanceChannels
 from sglang_shift.runtime.level_change import LevelChange
+from sglang_shift.runtime.level_costs import LevelMeasurements
 from sglang_shift.runtime.level_switch import LevelSwitch
 from sglang_shift.runtime.penalties import seed_penalties
 from sglang_shift.runtime.rank_consensus import compare_in, groups_of_levels
@@ -32,6 +36,12 @@ logger = logging.getLogger(__name__)
 ALONE = "the instance has one rank"
 """The reason for which all steps at level 1 run in TP."""
 
+FREED = "the instance has freed the weights that SP needs"
+"""The reason for which all steps of a merged instance run in TP with ``--merge-weights free``."""
+
+QUEUE_S = 0.1
+"""The least seconds between two reports of a queue that is not empty."""
+
 
 class InstanceScheduler(InstanceChannels, ShiftScheduler):
     """Our scheduler, as a part of an instance.
@@ -41,30 +51,44 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
 
     Attributes:
         shift_switch: The levels of this rank.
+        shift_calibrators: The calibrator of each level.
     """
 
     shift_switch: LevelSwitch
+    shift_calibrators: dict[int, Calibrator]
     tree_cache: InstanceCache
 
     _made: list[Req] | None = None  # collects requests that are made again, instead of the queue
     _change: ChangeLevelReq | None = None
     _backlog: tuple[Any, ...] = ()
+    _told_waiting: int | None = None
+    _queue_due = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         get_context().override("sglang_shift.instances", radix_cache_backend=BACKEND)
         super().__init__(*args, **kwargs)
-        self._largest = {key: self.get_init_info()[key] for key in ("max_total_num_tokens", "max_req_input_len")}
-        self.shift_calibrator.end()
-        levels = self.shift_levels()
-        self.shift_switch = LevelSwitch(self.tp_worker.model_runner, levels)
-        self.shift_consensus = groups_of_levels(self.shift_switch.places)
-        self.shift_switch.enter(levels.lowest)
+        levels, frees = self.shift_levels(), self.shift_config.merge_weights == "free"
+        self.shift_switch = switch = LevelSwitch(self.tp_worker.model_runner, levels, frees=frees)
+        most, _, most_input = self._sizes(switch.pool.layout.tokens(levels.world_size))
+        self._largest = {"max_total_num_tokens": most, "max_req_input_len": most_input}
+        self.tree_cache.make_room(most + self.page_size)
+        self.shift_consensus = groups_of_levels(switch.places)
+        measurements = LevelMeasurements(self, levels)
+        self.shift_calibrators = measurements.calibrators
+        switch.enter(levels.lowest)
         self.enter_instance(0)
         self.tree_cache.reset()
+        if self.shift_config.calibration == "off" or frees:  # a merged instance without all weights cannot run SP
+            self.shift_calibrator.end()
+        else:
+            measurements.calibrate()
+        costs = measurements.costs() if self.shift_config.instance_policy == AUTO else None
         layout = self.shift_switch.pool.layout
         if self.shift_switch.place.rank == 0:
+            if switch.pages is not None:
+                logger.info("sglang_shift: --merge-weights free: %s", switch.pages.text())
             capacities = {level: layout.tokens(level) for level in levels.sizes}
-            self.tell_controller(InstancesReady(capacities, self.model_config.context_len))
+            self.tell_controller(InstancesReady(capacities, self.model_config.context_len, costs))
 
     def shift_levels(self) -> Levels:
         """The levels of the world, as the flags say."""
@@ -89,6 +113,7 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
     @overrides("The level changes between two steps, after the requests that came before are queued.")
     def ingest_requests(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Receive and handle requests. If one asks for a change of the level, make it."""
+        self._report_queue()
         received: list[Any] = super().ingest_requests(*args, **kwargs)
         while (request := self._change) is not None:
             self._change = None
@@ -96,6 +121,15 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
             self._report(change.run())
             self.process_input_requests(change.backlog)
         return received
+
+    def _report_queue(self) -> None:
+        """Tell the controller how many requests the last step has left in the queue, if its policy needs it."""
+        if self.shift_config.instance_policy != AUTO or not self.shift_switch.place.leads:
+            return
+        waiting, now = len(self.waiting_queue), time.monotonic()
+        if waiting != self._told_waiting and (not waiting or now >= self._queue_due):
+            self._told_waiting, self._queue_due = waiting, now + QUEUE_S
+            self.tell_controller(QueueLength(self.shift_switch.place.rank, waiting))
 
     def _report(self, changed: LevelChanged) -> None:
         place = self.shift_switch.place
@@ -133,9 +167,7 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
         self.tp_size, self.tp_group, self.tp_cpu_group = place.size, group, group.cpu_group
         self.attn_tp_group, self.attn_tp_cpu_group = group, group.cpu_group
         self.dp_tp_group, self.dp_tp_cpu_group = group, group.cpu_group
-        self.max_total_num_tokens = self.shift_switch.pool.size
-        self.max_req_len = min(self.model_config.context_len, self.max_total_num_tokens) - 1
-        self.max_req_input_len = self.max_req_len - 5
+        self.max_total_num_tokens, self.max_req_len, self.max_req_input_len = self._sizes(self.shift_switch.pool.size)
         self.weight_updater.tp_cpu_group = group.cpu_group
         grammars = self.grammar_manager
         grammars.grammar_sync_group, grammars.grammar_sync_size = group.cpu_group, place.size
@@ -149,7 +181,13 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
         self.recv_skipper = SchedulerRecvSkipper.maybe_create()  # it counts steps
         self.init_request_receiver()
         self.lead(place.leads)
+        self._told_waiting = None
         self._renew_modes(epoch)
+
+    def _sizes(self, tokens: int) -> tuple[int, int, int]:
+        """SGLang's sizes for a KV cache of so many tokens: the cache, a request, and the prompt of a request."""
+        longest = min(self.model_config.context_len, tokens) - 1
+        return tokens, longest, longest - 5
 
     def _renew_modes(self, epoch: int) -> None:
         """Choose modes as at the start, because the ranks of a merged instance have seen different steps."""
@@ -162,13 +200,19 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
         if place.size > 1:
             self.shift_watch.start()
         self.shift_exchange_counter.volume = self.tp_worker.model_runner.exchange_volume
+        self.shift_calibrator = self.shift_calibrators.get(place.size, self.shift_calibrator)
+        self.shift_selector.calibration = self.shift_calibrator.calibration
         self.set_policy(self.shift_config)
         self.shift_selector.restart()
+        if self.shift_reporter is not None:
+            self.shift_reporter.on_calibration()
 
     def step_state(self, batch: ScheduleBatch) -> StepState:
-        """The state that the policy gets. At level 1 there is nothing to exchange, so each step needs TP."""
-        state = super().step_state(batch)
-        return state if self.shift_switch.level > 1 else replace(state, needs_tp=ALONE)
+        """The state that the policy gets. If a rank is alone, or has freed weights, each step needs TP."""
+        state, switch = super().step_state(batch), self.shift_switch
+        if switch.tp_only:
+            return replace(state, needs_tp=FREED)
+        return state if switch.level > 1 else replace(state, needs_tp=ALONE)
 
     # Requests
 

@@ -226,11 +226,13 @@ class LevelChange:
     def _owners(self, queue: list[Req], factor: int, capacity: int) -> tuple[list[int], str | None]:
         """The part of each request, and the reason why some request fits no part."""
         needs = [self.scheduler.tokens_needed(req) for req in queue]
-        most = min(self.scheduler.model_config.context_len, capacity) - 2  # as SGLang limits the output of a request
+        context = self.scheduler.model_config.context_len
+        # SGLang limits the output of a request in this way.
+        limits = [min(context, limit) - 2 for limit in self.request.limits or [capacity] * factor]
         for req, need in zip(queue, needs, strict=True):
-            if need > most:
-                return [0] * len(queue), f"request {req.rid} may need {need} tokens, and a part serves {most}"
-        return share_out(needs, factor), None
+            if need > max(limits):
+                return [0] * len(queue), f"request {req.rid} may need {need} tokens, and a part serves {max(limits)}"
+        return share_out(needs, limits), None
 
     # Both
 

@@ -2,12 +2,13 @@
 
 Each instance makes its steps as :mod:`sglang_shift.simulate.simulator` does: in the order of arrival, and prompts
 first. A request reserves KV cache for its whole output when it is admitted. When the layout changes, the ranks
-concerned finish their steps, wait for each other, and serve nothing while the KV cache moves.
+concerned finish their steps, wait for each other, and serve nothing while the KV cache moves. If a part of a split has
+no room for the KV cache of all its requests, it computes that of some requests again, as a server does.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -41,17 +42,28 @@ class Live:
 
     Attributes:
         request: The request.
-        computed: Prompt tokens that are computed.
+        computed: Tokens that are computed, of those that must be before it generates.
+        generated: Tokens that it had generated when it lost its KV cache.
         first: The time of the first token.
     """
 
     request: Request
     computed: int = 0
+    generated: int = 0
     first: float = -1.0
 
     @property
     def need(self) -> int:
         return self.request.prompt + self.request.output
+
+    @property
+    def known(self) -> int:
+        """Tokens that must be computed before it generates the next one."""
+        return self.request.prompt + self.generated
+
+    def lose_cache(self, left: int) -> None:
+        """Compute the prompt and what was generated again. ``left`` tokens are not generated."""
+        self.generated, self.computed = self.request.output - left, 0
 
 
 @dataclass
@@ -62,6 +74,9 @@ class Outcome:
         served: The requests that ended, in the order of their ends.
         rejected: The requests that no layout of the policy holds.
         unserved: Number of requests that had not ended when the simulation did.
+        recomputed: Tokens whose KV cache was lost in splits.
+        computed: Prompt tokens computed and tokens generated, by the second in which their steps ended. What was lost
+            in a split does not count.
         changes: The time and the new layout of each change.
         seconds_at: Seconds at each layout, with the levels in descending order.
     """
@@ -69,6 +84,8 @@ class Outcome:
     served: list[ServedRequest] = field(default_factory=list)
     rejected: list[Request] = field(default_factory=list)
     unserved: int = 0
+    recomputed: int = 0
+    computed: Counter[int] = field(default_factory=Counter)
     changes: list[tuple[float, Layout]] = field(default_factory=list)
     seconds_at: dict[Layout, float] = field(default_factory=dict)
 
@@ -77,6 +94,10 @@ class Outcome:
         ended = [s.request for s in self.served if begin <= s.end < end]
         return sum(r.prompt + r.output for r in ended) / (end - begin)
 
+    def computed_per_second(self, begin: int, end: int) -> float:
+        """Return the tokens per second that were computed in a window, also for requests that did not end in it."""
+        return sum(self.computed[second] for second in range(begin, end)) / (end - begin)
+
 
 class SimulatedInstance:
     """The requests of an instance, and its clock.
@@ -84,11 +105,11 @@ class SimulatedInstance:
     Args:
         level: Its level.
         clock: When it can begin its first step.
-        ended: Called with each request that ends.
+        outcome: What it does is added to it.
     """
 
-    def __init__(self, level: InstanceCosts, clock: float, ended: Callable[[ServedRequest], None]) -> None:
-        self.level, self.clock, self.ended = level, clock, ended
+    def __init__(self, level: InstanceCosts, clock: float, outcome: Outcome) -> None:
+        self.level, self.clock, self.outcome = level, clock, outcome
         self.waiting: deque[Live] = deque()
         self.chunked: Live | None = None
         self.running: set[Live] = set()
@@ -97,7 +118,6 @@ class SimulatedInstance:
         self.kv_reads = 0
         self.used = 0
         self.queued = 0
-        self.limit = self.least = level.tokens  # tokens that it may admit together, and in one request
 
     def add(self, live: Live) -> None:
         """Put a request into the queue."""
@@ -133,8 +153,7 @@ class SimulatedInstance:
     def _admissible(self) -> bool:
         if not self.waiting or len(self.running) >= self.level.max_running:
             return False
-        need = self.waiting[0].need
-        return self.used + need <= self.limit and need <= self.least
+        return self.used + self.waiting[0].need <= self.level.tokens
 
     def _prefill(self) -> None:
         """Compute a chunk of prompts."""
@@ -147,18 +166,19 @@ class SimulatedInstance:
                 self.queued -= self.chunked.need
                 self.used += self.chunked.need
             live = self.chunked
-            now = min(room, live.request.prompt - live.computed)
+            now = min(room, live.known - live.computed)
             reads += kv_reads(live.computed, now)
             live.computed += now
             room -= now
-            if live.computed == live.request.prompt:
+            if live.computed == live.known:
                 finished.append(live)
                 self.chunked = None
         tokens = self.level.chunk - room
         self.clock += self.level.step_seconds(tokens, tokens, reads)
+        self.outcome.computed[int(self.clock)] += tokens + len(finished)
         for live in finished:
-            live.first = self.clock
-            if left := live.request.output - 1:
+            live.first = self.clock if live.first < 0 else live.first
+            if left := live.request.output - live.generated - 1:
                 self._run(live, left)
             else:
                 self._end(live)
@@ -178,6 +198,7 @@ class SimulatedInstance:
                 steps += 1
         self.clock += seconds
         self.decoded += steps
+        self.outcome.computed[int(self.clock)] += running * steps
         self.kv_reads += running * steps
         for live in self.ends.pop(self.decoded, ()):
             self.running.remove(live)
@@ -188,7 +209,7 @@ class SimulatedInstance:
         self.used -= live.need
         request, ttft = live.request, live.first - live.request.time
         tpot = (self.clock - live.first) / (request.output - 1) if request.output > 1 else None
-        self.ended(ServedRequest(request, ttft, tpot, self.clock - request.time))
+        self.outcome.served.append(ServedRequest(request, ttft, tpot, self.clock - request.time))
 
     def generating(self) -> list[tuple[Live, int]]:
         """Return the requests that generate, and how many tokens each has left."""
@@ -210,10 +231,6 @@ class SimulatedInstance:
         return InstanceState(
             self.level.ranks, running, len(self.waiting), self.used, self.queued, self.level.tokens, self.largest
         )
-
-
-SPARE = 0.8
-"""The share of the KV cache that an instance may fill before it splits, so that its requests fit the parts."""
 
 
 def simulate(
@@ -252,7 +269,7 @@ class _Simulation:
         self.until = float("inf") if until is None else until
         self.outcome = Outcome()
         self.now = self.requests[0].time
-        self.instances = [SimulatedInstance(levels[k], self.now, self.outcome.served.append) for k in layout]
+        self.instances = [SimulatedInstance(levels[k], self.now, self.outcome) for k in layout]
         self.unplaced: list[Live] = []
         self.changed = float("-inf")
         self.tick = self.now
@@ -263,7 +280,7 @@ class _Simulation:
             self._go_to(self._next_event())
             while self.requests and self.requests[0].time <= self.now:
                 request = self.requests.popleft()
-                self.policy.arrived(self.now, request.prompt, request.output)
+                self.policy.arrived(self.now, request.prompt, request.output, request.prompt + request.output)
                 self._place(Live(request))
             if self.policy.changes_layout and self.now >= self.tick:
                 self.tick = self.now + TICK
@@ -308,21 +325,12 @@ class _Simulation:
     def _ask(self) -> None:
         deployment = self._deployment()
         wanted = self.policy.wanted(deployment)
-        self._drain(self.policy.drains_to(deployment), max(deployment.layout))
         if wanted != deployment.layout and self._change(wanted):
             self.changed = self.now
             self.outcome.changes.append((self.now, wanted))
             unplaced, self.unplaced = self.unplaced, []
             for live in unplaced:
                 self._place(live)
-
-    def _drain(self, level: int | None, largest: int) -> None:
-        for instance in self.instances:
-            ranks, tokens = instance.level.ranks, instance.level.tokens
-            instance.limit = instance.least = tokens
-            if level is not None and ranks == largest:
-                instance.least = self.levels[level].tokens
-                instance.limit = min(tokens, int(SPARE * instance.least * ranks / level))
 
     def _change(self, layout: Layout) -> bool:
         """Change the layout, and return whether all parts of it could change."""
@@ -345,19 +353,26 @@ class _Simulation:
     def _redistributed(
         self, before: Sequence[SimulatedInstance], levels: Sequence[int]
     ) -> list[SimulatedInstance] | None:
-        """Return new instances with the requests of others, or None if these do not fit."""
+        """Return new instances with the requests of others, or None if some request fits none of them."""
+        if max(i.largest for i in before) > max(self.levels[k].tokens for k in levels):
+            return None
         moved = sum(i.used for i in before) / sum(i.level.ranks for i in before)
         clock = max([self.now, *(i.clock for i in before)]) + self.transformation.seconds
         clock += moved * self.transformation.seconds_per_token
-        after = [SimulatedInstance(self.levels[k], clock, self.outcome.served.append) for k in levels]
+        after = [SimulatedInstance(self.levels[k], clock, self.outcome) for k in levels]
         running = sorted((pair for i in before for pair in i.generating()), key=lambda pair: -pair[0].need)
+        queue = [live for i in before for live in i.queue()]
         for live, left in running:
-            if (instance := lightest(after, lambda i: i.used + live.need <= i.level.tokens)) is None:  # noqa: B023
-                return None
-            instance.join(live, left)
-        for live in sorted((live for i in before for live in i.queue()), key=lambda live: live.request.time):
-            if (instance := lightest(after, lambda i: live.need <= i.level.tokens)) is None:  # noqa: B023
-                return None
+            if instance := lightest(after, lambda i: i.used + live.need <= i.level.tokens):  # noqa: B023
+                instance.join(live, left)
+            else:
+                live.lose_cache(left)
+                queue.append(live)
+                self.outcome.recomputed += live.known
+                self.outcome.computed[int(self.now)] -= live.known
+        for live in sorted(queue, key=lambda live: live.request.time):
+            instance = lightest(after, lambda i: live.need <= i.level.tokens)  # noqa: B023
+            assert instance is not None
             instance.add(live)
         return after
 

@@ -59,7 +59,11 @@ def test_divisible_tokens(tokens, page, instances):
         ({**TWO, "merge_levels": "3"}, "--merge-levels 3 is not possible: 3 is not one of 1, 2; give numbers"),
         ({**TWO, "merge_levels": "two"}, "--merge-levels two is not possible: 'two' is not a list of numbers"),
         ({"tp_size": 8, "instances": 4, "sp_size": 4}, "--sp-size 4 cannot be combined with --instances"),
-        ({**TWO, "instance_policy": "auto"}, "--instance-policy auto needs the step times of each level"),
+        ({**TWO, "instance_policy": "auto"}, "--instance-policy auto needs step times, and --shift-policy tp has none"),
+        (
+            {**TWO, "instance_policy": "auto", "enable_shift_parallel": True, "shift_calibration": "off"},
+            "leave out --shift-calibration off",
+        ),
         ({"tp_size": 2, "sp_size": 2, "merge_levels": "2"}, "--merge-levels 2 needs --instances"),
         ({"tp_size": 4, "instances": 4}, "at least one KV head for each of the 4 ranks, but the model has 2"),
         (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sglang_shift.instances.changes import Change, check_range, plan, plan_layout
+from sglang_shift.instances.changes import Change, check_range, largest_targets, plan, plan_layout
 from sglang_shift.instances.levels import Instance, Levels
 
 LEVELS = Levels((1, 2, 4, 8))
@@ -83,3 +83,18 @@ def test_every_layout_leads_to_every_other(levels, wanted):
 def test_layouts_that_there_are_not(wanted):
     with pytest.raises(ValueError, match="are not aligned or not all ranks"):
         plan_layout(layout(2, 2), wanted)
+
+
+@pytest.mark.parametrize(
+    ("before", "wanted", "targets"),
+    [
+        ((8,), (4, 1, 1, 1, 1), [(4, 1), (1, 1, 1, 1)]),
+        ((8,), (1, 1, 2, 4), [(2, 4), (1, 2), (1, 1)]),
+        ((4, 4), (8,), [()]),
+        ((1,) * 8, (1, 1, 2, 1, 1, 2), [(), ()]),
+    ],
+)
+def test_the_largest_instance_of_each_part_after_all_changes(before, wanted, targets):
+    changes = plan_layout(layout(*before), wanted)
+    assert [largest_targets(change, wanted) for change in changes] == targets
+    assert all(largest_targets(change, ()) == () for change in changes)

@@ -51,7 +51,8 @@ change = dict(level=2, ok=True, phases={"quiesce": 0.25, "exchange": 0.5}, bytes
 for count in (1, 2, 2):  # the last changes come again with each event
     last = [{**change, "epoch": 1}, {**change, "epoch": 2, "ok": False, "bytes_sent": 0}][:count]
     metrics(InstancesEvent(time=1.0, levels=[1, 2], epoch=count, instances=[{"level": 2}, {"level": 1}, {"level": 1}],
-                           last=last, replica=4))
+                           last=last, replica=4,
+                           policy={"predictions": {"2+1+1": {"loss": 0.25, "seconds": 1.5 * count}}}))
 """
 
 SCRAPE = """
@@ -172,6 +173,8 @@ def test_instances(value):
     assert value("instance_changes_total", "4", level="2", result="done") == 1
     assert value("instance_changes_total", "4", level="2", result="given up") == 1
     assert value("instance_change_seconds_total", "4", phase="exchange") == 1.0
+    assert value("instance_predicted_seconds", "4", layout="2+1+1") == 3.0
+    assert value("instance_predicted_loss", "4", layout="2+1+1") == 0.25
     assert value("instance_change_bytes_total", "4") == 1000 and value("instance_recomputed_tokens_total", "4") == 6
 
 

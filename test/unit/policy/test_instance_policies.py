@@ -7,7 +7,7 @@ from sglang_shift.cost.deployment import Deployment, InstancePolicy, InstanceSta
 from sglang_shift.cost.layouts import CALM, InstanceCosts, Load, RequestClass, layouts, outlook
 from sglang_shift.cost.model import PHASES, CostModel, Curve
 from sglang_shift.modes import MODES
-from sglang_shift.policy.instances import AutoPolicy, Demand, PaperPolicy, merge, place
+from sglang_shift.policy.instances import AutoPolicy, Demand, PaperPolicy, merge, place, simplified
 
 STEP = 0.01
 
@@ -102,6 +102,14 @@ def test_the_paper_merges_for_a_request_and_splits_at_half():
     assert smallest_level(LEVELS, 9000) is None
 
 
+def test_the_paper_splits_what_the_parts_hold():
+    """A merged instance that frees weights holds more than its parts together."""
+    paper = PaperPolicy(LEVELS)
+    large = {"capacity": 10_000, "largest": 900}
+    assert paper.wanted(Deployment(9.0, (InstanceState(4, used=2000, **large),), changed=0.0)) == (1, 1, 1, 1)
+    assert paper.wanted(Deployment(9.0, (InstanceState(4, used=2001, **large),), changed=0.0)) == (4,)
+
+
 def test_demand_is_an_average_that_is_forgotten():
     demand = Demand((1000, 4000), window=10.0)
     for i in range(1000):
@@ -112,12 +120,13 @@ def test_demand_is_an_average_that_is_forgotten():
     demand.add(100.0, 3000, 10)
     assert len(demand.classes(100.0)) == 2
     assert demand.classes(100.0)[1].need == 3010
-    assert demand.classes(200.0) == []
+    assert [c.need for c in demand.classes(200.0)] == [3010], "a rare class is remembered longer"
+    assert demand.classes(300.0) == []
 
 
 def auto(**options: float) -> AutoPolicy:
-    """Alone, a request is as fast at every level. Four replicas serve four times as much."""
-    return AutoPolicy(4, LEVELS, **options)
+    """Alone, a request is as fast at every level. Four replicas serve four times as much. It decides at once."""
+    return AutoPolicy(4, LEVELS, **{"patience": 0.0, **options})
 
 
 def test_auto_merges_at_once_for_a_request_that_fits_nowhere():
@@ -134,7 +143,6 @@ def test_auto_splits_under_load_but_not_within_the_dwell_time_and_not_while_a_lo
     busy = state(4, 3900, running=39, waiting=50, queued=5000, largest=100)
     assert policy.wanted(Deployment(now, (busy,), changed=now - 9.0)) == (4,)
     assert policy.wanted(Deployment(now, (busy,), changed=now - 11.0)) == (1, 1, 1, 1)
-    assert policy.drains_to(Deployment(now, (busy,))) == 1
     long = state(4, 3900, running=30, waiting=50, queued=5000, largest=3000)
     assert policy.wanted(Deployment(now, (long,), changed=now - 11.0)) == (4,)
 
@@ -144,3 +152,52 @@ def test_auto_keeps_what_is_as_good():
     policy.arrived(0.0, 50, 50)
     assert policy.wanted(Deployment(1.0, tuple(state(1) for _ in range(4)))) == (1, 1, 1, 1)
     assert auto().wanted(Deployment(1.0, (state(4),))) == (4,), "no request has come yet"
+
+
+def test_auto_watches_before_its_first_choice():
+    policy = AutoPolicy(4, LEVELS, patience=10.0)
+    capacity = Load(LEVELS[1], [RequestClass(1.0, 50, 50, 100)]).capacity
+    for i in range(300):
+        policy.arrived(i / (6 * capacity), 50, 50)
+    busy = (state(4, 3900, running=39, waiting=50, queued=5000, largest=100),)
+    assert policy.wanted(Deployment(9.0, busy)) == (4,)
+    assert policy.wanted(Deployment(10.0, busy)) == (1, 1, 1, 1)
+
+
+def test_the_dwell_time_follows_the_measured_changes():
+    policy = auto(change_seconds=0.05)
+    assert policy.dwell == 2.0
+    for _ in range(20):
+        policy.changed(1.0)
+    assert policy.dwell == pytest.approx(20.0, rel=1e-3)
+
+
+def test_the_reason_and_the_report_have_the_predictions():
+    policy = auto()
+    capacity = Load(LEVELS[1], [RequestClass(1.0, 50, 50, 100)]).capacity
+    for i in range(300):
+        policy.arrived(i / (6 * capacity), 50, 50)
+    busy = (state(4, 3900, running=39, waiting=50, queued=5000, largest=100),)
+    assert policy.wanted(Deployment(3.0, busy)) == (1, 1, 1, 1)
+    assert policy.reason.startswith("1+1+1+1 takes ") and "; 4 takes" in policy.reason
+    report = policy.report()
+    assert set(report["predictions"]) == {"1+1+1+1", "2+2", "4", "2+1+1"}
+    assert report["demand"][0]["prompt"] == pytest.approx(50) and report["dwell"] == 10.0
+
+
+def test_a_rare_class_is_remembered_longer():
+    demand = Demand((1000, 4000), window=10.0)
+    demand.add(0.0, 3000, 10)
+    for i in range(1000):
+        demand.add(i / 10, 90, 10)
+    short, long = demand.classes(100.0)
+    assert long.rate < 0.1 * short.rate and long.need == 3010
+    for i in range(20):
+        demand.add(100.0 + i / 10, 3000, 10)
+    assert demand.classes(102.0)[1].rate > 1.5, "and a burst is seen at once"
+
+
+def test_layouts_of_three_levels_are_simplified():
+    assert simplified((1, 1, 2, 4)) == (4, 1, 1, 1, 1)
+    assert simplified((2, 1, 1, 2)) == (2, 2, 1, 1)
+    assert simplified((4, 4)) == (4, 4)

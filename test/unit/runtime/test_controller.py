@@ -11,13 +11,19 @@ from sglang.srt.managers.data_parallel_controller import DataParallelController
 from sglang.srt.managers.io_struct import sock_recv, sock_send, wrap_as_pickle
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang_shift.config import ShiftConfig
+from sglang_shift.cost.layouts import InstanceCosts
+from sglang_shift.cost.model import PHASES, CostModel, Curve
 from sglang_shift.instances.messages import (
     ChangeLevelReq,
     InstancesReady,
     LevelChanged,
+    LevelCosts,
+    QueueLength,
     RequestsEnded,
     RequestsHeld,
 )
+from sglang_shift.modes import MODES
+from sglang_shift.policy.instances import AutoPolicy
 from sglang_shift.runtime import controller as module
 from sglang_shift.runtime.controller import InstanceController
 from sglang_shift.runtime.instance_requests import ChangeInstancesReqInput, ChangeInstancesReqOutput, carry_messages
@@ -393,3 +399,98 @@ def test_a_split_that_ranks_give_up_is_tried_again_later_and_later(monkeypatch):
     gaps = [round(later - earlier) for earlier, later in pairwise(tries)]
     assert gaps == [4, 8, 16, 32]
     bench.close()
+
+
+def costs(ranks: int, start: float, slope: float) -> InstanceCosts:
+    """A decode step takes ``start`` seconds, and ``slope`` more for each token. Prompts take hardly any time."""
+    decode, prefill = Curve((1, 1000), (start, start + 1000 * slope)), Curve((1,), (1e-4,))
+    curves = {phase: dict.fromkeys(MODES, decode if phase == "decode" else prefill) for phase in PHASES}
+    model = CostModel(curves, dict.fromkeys(PHASES, Curve((1,), (1.0,))), dict.fromkeys(PHASES, 0.0), 0.0)
+    return InstanceCosts(ranks, model, 100 * ranks)
+
+
+LEVELS = {1: costs(1, 0.04, 0.001), 2: costs(2, 0.04, 0.02), 4: costs(4, 0.01, 0.02)}
+"""All ranks together are faster for a request alone, and slower for many."""
+
+
+@pytest.fixture
+def auto(monkeypatch):
+    """A controller with the policy auto, and a clock that the test sets."""
+    bench = Bench(monkeypatch, policy="auto")
+    bench.now = 1000.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: bench.now)
+    changes = {(a, b): 0.05 for a in LEVELS for b in LEVELS if a != b}
+    bench.tell(InstancesReady(READY.capacities, READY.context, LevelCosts(LEVELS, changes)))
+    yield bench
+    bench.close()
+
+
+def test_auto_gets_the_tables_of_the_ranks(auto):
+    policy = auto.controller.policy
+    assert isinstance(policy, AutoPolicy) and policy.dwell == 2.0
+    assert {k: level.costs for k, level in policy.levels.items()} == {k: level.costs for k, level in LEVELS.items()}
+    assert auto.controller.report()["policy"]["name"] == "auto"
+
+
+def test_auto_merges_when_requests_are_few_and_splits_when_they_are_many(auto):
+    controller = auto.controller
+
+    def wait(seconds: float) -> dict[int, list[object]]:
+        auto.now += seconds
+        controller.consult()
+        return auto.received()
+
+    auto.ask(request("a"))
+    assert list(auto.received()) == [0] and not wait(1.0), "it watches before it decides"
+    [message] = wait(15.0)[0]
+    assert (message.level, message.limits) == (4, ()) and message.reason.startswith("the policy auto: 4 takes ")
+    assert "; 1+1+1+1 takes" in message.reason
+    predictions = controller.report()["policy"]["predictions"]
+    assert predictions["4"]["seconds"] < predictions["1+1+1+1"]["seconds"]
+    auto.tell(changed(message))
+
+    for number in range(200):
+        auto.ask(request(f"b{number}"))
+    auto.tell(QueueLength(0, 190))
+    assert controller.deployment().instances[0].waiting == 190
+    auto.received()
+    assert not wait(0.5), "changes have a least distance"
+    [message] = wait(15.0)[0]
+    assert message.level == 1 and message.limits == (100, 100, 100, 100)
+    auto.tell(changed(message))
+    assert not any(state.waiting for state in controller.deployment().instances), "the leaders report again"
+
+
+def test_a_part_that_splits_further_gets_the_limit_of_its_instances(auto, monkeypatch):
+    controller = auto.controller
+    auto.ask(ChangeInstancesReqInput(level=4))
+    auto.tell(changed(auto.received()[0][0]))
+    monkeypatch.setattr(controller.policy, "wanted", lambda deployment: (2, 1, 1))
+    controller.consult()
+    [message] = auto.received()[0]
+    assert (message.level, message.limits) == (2, (200, 100))
+    monkeypatch.setattr(controller.policy, "wanted", lambda deployment: deployment.layout)
+    auto.tell(changed(message))
+    [message] = auto.received()[2]
+    assert (message.first, message.level, message.limits) == (2, 1, (100, 100))
+
+
+def test_auto_learns_how_much_requests_generate(auto):
+    policy = auto.controller.policy
+    auto.ask(request("a", output=40))
+    auto.tell(RequestsEnded(["a"], [10]))
+    auto.ask(request("b", output=40))
+    [found] = policy.demand.classes(auto.now)
+    assert found.output == pytest.approx((40 + 10) / 2)
+    assert found.need == 52, "an instance must have room for all that a request may generate"
+
+
+def test_auto_merges_at_once_for_a_request_that_fits_nowhere(auto):
+    auto.ask(request("long", prompt=150))
+    assert not auto.received()
+    auto.controller.consult()
+    got = auto.received()
+    assert sorted(got) == [0, 1] and got[0][0].level == 2 and "needs 162 tokens" in got[0][0].reason
+    auto.tell(changed(got[0][0]))
+    assert [each.rid for each in auto.received()[0]] == ["long"]
+    assert auto.controller.policy.change_seconds == pytest.approx((0.05 + 0.5) / 2), "the measured time counts"

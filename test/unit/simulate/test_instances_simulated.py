@@ -139,3 +139,31 @@ def test_blocks_are_what_changes_together():
     assert blocks([0, 1, 2, 3], [0], 4) == [(0, 4)]
     assert blocks([0, 2], [0, 1, 2], 4) == [(0, 2), (2, 4)]
     assert blocks([0, 2, 4], [0, 4, 6], 8) == [(0, 4), (4, 8)]
+
+
+class SplitOnce(InstancePolicy):
+    """Splits two ranks after a second."""
+
+    changes_layout = True
+
+    def wanted(self, deployment):
+        return (1, 1) if deployment.now > 1.0 else deployment.layout
+
+
+def test_what_has_no_room_after_a_split_is_computed_again():
+    """Three requests of 600 tokens fit two ranks. Each rank alone has room for one of them."""
+    sent = [Request(0.0, 400, 200) for _ in range(3)]
+    outcome = simulate(sent, SplitOnce(), levels(1, 2), (2,), Transformation(0.1))
+    assert len(outcome.changes) == 1 and len(outcome.served) == 3
+    assert 400 < outcome.recomputed < 600, "one prompt, and what it had generated"
+    assert sum(outcome.computed.values()) == pytest.approx(3 * 600, abs=1), "work that was lost does not count"
+    last = max(s.e2e for s in outcome.served)
+    assert last > 1.5 * min(s.e2e for s in outcome.served), "it waits until another request has ended"
+    assert all(s.ttft < 1.0 for s in outcome.served), "the first token had come before"
+
+
+def test_the_work_of_a_window_has_no_edges():
+    sent = requests(200)
+    outcome = simulate(sent, InstancePolicy(), levels(1, 2), (1, 1))
+    assert sum(outcome.computed.values()) == sum(r.prompt + r.output for r in sent)
+    assert outcome.computed_per_second(0, 10) == sum(outcome.computed[second] for second in range(10)) / 10

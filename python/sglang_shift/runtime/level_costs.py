@@ -1,0 +1,136 @@
+"""Measures what each level of instances costs: the times of its steps, and of the changes to other levels.
+
+All ranks of the world measure together, before the server takes requests. The instances of a level run the same steps
+at the same time, as they do under load, and the slowest rank counts. So each level has one calibration.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations, count
+from typing import Any
+
+import torch
+
+from sglang_shift.cost.layouts import InstanceCosts
+from sglang_shift.errors import InstanceRefused
+from sglang_shift.instances.levels import Levels
+from sglang_shift.instances.messages import ChangeLevelReq, LevelCosts
+from sglang_shift.instances.prefix_tree import CachedPage, PrefixTree
+from sglang_shift.modes import MODES, Mode
+from sglang_shift.runtime.calibration_steps import SchedulerBench
+from sglang_shift.runtime.calibrator import Calibrator
+from sglang_shift.runtime.level_change import LevelChange
+
+MOST_PAGES = 4096
+"""Pages of KV cache that each instance brings into a merge that is measured, at most."""
+
+WITHOUT_TIMES = (
+    "--instance-policy auto needs the step times of each level, and there are none for instances of {level} ranks: "
+    "{reason}; give --instance-policy paper, or another --shift-calibration"
+)
+NO_CHANGE = "--instance-policy auto cannot measure how long instances take to change: {reason}; give fixed or paper"
+
+
+class LevelBench(SchedulerBench):
+    """Runs steps at the level that the scheduler has now. All ranks of the world run them together."""
+
+    def run(self, mode: Mode, after: Mode | None = None) -> float:
+        """Run one step. One rank alone exchanges nothing, so its step in SP is a step in TP."""
+        if self.scheduler.shift_switch.level == 1:
+            mode, after = Mode.TP, after and Mode.TP
+        return super().run(mode, after)
+
+
+class LevelMeasurements:
+    """The measurements of one rank. To make one moves the ranks through all levels; it is collective.
+
+    Args:
+        scheduler: A :class:`sglang_shift.runtime.instance_scheduler.InstanceScheduler` at the lowest level, with an
+            empty KV cache. It is left as it was.
+        levels: The levels of the world.
+
+    Attributes:
+        calibrators: The calibrator of each level.
+    """
+
+    def __init__(self, scheduler: Any, levels: Levels) -> None:
+        self.scheduler, self.levels = scheduler, levels
+        self.calibrators: dict[int, Calibrator] = {levels.world_size: scheduler.shift_calibrator}
+        self._world = scheduler.shift_switch.places[levels.world_size].group
+        self._bench = LevelBench(scheduler, self._world.cpu_group)
+        self._epochs = count(-1, -1)  # those of real changes rise from 1
+
+    def calibrate(self) -> None:
+        """Load or measure the step times of all levels below the highest, which the scheduler has calibrated."""
+        scheduler = self.scheduler
+        for level in self.levels.sizes[:-1]:
+            self._go_to(level)
+            calibrator = Calibrator(
+                scheduler, scheduler.shift_config, scheduler.shift_chunk,
+                group=self._world, bench=self._bench, level=level,
+            )  # fmt: skip
+            calibrator.start()
+            self.calibrators[level] = calibrator
+        for calibrator in self.calibrators.values():
+            calibrator.end()
+        self._go_to(self.levels.lowest)
+
+    def costs(self) -> LevelCosts:
+        """What a policy needs to compare layouts.
+
+        Raises:
+            InstanceRefused: a level has no calibration.
+        """
+        scheduler, layout = self.scheduler, self.scheduler.shift_switch.pool.layout
+        costs = {}
+        for level, calibrator in sorted(self.calibrators.items()):
+            if calibrator.calibration is None:
+                raise InstanceRefused(WITHOUT_TIMES.format(level=level, reason=calibrator.text))
+            costs[level] = InstanceCosts(
+                level,
+                calibrator.calibration.costs,
+                layout.tokens(level),
+                modes=tuple(MODES) if level > 1 else (Mode.TP,),
+                chunk=scheduler.shift_chunk,
+                max_running=scheduler.max_running_requests,
+            )
+        return LevelCosts(costs, self._change_seconds())
+
+    def _change_seconds(self) -> dict[tuple[int, int], float]:
+        """Seconds of a change from each level to each other one, on the slowest rank.
+
+        Raises:
+            InstanceRefused: a change cannot be made.
+        """
+        found = {}
+        for low, high in combinations(self.levels.sizes, 2):
+            self._go_to(low)
+            self._fill()
+            found[low, high] = self._change(high, high)
+            found[high, low] = self._change(high, low)
+        self._go_to(self.levels.lowest)
+        return found
+
+    def _change(self, ranks: int, level: int) -> float:
+        place = self.scheduler.shift_switch.places[ranks]
+        request = ChangeLevelReq(next(self._epochs), place.instance.leader, ranks, level, "to measure the time")
+        report = LevelChange(self.scheduler, request, []).run()
+        if not report.ok:
+            raise InstanceRefused(NO_CHANGE.format(reason=report.reason))
+        return self._bench.agree([sum(report.phases.values())])[0]
+
+    def _fill(self) -> None:
+        """Cache a made-up prefix, which differs from those of other instances. It takes half of the cache at most."""
+        switch, cache = self.scheduler.shift_switch, self.scheduler.tree_cache
+        count = min(MOST_PAGES, switch.pool.layout.last_page(switch.level) // 2)
+        tokens = (switch.place.instance.leader,) * switch.pool.layout.page_size
+        tree = PrefixTree(CachedPage(page, page - 1, tokens, (None, None)) for page in range(1, count + 1))
+        cache.write(tree)
+        switch.pool.keep(torch.tensor(sorted(tree.pages), dtype=torch.int64))
+
+    def _go_to(self, level: int) -> None:
+        """Go to a level with an empty KV cache."""
+        scheduler = self.scheduler
+        scheduler.shift_switch.enter(level)
+        scheduler.tree_cache.reset()
+        scheduler.enter_instance(next(self._epochs))
