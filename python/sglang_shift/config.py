@@ -34,6 +34,7 @@ class ShiftConfig:
         instances: The number of instances that the server starts with; 0 for a server without instances.
         merge_levels: The numbers of ranks of merged instances, with commas; empty for all powers of two.
         instance_policy: The policy that merges and splits instances, or ``fixed``.
+        merge_weights: ``keep``, or ``free`` if merged instances free weights for more KV cache.
     """
 
     world_size: int
@@ -57,3 +58,4 @@ class ShiftConfig:
     instances: int = 0
     merge_levels: str = ""
     instance_policy: str = "fixed"
+    merge_weights: str = "keep"

@@ -26,6 +26,7 @@ EXCHANGE_DTYPES = (AUTO, "fp8")
 EXCHANGE_PIPELINES = (AUTO, "on", "off")
 CHECKS = ("on", "off")
 INSTANCE_POLICIES = ("fixed", AUTO, "paper")
+MERGE_WEIGHTS = ("keep", "free")
 EXPERTS = ("sharded", "replicated")
 
 
@@ -329,6 +330,18 @@ FLAGS = (
         need=Need.INSTANCES,
         choices=INSTANCE_POLICIES,
         more="instances.md#when-to-merge-and-to-split",
+    ),
+    Flag(
+        "merge_weights",
+        "merge_weights",
+        str,
+        "What a rank of a merged instance does with the FFN weights that TP does not need. keep: they stay, so steps "
+        "can run in TP or in SP. free: their memory goes to the KV cache until the instance splits, and all steps of "
+        "the merged instance run in TP.",
+        default="keep",
+        need=Need.INSTANCES,
+        choices=MERGE_WEIGHTS,
+        more="instances.md#two-kinds-of-merges",
     ),
 )
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 import pytest
-from families import Family, make_model
+from families import WIDE, Family, make_model
 from instance_trial import prompt, started
 from instance_walk import ALL_PAIRS, Walk
 
@@ -33,12 +33,21 @@ def model(tmp_path_factory) -> str:
     return folder
 
 
-def run(model: str, layouts: Sequence[Sequence[int]], flags: Sequence[str] = (), seed: int = 1) -> Walk:
-    """Walk through layouts under traffic, and compare all answers with those of stock SGLang."""
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory) -> str:
+    folder = str(tmp_path_factory.mktemp("wide"))
+    make_model(folder, Family("LlamaConfig", [], WIDE))
+    return folder
+
+
+def run(
+    model: str, layouts: Sequence[Sequence[int]], flags: Sequence[str] = (), seed: int = 1, ours: Sequence[str] = ()
+) -> Walk:
+    """Walk through layouts under traffic, and compare all answers with those of stock SGLang, without our flags."""
     flags = ("--model-path", model, *LARGE, *flags)
     rng, sent = random.Random(seed), {}
     size = sum(layouts[0])
-    with started(size, flags, instances=size) as world:
+    with started(size, (*flags, *ours), instances=size) as world:
         walk, traffic = Walk(world), requests(seed, OPTIONS + PENALTIES * (NORMAL in flags))
         for levels in layouts[1:]:
             fresh = {}
@@ -65,6 +74,12 @@ def run(model: str, layouts: Sequence[Sequence[int]], flags: Sequence[str] = (),
 
 def test_all_pairs_of_levels(model):
     walk = run(model, ALL_PAIRS)
+    assert walk.changes >= 11
+    assert walk.recomputed == 0
+
+
+def test_all_pairs_of_levels_with_weights_that_are_freed(wide_model):
+    walk = run(wide_model, ALL_PAIRS, seed=5, ours=("--merge-weights", "free"))
     assert walk.changes >= 11
     assert walk.recomputed == 0
 

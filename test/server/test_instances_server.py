@@ -217,6 +217,34 @@ def test_four_ranks_between_all_levels(servers, tmp_path):
 
 
 @pytest.mark.full
+def test_a_merged_instance_that_frees_weights_holds_longer_requests(servers, tmp_path):
+    write_random_model(
+        tmp_path, hidden_size=64, intermediate_size=30_000, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048,
+    )  # fmt: skip
+    model = ("--dtype", "float32", "--model-path", str(tmp_path))
+    ids = [each for each in prompts(12, 150) if len(each) > 3][::2]
+    long = prompts(2, 1200)[1]
+    stock = servers.get(*model, "--tp-size", "1")
+    expected, expected_long = [stock.generate(each, 48).tokens for each in ids], stock.generate(long, 8).tokens
+
+    flags = ("--tp-size", "2", "--instances", "2", "--merge-weights", "free", "--max-total-tokens", "1024")
+    server = servers.get(*model, *flags, "--sleep-on-idle")
+    streams = Streams(server, ids, 48)
+    streams.wait_for(3)
+    merged = instances(server, level=2)
+    assert merged["instances"][0]["capacity"] > len(long) > 1024
+    assert merged["changes"][0]["phases"]["weights"] > 0
+    assert server.generate(long, 8).tokens == expected_long
+    split = instances(server, level=1)
+    assert [each["capacity"] for each in split["instances"]] == [CAPACITY, CAPACITY]
+    assert streams.tokens() == expected
+    body = {"input_ids": long, "sampling_params": {"max_new_tokens": 8}}
+    response = requests.post(server.url + "/generate", json=body, timeout=60)
+    assert response.status_code == 400 and "merge to 2 ranks" in response.text
+
+
+@pytest.mark.full
 def test_the_paper_policy_merges_for_a_long_request_and_splits_after_it(servers, reference):
     server = servers.get(*TWO, "--instance-policy", "paper")
     ids, expected = next(

@@ -42,6 +42,12 @@ FAMILIES = {
     "Qwen3ForCausalLM": Family("Qwen3Config", ["--tp-size", "4", "--sp-size", "2"], {"head_dim": 16}, "sp"),
 }
 
+# The FFNs of this model have several pages of 2 MiB on each of four ranks, and the edges of shards are inside of pages.
+WIDE = {
+    "num_key_value_heads": 4, "head_dim": 64, "intermediate_size": 30_000, "num_hidden_layers": 2,
+    "max_position_embeddings": 2048,
+}  # fmt: skip
+
 
 def make_model(path: str, family: Family) -> Any:
     """Save a random model and the demo model's tokenizer, and return the model."""

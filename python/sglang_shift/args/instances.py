@@ -1,4 +1,4 @@
-"""Check the flags of instances: ``--instances``, ``--merge-levels`` and ``--instance-policy``."""
+"""Check the flags of instances: ``--instances`` and those that need it."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ AUTO_NEEDS_TIMES = Refusal(
     "--instance-policy auto needs step times, and --shift-policy {policy} has none; give --enable-shift-parallel with "
     "--shift-policy calibrated, and leave out --shift-calibration off",
     "The policy [compares layouts](instances.md#when-to-merge-and-to-split) by the step times of each level.",
+)
+FREE_IN_SP = Refusal(
+    "--merge-weights free cannot be combined with {flag}, because merged instances then have no weights for SP; leave "
+    "one of them out",
+    "TP needs only a rank's own shards, and the memory of the others goes to the KV cache.",
 )
 MODEL = Refusal(
     "--instances {N} is not served for {name}, because {reason}; leave it out",
@@ -111,6 +116,11 @@ def check_instances(settings: Any, config: ShiftConfig) -> None:
         raise SP_SIZE(S=config.sp_size, P=world_size)
     if config.instance_policy == AUTO and config.calibration == "off":
         raise AUTO_NEEDS_TIMES(policy=config.policy)
+    if config.merge_weights == "free":
+        if config.policy == "sp":
+            raise FREE_IN_SP(flag="--shift-policy sp" if config.switching else "--sp-size")
+        if config.instance_policy == AUTO:
+            raise FREE_IN_SP(flag="--instance-policy auto")
     if feature := first_requested(FEATURES, settings):
         raise FEATURE_CONFLICT(feature=feature.name, reason=feature.why, N=count)
 

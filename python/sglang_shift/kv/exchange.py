@@ -25,7 +25,7 @@ class Memory:
     """The keys or the values of one layer.
 
     Attributes:
-        elements: All of them, ``[pages * page_size * heads * width]``.
+        elements: All of them, as many as :meth:`sglang_shift.kv.layout.KvLayout.elements` says.
         width: The width of a head.
     """
 

@@ -8,11 +8,15 @@ heads. SGLang's layout stays: a page is contiguous, and it holds the heads of th
 from 0 without that page, page q of part s becomes page ``q * f + s`` if f instances merge. So the f pages that take the
 memory of page q are page q of each of the f instances. Nothing outside of this memory is needed for them, and pages
 of different numbers never touch each other: that makes the exchange in place.
+
+A level may have more memory than the lowest one, at the end of the cache. Its pages there have the numbers after all
+others. If instances of this level merge or split, these pages follow the same rule.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -48,6 +52,8 @@ class KvLayout:
         heads: KV heads of a rank at the lowest level. The ranks of the highest level divide them further.
         page_size: Tokens in a page.
         hnd: Whether a page is ``[heads, tokens, width]``, and not ``[tokens, heads, width]``.
+        extra: Pages that a level has beyond the memory of the lowest level. Their memory does not shrink from a level
+            to a higher one.
     """
 
     lowest: int
@@ -55,6 +61,7 @@ class KvLayout:
     heads: int
     page_size: int
     hnd: bool = False
+    extra: Mapping[int, int] = field(default_factory=dict)
 
     def ratio(self, level: int) -> int:
         """How many of the smallest instances an instance of this level has.
@@ -78,11 +85,22 @@ class KvLayout:
 
     def last_page(self, level: int) -> int:
         """The highest number of a page at a level. Pages 1 to this one can hold tokens."""
-        return (self.pages - 1) * self.ratio(level)
+        return (self.pages - 1) * self.ratio(level) + self.extra.get(level, 0)
 
     def tokens(self, level: int) -> int:
         """How many tokens an instance of this level can hold. All its ranks hold the same tokens."""
         return self.last_page(level) * self.page_size
+
+    def elements(self, width: int, level: int | None = None) -> int:
+        """Elements of the keys or the values of a layer.
+
+        Args:
+            width: The width of a head.
+            level: The level that has them; None for the one that has most.
+        """
+        levels = (self.lowest, *self.extra) if level is None else (level,)
+        page = self.page_size * self.heads * width
+        return max(self.pages * page + self.extra.get(each, 0) * page // self.ratio(each) for each in levels)
 
     def view(self, memory: torch.Tensor, width: int, level: int) -> torch.Tensor:
         """The keys or the values of one layer, as SGLang lays them out at a level.
@@ -91,7 +109,7 @@ class KvLayout:
         address at each level. The pages of tokens always begin at the same address.
 
         Args:
-            memory: All elements of the keys or the values of a layer, ``[pages * page_size * heads * width]``.
+            memory: All elements of the keys or the values of a layer, as many as :meth:`elements` says.
             width: The width of a head.
             level: The level of the view.
 
@@ -103,16 +121,16 @@ class KvLayout:
         """
         page = self._page(memory, width)
         heads = self.heads_at(level)
-        flat = memory[page - page // self.ratio(level) :]
+        flat = memory[page - page // self.ratio(level) : self.elements(width, level)]
         return flat.view(-1, heads, self.page_size, width) if self.hnd else flat.view(-1, heads, width)
 
     def parts(self, memory: torch.Tensor, width: int, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The pages of tokens of a layer, as an exchange between two levels reads and writes them.
 
         Args:
-            memory: All elements of the keys or the values of a layer, ``[pages * page_size * heads * width]``.
+            memory: All elements of the keys or the values of a layer, as many as :meth:`elements` says.
             width: The width of a head.
-            low: The lower level.
+            low: The lower level. Both levels have its memory.
             high: The higher level, with f times as many ranks.
 
         Returns:
@@ -126,7 +144,7 @@ class KvLayout:
         factor, rest = divmod(self.ratio(high), self.ratio(low))
         if rest or factor < 2:
             raise ValueError(f"level {high} is not above level {low}, so their instances exchange nothing")
-        tokens = memory[self._page(memory, width) :]
+        tokens = memory[self._page(memory, width) : self.elements(width, low)]
         columns = self.heads_at(high) * width
         if self.hnd:
             both = tokens.view(-1, factor, self.page_size * columns)
@@ -136,7 +154,6 @@ class KvLayout:
 
     def _page(self, memory: torch.Tensor, width: int) -> int:
         """Elements of a page of the lowest level."""
-        page = self.page_size * self.heads * width
-        if memory.shape != (self.pages * page,):
+        if memory.shape != (self.elements(width),):
             raise ValueError(f"memory of shape {tuple(memory.shape)} does not fit {self} with heads of width {width}")
-        return page
+        return self.page_size * self.heads * width

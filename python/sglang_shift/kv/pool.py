@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,8 @@ from sglang_shift.errors import InstanceRefused
 from sglang_shift.instances.levels import Levels
 from sglang_shift.kv.exchange import SCRATCH_BYTES, KvExchange, Memory, Volume
 from sglang_shift.kv.layout import KvLayout
+from sglang_shift.kv.tail import KvTail, with_extra
+from sglang_shift.memory.pages import Device
 from sglang_shift.parallel.level import Level
 from sglang_shift.seams import relies_on
 
@@ -72,6 +75,25 @@ class LevelPool:
         self.layout = KvLayout(levels.lowest, pages, pool.head_num * ratio, pool.page_size, pool.use_hnd)
         self._keys = [_memory(buffer) for buffer in pool.k_buffer]
         self._values = [_memory(buffer) for buffer in pool.v_buffer]
+
+    def move(self, device: Device, room: Mapping[int, int]) -> KvTail:
+        """Move the cache to pages of memory, so that it can grow at its end. Its tokens are lost.
+
+        Args:
+            device: Where the pages come from.
+            room: How many pages each level has beyond those of the lowest.
+
+        Returns:
+            What maps the pages. Whoever changes the level must call it.
+        """
+        sizes = [memory.elements.nbytes for memory in self.memories]
+        widths = [memory.width for memory in self.memories]
+        self.layout = with_extra(self.layout, sizes, device, room)
+        device.take(sum(map(device.pages, sizes)))
+        tail = KvTail(device, self.layout, widths, self.memories[0].elements.dtype)
+        self._keys, self._values = tail.memories[: len(self._keys)], tail.memories[len(self._keys) :]
+        self.enter(self.level)
+        return tail
 
     @property
     def memories(self) -> list[Memory]:

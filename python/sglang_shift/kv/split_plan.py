@@ -2,7 +2,8 @@
 
 After a split, a page can only be where it is at home (:func:`sglang_shift.kv.layout.home_of`). So a page that another
 part needs is copied before, to a free page of that part. Each rank copies the heads that it has, and sends nothing. All
-ranks of the instance make the same plan, from the same prefixes.
+ranks of the instance make the same plan, from the same prefixes. If a split takes memory from the cache, the pages at
+its end have no home.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def plan_split(tree: PrefixTree, claims: Sequence[Claim], factor: int, last_page
         tree: The prefixes that the instance has cached.
         claims: The requests.
         factor: The number of parts.
-        last_page: The highest number of a page of the instance.
+        last_page: The highest number of a page that has a home after the split.
     """
     planner = _Planner(tree, factor, last_page)
     for claim in claims:
@@ -92,7 +93,11 @@ class _Planner:
         self.empty, self.unwanted = self._by_home(empty), self._by_home(unwanted)
 
     def _by_home(self, pages: Sequence[int]) -> list[deque[int]]:
-        return [deque(page for page in pages if home_of(page, self.factor)[0] == n) for n in range(self.factor)]
+        return [deque(page for page in pages if self._home(page) == part) for part in range(self.factor)]
+
+    def _home(self, page: int) -> int | None:
+        """The part that has the memory of a page after the split; None if the split takes the memory away."""
+        return home_of(page, self.factor)[0] if page <= self.last_page else None
 
     def move(self, pages: Sequence[int], part: int, *, overwrites: bool) -> None:
         """Copy the pages of a prefix that ``part`` would not keep, as far as there is room."""
@@ -113,7 +118,7 @@ class _Planner:
         """Where ``part`` has a page before the split; None if it has no copy of it."""
         if (page, part) in self.places:
             return self.places[page, part]
-        stays = home_of(page, self.factor)[0] == part and page not in self.overwritten
+        stays = self._home(page) == part and page not in self.overwritten
         return page if stays else None
 
     def plan(self) -> SplitPlan:

@@ -80,8 +80,9 @@ class PaperPolicy(InstancePolicy):
             return merged_for_unplaced(deployment, self.levels)
         for i, state in enumerate(deployment.instances):
             least = self.levels[min(self.levels)]
-            if state.ranks > least.ranks and state.largest <= least.tokens and state.used <= 0.5 * state.capacity:
-                parts = (least.ranks,) * (state.ranks // least.ranks)
+            parts = (least.ranks,) * (state.ranks // least.ranks)
+            capacity = min(state.capacity, len(parts) * least.tokens)  # a split may take memory from the KV cache
+            if state.ranks > least.ranks and state.largest <= least.tokens and state.used <= 0.5 * capacity:
                 return (*deployment.layout[:i], *parts, *deployment.layout[i + 1 :])
         return deployment.layout
 

@@ -29,10 +29,14 @@ class InstanceCache(UnifiedRadixCache):
     def __init__(self, params: Any) -> None:
         super().__init__(params)
         allocator = params.token_to_kv_pool_allocator
-        slots = allocator.size + allocator.page_size  # the highest level has the most
-        self.shift_tokens = torch.zeros(slots, dtype=torch.int64, device=allocator.device)
-        self.shift_spaces = torch.zeros(slots, dtype=torch.int64, device=allocator.device)
+        self.make_room(allocator.size + allocator.page_size)  # the highest level has the most
         self.shift_space_names: dict[Space, int] = {}
+
+    def make_room(self, slots: int) -> None:
+        """Note the tokens of so many slots. Nothing may be cached yet."""
+        device = self.token_to_kv_pool_allocator.device
+        self.shift_tokens = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.shift_spaces = torch.zeros(slots, dtype=torch.int64, device=device)
 
     @overrides("Our method notes which token is in which slot, because the core of the cache does not tell it.")
     def insert(self, params: InsertParams) -> Any:

@@ -60,6 +60,21 @@ class Part:
     backlog: list[Any]
 
 
+@dataclass(frozen=True)
+class PlannedSplit:
+    """What a split would do.
+
+    Attributes:
+        plan: What happens to the pages.
+        owners: The part of each request, in the order of the queue.
+        lost: How many tokens of each request must be computed again.
+    """
+
+    plan: SplitPlan
+    owners: list[int]
+    lost: list[int]
+
+
 COUNTERS = ("forward_ct", "processed_tokens_counter")
 """SGLang's counters that decide something on each rank."""
 
@@ -137,6 +152,7 @@ class LevelChange:
             tree, pages = united
         with self._phase("exchange"):
             self.volume = switch.merge(level, pages)
+        self._move_pages()
         with self._phase("rebuild"):
             self._rebuild(tree)
             self._adopt(parts)
@@ -194,24 +210,24 @@ class LevelChange:
         computed = {each.req.rid: each.computed for each in self.retracted}
         with self._phase("plan"):
             queue = scheduler.waiting_queue
-            planned, problem = self._try(lambda: self._plan(level, factor))
-            self._vote(problem, _digest(*planned) if planned is not None else 0)
+            planned, problem = self._try(lambda: self._plan(level, factor, computed))
+            self._vote(problem, _digest(planned.plan, planned.owners) if planned is not None else 0)
             assert planned is not None
-            plan, owners = planned
+            plan, owners = planned.plan, planned.owners
         with self._phase("exchange"):
             switch.pool.copy(plan.moves)
             pages = [torch.tensor(sorted(each.pages), dtype=torch.int64) for each in plan.trees]
             self.volume = switch.split(level, pages)
+        self._move_pages()
         with self._phase("rebuild"):
             self._rebuild(plan.trees[part])
-            for owner, req in zip(owners, queue, strict=True):
-                self.recomputed += _lost_tokens(plan.trees[owner], req, computed.get(req.rid, 0))
+            self.recomputed = sum(planned.lost)
             self.dropped = plan.lost * switch.pool.layout.page_size
             self._requeue([req for owner, req in zip(owners, queue, strict=True) if owner == part])
             self.backlog = self.backlog if part == 0 else []
 
-    def _plan(self, level: int, factor: int) -> tuple[SplitPlan, list[int]]:
-        """What happens to the pages in a split, and the part of each request."""
+    def _plan(self, level: int, factor: int, computed: dict[str, int]) -> PlannedSplit:
+        """What happens to the pages and the requests in a split."""
         scheduler, switch = self.scheduler, self.scheduler.shift_switch
         layout, queue = switch.pool.layout, scheduler.waiting_queue
         if switch.place.leads:
@@ -219,9 +235,13 @@ class LevelChange:
         tree = scheduler.tree_cache.read()
         owners, problem = self._owners(queue, factor, layout.tokens(level))
         claims = [Claim(owner, _cached_pages(tree, req)) for owner, req in zip(owners, queue, strict=True)]
-        plan = plan_split(tree, claims, factor, layout.last_page(switch.level))
-        self._give_up_for(problem or self._memory_problem())
-        return plan, owners
+        plan = plan_split(tree, claims, factor, factor * layout.last_page(level))
+        lost = [
+            _lost_tokens(plan.trees[owner], req, computed.get(req.rid, 0))
+            for owner, req in zip(owners, queue, strict=True)
+        ]
+        self._give_up_for(problem or self._room_problem(queue, lost) or self._memory_problem())
+        return PlannedSplit(plan, owners, lost)
 
     def _owners(self, queue: list[Req], factor: int, capacity: int) -> tuple[list[int], str | None]:
         """The part of each request, and the reason why some request fits no part."""
@@ -234,7 +254,22 @@ class LevelChange:
                 return [0] * len(queue), f"request {req.rid} may need {need} tokens, and a part serves {max(limits)}"
         return share_out(needs, limits), None
 
+    def _room_problem(self, queue: list[Req], lost: list[int]) -> str | None:
+        """Why the parts cannot hold the KV cache of the requests if it shrinks; None if they can."""
+        switch = self.scheduler.shift_switch
+        if switch.tp_only:
+            for req, tokens in zip(queue, lost, strict=True):
+                if tokens >= switch.pool.layout.page_size:
+                    return f"the parts have no room for {tokens} cached tokens of request {req.rid}"
+        return None
+
     # Both
+
+    def _move_pages(self) -> None:
+        """Let weights give memory to the KV cache, or get it back."""
+        if self.scheduler.shift_switch.pages is not None:
+            with self._phase("weights"):
+                self.scheduler.shift_switch.move_pages()
 
     def _check(self, level: int) -> None:
         """Give up for what is known before batches are emptied. So requests go through the queue only if they must."""

@@ -1,6 +1,6 @@
 """Switches a rank between levels: parallel context, model, KV cache, and what has copied a group of the level before.
 
-No server does this yet. The schedulers of instances will call it between two steps, when no request is in flight.
+The schedulers of instances call it between two steps, when no request is in a batch.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from sglang_shift.parallel.exchange.choose import Operands, make_exchange
 from sglang_shift.parallel.level import Level, build_levels
 from sglang_shift.resolution import shift_config_of
 from sglang_shift.runtime.model_runner import ShiftModelRunner, most_tokens
+from sglang_shift.runtime.moving_pages import MovingPages, device_of
 from sglang_shift.seams import relies_on
 
 
@@ -34,24 +35,30 @@ class LevelSwitch:
     Args:
         runner: Our model runner, with its KV pool.
         levels: The levels of the world.
+        frees: Whether merged instances free the FFN weights of other ranks, for more KV cache.
 
     Attributes:
         places: This rank's place at each level.
         weights: The weights that all levels share.
         skins: The model at each level.
         pool: The KV cache.
+        pages: The pages that weights and KV cache share if merged instances free weights; else None.
 
     Raises:
         InstanceRefused: the model, the cache or the settings cannot be shared by instances.
     """
 
-    def __init__(self, runner: ShiftModelRunner, levels: Levels) -> None:
+    def __init__(self, runner: ShiftModelRunner, levels: Levels, *, frees: bool = False) -> None:
         _check(runner)
         self.runner, self.levels = runner, levels
         kv_heads = runner.model_config.get_total_num_kv_heads()
         self.pool = LevelPool(runner.token_to_kv_pool, runner.token_to_kv_pool_allocator, levels, kv_heads)
         self.places = build_levels(levels, runner.topology)
         self.weights = WholeWeights(runner.model, runner.sp_model, runner.topology)
+        self.pages: MovingPages | None = None
+        if frees:
+            bases = [base for name, base in self.weights.bases.items() if name in self.weights.structure.linears]
+            self.pages = MovingPages(device_of(runner.device), bases, self.pool, self.places, levels)
         self.skins = {size: self._skin(place) for size, place in self.places.items()}
         for size in levels.sizes:
             self.places[size] = self._with_exchange(size)
@@ -66,10 +73,15 @@ class LevelSwitch:
         """This rank's place at its level."""
         return self.places[self.level]
 
+    @property
+    def tp_only(self) -> bool:
+        """Whether this rank lacks weights that SP steps need."""
+        return self.pages is not None and self.level > self.levels.lowest
+
     def merge(self, level: int, pages: list[torch.Tensor]) -> Volume:
         """Merge into an instance of a higher level, and keep the pages of all that merge.
 
-        All ranks of the new instance call it, between two steps.
+        All ranks of the new instance call it, between two steps. Then they call :meth:`move_pages`.
 
         Args:
             level: The higher level.
@@ -83,6 +95,8 @@ class LevelSwitch:
 
     def split(self, level: int, pages: list[torch.Tensor]) -> Volume:
         """Split into instances of a lower level. All ranks of the instance call it, between two steps.
+
+        Then they call :meth:`move_pages`.
 
         Args:
             level: The lower level.
@@ -99,6 +113,15 @@ class LevelSwitch:
         self.levels.check(level)
         self.pool.enter(level)
         self._install()
+        self.move_pages()
+
+    def move_pages(self) -> int:
+        """Move memory between weights and KV cache, if instances do, as the new level needs it.
+
+        Returns:
+            The bytes of weights that this rank has sent.
+        """
+        return self.pages.enter(self.level) if self.pages is not None else 0
 
     @relies_on(
         "sglang.srt.layers.sampler:Sampler.__init__",

@@ -189,6 +189,7 @@ DIGESTS = {
     "sglang.srt.speculative.eagle_utils:verify_tree_greedy_func": "dae05d6e8dcf80ae",
     "sglang.srt.speculative.spec_utils:fill_accept_out_cache_loc_func": "f2d2ccad169e141b",
     "sglang.srt.speculative.spec_utils:fill_front_out_cache_loc_func": "219d8596532f4b96",
+    "sglang.srt.utils.cuda_vmm_utils:VmmReservation.map_existing": "27ec58f485d49189",
     "sglang.srt.utils.rank_consensus_checker:_all_reduce_min_int": "84f741ad3e0881b2",
     "sglang.srt.utils.rank_consensus_checker:_build_payload": "c1ff3e8a046fa2e3",
     "sglang.srt.utils.rank_consensus_checker:_check_for_consensus": "8605e07eb7f9d004",

@@ -31,6 +31,7 @@ MODULES = (
     "sglang_shift.layers.pipelined",
     "sglang_shift.layers.skins",
     "sglang_shift.layers.structure",
+    "sglang_shift.memory.cuda",
     "sglang_shift.models.fields",
     "sglang_shift.models.rope_fields",
     "sglang_shift.observe.routes",

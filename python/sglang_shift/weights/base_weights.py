@@ -68,12 +68,14 @@ class BaseWeight:
         topology: The groups that share the weight.
         weight: ``[outputs, inputs]``.
         bias: ``[outputs]``, or None.
+        complete: Whether this rank has the memory of all shards now.
     """
 
     linear: Any
     topology: Topology
     weight: torch.Tensor
     bias: torch.Tensor | None
+    complete: bool = True
     text: ClassVar[str] = "one GEMM"
 
     @property
@@ -94,12 +96,30 @@ class BaseWeight:
 
     def refresh(self) -> None:
         dim = _shard_dim(self.linear)
-        _gather_into(self.weight, self.linear.weight.data, self.topology, dim)
+        if self.complete:
+            _gather_into(self.weight, self.linear.weight.data, self.topology, dim)
         if self.bias is not None and self.linear.bias is not None and dim == 0:
             _gather_into(self.bias, self.linear.bias.data, self.topology, 0)
 
     def tensors(self) -> list[torch.Tensor]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    @property
+    def shard_dim(self) -> int:
+        """The dimension of the weight on which the shards are side by side."""
+        return _shard_dim(self.linear)
+
+    def move(self, weight: torch.Tensor) -> None:
+        """Move the weight into other memory, together with this rank's shard, which is a view of it.
+
+        Args:
+            weight: A tensor of the same shape and type, with any strides.
+        """
+        shard, dim = self.linear.weight, self.shard_dim
+        size = shard.shape[dim]
+        weight.copy_(self.weight)
+        shard.data = weight.narrow(dim, self.topology.sp_index * size, size)
+        self.weight = shard.shift_base = weight
 
 
 @dataclass(frozen=True)

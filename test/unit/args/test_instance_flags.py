@@ -65,6 +65,12 @@ def test_divisible_tokens(tokens, page, instances):
             "leave out --shift-calibration off",
         ),
         ({"tp_size": 2, "sp_size": 2, "merge_levels": "2"}, "--merge-levels 2 needs --instances"),
+        ({"tp_size": 2, "sp_size": 2, "merge_weights": "free"}, "--merge-weights free needs --instances"),
+        ({**TWO, "sp_size": 2, "merge_weights": "free"}, "--merge-weights free cannot be combined with --sp-size,"),
+        (
+            {**TWO, "enable_shift_parallel": True, "shift_policy": "sp", "merge_weights": "free"},
+            "--merge-weights free cannot be combined with --shift-policy sp,",
+        ),
         ({"tp_size": 4, "instances": 4}, "at least one KV head for each of the 4 ranks, but the model has 2"),
         (
             {**TWO, "enable_hierarchical_cache": True},

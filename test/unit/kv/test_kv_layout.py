@@ -63,6 +63,32 @@ def test_parts_are_the_elements_that_both_levels_name(layout, low, high):
             assert at_high.shape == (size, heads, width)
 
 
+@pytest.mark.parametrize("hnd", [False, True])
+def test_a_level_with_more_memory_has_more_pages_at_the_end(hnd):
+    plain, width = KvLayout(1, 5, 8, 16, hnd), 4
+    layout = KvLayout(1, 5, 8, 16, hnd, {2: 3, 4: 7})
+    page = 16 * 8 * width
+    assert [layout.tokens(level) - plain.tokens(level) for level in (1, 2, 4)] == [0, 3 * 16, 7 * 16]
+    assert [layout.elements(width, level) for level in (1, 2, 4)] == [
+        5 * page,
+        5 * page + 3 * page // 2,
+        5 * page + 7 * page // 4,
+    ]
+    assert layout.elements(width) == layout.elements(width, 4)
+    memory = torch.arange(layout.elements(width))
+    for level in (1, 2, 4):
+        view, of_level = layout.view(memory, width, level), memory[: layout.elements(width, level)]
+        assert torch.equal(view.flatten(), of_level[page - page // level :]), "it ends with the memory of the level"
+        common = plain.view(memory[: 5 * page], width, level)
+        assert torch.equal(view[: len(common)], common), "the other pages are where they were"
+    for low, high in ((1, 2), (1, 4), (2, 4)):
+        local, merged = layout.parts(memory, width, low, high)
+        assert len(local) == layout.last_page(low), "all pages of the lower level take part in an exchange"
+        assert int(merged.flatten()[-1]) == layout.elements(width, low) - 1
+    with pytest.raises(ValueError, match="does not fit"):
+        layout.view(memory[: 5 * page], width, 1)
+
+
 def element_of(layout: KvLayout, memory: torch.Tensor, level: int, page: int) -> torch.Tensor:
     """A page as ``[tokens, heads, width]``, by SGLang's rule of where a slot is."""
     view = layout.view(memory, 4, level)

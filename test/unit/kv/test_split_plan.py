@@ -95,3 +95,32 @@ def test_random_caches(seed, factor):
     for claim in claims if room else []:
         assert len(plan.trees[claim.part].find([page for page in claim.pages], PLAIN)) == len(claim.pages)
     assert plan.lost == 0 or not room
+
+
+def test_pages_at_the_end_move_if_the_split_takes_their_memory():
+    """Pages 5 to 8 have no home. Requests come first, and other prefixes get what is left."""
+    tree = PrefixTree([*chain([1, 5, 6], 10), *chain([2, 7], 20), *chain([8], 30)])
+    plan = plan_split(tree, [Claim(0, [1, 5])], 2, 4)
+    check(tree, plan, 2)
+    assert (5, 3) in plan.moves and all(target <= 4 for _, target in plan.moves)
+    assert len(plan.trees[0].find([10, 11], PLAIN)) == 2 and len(plan.trees[1].find([20, 21], PLAIN)) == 2
+    assert plan.lost == 2, "pages 6 and 8 find no room"
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("factor", [2, 4])
+def test_random_caches_whose_end_goes_away(seed, factor):
+    rng = random.Random(f"end {seed} {factor}")
+    last, homes = 60 * factor, 20 * factor  # there are at most 20 pages, so each part has room for all of them
+    numbers = rng.sample(range(1, last + 1), 20)
+    lengths = [rng.randrange(1, 5) for _ in range(rng.randrange(1, 6))]
+    chains = [chain([numbers.pop() for _ in range(length)], 100 * n) for n, length in enumerate(lengths)]
+    tree = PrefixTree(page for each in chains for page in each)
+    claims = [Claim(rng.randrange(factor), [page.number for page in each]) for each in chains]
+    plan = plan_split(tree, claims, factor, homes)
+    check(tree, plan, factor)
+    assert all(target <= homes for _, target in plan.moves)
+    for claim, each in zip(claims, chains, strict=True):
+        tokens = [token for page in each for token in page.tokens]
+        assert len(plan.trees[claim.part].find(tokens, PLAIN)) == len(each)
+    assert plan.lost == 0

@@ -1,0 +1,1 @@
+"""Holds the memory of a device as pages, which move between fixed addresses."""
