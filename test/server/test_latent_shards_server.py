@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
+
 import pytest
 import requests
+import torch
 from families import Family, greedy, make_model
-from prompts import assert_same_answers
+from harness import Answer
+from prompts import LOGPROB_TOLERANCE, assert_same_answers
+from sglang_shift.cost.chunk_budget import FLOOR
 from tiny_models import LATENT
 
 pytestmark = [pytest.mark.server, pytest.mark.full]
@@ -42,13 +50,37 @@ def tokens(count, start=0):
     return [(37 * i + 11 * start + i * i % 7) % 4000 + 10 for i in range(start, start + count)]
 
 
+STREAMS = [tokens(60, start=100 * i) for i in range(12)]
+LONG = [tokens(500) + tokens(200, start=1000 * i) for i in range(1, 4)]
+STREAM_TOKENS = 120
+
+
 @pytest.fixture(scope="module")
 def expected(model):
     return [greedy(model, tokens(length), 8) for length in LENGTHS]
 
 
 @pytest.fixture(scope="module")
-def server(servers, folder, expected):
+def generated(model):
+    """The tokens of the streams and of the long prompts, by transformers with its cache.
+
+    Each answer ends before the first token that rounding could change.
+    """
+    found = []
+    for prompts, count in ((STREAMS, STREAM_TOKENS), (LONG, 8)):
+        output = model.generate(
+            torch.tensor(prompts), max_new_tokens=count, do_sample=False, eos_token_id=-1,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        first, second = torch.stack(output.logits, 1).topk(2).values.unbind(-1)
+        sure = (first - second > 2 * LOGPROB_TOLERANCE).int().cumprod(1).sum(1)
+        answers = output.sequences[:, len(prompts[0]) :].tolist()
+        found += [answer[:length] for answer, length in zip(answers, sure.tolist(), strict=True)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def server(servers, folder, expected, generated):
     """It starts when the answers of transformers are known, because its ranks take all cores even if they are idle."""
     servers.stop()
     env = {"SGLANG_SHIFT_CACHE_DIR": str(folder / "cache")}
@@ -88,3 +120,41 @@ def test_capacity(server):
     assert state["kv_shards"] == info["dcp_size"] == RANKS
     layers, width, element = 3, LATENT["kv_lora_rank"] + LATENT["qk_rope_head_dim"], 4
     assert state["kv_bytes"] == (ROWS + 1) * layers * width * element
+
+
+def test_everything_at_once(server, generated):
+    """Chunks of the floor beside decodes, cached prefixes, retractions, and a mode that is switched from outside."""
+    asked = [(ids, STREAM_TOKENS) for ids in STREAMS] + [(ids, 8) for ids in LONG]
+    server.flush_cache()
+    server.generate(tokens(500), 1)
+    server.set(shift_tbt_target=0.001)
+    before = server.state
+    stop, modes = threading.Event(), cycle(["sp", "tp", "calibrated"])
+
+    def switch():
+        while not stop.wait(0.15):
+            server.set(shift_policy=next(modes))
+
+    def ask(ids, count) -> Answer:
+        # SGLang reserves all tokens of a request that ignores the end of its text; only others can outgrow the pool.
+        return server.generate(ids, count, return_logprob=False, sampling_params={"ignore_eos": False})
+
+    with ThreadPoolExecutor(len(asked) + 1) as pool:
+        switching = pool.submit(switch)
+        try:
+            answers = [pool.submit(ask, *each) for each in asked[: len(STREAMS)]]
+            time.sleep(0.5)
+            answers += [pool.submit(ask, *each) for each in asked[len(STREAMS) :]]
+            answers = [answer.result() for answer in answers]
+        finally:
+            stop.set()
+        switching.result()
+    after = server.state
+    assert [answer.tokens[: len(sure)] for answer, sure in zip(answers, generated, strict=True)] == generated
+    assert sum(map(len, generated)) > 0.8 * sum(count for _, count in asked)
+    assert after["chunks"]["steps"]["mixed"] > before["chunks"]["steps"]["mixed"], "no prompt beside decodes"
+    assert after["chunks"]["last"]["room"] == FLOOR
+    assert max(answer.meta["cached_tokens"] for answer in answers[len(STREAMS) :]) >= 500 - RANKS
+    assert sum(answer.meta["num_retractions"] for answer in answers) > 0, "the pool was not too small"
+    assert all(after["steps"][mode] > before["steps"][mode] for mode in ("tp", "sp"))
+    assert after["switches"] > before["switches"] + 2
