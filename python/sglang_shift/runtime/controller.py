@@ -445,6 +445,7 @@ class InstanceController(DataParallelController):
         self.epoch += 1
         # From here on, nothing is sent to these ranks. What was sent before, they read before this message.
         self.ledger.busy = change.whole.ranks
+        self.feed.moved(change.whole.ranks)
         targets = largest_targets(change, operation.wanted)
         message = ChangeLevelReq(
             self.epoch, change.whole.leader, change.whole.level, change.level, operation.reason,
@@ -462,7 +463,6 @@ class InstanceController(DataParallelController):
         operation.done.append(message)
         self.last.append({"time": time.time(), "why": operation.reason, **asdict(message)})
         self.ledger.busy, self.change, self.changed_at = range(0), None, time.monotonic()
-        self.feed.moved(change.whole.ranks)
         self.event_due = 0.0
         logger.info("sglang_shift: %s", sentence(message, change))
         if message.ok:

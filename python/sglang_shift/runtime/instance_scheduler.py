@@ -78,7 +78,7 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
         switch.enter(levels.lowest)
         self.enter_instance(0)
         self.tree_cache.reset()
-        if self.shift_config.calibration == "off" or frees:  # a merged instance without all weights cannot run SP
+        if self.shift_config.calibration == "off":
             self.shift_calibrator.end()
         else:
             measurements.calibrate()
@@ -133,6 +133,7 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
 
     def _report(self, changed: LevelChanged) -> None:
         place = self.shift_switch.place
+        self._told_waiting = None  # the controller has forgotten the queues of these ranks
         if place.leads:
             self.tell_controller(RequestsHeld(place.rank, [req.rid for req in self.waiting_queue]))
         if place.rank == changed.first:

@@ -75,6 +75,9 @@ class PlannedSplit:
     lost: list[int]
 
 
+OBSERVED = ("shift_steps", "shift_last_token")
+"""What only a leader notes of its requests."""
+
 COUNTERS = ("forward_ct", "processed_tokens_counter")
 """SGLang's counters that decide something on each rank."""
 
@@ -214,6 +217,7 @@ class LevelChange:
             self._vote(problem, _digest(planned.plan, planned.owners) if planned is not None else 0)
             assert planned is not None
             plan, owners = planned.plan, planned.owners
+            self._share_observations(queue)
         with self._phase("exchange"):
             switch.pool.copy(plan.moves)
             pages = [torch.tensor(sorted(each.pages), dtype=torch.int64) for each in plan.trees]
@@ -225,6 +229,16 @@ class LevelChange:
             self.dropped = plan.lost * switch.pool.layout.page_size
             self._requeue([req for owner, req in zip(owners, queue, strict=True) if owner == part])
             self.backlog = self.backlog if part == 0 else []
+
+    def _share_observations(self, queue: list[Req]) -> None:
+        """Give each rank what the leader has noted of the requests. The ranks that followed it have noted nothing."""
+        mine = {req.rid: {n: getattr(req, n) for n in OBSERVED if hasattr(req, n)} for req in queue}
+        noted = self._gather(mine if self.scheduler.shift_switch.place.leads else None)
+        of_leader = next(each for each in noted if each is not None)
+        for req in queue:
+            for name in OBSERVED:
+                vars(req).pop(name, None)
+            vars(req).update(of_leader[req.rid])
 
     def _plan(self, level: int, factor: int, computed: dict[str, int]) -> PlannedSplit:
         """What happens to the pages and the requests in a split."""

@@ -42,7 +42,7 @@ class LevelBench(SchedulerBench):
 
 
 class LevelMeasurements:
-    """The measurements of one rank. To make one moves the ranks through all levels; it is collective.
+    """The measurements of one rank. They move the ranks through all levels, and are collective.
 
     Args:
         scheduler: A :class:`sglang_shift.runtime.instance_scheduler.InstanceScheduler` at the lowest level, with an
@@ -64,6 +64,8 @@ class LevelMeasurements:
         """Load or measure the step times of all levels below the highest, which the scheduler has calibrated."""
         scheduler = self.scheduler
         for level in self.levels.sizes[:-1]:
+            if scheduler.shift_switch.pages is not None and level > self.levels.lowest:
+                continue  # its ranks lack weights for SP, so there is nothing to choose
             self._go_to(level)
             calibrator = Calibrator(
                 scheduler, scheduler.shift_config, scheduler.shift_chunk,

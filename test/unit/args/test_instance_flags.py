@@ -68,6 +68,10 @@ def test_divisible_tokens(tokens, page, instances):
         ({"tp_size": 2, "sp_size": 2, "merge_weights": "free"}, "--merge-weights free needs --instances"),
         ({**TWO, "sp_size": 2, "merge_weights": "free"}, "--merge-weights free cannot be combined with --sp-size,"),
         (
+            {**TWO, "enable_shift_parallel": True, "instance_policy": "auto", "merge_weights": "free"},
+            "--merge-weights free cannot be combined with --instance-policy auto,",
+        ),
+        (
             {**TWO, "enable_shift_parallel": True, "shift_policy": "sp", "merge_weights": "free"},
             "--merge-weights free cannot be combined with --shift-policy sp,",
         ),
