@@ -27,7 +27,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import psutil
 import requests
 from sglang_shift.tools import servers
 from sglang_shift.tools.servers import Failure, Server
@@ -111,19 +110,6 @@ def run_phase(soak: Soak, phase: str, seconds: float, seed: int) -> None:
             list(pool.map(client, range(clients)))
 
 
-def memory(server: Server) -> dict[str, int]:
-    """Return the resident bytes of the server's processes, by name."""
-    sizes: Counter[str] = Counter()
-    root = psutil.Process(server.processes[0].pid)
-    for process in [root, *root.children(recursive=True)]:
-        try:
-            name = next((w for w in process.cmdline() if w.startswith("sglang::")), "launcher")
-            sizes[name] += process.memory_info().rss
-        except psutil.NoSuchProcess:
-            continue
-    return dict(sizes)
-
-
 def growth(samples: list[dict[str, int]]) -> dict[str, float]:
     """Return the growth of each process from the median of the first third to that of the last third, as a share."""
     third = max(1, len(samples) // 3)
@@ -146,7 +132,7 @@ def soak_server(server: Server, args: argparse.Namespace) -> dict[str, Any]:
             run_phase(soak, phase, args.phase_seconds, 100 * cycle + number)
             server.check_alive(f"in phase {phase}")
         elapsed = time.monotonic() - started
-        sample = memory(server)
+        sample = server.memory()
         if elapsed > 60 * args.warm_up:
             samples.append(sample)
         total = sum(sample.values()) / 2**20

@@ -31,10 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import requests
 from sglang_shift.tools import servers
-from sglang_shift.tools.servers import Failure, Server
+from sglang_shift.tools.servers import Failure
 
 FLAGS = ["--enable-shift-parallel", "--shift-threshold", "20", "--dtype", "float32", "--sleep-on-idle"]
 PROMPTS, LONG_PROMPTS = 48, 4
@@ -131,19 +130,6 @@ def prompts(seed: int, longest: int) -> list[list[int]]:
     return [chooser.choices(TOKENS, k=length) for length in lengths]
 
 
-def memory(server: Server) -> dict[str, int]:
-    """Return the resident bytes of each of the server's processes, by its name."""
-    sizes: Counter[str] = Counter()
-    root = psutil.Process(server.processes[0].pid)
-    for process in [root, *root.children(recursive=True)]:
-        try:
-            name = next((w for w in process.cmdline() if w.startswith("sglang::")), "launcher")
-            sizes[name] += process.memory_info().rss
-        except psutil.NoSuchProcess:
-            continue
-    return dict(sizes)
-
-
 def growth(samples: list[tuple[float, dict[str, int]]]) -> dict[str, float]:
     """Return by how much each process grew from the first to the last sample on the fitted line, as a share."""
     times = np.array([at for at, _ in samples])
@@ -188,7 +174,7 @@ def soak_seed(args: argparse.Namespace, seed: int) -> dict[str, Any]:
             while time.monotonic() < soak.ends:
                 time.sleep(SAMPLE_S)
                 server.check_alive("under random load")
-                samples.append((time.monotonic() - started, memory(server)))
+                samples.append((time.monotonic() - started, server.memory()))
             for each in running:
                 each.result()
         wrong = leftovers(soak, args.policy)

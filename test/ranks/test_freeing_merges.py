@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from families import WIDE, Family, make_model
-from instance_trial import World, prompt, started
+from instance_trial import prompt, started
 
 CAPACITY = 255  # tokens of one of two replicas
 FLAGS = ("--max-total-tokens", "511", "--merge-weights", "free", "--disable-overlap-schedule")
@@ -41,29 +41,7 @@ def world(model):
 def idle(world):
     """Each test begins with replicas that hold nothing, and ends without leaks."""
     yield
-    world.wait_end()
-    world.outputs.clear()
-    assert world.problems() == []
-    if world.leaders == [0]:
-        split(world)
-    assert world.problems() == []
-    assert all(world.call(flush))
-
-
-def flush(scheduler: Any) -> bool:
-    return bool(scheduler.flush_cache())
-
-
-def merge(world: World) -> Any:
-    changed = world.change(0, 2, 2)
-    assert changed.ok, changed.reason
-    return changed
-
-
-def split(world: World) -> Any:
-    changed = world.change(0, 2, 1)
-    assert changed.ok, changed.reason
-    return changed
+    world.renew()
 
 
 def memory(scheduler: Any) -> tuple[int, int]:
@@ -110,7 +88,7 @@ def test_a_merged_instance_uses_the_memory_of_weights(world, alone):
         world.submit(number, rid, *STREAMS[rid])
     world.wait_tokens({"q0": 5, "q1": 5})
     steps = world.call(modes)
-    merged = merge(world)
+    merged = world.merge()
     assert merged.tokens_recomputed == merged.tokens_dropped == 0
     assert merged.phases["weights"] > 0
     assert world.call(memory) == before[0], "memory has moved, and none was taken"
@@ -127,7 +105,7 @@ def test_a_merged_instance_uses_the_memory_of_weights(world, alone):
     world.wait_end(["long"])
     after = world.call(modes)
     assert after[0]["sp"] == steps[0]["sp"] and after[0]["tp"] > steps[0]["tp"], "all steps ran in TP"
-    back = split(world)
+    back = world.split()
     assert back.tokens_recomputed == 0 and back.phases["weights"] > 0
     assert world.wait_end() == alone
     assert (world.call(memory), world.call(weights)) == before, "each bit is back, at its address"
@@ -142,7 +120,7 @@ def last_used_slot(scheduler: Any) -> int:
 
 
 def test_a_split_waits_until_the_requests_fit(world, alone):
-    merge(world)
+    world.merge()
     held = {f"s{n}": prompt(40 + n, 180) for n in range(4)}
     for rid, ids in held.items():
         world.submit(0, rid, ids, 60)
@@ -154,7 +132,7 @@ def test_a_split_waits_until_the_requests_fit(world, alone):
     world.submit(0, "q1", *STREAMS["q1"])
     assert world.wait_end(["q1"]) == {"q1": alone["q1"]}
     world.wait_end()
-    split(world)
+    world.split()
 
 
 def test_a_merge_that_is_given_up_frees_nothing(world, alone):
@@ -170,14 +148,14 @@ def test_a_merge_that_is_given_up_frees_nothing(world, alone):
 
 def test_new_weights_of_the_merged_ranks_reach_the_replicas(world):
     """SGLang writes the shards of the merged ranks. After the split, each replica has all of them."""
-    merge(world)
+    world.merge()
     world.call(double_shards)
-    split(world)
+    world.split()
     left, right = world.call(ffn_sums)
     assert left == right
-    merge(world)
+    world.merge()
     world.call(halve_shards)
-    split(world)
+    world.split()
     assert world.call(ffn_sums) == [[value / 2 for value in left]] * 2
 
 

@@ -55,20 +55,25 @@ FATAL = [
 FAST = {("plan", "kill"), ("exchange", "memory")}
 
 
+def fail_in(world, alone, phase, fault, level):
+    """Let a rank fail in a phase of a change under traffic. All ranks must end."""
+    submit_all(world)
+    if fault == "hang":
+        world.call(watch)
+    world.call(plant, phase, fault)
+    world.ask(0, 2, level)
+    world.wait_failure()
+    for rid, output in world.outputs.items():
+        assert output.tokens == alone[rid][: len(output.tokens)], "no wrong token was sent"
+
+
 @pytest.mark.parametrize(
     ("phase", "fault"), [pytest.param(*each, marks=[] if each in FAST else pytest.mark.full) for each in FATAL]
 )
 def test_all_ranks_end_with_one_that_fails(alone, phase, fault):
     """A killed rank closes its connections. A rank that hangs is ended by SGLang's watchdog."""
     with started(2, MODEL, instances=2) as world:
-        submit_all(world)
-        if fault == "hang":
-            world.call(watch)
-        world.call(plant, phase, fault)
-        world.ask(0, 2, MERGE)
-        world.wait_failure()
-        for rid, output in world.outputs.items():
-            assert output.tokens == alone[rid][: len(output.tokens)], "no wrong token was sent"
+        fail_in(world, alone, phase, fault, MERGE)
 
 
 @pytest.mark.full
@@ -76,11 +81,4 @@ def test_all_ranks_end_with_one_that_fails(alone, phase, fault):
 def test_all_ranks_end_with_one_that_fails_in_a_split(alone, phase, fault):
     with started(2, MODEL, instances=2) as world:
         assert world.change(0, 2, MERGE).ok
-        submit_all(world)
-        if fault == "hang":
-            world.call(watch)
-        world.call(plant, phase, fault)
-        world.ask(0, 2, SPLIT)
-        world.wait_failure()
-        for rid, output in world.outputs.items():
-            assert output.tokens == alone[rid][: len(output.tokens)], "no wrong token was sent"
+        fail_in(world, alone, phase, fault, SPLIT)

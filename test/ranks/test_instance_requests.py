@@ -53,34 +53,12 @@ def world():
 def idle(world):
     """Each test ends with idle instances that lost nothing, and the next one begins without cached prefixes."""
     yield
-    world.wait_end()
-    world.outputs.clear()
-    assert world.problems() == []
-    if world.leaders == [0]:
-        split(world)
-    assert world.problems() == []
-    assert world.call(forget) == [True, True]
-
-
-def forget(scheduler):
-    return bool(scheduler.flush_cache())
+    world.renew()
 
 
 def submit(world: World, rank: int, rid: str) -> None:
     ids, tokens, options = LONG if rid == "long" else REQUESTS[rid]
     world.submit(rank, rid, ids, tokens, **options)
-
-
-def merge(world: World):
-    changed = world.change(0, 2, 2)
-    assert changed.ok, changed.reason
-    return changed
-
-
-def split(world: World):
-    changed = world.change(0, 2, 1)
-    assert changed.ok, changed.reason
-    return changed
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -90,9 +68,9 @@ def test_all_kinds_of_requests(world, alone, first):
         submit(world, (first + number) % 2, rid)
     streams = [rid for rid in REQUESTS if rid != "no stream"]
     world.wait_tokens(dict.fromkeys(streams, 4))
-    assert merge(world).tokens_recomputed == 0
+    assert world.merge().tokens_recomputed == 0
     world.wait_tokens(dict.fromkeys(streams, 14))
-    assert split(world).tokens_recomputed == 0
+    assert world.split().tokens_recomputed == 0
     assert world.wait_end() == {rid: alone[rid].tokens for rid in REQUESTS}
     for rid in REQUESTS:
         output, expected = world.outputs[rid], alone[rid]
@@ -138,7 +116,7 @@ def test_cached_prefixes_survive(world, alone):
     submit(world, 0, "plain")
     submit(world, 1, "penalties")
     world.wait_end()
-    merge(world)
+    world.merge()
     for rid in ("plain", "penalties"):
         ids, tokens, options = REQUESTS[rid]
         world.submit(0, f"{rid} again", ids, tokens, **options)
@@ -148,7 +126,7 @@ def test_cached_prefixes_survive(world, alone):
         assert world.outputs[f"{rid} again"].tokens == alone[rid].tokens
         assert world.outputs[f"{rid} again"].cached == len(REQUESTS[rid][0]) - 1
     assert world.outputs["other namespace"].cached == 0
-    split(world)
+    world.split()
     world.submit(0, "left", REQUESTS["plain"][0], 5)
     world.submit(1, "right", REQUESTS["penalties"][0], 5)
     world.wait_end()
@@ -161,7 +139,7 @@ def test_prefixes_of_both_instances_are_kept_once(world):
         world.submit(rank, f"r{rank}", prompt(9, 40), 10)
     world.wait_end()
     cached = world.call(cached_tokens)
-    merge(world)
+    world.merge()
     assert cached[0] == cached[1]
     assert world.call(cached_tokens) == cached
 
@@ -203,13 +181,13 @@ def test_a_request_behind_the_change_is_handled_by_the_merged_instance(world):
 
 
 def test_a_request_that_fits_no_part_prevents_the_split(world):
-    merge(world)
+    world.merge()
     world.submit(0, "longer", prompt(31, 450), 200)
     world.wait_tokens({"longer": 1})
     refused = world.change(0, 2, 1)
     assert not refused.ok and "request longer may need 650 tokens" in refused.reason
     world.wait_end()
-    split(world)
+    world.split()
 
 
 def test_a_request_that_cannot_travel_prevents_the_merge(world, alone):
@@ -219,7 +197,7 @@ def test_a_request_that_cannot_travel_prevents_the_merge(world, alone):
     refused = world.change(0, 2, 2)
     assert not refused.ok and refused.reason == "request masks returns masks of sampling"
     world.wait_end(["masks"])
-    merge(world)
+    world.merge()
     assert world.wait_end(["plain"]) == {"plain": alone["plain"].tokens}
 
 
@@ -233,7 +211,7 @@ def test_a_change_is_given_up(world, alone):
     assert not refused.ok and refused.reason == "no memory on rank 1" and refused.bytes_sent == 0
     world.call(set_memory_problem, None)
     world.wait_tokens({"plain": 12, "penalties": 12})
-    merge(world)
+    world.merge()
     assert world.wait_end() == {rid: alone[rid].tokens for rid in ("plain", "penalties")}
 
 
@@ -268,7 +246,7 @@ def test_a_change_is_given_up_if_the_detokenizer_is_far_behind(world, alone):
     refused = world.answer()
     assert not refused.ok and "the detokenizer is more than 0 s behind" in refused.reason
     world.call(set_patience, 10.0)
-    merge(world)
+    world.merge()
     assert world.wait_end() == {rid: alone[rid].tokens for rid in ("plain", "penalties")}
 
 
@@ -281,7 +259,7 @@ def set_patience(scheduler, seconds):
 
 def test_a_change_that_is_refused_leaves_requests_in_their_batches(world, alone):
     """Nothing is computed again, and no request goes through the queue."""
-    merge(world)
+    world.merge()
     world.submit(0, "longer", prompt(31, 450), 200)
     submit(world, 0, "plain")
     world.wait_tokens({"longer": 1, "plain": 3})
@@ -316,7 +294,7 @@ def test_ranks_sample_the_same_tokens_after_a_merge(world):
             world.submit(rank, f"s{rank}{number}", prompt(40 + rank + number, 25), 60, temperature=1.0)
     rids = list(world.outputs)
     world.wait_tokens(dict.fromkeys(rids, 5))
-    merge(world)
+    world.merge()
     world.wait_tokens(dict.fromkeys(rids, 20))
     tokens = world.call(tokens_of_batches)
     assert tokens[0] == tokens[1] and set(tokens[0]) == set(rids)

@@ -63,10 +63,12 @@ def wait(server: Server, layout: list[int], meanwhile: Callable[[], object] = la
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory) -> dict[int, Path]:
-    """The calibration file of each level."""
+def files(servers, reference, tmp_path_factory) -> dict[int, Path]:
+    """The calibration file of each level. A server has written them, and still runs."""
     folder = tmp_path_factory.mktemp("auto")
-    return {level: folder / f"own.{level}.json" for level in (1, 2)}
+    files = {level: folder / f"own.{level}.json" for level in (1, 2)}
+    start(servers, files)
+    return files
 
 
 def start(servers: Any, files: dict[int, Path]) -> Server:
@@ -87,6 +89,7 @@ def test_each_level_is_calibrated(servers, reference, files):
 
 def test_the_tables_decide(servers, reference, files):
     """The second start reads the files, in which other times stand now."""
+    servers.stop()
     for level, file in files.items():
         file.write_text(json.dumps(json.loads(file.read_text()) | {"costs": TABLES[level]}))
     server = start(servers, files)

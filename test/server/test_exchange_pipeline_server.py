@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import msgspec
 import pytest
 from harness import shift_flags
@@ -52,21 +50,15 @@ def test_logprobs_of_prompts(server, reference):
 def test_chunks_beside_decodes(server, reference):
     """Without logprobs SGLang mixes decodes into chunks."""
     prompts, expected = reference.prompts[1::3], reference.answers[1][1::3]
-    server.flush_cache()
-    with server.policy("tokens", threshold=64), ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda ids: server.generate(ids, return_logprob=False), prompts))
+    with server.policy("tokens", threshold=64):
+        answers = server.generate_beside_decodes(prompts)
     assert [answer.tokens for answer in answers] == [answer.tokens[:8] for answer in expected]
 
 
 @pytest.mark.parametrize(("writer", "reader"), [("sp", "tp"), ("tp", "sp")])
 def test_prefixes_from_the_radix_cache(server, reference, writer, reader):
     chosen = [i for i, ids in enumerate(reference.prompts) if len(ids) > 200][::4]
-    server.flush_cache()
-    with server.policy(writer):
-        for i in chosen:
-            server.generate(reference.prompts[i][: len(reference.prompts[i]) // 2], 1)
-    with server.policy(reader):
-        answers = [server.generate(reference.prompts[i]) for i in chosen]
+    answers, _ = server.generate_in_halves([reference.prompts[i] for i in chosen], writer, reader)
     assert all(answer.meta["cached_tokens"] > 90 for answer in answers)
     assert_same_answers(answers, [reference.answers[1][i].first(8) for i in chosen])
 

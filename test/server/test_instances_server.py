@@ -191,6 +191,14 @@ def test_what_the_page_and_the_metrics_show(server):
     assert 'sglang_shift:instance_changes_total{level="2"' in text
 
 
+def answers_of_stock(
+    servers: Any, model: tuple[str, ...], ids: list[list[int]], tokens: int, long: list[int]
+) -> tuple[list[list[int]], list[int]]:
+    """The answers of one rank of stock SGLang: so many tokens to each prompt, and 8 tokens to a long one."""
+    stock = servers.get(*model, "--tp-size", "1")
+    return [stock.generate(each, tokens).tokens for each in ids], stock.generate(long, 8).tokens
+
+
 @pytest.mark.full
 def test_four_ranks_between_all_levels(servers, tmp_path):
     write_random_model(
@@ -199,10 +207,8 @@ def test_four_ranks_between_all_levels(servers, tmp_path):
     )  # fmt: skip
     model = ("--dtype", "float32", "--model-path", str(tmp_path))
     ids = [each for each in prompts(24, 300) if len(each) > 3][::3]
-    stock = servers.get(*model, "--tp-size", "1")
-    expected = [stock.generate(each, 96).tokens for each in ids]
     long = prompts(2, 1200)[1]
-    expected_long = stock.generate(long, 8).tokens
+    expected, expected_long = answers_of_stock(servers, model, ids, 96, long)
 
     flags = ("--tp-size", "4", "--instances", "2", "--enable-shift-parallel", "--shift-threshold", "6")
     server = servers.get(*model, *flags, "--max-total-tokens", "2048", "--sleep-on-idle")
@@ -225,8 +231,7 @@ def test_a_merged_instance_that_frees_weights_holds_longer_requests(servers, tmp
     model = ("--dtype", "float32", "--model-path", str(tmp_path))
     ids = [each for each in prompts(12, 150) if len(each) > 3][::2]
     long = prompts(2, 1200)[1]
-    stock = servers.get(*model, "--tp-size", "1")
-    expected, expected_long = [stock.generate(each, 48).tokens for each in ids], stock.generate(long, 8).tokens
+    expected, expected_long = answers_of_stock(servers, model, ids, 48, long)
 
     flags = ("--tp-size", "2", "--instances", "2", "--merge-weights", "free", "--max-total-tokens", "1024")
     server = servers.get(*model, *flags, "--sleep-on-idle")

@@ -43,9 +43,8 @@ def test_same_tokens_and_logprobs(server, reference, policy):
 def test_chunks_beside_decodes(server, reference, policy):
     """Without logprobs SGLang mixes decodes into chunks: one step then moves queries and keys."""
     prompts, expected = reference.prompts[1::3], reference.answers[1][1::3]
-    server.flush_cache()
-    with server.policy(policy, threshold=64), ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda ids: server.generate(ids, return_logprob=False), prompts))
+    with server.policy(policy, threshold=64):
+        answers = server.generate_beside_decodes(prompts)
     assert [answer.tokens for answer in answers] == [answer.tokens[:8] for answer in expected]
 
 
@@ -53,12 +52,7 @@ def test_chunks_beside_decodes(server, reference, policy):
 def test_prefixes_from_the_radix_cache(server, reference, writer, reader):
     """A second request hits what the other mode wrote, up to a page of D tokens, and continues it."""
     chosen = [i for i, ids in enumerate(reference.prompts) if len(ids) > 200][::4]
-    server.flush_cache()
-    with server.policy(writer):
-        for i in chosen:
-            server.generate(reference.prompts[i][: len(reference.prompts[i]) // 2], 1)
-    with server.policy(reader) as steps:
-        answers = [server.generate(reference.prompts[i]) for i in chosen]
+    answers, steps = server.generate_in_halves([reference.prompts[i] for i in chosen], writer, reader)
     for i, answer in zip(chosen, answers, strict=True):
         half = len(reference.prompts[i]) // 2
         assert half - 2 <= answer.meta["cached_tokens"] <= half and answer.meta["cached_tokens"] % 2 == 0

@@ -138,6 +138,26 @@ class Server:
         with ThreadPoolExecutor(concurrency) as pool:
             return list(pool.map(lambda ids: self.generate(ids, max_new_tokens), prompts))
 
+    def generate_beside_decodes(self, prompts: list[list[int]]) -> list[Answer]:
+        """Send all prompts at once, from an empty prefix cache. Without logprobs SGLang mixes decodes into chunks."""
+        self.flush_cache()
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(lambda ids: self.generate(ids, return_logprob=False), prompts))
+
+    def generate_in_halves(self, prompts: list[list[int]], writer: str, reader: str) -> tuple[list[Answer], dict]:
+        """Compute the first halves of prompts under one policy, and then the prompts under another one.
+
+        Returns:
+            The answers to the prompts, and the steps under the policy ``reader``, by mode.
+        """
+        self.flush_cache()
+        with self.policy(writer):
+            for ids in prompts:
+                self.generate(ids[: len(ids) // 2], 1)
+        with self.policy(reader) as steps:
+            answers = [self.generate(ids) for ids in prompts]
+        return answers, steps
+
     def flush_cache(self) -> None:
         for _ in range(50):  # the server refuses while it still cleans up a finished request
             if requests.post(self.url + "/flush_cache", timeout=60).status_code == 200:

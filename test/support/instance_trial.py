@@ -261,6 +261,29 @@ class World:
             self.leaders = sorted([*others, *ranks[:: changed.level]])
         return changed
 
+    def merge(self) -> Any:
+        """Merge all ranks into one instance, and return the answer."""
+        return self._made(self.size)
+
+    def split(self) -> Any:
+        """Split all ranks into instances of one rank, and return the answer."""
+        return self._made(1)
+
+    def _made(self, level: int) -> Any:
+        changed = self.change(0, self.size, level)
+        assert changed.ok, changed.reason
+        return changed
+
+    def renew(self) -> None:
+        """Let all requests end, look for leaks, split, and forget the cached prefixes."""
+        self.wait_end()
+        self.outputs.clear()
+        assert self.problems() == []
+        if self.leaders == [0]:
+            self.split()
+        assert self.problems() == []
+        assert all(self.call(forget_prefixes))
+
     def call(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Run a function on all ranks, each instance between two steps, and return the results."""
         before = len(self.messages)
@@ -408,6 +431,10 @@ def make_scheduler(rank: int, flags: tuple[str, ...], stock: bool, folder: Path)
 def change_in_chunk(scheduler: Any, request: Any) -> None:
     """Let the instance change its level while it computes a long prompt, after its second chunk."""
     scheduler.armed = request
+
+
+def forget_prefixes(scheduler: Any) -> bool:
+    return bool(scheduler.flush_cache())
 
 
 def is_idle(scheduler: Any) -> bool:

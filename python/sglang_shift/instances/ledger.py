@@ -108,7 +108,12 @@ class Ledger:
 
     def level_for(self, need: int) -> int | None:
         """The lowest level of which an instance holds ``need`` tokens; None if there is none."""
-        return smallest_level({level: Room(level, tokens) for level, tokens in self.capacities.items()}, need)
+        return smallest_level(self.rooms, need)
+
+    @property
+    def rooms(self) -> dict[int, Room]:
+        """The room of an instance of each level."""
+        return {level: Room(level, tokens) for level, tokens in self.capacities.items()}
 
     def place(self, rid: str, instance: Instance, need: int) -> None:
         """Record that a request was sent to an instance."""

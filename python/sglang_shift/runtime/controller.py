@@ -30,7 +30,7 @@ from sglang.srt.utils.common import configure_logger, kill_itself_when_parent_di
 from sglang.srt.utils.network import get_zmq_socket
 from sglang.utils import TypeBasedDispatcher
 
-from sglang_shift.cost.deployment import Deployment, InstancePolicy, Room
+from sglang_shift.cost.deployment import Deployment, InstancePolicy
 from sglang_shift.cost.layouts import Layout
 from sglang_shift.instances.back_off import BackOff
 from sglang_shift.instances.changes import Change, check_range, largest_targets, plan, plan_layout
@@ -519,7 +519,7 @@ class InstanceController(DataParallelController):
         """Learn what instances hold, and send them the requests that came before."""
         self.ledger.capacities, self.context_length = dict(message.capacities), message.context
         if self.policy_name == "paper":
-            self.policy = PaperPolicy({k: Room(k, tokens) for k, tokens in message.capacities.items()})
+            self.policy = PaperPolicy(self.ledger.rooms)
         elif message.costs is not None:
             seconds = max(message.costs.changes.values())
             self.policy = AutoPolicy(self.world_size, message.costs.levels, seconds)

@@ -182,7 +182,6 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
         self.recv_skipper = SchedulerRecvSkipper.maybe_create()  # it counts steps
         self.init_request_receiver()
         self.lead(place.leads)
-        self._told_waiting = None
         self._renew_modes(epoch)
 
     def _sizes(self, tokens: int) -> tuple[int, int, int]:

@@ -232,9 +232,10 @@ class LevelChange:
 
     def _share_observations(self, queue: list[Req]) -> None:
         """Give each rank what the leader has noted of the requests. The ranks that followed it have noted nothing."""
-        mine = {req.rid: {n: getattr(req, n) for n in OBSERVED if hasattr(req, n)} for req in queue}
-        noted = self._gather(mine if self.scheduler.shift_switch.place.leads else None)
-        of_leader = next(each for each in noted if each is not None)
+        mine = None
+        if self.scheduler.shift_switch.place.leads:
+            mine = {req.rid: {n: getattr(req, n) for n in OBSERVED if hasattr(req, n)} for req in queue}
+        of_leader = next(each for each in self._gather(mine) if each is not None)
         for req in queue:
             for name in OBSERVED:
                 vars(req).pop(name, None)

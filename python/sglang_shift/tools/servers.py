@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -123,6 +123,16 @@ class Server:
                 with suppress(psutil.NoSuchProcess):
                     if title in child.cmdline():
                         child.nice(LOWEST_PRIORITY)
+
+    def memory(self) -> dict[str, int]:
+        """Return the resident bytes of the first process and of all below it, by the names of the processes."""
+        sizes: Counter[str] = Counter()
+        root = psutil.Process(self.processes[0].pid)
+        for process in [root, *root.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                name = next((word for word in process.cmdline() if word.startswith("sglang::")), "launcher")
+                sizes[name] += process.memory_info().rss
+        return dict(sizes)
 
     def stop(self) -> None:
         """End the server and everything it started."""
