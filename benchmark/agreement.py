@@ -11,7 +11,6 @@ compares.
 from __future__ import annotations
 
 import argparse
-import socket
 from collections.abc import Callable
 from statistics import median
 from time import perf_counter_ns
@@ -23,6 +22,7 @@ import torch.multiprocessing as mp
 from sglang.srt.utils import broadcast_pyobj
 from sglang_shift.modes import Mode
 from sglang_shift.runtime import agreement
+from sglang_shift.tools.servers import free_port
 
 LAPS = 2000
 
@@ -77,11 +77,8 @@ def main() -> None:
     sizes = parser.parse_args().ranks
     print("ranks  answer broadcast  SGLang's of none  noting a step  tells  compares   (microseconds, medians)")
     for size in sizes:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         # The ranks are forked: a spawned rank would import SGLang again.
-        mp.start_processes(measure, (size, port), nprocs=size, start_method="fork")
+        mp.start_processes(measure, (size, free_port()), nprocs=size, start_method="fork")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
-from harness import SMALL_CHUNKS, SUPPORT, TWO_RANKS, Answer, Server, free_port
+from harness import SMALL_CHUNKS, SUPPORT, TWO_RANKS, Answer, Server
 from prompts import assert_same_answers
+from sglang_shift.tools.servers import free_port
 
 pytestmark = [pytest.mark.server, pytest.mark.full]
 

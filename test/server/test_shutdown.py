@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import requests
-from harness import TWO_RANKS, Server, child_process, free_port, surviving_processes
+from harness import TWO_RANKS, Server, child_process, surviving_processes
+from sglang_shift.tools.servers import free_port
 
 
 @pytest.mark.server

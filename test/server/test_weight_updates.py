@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from families import Family, greedy, make_model
-from harness import Answer, free_port
+from harness import Answer
 from prompts import assert_same_answers
 from safetensors.torch import load_file
+from sglang_shift.tools.servers import free_port
 from torch.distributed import ProcessGroup
 
 pytestmark = [pytest.mark.server, pytest.mark.full]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any, ClassVar
 import psutil
 import requests
 from forked_server import ForkedProcess
+from sglang_shift.tools.servers import free_port
 
 SUPPORT = Path(__file__).resolve().parent
 REPO = SUPPORT.parent.parent
@@ -41,12 +41,6 @@ SMALL_CHUNKS = (
     "--chunked-prefill-size", "128",
 )  # fmt: skip
 MIXED_CHUNKS = (*SMALL_CHUNKS, "--enable-mixed-chunk", "--reasoning-parser", "qwen3", "--enable-metrics")
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @dataclass

@@ -20,6 +20,7 @@ from unittest import mock
 
 from forked_server import CONTEXT, IMPORTS
 from model_trial import ENVIRONMENT, TrialError, prepare_process, save_time
+from sglang_shift.tools.servers import free_port
 
 SECONDS = 60  # a wait that takes longer hangs
 FLAGS = (
@@ -343,8 +344,6 @@ def started(
         instances: The instances at the start. With 0 these are SGLang's schedulers, and nothing of ours is in place.
         modes: Flags that say how the mode of a step is chosen.
     """
-    from harness import free_port
-
     with tempfile.TemporaryDirectory(prefix="shift_w_") as name, mock.patch.dict(os.environ, ENVIRONMENT):
         folder = Path(name)
         (folder / "port").write_text(str(free_port()))

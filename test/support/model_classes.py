@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 import transformers
-from harness import free_port
 from sglang.srt.configs.model_config import ModelConfig
 from sglang_shift.models.families import FAMILIES, PACKAGE
+from sglang_shift.tools.servers import free_port
 
 TINY = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

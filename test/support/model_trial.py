@@ -36,6 +36,7 @@ import random_shards
 import torch
 import trial_script
 from forked_server import CONTEXT, IMPORTS
+from sglang_shift.tools.servers import free_port
 
 SECONDS = 180  # a trial that takes longer hangs; it takes a few seconds, or tens if the machine is busy
 GRACE = 2  # seconds in which other ranks may say what they saw, after one has failed
@@ -127,12 +128,6 @@ COMMON_FLAGS = (
     "--max-total-tokens", "1024", "--max-running-requests", "8",
 )  # fmt: skip
 SHIFT_FLAGS = ("--enable-shift-parallel", "--shift-policy", "tokens", "--shift-threshold", "64")
-
-
-def free_port() -> int:
-    from harness import free_port
-
-    return free_port()
 
 
 class Ranks:

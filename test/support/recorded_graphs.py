@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from harness import free_port
 from sglang.srt.arg_groups.choices import add_attention_backend_choices
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
@@ -37,6 +36,7 @@ from sglang.srt.platforms.interface import PlatformCapabilities
 from sglang.srt.runtime_context import get_forward
 from sglang_shift.parallel import step as step_module
 from sglang_shift.platforms.cpu import ShiftCpuPlatform
+from sglang_shift.tools.servers import free_port
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import socket
 import threading
 import time
 from itertools import pairwise
@@ -39,6 +38,7 @@ from sglang_shift.runtime.reporter import ShiftOutputStreamer, finished_requests
 from sglang_shift.simulate.simulator import Server, simulate
 from sglang_shift.simulate.traffic import Request
 from sglang_shift.tools.benchmark.watch import Watch, read_metrics
+from sglang_shift.tools.servers import free_port
 from sglang_shift.tools.status_view import view
 
 TP, SP, THIRD = MODES
@@ -267,9 +267,7 @@ def test_metrics_have_the_label():
 def test_the_page(browser):
     hub, app = filled_hub(Hub()), FastAPI()
     routes.install(hub, app)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from random import SystemRandom
 from typing import Any
 
 import psutil
@@ -22,6 +23,7 @@ from sglang_shift.errors import ShiftError
 
 HOST = "127.0.0.1"
 SHUTDOWN_S = 20
+OWN_PORTS = range(12000, 32000)  # below those of outgoing connections, and SGLang adds up to 1000 to some
 LOWEST_PRIORITY = 19
 # This holds unless the environment says otherwise, because a download must not count as start-up time.
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
@@ -224,21 +226,37 @@ def rank_log(log: Path, rank: int) -> Path:
     return log.with_suffix(f".rank{rank}.log")
 
 
+def free_port() -> int:
+    """Return a port that is free now, and that the kernel gives to no outgoing connection.
+
+    The program that it is for binds it seconds later, when it has imported SGLang. Until then, the kernel may give any
+    port from 32768 on to a connection that somebody opens.
+    """
+    chooser = SystemRandom()  # processes that were forked, or seeded alike, must not choose alike
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            port = chooser.choice(OWN_PORTS)
+            probe.bind(("", port))
+            return port
+
+
 def claim_port(port: int) -> int:
-    """Return ``port`` if nothing listens on it. For 0, return a free port.
+    """Return ``port`` if nothing listens on it. For 0, return :func:`free_port`.
 
     The server would notice a port in use, too. But the program that listens on it might answer ``/health``.
 
     Raises:
         Failure: the port is in use.
     """
+    if port == 0:
+        return free_port()
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError as error:
             raise Failure(f"--port {port}: {error.strerror}; choose another, or leave it out") from error
-        return int(probe.getsockname()[1])
+    return port
 
 
 def tail(log: Path, lines: int = 25) -> str:

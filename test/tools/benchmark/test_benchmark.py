@@ -15,7 +15,6 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, StreamingResponse
-from harness import free_port
 from sglang_shift.errors import ShiftError
 from sglang_shift.simulate import traffic
 from sglang_shift.tools.benchmark import command, link, link_rate, options, watch
@@ -24,7 +23,7 @@ from sglang_shift.tools.benchmark.client import Client
 from sglang_shift.tools.benchmark.contenders import parse_contender, parse_contenders
 from sglang_shift.tools.benchmark.records import Visits
 from sglang_shift.tools.benchmark.workloads import Workload, prompt_ids
-from sglang_shift.tools.servers import Failure, launch
+from sglang_shift.tools.servers import Failure, free_port, launch
 
 CONTEXT = 4096
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import zmq
 from sglang_shift.observe import events, routes
 from sglang_shift.observe.events import Publisher, StateEvent, Subscriber, prepare_endpoint, remove_endpoint
 from sglang_shift.observe.hub import Hub
+from sglang_shift.tools.servers import free_port
 
 
 def state(**changes) -> StateEvent:
@@ -65,19 +67,11 @@ def name(monkeypatch):
 def free_ports(count: int) -> int:
     """The first of so many ports in a row that are free."""
     while True:
-        with socket.socket() as first:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            others = [socket.socket() for _ in range(1, count)]
-            try:
-                for i, other in enumerate(others, 1):
-                    other.bind(("127.0.0.1", port + i))
-                return port
-            except OSError:
-                continue
-            finally:
-                for other in others:
-                    other.close()
+        port = free_port()
+        with ExitStack() as stack, suppress(OSError):
+            for other in range(port, port + count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", other))
+            return port
 
 
 # Where the sockets are by default

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 
@@ -16,6 +15,7 @@ from sglang_shift.modes import Mode
 from sglang_shift.observe import events, routes
 from sglang_shift.observe.events import Finished, Publisher, StateEvent, StepEvent
 from sglang_shift.observe.hub import Hub
+from sglang_shift.tools.servers import free_port
 from starlette.middleware.base import BaseHTTPMiddleware
 
 EVIL = "<img src=x onerror='document.title=\"run\"'><script>document.title='run'</script>&amp;"
@@ -51,9 +51,7 @@ class Served:
         if api_key:
             add_api_key_middleware(app, api_key=api_key, admin_api_key=None)
         app.add_middleware(BaseHTTPMiddleware, dispatch=self.note)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="error"))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
