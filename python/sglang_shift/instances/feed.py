@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from sglang_shift.cost.deployment import Deployment, InstancePolicy, InstanceState
-from sglang_shift.instances.ledger import Ledger
+from sglang_shift.instances.ledger import Ledger, Load
 
 MEMORY = 0.99
 """The weight of what was known, when a request ends. So about the last 100 requests count."""
@@ -66,18 +65,14 @@ class PolicyFeed:
         """The deployment, with those requests in queues that came last to their instances."""
         if not any(self.waiting.values()):
             return deployment
-        needs: dict[int, list[int]] = defaultdict(list)
-        for placed in ledger.requests.values():
-            needs[placed.leader].append(placed.need)
         states = [
-            _queued(state, needs[leader], self.waiting.get(leader, 0))
+            _queued(state, ledger.load(leader), self.waiting.get(leader, 0))
             for leader, state in zip(ledger.leaders, deployment.instances, strict=True)
         ]
         return replace(deployment, instances=tuple(states))
 
 
-def _queued(state: InstanceState, needs: Sequence[int], waiting: int) -> InstanceState:
-    running = max(0, len(needs) - waiting)
-    return replace(
-        state, running=running, waiting=len(needs) - running, used=sum(needs[:running]), queued=sum(needs[running:])
-    )
+def _queued(state: InstanceState, load: Load, waiting: int) -> InstanceState:
+    waiting = min(waiting, load.requests)
+    queued = load.newest(waiting)
+    return replace(state, running=load.requests - waiting, waiting=waiting, used=load.tokens - queued, queued=queued)

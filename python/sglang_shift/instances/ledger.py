@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 
 from sglang_shift.cost.deployment import Deployment, InstanceState, Room, smallest_level
 from sglang_shift.instances.changes import Change, Layout
@@ -26,35 +27,42 @@ class Placed:
 
 @dataclass
 class Load:
-    """What the live requests of one instance need together, kept up to date with each request that comes or ends.
+    """What the live requests of one instance need, kept up to date with each request that comes or ends.
 
     Attributes:
-        requests: Their number.
         tokens: The tokens that they need.
         largest: The tokens that the largest one needs; 0 if there is none.
     """
 
-    requests: int = 0
     tokens: int = 0
     largest: int = 0
-    _needs: Counter[int] = field(default_factory=Counter)
+    _needs: dict[str, int] = field(default_factory=dict)  # by the ids of the requests, in the order of their arrival
+    _sizes: Counter[int] = field(default_factory=Counter)
 
-    def add(self, need: int) -> None:
+    @property
+    def requests(self) -> int:
+        return len(self._needs)
+
+    def add(self, rid: str, need: int) -> None:
         """Count a request that needs so many tokens."""
-        self.requests += 1
         self.tokens += need
         self.largest = max(self.largest, need)
-        self._needs[need] += 1
+        self._needs[rid] = need
+        self._sizes[need] += 1
 
-    def remove(self, need: int) -> None:
+    def remove(self, rid: str) -> None:
         """Count a request no longer."""
-        self.requests -= 1
+        need = self._needs.pop(rid)
         self.tokens -= need
-        self._needs[need] -= 1
-        if not self._needs[need]:
-            del self._needs[need]
+        self._sizes[need] -= 1
+        if not self._sizes[need]:
+            del self._sizes[need]
             if need == self.largest:
-                self.largest = max(self._needs, default=0)
+                self.largest = max(self._sizes, default=0)
+
+    def newest(self, count: int) -> int:
+        """The tokens that the last requests need together."""
+        return sum(islice(reversed(self._needs.values()), count))
 
 
 @dataclass
@@ -94,6 +102,10 @@ class Ledger:
         """
         return Deployment(now, tuple(self._state(each) for each in self.layout))
 
+    def load(self, leader: int) -> Load:
+        """What the requests of the instance with this first rank need."""
+        return self._loads[leader]
+
     def _state(self, instance: Instance) -> InstanceState:
         capacity = 0 if instance.leader in self.busy else self.capacities.get(instance.level, 0)
         load = self._loads[instance.leader]
@@ -119,13 +131,13 @@ class Ledger:
         """Record that a request was sent to an instance."""
         self.end([rid])
         self.requests[rid] = Placed(instance.leader, need)
-        self._loads[instance.leader].add(need)
+        self._loads[instance.leader].add(rid, need)
 
     def end(self, rids: Iterable[str]) -> None:
         """Forget requests that have ended. Unknown ones are ignored."""
         for rid in rids:
             if (placed := self.requests.pop(rid, None)) is not None:
-                self._loads[placed.leader].remove(placed.need)
+                self._loads[placed.leader].remove(rid)
 
     def held_by(self, leader: int, rids: Iterable[str]) -> None:
         """Record which requests an instance has after a change."""
@@ -146,8 +158,8 @@ class Ledger:
 
     def _move(self, rid: str, leader: int) -> None:
         placed = self.requests[rid]
-        self._loads[placed.leader].remove(placed.need)
-        self._loads[leader].add(placed.need)
+        self._loads[placed.leader].remove(rid)
+        self._loads[leader].add(rid, placed.need)
         self.requests[rid] = Placed(leader, placed.need)
 
     def report(self) -> list[dict[str, int]]:
