@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from itertools import cycle
-
+import crowd
 import pytest
 import requests
 import torch
+from crowd import CROWDED, tokens
 from families import Family, greedy, make_model
-from harness import Answer
 from prompts import LOGPROB_TOLERANCE, assert_same_answers
-from sglang_shift.cost.chunk_budget import FLOOR
 from tiny_models import LATENT
 
 pytestmark = [pytest.mark.server, pytest.mark.full]
@@ -22,8 +17,7 @@ LENGTHS = [1, 2, 3, 5, 64, 201, 702, 1500]  # the last one takes two steps
 CHUNK, ROWS, RANKS = 1024, 450, 4
 FLAGS = (
     "--dtype", "float32", "--tp-size", str(RANKS), "--enable-shift-parallel", "--dcp-size", "auto",
-    "--chunked-prefill-size", str(CHUNK), "--max-running-requests", "16", "--shift-tbt-target", "1000",
-    "--max-total-tokens", str(ROWS), "--schedule-conservativeness", "0.01",
+    "--chunked-prefill-size", str(CHUNK), "--max-total-tokens", str(ROWS), *CROWDED,
 )  # fmt: skip
 DEEPSEEK = Family(
     "DeepseekV3Config",
@@ -46,15 +40,6 @@ def model(folder):
     return make_model(str(folder / "model"), DEEPSEEK)
 
 
-def tokens(count, start=0):
-    return [(37 * i + 11 * start + i * i % 7) % 4000 + 10 for i in range(start, start + count)]
-
-
-STREAMS = [tokens(60, start=100 * i) for i in range(12)]
-LONG = [tokens(500) + tokens(200, start=1000 * i) for i in range(1, 4)]
-STREAM_TOKENS = 120
-
-
 @pytest.fixture(scope="module")
 def expected(model):
     return [greedy(model, tokens(length), 8) for length in LENGTHS]
@@ -67,7 +52,7 @@ def generated(model):
     Each answer ends before the first token that rounding could change.
     """
     found = []
-    for prompts, count in ((STREAMS, STREAM_TOKENS), (LONG, 8)):
+    for prompts, count in ((crowd.streams(), crowd.STREAM_TOKENS), (crowd.long_prompts(), crowd.LONG_TOKENS)):
         output = model.generate(
             torch.tensor(prompts), max_new_tokens=count, do_sample=False, eos_token_id=-1,
             return_dict_in_generate=True, output_logits=True,
@@ -124,37 +109,7 @@ def test_capacity(server):
 
 def test_everything_at_once(server, generated):
     """Chunks of the floor beside decodes, cached prefixes, retractions, and a mode that is switched from outside."""
-    asked = [(ids, STREAM_TOKENS) for ids in STREAMS] + [(ids, 8) for ids in LONG]
-    server.flush_cache()
-    server.generate(tokens(500), 1)
-    server.set(shift_tbt_target=0.001)
-    before = server.state
-    stop, modes = threading.Event(), cycle(["sp", "tp", "calibrated"])
-
-    def switch():
-        while not stop.wait(0.15):
-            server.set(shift_policy=next(modes))
-
-    def ask(ids, count) -> Answer:
-        # SGLang reserves all tokens of a request that ignores the end of its text; only others can outgrow the pool.
-        return server.generate(ids, count, return_logprob=False, sampling_params={"ignore_eos": False})
-
-    with ThreadPoolExecutor(len(asked) + 1) as pool:
-        switching = pool.submit(switch)
-        try:
-            answers = [pool.submit(ask, *each) for each in asked[: len(STREAMS)]]
-            time.sleep(0.5)
-            answers += [pool.submit(ask, *each) for each in asked[len(STREAMS) :]]
-            answers = [answer.result() for answer in answers]
-        finally:
-            stop.set()
-        switching.result()
-    after = server.state
+    answers = crowd.answers_of(server, page=RANKS)
     assert [answer.tokens[: len(sure)] for answer, sure in zip(answers, generated, strict=True)] == generated
-    assert sum(map(len, generated)) > 0.8 * sum(count for _, count in asked)
-    assert after["chunks"]["steps"]["mixed"] > before["chunks"]["steps"]["mixed"], "no prompt beside decodes"
-    assert after["chunks"]["last"]["room"] == FLOOR
-    assert max(answer.meta["cached_tokens"] for answer in answers[len(STREAMS) :]) >= 500 - RANKS
-    assert sum(answer.meta["num_retractions"] for answer in answers) > 0, "the pool was not too small"
-    assert all(after["steps"][mode] > before["steps"][mode] for mode in ("tp", "sp"))
-    assert after["switches"] > before["switches"] + 2
+    asked = crowd.STREAMS * crowd.STREAM_TOKENS + 3 * crowd.LONG_TOKENS
+    assert sum(map(len, generated)) > 0.8 * asked

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import crowd
 import pytest
 import requests
+from crowd import CROWDED
 from harness import SUPPORT, shift_flags
 from prompts import assert_same_answers
 
@@ -135,6 +137,25 @@ def test_retraction(reference, servers):
     assert sum(answer.meta["num_retractions"] for answer in crowded) > 0, "the pool was not too small"
     assert min(steps.values()) > 0
     assert_same_answers(crowded, calm)
+
+
+@pytest.mark.server
+@pytest.mark.full
+def test_everything_at_once(reference, servers):
+    """Chunks of the floor beside decodes, cached prefixes, retractions, and a mode that is switched from outside."""
+    stock = servers.get("--dtype", "float32", "--tp-size", "1")
+    expected = [
+        stock.generate(ids, crowd.STREAM_TOKENS, sampling_params={"ignore_eos": False}) for ids in crowd.streams()
+    ]
+    expected += [
+        stock.generate(ids, crowd.LONG_TOKENS, sampling_params={"ignore_eos": False}) for ids in crowd.long_prompts()
+    ]
+    flags = (
+        "--dtype", "float32", "--tp-size", "4", "--enable-shift-parallel", "--dcp-size", "auto",
+        "--chunked-prefill-size", "1024", "--max-total-tokens", str(FEW_ROWS), *CROWDED,
+    )  # fmt: skip
+    answers = crowd.answers_of(servers.get(*flags), page=2)
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
 
 
 @pytest.mark.server
