@@ -70,7 +70,7 @@ class Server:
     flags: list[str]
     module: list[str] = field(default_factory=lambda: list(COMMAND))
     env: dict[str, str] = field(default_factory=dict)
-    forked: bool = False  # starts in a third of the time: see forked_server.py
+    forked: bool = False  # starts in a third of the time (see forked_server.py), and sleeps if it is idle
 
     start_seconds: ClassVar[list[float]] = []  # seconds until each server of this session was ready
 
@@ -84,7 +84,8 @@ class Server:
         env = {**os.environ, "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1", "HF_HUB_OFFLINE": "1", **self.env}
         arguments = [*self.module, "--port", str(self.port), "--host", "127.0.0.1", *self.flags]
         if self.forked:
-            return ForkedProcess(arguments, env, self.log)
+            # A rank that asks for requests without a pause would take the core of the client, and of other tests.
+            return ForkedProcess([*arguments, "--sleep-on-idle"], env, self.log)
         with self.log.open("wb") as log:
             return subprocess.Popen(
                 [sys.executable, *arguments], stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
