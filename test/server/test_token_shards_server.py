@@ -73,6 +73,13 @@ def test_many_requests_share_a_prefix(server, reference):
     assert_same_answers(answers, [expected] * 8)
 
 
+def test_beams_are_refused(server):
+    body = {"input_ids": [5, 6, 7], "sampling_params": {"beam_width": 2, "max_new_tokens": 4}}
+    response = requests.post(server.url + "/generate", json=body, timeout=60)
+    assert response.status_code == 400 and "beam_width is 2, but beams need" in response.text
+    assert server.generate([5, 6, 7], 4).tokens
+
+
 def test_capacity(server):
     """Exactly D times the tokens, in the bytes that the same rows take without shards."""
     info = requests.get(server.url + "/server_info", timeout=60).json()

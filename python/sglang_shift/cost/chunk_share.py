@@ -52,7 +52,11 @@ class ChunkShare:
         self.credit = min(most, self.credit + tokens)
 
     def take(self, tokens: int) -> None:
-        """Record that a waiting prompt took ``tokens``, beside a long prompt."""
+        """Record that ``tokens`` of a step were kept for waiting prompts, beside a long prompt.
+
+        They count even if the step could not take these prompts, for example because the KV cache was full. Otherwise
+        each step would keep tokens for them again, and the long prompt would starve.
+        """
         self.credit = max(0, self.credit - tokens)
 
     def reset(self) -> None:

@@ -17,7 +17,7 @@ import msgspec
 import torch
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.embed_types import PositionalEmbeds
-from sglang.srt.runtime_context import get_memory, get_observability, get_schedule
+from sglang.srt.runtime_context import get_memory, get_observability, get_parallel, get_schedule
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
 from sglang_shift.seams import relies_on
@@ -138,6 +138,7 @@ def check_values(request: Any, model: Any) -> None:
         check_positions(request)
     if isinstance(request, io_struct.TokenizedEmbeddingReqInput):
         return
+    check_beams(params.beam_width or 1)
     if request.input_embeds is not None:
         check_rows(request.input_embeds, model)
     if request.custom_logit_processor:
@@ -148,6 +149,16 @@ def check_values(request: Any, model: Any) -> None:
         raise ValueError(f"logprob_start_len is {start} and must be at least -1; give -1 for the new tokens only")
     if not 0 <= (top := request.top_logprobs_num) <= vocab_size:
         raise ValueError(f"top_logprobs_num is {top} and must be between 0 and the {vocab_size} tokens there are")
+
+
+def check_beams(width: int) -> None:
+    """Check the width of a beam search. SGLang's beams need pages of one token, and overlook the pages of shards.
+
+    Raises:
+        ValueError: ranks divide the KV cache by token.
+    """
+    if width > 1 and (shards := get_parallel().dcp_size) > 1:
+        raise ValueError(f"beam_width is {width}, but beams need a server without --dcp-size {shards}; leave it out")
 
 
 def check_logit_processor(text: str) -> None:

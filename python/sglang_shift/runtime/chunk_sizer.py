@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+from sglang.srt.beam_search.batch_tail import num_beam_member_rows
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
@@ -129,7 +130,8 @@ class ChunkSizer:
         if not self.active:
             return self._mixes_without_target
         fits = 2 * running.batch_size() <= self.scheduler.chunked_prefill_size
-        return self._can_mix and fits and not running.return_logprob and all(r.beam_group is None for r in running.reqs)
+        alone = running.return_logprob or running.return_hidden_states  # a step with prompts returns them differently
+        return self._can_mix and fits and not alone and all(req.beam_group is None for req in running.reqs)
 
     def decodes_of(self, running: ScheduleBatch) -> Decodes:
         """The requests of a batch that decode while prompts are computed."""
@@ -137,7 +139,9 @@ class ChunkSizer:
             return Decodes()
         width = self.scheduler.shift_width
         reads = sum(kv_reads(max(0, req.seqlen - 1), width) for req in running.reqs)
-        return Decodes(len(running.reqs), reads, width, self.scheduler.is_mixed_chunk)
+        return Decodes(
+            len(running.reqs) + num_beam_member_rows(running.reqs), reads, width, self.scheduler.is_mixed_chunk
+        )
 
     def take_chunk(self, batch: ScheduleBatch) -> Chunk | None:
         """The decision for a batch that is about to run; None if no bound applies to it. Call it for each batch."""

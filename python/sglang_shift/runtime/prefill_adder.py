@@ -13,6 +13,7 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
+from sglang.srt.mem_cache.common import match_kv_cache
 
 from sglang_shift.cost.chunk_budget import ChunkBudget, Decodes, Prompts
 from sglang_shift.cost.chunk_share import ChunkShare
@@ -78,12 +79,8 @@ class ShiftPrefillAdder(PrefillAdder):
     @overrides("Our method limits the prompt that continues to the budget, and to its share of the step.")
     def add_chunked_req(self, req: Req) -> Req | None:
         plan = self._plan(req, req.prefix_len)
-        waiting = list(islice(self.waiting, PENDING_REQUESTS))
-        needs = [self.ceil_paged_tokens(uncached_tokens(other)) for other in waiting]
-        chosen = self.share.chosen(plan.room, needs, self.page_size)
-        self.chosen = {waiting[i].rid for i in chosen}
-        pages = (plan.room - sum(needs[i] for i in chosen)) // self.page_size
-        self.chunked_req_limit = max(1, pages) * self.page_size
+        beside = self._choose(plan.room)
+        self.chunked_req_limit = max(1, (plan.room - beside) // self.page_size) * self.page_size
         self.rem_chunk_tokens = plan.room
         rest: Req | None = super().add_chunked_req(req)
         tokens = self._record(req, plan)
@@ -91,7 +88,27 @@ class ShiftPrefillAdder(PrefillAdder):
             self.share.reset()
         else:
             self.share.continue_long(tokens, plan.chunk)
+            self.share.take(beside)
         return rest
+
+    def _choose(self, room: int) -> int:
+        """Choose the waiting prompts that share the step with a prompt that continues. Return the tokens for them."""
+        waiting = [] if self.running_batch.batch_is_full else list(islice(self.waiting, PENDING_REQUESTS))
+        needs = [self.ceil_paged_tokens(self._uncached_tokens(req)) for req in waiting]
+        chosen = self.share.chosen(room, needs, self.page_size)
+        self.chosen = {waiting[i].rid for i in chosen}
+        return sum(needs[i] for i in chosen)
+
+    def _uncached_tokens(self, req: Req) -> int:
+        """Tokens that a waiting prompt needs, by the last look-up of its cached prefix.
+
+        SGLang looks a prompt up when it adds it, and some of its queue policies do so earlier. So we look once.
+        """
+        if not hasattr(req, "shift_looked_up"):
+            req.shift_looked_up = True
+            if not req.num_matched_prefix_tokens:
+                match_kv_cache(req, self.tree_cache)
+        return max(1, len(req.origin_input_ids) + len(req.output_ids) - req.num_matched_prefix_tokens)
 
     @overrides(
         "Our method limits a new prompt to the budget. Beside a prompt that continues, it adds only chosen ones."
@@ -110,9 +127,7 @@ class ShiftPrefillAdder(PrefillAdder):
         self.rem_chunk_tokens = plan.room
         result = super().add_one_req(req, has_chunked_req, truncation_align_size)
         tokens = self._record(req, plan)
-        if has_chunked_req:
-            self.share.take(tokens)
-        elif self.new_chunked_req is req:
+        if not has_chunked_req and self.new_chunked_req is req:
             self.share.reset()
             self.share.continue_long(tokens, plan.chunk)
         return result
@@ -142,8 +157,3 @@ class ShiftPrefillAdder(PrefillAdder):
 def shares_step(req: Req) -> bool:
     """Whether SGLang can decode other requests in a step with this prompt."""
     return not req.return_logprob and req.input_embeds is None
-
-
-def uncached_tokens(req: Req) -> int:
-    """Tokens that a waiting prompt needs, by the last look-up of its cached prefix."""
-    return max(1, len(req.origin_input_ids) + len(req.output_ids) - req.num_matched_prefix_tokens)

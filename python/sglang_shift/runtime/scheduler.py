@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 import msgspec
+from sglang.srt.beam_search.batch_tail import num_beam_member_rows
 from sglang.srt.managers import scheduler as sglang_scheduler
 from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
@@ -232,7 +233,7 @@ class ShiftScheduler(Scheduler):
             reads = sum(map(kv_reads, batch.prefix_lens, batch.extend_lens))
         else:
             width = self.shift_width
-            tokens, prefill = batch.batch_size() * width, 0
+            tokens, prefill = (batch.batch_size() + num_beam_member_rows(batch.reqs)) * width, 0
             # Speculative decoding may not know the lengths of the sequences before the step before has ended. The
             # requests know the tokens that the scheduler has processed, and these are the same on every rank.
             reads = (

@@ -333,13 +333,13 @@ class _Simulation:
     def _take_beside(self, chosen: list[int], chunk: int, prompts: Prompts) -> tuple[list[int], Prompts]:
         """Take the chosen requests, beside the prompt that continues. The arguments and results are as above."""
         finished: list[int] = []
+        self.share.take(sum(self.requests[i].prompt for i in chosen))
         for i in chosen:
             prompt = self.requests[i].prompt
             room = self._room(prompts, 0, chunk)
             if prompt > room or self.running + len(finished) >= self.server.max_running or not self._admit(i):
                 break
             prompts = prompts.plus(0, prompt)
-            self.share.take(prompt)
             finished.append(i)
         return finished, prompts
 

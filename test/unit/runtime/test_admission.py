@@ -352,3 +352,13 @@ def test_weights_in_a_format_that_does_not_exist():
     updater = ShiftWeightUpdater.__new__(ShiftWeightUpdater)  # without a runner: nothing may be asked of it
     done, message = updater.update_weights_from_disk("/nowhere", "x", recapture_cuda_graph=False)
     assert not done and message.startswith("load_format 'x' is unknown; give one of auto, pt, safetensors")
+
+
+@pytest.mark.parametrize(("shards", "width", "served"), [(1, 4, True), (2, 1, True), (2, 2, False)])
+def test_beams_need_a_cache_that_is_not_divided_by_token(monkeypatch, shards, width, served):
+    monkeypatch.setattr(admission, "get_parallel", lambda: SimpleNamespace(dcp_size=shards))
+    if served:
+        admission.check_beams(width)
+    else:
+        with pytest.raises(ValueError, match="beam_width is 2, but beams need a server without --dcp-size 2"):
+            admission.check_beams(width)

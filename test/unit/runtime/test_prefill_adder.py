@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 from sglang_shift.cost.chunk_budget import ChunkBudget, Decodes, Prompts
 from sglang_shift.cost.chunk_share import ChunkShare
 from sglang_shift.cost.model import CostModel, Curve
 from sglang_shift.modes import Mode
+from sglang_shift.runtime import prefill_adder
 from sglang_shift.runtime.prefill_adder import ShiftPrefillAdder
 
 LINE = Curve((1, 10_001), (1.0, 10_001.0))  # a second for each token
@@ -59,13 +62,18 @@ def stand_in(monkeypatch):
         add(self, req, min(rest, most))
         return req if rest > most else None
 
+    def match(req, tree_cache):
+        req.num_matched_prefix_tokens = tree_cache.get(req, 0)
+
     monkeypatch.setattr(PrefillAdder, "add_one_req", add_one_req)
+    monkeypatch.setattr(prefill_adder, "match_kv_cache", match)
     monkeypatch.setattr(PrefillAdder, "add_chunked_req", add_chunked_req)
 
 
 def adder(target, decodes, waiting=(), share=None, chunk=1000, floor=8, needs_tp=lambda prompt: False, costs=COSTS):
     made = object.__new__(ShiftPrefillAdder)
     made.page_size, made.rem_chunk_tokens = PAGE, chunk
+    made.running_batch, made.tree_cache = SimpleNamespace(batch_is_full=False), {}
     made.can_run_list, made.new_chunked_req, made.chunked_req_limit = [], None, None
     budget = ChunkBudget(costs, target, floor=floor)
     made.start(budget, decodes, share or ChunkShare(), waiting, needs_tp)
@@ -140,7 +148,41 @@ def test_a_long_prompt_shares_its_steps_with_short_ones():
     results = add(made, short, medium, other, has_chunked=True)
     assert tokens(made) == [48, 30, 20]
     assert results[:2] == [AddReqResult.CONTINUE] * 2
-    assert share.credit == 100 + 48 - 30 - 20
+    assert share.credit == 100 + 48 - 32 - 20
+
+
+def test_tokens_kept_for_a_prompt_that_is_not_added_are_spent():
+    """SGLang may not admit it, for example because the KV cache is full. The next step is the long prompt's own."""
+    share, short, long = ChunkShare(), Prompt(96), Prompt(1000)
+    taken = []
+    for _ in range(5):
+        made = adder(110.0, Decodes(10, mixed=True), [short], share)
+        assert made.add_chunked_req(long) is long
+        taken.append(long.extend_len)
+        long.prefix_len = long.extend_end
+    assert taken == [100, 4, 100, 4, 100]
+
+
+def test_nothing_is_kept_for_others_if_the_batch_is_full():
+    share, short, long = ChunkShare(), Prompt(30), Prompt(1000)
+    share.continue_long(500, 1000)
+    made = adder(110.0, Decodes(10, mixed=True), [short], share)
+    made.running_batch.batch_is_full = True
+    made.add_chunked_req(long)
+    assert tokens(made) == [100]
+
+
+def test_a_cached_prefix_is_looked_up_once_before_the_choice():
+    share, turn, long = ChunkShare(), Prompt(5000), Prompt(1000)
+    share.continue_long(500, 1000)
+    made = adder(110.0, Decodes(10, mixed=True), [turn], share)
+    made.tree_cache = {turn: 4980}
+    made.add_chunked_req(long)
+    assert tokens(made) == [80] and made.chosen == {turn.rid}
+    made = adder(110.0, Decodes(10, mixed=True), [turn], share)
+    made.tree_cache = {turn: 0}
+    made.add_chunked_req(long)
+    assert made.chosen == {turn.rid}, "SGLang looks again when it adds the prompt"
 
 
 def test_without_credit_nothing_passes_a_long_prompt():
