@@ -165,7 +165,11 @@ def requests_of(args: argparse.Namespace, load: float, share: float, seed: int, 
     if args.day:
         return day(unit, load, args.seconds, levels, args.ranks)
     if args.trace:
-        window = cut_window(read_trace(args.trace), seed * args.seconds * load, args.seconds * load)
+        start, seconds = seed * args.seconds * load, args.seconds * load
+        if not (window := cut_window(read_trace(args.trace), start, seconds)):
+            sys.exit(
+                f"{args.trace} has no requests from {start:g} to {start + seconds:g} s; give smaller --loads or --seeds"
+            )
         if not args.fit:
             return scale(window, time=1 / load, context=levels[args.ranks].tokens // 2)
         longest = max(r.prompt + r.output for r in window)
