@@ -114,7 +114,8 @@ def test_refused_at_resolution(flags, message):
 
 
 ASKING = {
-    "enable_hierarchical_cache": True, "enable_lmcache": True, "enable_hisparse": True,
+    "enable_hierarchical_cache": True, "enable_lmcache": True, "enable_flexkv": True, "radix_cache_backend": "other",
+    "enable_unified_cache_external_linker": True, "enable_hisparse": True,
     "enable_unified_memory": True, "enable_kv_cache_sharding": True, "kv_cache_dtype": "fp4_e2m1",
     "enable_deterministic_inference": True, "speculative_algorithm": "EAGLE", "disaggregation_mode": "decode",
 }  # fmt: skip
