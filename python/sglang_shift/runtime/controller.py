@@ -22,7 +22,7 @@ import setproctitle
 import zmq
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.data_parallel_controller import DataParallelController
-from sglang.srt.managers.io_struct import sock_recv, sock_send, wrap_as_pickle
+from sglang.srt.managers.io_struct import PickleWrapper, sock_recv, sock_send, wrap_as_pickle
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.plugins import load_plugins
 from sglang.srt.runtime_context import publish
@@ -273,6 +273,8 @@ class InstanceController(DataParallelController):
         if index is not None:
             instance = self.ledger.layout[index]
             self.ledger.place(req.rid, instance, need)
+            if not isinstance(req.time_stats, PickleWrapper):
+                req.time_stats = wrap_as_pickle(req.time_stats)  # SGLang leaves it open in a request that was held
             sock_send(self.workers[instance.leader], req)
         elif self.operation is not None or self.policy.changes_layout:
             self.held.append(req)

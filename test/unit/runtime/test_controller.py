@@ -6,9 +6,11 @@ from itertools import pairwise
 
 import pytest
 import zmq
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.data_parallel_controller import DataParallelController
 from sglang.srt.managers.io_struct import sock_recv, sock_send, wrap_as_pickle
+from sglang.srt.observability.req_time_stats import APIServerReqTimeStats, DPControllerReqTimeStats
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang_shift.config import ShiftConfig
 from sglang_shift.cost.layouts import InstanceCosts
@@ -29,6 +31,7 @@ from sglang_shift.runtime.controller import InstanceController
 from sglang_shift.runtime.instance_requests import ChangeInstancesReqInput, ChangeInstancesReqOutput, carry_messages
 
 RANKS = 4
+PROBE = f"{HEALTH_CHECK_RID_PREFIX}_1"
 READY = InstancesReady({1: 100, 2: 200, 4: 400}, context=1000)
 
 
@@ -213,6 +216,22 @@ def test_a_change_that_ranks_give_up(ready):
     assert not answer.success and answer.message == "there is no memory"
     assert ready.controller.ledger.leaders == [0, 1, 2, 3]
     assert sum(map(len, ready.received().values())) == 1, "the request that was held is served"
+
+
+@pytest.mark.parametrize("pickled", [True, False])
+def test_a_request_that_was_held_can_be_sent(ready, monkeypatch, pickled):
+    """SGLang sends messages as pickles, or by msgpack with the times of a request as a pickle inside."""
+    monkeypatch.setattr(io_struct, "_USE_PICKLE_IPC", pickled)
+    ready.ask(ChangeInstancesReqInput(level=4))
+    [message] = ready.received()[0]
+    for rid in ("held", PROBE):
+        ready.ask(request(rid, time_stats=wrap_as_pickle(APIServerReqTimeStats())))
+    ready.tell(changed(message))
+    got = ready.received()[0]
+    assert [each.rid for each in got] == ["held", PROBE]
+    for each in got:
+        each.unwrap_pickle_fields()
+        assert isinstance(each.time_stats, DPControllerReqTimeStats)
 
 
 @pytest.mark.parametrize(
