@@ -24,6 +24,7 @@ from sglang.srt.managers import io_struct
 from sglang.srt.managers.data_parallel_controller import DataParallelController
 from sglang.srt.managers.io_struct import PickleWrapper, sock_recv, sock_send, wrap_as_pickle
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.plugins import load_plugins
 from sglang.srt.runtime_context import publish
 from sglang.srt.utils.common import configure_logger, kill_itself_when_parent_died
@@ -297,7 +298,7 @@ class InstanceController(DataParallelController):
 
     def deployment(self) -> Deployment:
         """The instances as the policy sees them."""
-        needs = tuple(self.need(each) for each in self.held if isinstance(each, REQUESTS))
+        needs = tuple(self.need(each) for each in self.held if _is_served(each))
         deployment = replace(self.ledger.deployment(time.monotonic()), unplaced=needs, changed=self.changed_at)
         return self.feed.view(self.ledger, deployment)
 
@@ -340,7 +341,7 @@ class InstanceController(DataParallelController):
         """Handle what was held while ranks changed."""
         held, self.held = self.held, deque()
         for each in held:
-            if isinstance(each, REQUESTS):
+            if _is_served(each):
                 self.route(each)
             else:
                 self._request_dispatcher(each)
@@ -551,10 +552,15 @@ def sentence(message: LevelChanged, change: Change) -> str:
     )
 
 
+def _is_served(held: Any) -> bool:
+    """Whether a message is a request that an instance serves. A health check is for any rank that leads."""
+    return isinstance(held, REQUESTS) and not is_health_check_generate_req(held)
+
+
 def _aborts(req: Any, held: Any) -> bool:
     """Whether an abort is for a request that is held. SGLang compares the beginnings of ids."""
     rid = getattr(held, "rid", None)
-    return isinstance(held, REQUESTS) and (req.abort_all or str(rid).startswith(req.rid))
+    return _is_served(held) and (req.abort_all or str(rid).startswith(req.rid))
 
 
 def _starts_nothing(*_: Any) -> None:

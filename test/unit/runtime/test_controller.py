@@ -218,6 +218,21 @@ def test_a_change_that_ranks_give_up(ready):
     assert sum(map(len, ready.received().values())) == 1, "the request that was held is served"
 
 
+def test_health_checks_go_to_the_leaders_in_turn_and_count_for_nobody(ready):
+    """A busy rank answers a health check without its id, so nobody would take it out of the ledger again."""
+    for _ in range(RANKS):
+        ready.ask(request(PROBE))
+    assert sorted(ready.received()) == [0, 1, 2, 3]
+    ready.ask(ChangeInstancesReqInput(level=2, first=0, ranks=2))
+    [message] = ready.received()[0]
+    for _ in range(3):
+        ready.ask(request(PROBE))
+    assert not ready.received() and not ready.controller.deployment().unplaced
+    ready.tell(changed(message))
+    assert sorted(ready.received()) == [0, 2, 3]
+    assert not ready.controller.ledger.requests
+
+
 @pytest.mark.parametrize("pickled", [True, False])
 def test_a_request_that_was_held_can_be_sent(ready, monkeypatch, pickled):
     """SGLang sends messages as pickles, or by msgpack with the times of a request as a pickle inside."""
