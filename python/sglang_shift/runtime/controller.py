@@ -109,6 +109,7 @@ TOO_LONG = (
     "the request needs {need} tokens of KV cache, and the largest instance holds {largest}; ask for fewer tokens, or "
     "let instances merge to {level} ranks (POST /shift/instances)"
 )
+ABORTED = "the request was aborted before an instance had it"
 BUSY = "instances merge or split already; try again when they are done"
 ANSWERING = "the ranks still work on a {kind}; try again when it is answered"
 HALFWAY = (
@@ -318,8 +319,10 @@ class InstanceController(DataParallelController):
 
     def refuse(self, req: Any, why: str) -> None:
         """Answer a request with an error. No rank gets it."""
+        self._finish(req, FINISH_ABORT(why, HTTPStatus.BAD_REQUEST).to_json())
+
+    def _finish(self, req: Any, reason: Any) -> None:
         self.feed.ended([req.rid], [])
-        reason = FINISH_ABORT(why, HTTPStatus.BAD_REQUEST).to_json()
         answer = io_struct.AbortReq(rid=req.rid, finished_reason=reason, http_worker_ipc=req.http_worker_ipc)
         sock_send(self.to_tokenizer, answer)
 
@@ -327,11 +330,12 @@ class InstanceController(DataParallelController):
         """Abort requests on all instances, and those that are held.
 
         Ranks that change get the abort right after the change. Later its id may be the id of another request.
+        As on a rank, an aborted request is no error, so it has no status.
         """
         kept = [each for each in self.held if not _aborts(req, each)]
         for each in self.held:
             if _aborts(req, each):
-                self.refuse(each, "the request was aborted before an instance had it")
+                self._finish(each, req.finished_reason or FINISH_ABORT(ABORTED).to_json())
         self.held = deque(kept)
         self._send(req, [leader for leader in self.ledger.leaders if leader not in self.ledger.busy])
         if self.ledger.busy:

@@ -339,6 +339,10 @@ def test_aborts_reach_all_leaders_and_what_is_held(ready):
     ready.ask(io_struct.AbortReq(rid="held"))
     [answer] = ready.answers()
     assert answer.rid == "held-1" and answer.finished_reason["type"] == "abort"
+    assert answer.finished_reason["status_code"] is None, "as if it waited on a rank, the answer is no error"
+    why = {"type": "abort", "message": "a reason of the sender"}
+    ready.ask(io_struct.AbortReq(abort_all=True, finished_reason=why))
+    assert [(each.rid, each.finished_reason) for each in ready.answers()] == [("other", why)]
 
 
 def test_an_abort_during_a_change_spares_a_later_request_of_the_same_id(ready):
