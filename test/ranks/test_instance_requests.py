@@ -201,6 +201,24 @@ def test_a_request_that_cannot_travel_prevents_the_merge(world, alone):
     assert world.wait_end(["plain"]) == {"plain": alone["plain"].tokens}
 
 
+def test_an_open_weight_update_prevents_the_split(world):
+    world.merge()
+    assert world.call(update_weights, "begin_weight_update") == [True, True]
+    refused = world.change(0, 2, 1)
+    assert not refused.ok and refused.reason == "a weight update is open"
+    assert world.call(update_weights, "end_weight_update") == [True, True]
+    world.split()
+
+
+def update_weights(scheduler, method):
+    """Do a part of a weight update, without the controller. The offline engine's calls of a method do so."""
+    from sglang.srt.managers import io_struct
+
+    begins = method == "begin_weight_update"
+    request = io_struct.BeginWeightUpdateReqInput() if begins else io_struct.EndWeightUpdateReqInput()
+    return getattr(scheduler.weight_updater, method)(request).success
+
+
 def test_a_change_is_given_up(world, alone):
     """One rank has no memory for the exchange. All go on as before."""
     submit(world, 0, "plain")

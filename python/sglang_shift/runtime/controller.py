@@ -56,6 +56,7 @@ from sglang_shift.runtime.instance_requests import (
     carry_messages,
 )
 from sglang_shift.runtime.reporter import STATE_S
+from sglang_shift.runtime.weight_updates import UPDATING, WeightUpdates
 from sglang_shift.seams import overrides, relies_on
 
 logger = logging.getLogger(__name__)
@@ -124,12 +125,14 @@ class Gathering:
     """The answers of the leaders to one control request.
 
     Attributes:
+        request: The request.
         kind: The type of the answers.
         worker: The address of the tokenizer worker that has sent the request; None if there is one tokenizer.
         count: How many leaders will answer.
         answers: The answers so far.
     """
 
+    request: Any
     kind: type
     worker: str | None
     count: int
@@ -181,6 +184,7 @@ class InstanceController(DataParallelController):
         self.held: deque[Any] = deque()
         self.aborts: list[Any] = []
         self.gatherings: list[Gathering] = []
+        self.updates = WeightUpdates()
         self.operation: Operation | None = None
         self.change: Change | None = None
         self.changed_at = float("-inf")
@@ -365,7 +369,7 @@ class InstanceController(DataParallelController):
             self.paused = isinstance(req, io_struct.PauseGenerationReqInput)
         leaders = self.ledger.leaders[:1] if isinstance(req, READS) else self.ledger.leaders
         if kind is not None:
-            self.gatherings.append(Gathering(kind, req.http_worker_ipc, len(leaders)))
+            self.gatherings.append(Gathering(req, kind, req.http_worker_ipc, len(leaders)))
         self._send(req, leaders)
         self.ended = isinstance(req, io_struct.ShutdownReq)
 
@@ -381,6 +385,7 @@ class InstanceController(DataParallelController):
                     return
                 self.gatherings.remove(gathering)
                 answer = gathering.combined()
+                self.updates.answered(gathering.request, answer)
                 break
         if isinstance(answer, io_struct.GetInternalStateReqOutput):
             answer.internal_state.setdefault("shift", {})["instances"] = self.report()
@@ -416,9 +421,13 @@ class InstanceController(DataParallelController):
         self.begin(Operation(deque(changes), req.reason, request=req))
 
     def consult(self) -> None:
-        """Ask the policy for a layout, at most every :data:`POLICY_S` seconds, and begin to change to it."""
+        """Ask the policy for a layout, at most every :data:`POLICY_S` seconds, and begin to change to it.
+
+        While a trainer is connected, all ranks stay one instance, because only then they can take new weights.
+        """
         now = time.monotonic()
-        if now < self.policy_due or self.why_not_now():
+        serves_trainer = self.updates.groups and len(self.ledger.layout) == 1
+        if now < self.policy_due or serves_trainer or self.why_not_now():
             return
         self.policy_due = now + POLICY_S
         deployment = self.deployment()
@@ -431,6 +440,8 @@ class InstanceController(DataParallelController):
         """Why no instances can merge or split now, in one sentence; empty if they can."""
         if self.operation is not None:
             return BUSY
+        if self.updates.open:
+            return UPDATING
         if self.paused:
             return PAUSED
         if self.gatherings:

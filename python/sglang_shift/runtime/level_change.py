@@ -292,8 +292,14 @@ class LevelChange:
             _, problem = self._try(lambda: self._check_requests(level))
             self._agree(self._gather(problem))
 
+    @relies_on(
+        "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.begin_weight_update",
+        "This method records an open weight update. Until its end, all ranks must stay one instance.",
+    )
     def _check_requests(self, level: int) -> None:
         scheduler, switch = self.scheduler, self.scheduler.shift_switch
+        if scheduler.weight_updater._session is not None:
+            raise GivenUp("a weight update is open")
         queued = [*scheduler.waiting_queue, *scheduler.grammar_manager.grammar_queue]
         requests = [*live_requests(scheduler), *queued]
         for req in requests:

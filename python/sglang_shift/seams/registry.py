@@ -69,6 +69,7 @@ MODULES = (
     "sglang_shift.runtime.tokenizer_manager",
     "sglang_shift.runtime.tp_worker",
     "sglang_shift.runtime.weight_updater",
+    "sglang_shift.runtime.weight_updates",
     "sglang_shift.serve_backend",
     "sglang_shift.weights.base_weights",
     "sglang_shift.weights.one_gemm",

@@ -27,7 +27,7 @@ from sglang_shift.instances.messages import (
 from sglang_shift.modes import MODES
 from sglang_shift.policy.instances import AutoPolicy
 from sglang_shift.runtime import controller as module
-from sglang_shift.runtime.controller import InstanceController
+from sglang_shift.runtime.controller import InstanceController, answer_type
 from sglang_shift.runtime.instance_requests import ChangeInstancesReqInput, ChangeInstancesReqOutput, carry_messages
 
 RANKS = 4
@@ -318,6 +318,88 @@ def test_weights_change_only_when_all_ranks_are_one_instance(ready):
     ready.answers()
     ready.ask(update)
     assert list(ready.received()) == [0]
+
+
+def update(bench: Bench, asked: object, success: bool = True) -> None:
+    """Send a request of a weight update, and the answer of the one leader."""
+    bench.ask(asked)
+    assert list(bench.received()) == [0]
+    bench.answer(answer_type(type(asked))(success=success, message=""))
+    assert [each.success for each in bench.answers()] == [success]
+
+
+def test_no_change_in_the_middle_of_a_weight_update(ready):
+    ready.ask(ChangeInstancesReqInput(level=4))
+    ready.tell(changed(ready.received()[0][0]))
+    ready.answers()
+    update(ready, io_struct.BeginWeightUpdateReqInput(), success=False)
+    assert not ready.controller.why_not_now()
+    update(ready, io_struct.BeginWeightUpdateReqInput())
+    buckets = {"names": [], "dtypes": [], "shapes": []}
+    for asked, success in (
+        (io_struct.UpdateWeightsFromDistributedReqInput(**buckets), True),
+        (io_struct.UpdateWeightsFromDistributedReqInput(**buckets), False),
+        (io_struct.BeginWeightUpdateReqInput(), False),  # it is open already
+    ):
+        update(ready, asked, success)
+        ready.ask(ChangeInstancesReqInput(level=1))
+        [answer] = ready.answers()
+        assert not answer.success and "a weight update is open; end it" in answer.message and not ready.received()
+    update(ready, io_struct.EndWeightUpdateReqInput())
+    ready.ask(ChangeInstancesReqInput(level=1))
+    assert isinstance(ready.received()[0][0], ChangeLevelReq)
+
+
+GROUP = {"master_address": "", "master_port": 1, "rank_offset": 1, "world_size": 5}
+
+
+@pytest.mark.parametrize(
+    ("begin", "end"),
+    [
+        (io_struct.BeginWeightUpdateReqInput(), io_struct.EndWeightUpdateReqInput()),
+        (io_struct.InitWeightsUpdateGroupReqInput(**GROUP), io_struct.DestroyWeightsUpdateGroupReqInput()),
+    ],
+    ids=["update", "group"],
+)
+def test_a_policy_does_not_split_between_the_requests_of_a_weight_update(monkeypatch, begin, end):
+    """The rules of the paper split idle instances."""
+    bench = Bench(monkeypatch, policy="paper")
+    controller = bench.controller
+    bench.tell(READY)
+    bench.ask(ChangeInstancesReqInput(level=4))
+    bench.tell(changed(bench.received()[0][0]))
+    bench.answers()
+
+    def consult() -> dict[int, list[object]]:
+        controller.policy_due, controller.changed_at = 0.0, float("-inf")
+        controller.consult()
+        return bench.received()
+
+    update(bench, begin)
+    assert not consult()
+    update(bench, end)
+    assert [each.level for each in consult()[0]] == [1]
+    bench.close()
+
+
+def test_an_operator_may_split_while_a_trainer_is_connected_and_the_policy_may_merge_then(monkeypatch):
+    bench = Bench(monkeypatch, policy="paper")
+    bench.tell(READY)
+
+    def change(level: int) -> None:
+        bench.ask(ChangeInstancesReqInput(level=level))
+        bench.tell(changed(bench.received()[0][0]))
+        [answer] = bench.answers()
+        assert answer.success
+
+    change(4)
+    update(bench, io_struct.InitWeightsUpdateGroupReqInput(**GROUP))
+    change(1)
+    bench.ask(request("long", prompt=120))
+    bench.controller.changed_at = float("-inf")
+    bench.controller.consult()
+    assert [each.level for each in bench.received()[0]] == [2], "else the request would wait for ever"
+    bench.close()
 
 
 def test_sessions_are_refused(ready):
