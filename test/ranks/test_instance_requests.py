@@ -211,7 +211,7 @@ def test_an_open_weight_update_prevents_the_split(world):
 
 
 def update_weights(scheduler, method):
-    """Do a part of a weight update, without the controller. The offline engine's calls of a method do so."""
+    """Begin or end a weight update without the controller, as a remote call of the offline engine does."""
     from sglang.srt.managers import io_struct
 
     begins = method == "begin_weight_update"

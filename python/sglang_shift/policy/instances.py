@@ -259,7 +259,7 @@ class AutoPolicy(InstancePolicy):
         self._outlooks = {layout: self._outlook(layout, classes) for layout in {*self.layouts, current}}
         scores = {
             layout: self._score(found) for layout, found in self._outlooks.items()
-            if self._holds(layout, largest)
+            if layout == current or self._holds(layout, largest)
         }  # fmt: skip
         best = min(scores, key=lambda layout: scores[layout])
         better = scores[best] < (1 - self.margin) * scores[current]

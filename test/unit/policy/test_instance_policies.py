@@ -147,6 +147,16 @@ def test_auto_splits_under_load_but_not_within_the_dwell_time_and_not_while_a_lo
     assert policy.wanted(Deployment(now, (long,), changed=now - 11.0)) == (4,)
 
 
+@pytest.mark.parametrize(("largest", "changes"), [(1001, True), (4001, False)])
+def test_auto_goes_on_if_the_instances_do_not_hold_a_live_request(largest, changes):
+    """An operator may have split them, and ranks know better than the controller what a request still needs."""
+    policy = auto()
+    policy.arrived(0.0, 1500, 50)
+    states = (state(1, largest, largest=largest), *(state(1) for _ in range(3)))
+    wanted = policy.wanted(Deployment(1.0, states))
+    assert (wanted != (1, 1, 1, 1)) == changes, wanted
+
+
 def test_auto_keeps_what_is_as_good():
     policy = auto()
     policy.arrived(0.0, 50, 50)
