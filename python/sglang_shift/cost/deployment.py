@@ -71,12 +71,14 @@ class Deployment:
         instances: The instances in the order of their ranks.
         unplaced: Tokens of each request that no instance holds.
         changed: When the layout changed last.
+        denied: Layouts that the ranks have given up lately. A policy takes another one.
     """
 
     now: float
     instances: tuple[InstanceState, ...]
     unplaced: tuple[int, ...] = ()
     changed: float = float("-inf")
+    denied: frozenset[Layout] = frozenset()
 
     @property
     def layout(self) -> Layout:

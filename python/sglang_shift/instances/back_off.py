@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from sglang_shift.cost.layouts import Layout
+
+
+class Pause(NamedTuple):
+    """The time between two tries of a layout.
+
+    Attributes:
+        seconds: How long it is.
+        until: When it ends.
+    """
+
+    seconds: float
+    until: float
 
 
 @dataclass
@@ -20,20 +33,22 @@ class BackOff:
 
     first: float = 4.0
     most: float = 64.0
-    _layout: Layout | None = None
-    _seconds: float = 0.0
-    _until: float = 0.0
+    _pauses: dict[Layout, Pause] = field(default_factory=dict)
 
     def allows(self, layout: Layout, now: float) -> bool:
         """Whether the ranks may try a layout now."""
-        return layout != self._layout or now >= self._until
+        return layout not in self._pauses or now >= self._pauses[layout].until
+
+    def denied(self, now: float) -> frozenset[Layout]:
+        """The layouts that the ranks may not try now."""
+        return frozenset(layout for layout in self._pauses if not self.allows(layout, now))
 
     def fail(self, layout: Layout, now: float) -> None:
         """Learn that the ranks have given a layout up."""
-        again = layout == self._layout
-        self._seconds = min(2 * self._seconds, self.most) if again else self.first
-        self._layout, self._until = layout, now + self._seconds
+        before = self._pauses.get(layout)
+        seconds = self.first if before is None else min(2 * before.seconds, self.most)
+        self._pauses[layout] = Pause(seconds, now + seconds)
 
     def succeed(self) -> None:
         """Learn that the ranks have formed the instances that a policy asked for."""
-        self._layout = None
+        self._pauses.clear()

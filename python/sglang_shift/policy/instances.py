@@ -33,21 +33,29 @@ from sglang_shift.cost.layouts import (
 )
 
 
-def merge(layout: Layout, states: Sequence[InstanceState], ranks: int) -> Layout:
+def merge(
+    layout: Layout, states: Sequence[InstanceState], ranks: int, denied: frozenset[Layout] = frozenset()
+) -> Layout:
     """Return a layout in which the aligned group of ``ranks`` ranks with the fewest tokens is one instance.
+
+    Args:
+        layout: The current layout.
+        states: The current instances.
+        ranks: The ranks of the new instance.
+        denied: Layouts that are not returned. If each group leads to one of these, the current layout is returned.
 
     Raises:
         ValueError: there is no such group.
     """
-    groups: list[tuple[int, int, int]] = []
+    groups: list[tuple[int, int, Layout]] = []
     for first in range(0, sum(layout), ranks):
         members = [i for i, at in enumerate(starts(layout)) if first <= at < first + ranks]
         if sum(layout[i] for i in members) == ranks:
-            groups.append((sum(states[i].used + states[i].queued for i in members), members[0], members[-1]))
+            tokens = sum(states[i].used + states[i].queued for i in members)
+            groups.append((tokens, first, (*layout[: members[0]], ranks, *layout[members[-1] + 1 :])))
     if not groups:
         raise ValueError(f"no aligned group of {ranks} ranks in {layout}")
-    _, begin, end = min(groups)
-    return (*layout[:begin], ranks, *layout[end + 1 :])
+    return next((merged for _, _, merged in sorted(groups) if merged not in denied), layout)
 
 
 @dataclass
@@ -82,15 +90,22 @@ class PaperPolicy(InstancePolicy):
             least = self.levels[min(self.levels)]
             parts = (least.ranks,) * (state.ranks // least.ranks)
             capacity = min(state.capacity, len(parts) * least.tokens)  # a split may take memory from the KV cache
-            if state.ranks > least.ranks and state.largest <= least.tokens and state.used <= 0.5 * capacity:
-                return (*deployment.layout[:i], *parts, *deployment.layout[i + 1 :])
+            split = (*deployment.layout[:i], *parts, *deployment.layout[i + 1 :])
+            may_split = state.ranks > least.ranks and split not in deployment.denied
+            if may_split and state.largest <= least.tokens and state.used <= 0.5 * capacity:
+                return split
         return deployment.layout
 
 
 def merged_for_unplaced(deployment: Deployment, levels: Mapping[int, Capacity]) -> Layout:
-    """Return a layout that holds the largest request that no instance holds; the current one if there is none."""
-    level = smallest_level(levels, max(deployment.unplaced))
-    return deployment.layout if level is None else merge(deployment.layout, deployment.instances, level)
+    """Return a layout that holds the largest request that no instance holds; the current one if there is none.
+
+    If the ranks have given all layouts for the largest request up lately, the next one counts.
+    """
+    current = deployment.layout
+    needed = (smallest_level(levels, need) for need in sorted(set(deployment.unplaced), reverse=True))
+    found = (merge(current, deployment.instances, level, deployment.denied) for level in needed if level is not None)
+    return next((layout for layout in found if layout != current), current)
 
 
 @dataclass
@@ -246,7 +261,7 @@ class AutoPolicy(InstancePolicy):
             self._decide(deployment)
         if self._target is None:
             return current
-        return place(self._target, current, deployment.instances)
+        return place(self._target, current, deployment.instances, deployment.denied) or current
 
     def _decide(self, deployment: Deployment) -> None:
         classes = self._demand = self._classes(deployment)
@@ -259,7 +274,7 @@ class AutoPolicy(InstancePolicy):
         self._outlooks = {layout: self._outlook(layout, classes) for layout in {*self.layouts, current}}
         scores = {
             layout: self._score(found) for layout, found in self._outlooks.items()
-            if layout == current or self._holds(layout, largest)
+            if layout == current or (self._holds(layout, largest) and _has_place(layout, deployment))
         }  # fmt: skip
         best = min(scores, key=lambda layout: scores[layout])
         better = scores[best] < (1 - self.margin) * scores[current]
@@ -353,24 +368,35 @@ def simplified(layout: Layout) -> Layout:
     return (big,) * layout.count(big) + (small,) * (rest // small)
 
 
-def place(layout: Layout, current: Layout, states: Sequence[InstanceState]) -> Layout:
+def _has_place(layout: Layout, deployment: Deployment) -> bool:
+    return place(layout, deployment.layout, deployment.instances, deployment.denied) is not None
+
+
+def place(
+    layout: Layout, current: Layout, states: Sequence[InstanceState], denied: frozenset[Layout] = frozenset()
+) -> Layout | None:
     """Return ``layout`` with its largest instance where the fewest tokens must move.
+
+    If there is an instance of this size already, it stays one.
 
     Args:
         layout: A layout of equal instances, or of one larger instance and equal others.
         current: The current layout.
         states: The current instances.
+        denied: Layouts that are not returned. If each place leads to one of these, None is returned.
     """
     big, small = max(layout), min(layout)
     if big == small:
-        return layout
+        return None if layout in denied else layout
     total = sum(layout)
-    kept = {(at, k) for at, k in zip(starts(current), current, strict=True)}
+    kept = [at for at, k in zip(starts(current), current, strict=True) if k == big]
     used = dict(zip(starts(current), (s.used + s.queued for s in states), strict=True))
 
-    def cost(first: int) -> tuple[bool, int]:
-        inside = sum(tokens for at, tokens in used.items() if first <= at < first + big)
-        return (first, big) not in kept, inside
+    def cost(first: int) -> int:
+        return sum(tokens for at, tokens in used.items() if first <= at < first + big)
 
-    first = min(range(0, total, big), key=cost)
-    return (*(small,) * (first // small), big, *(small,) * ((total - first - big) // small))
+    def placed(first: int) -> Layout:
+        return (*(small,) * (first // small), big, *(small,) * ((total - first - big) // small))
+
+    places = sorted(kept or range(0, total, big), key=cost)
+    return next((placed(first) for first in places if placed(first) not in denied), None)

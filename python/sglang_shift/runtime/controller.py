@@ -430,9 +430,9 @@ class InstanceController(DataParallelController):
         if now < self.policy_due or serves_trainer or self.why_not_now():
             return
         self.policy_due = now + POLICY_S
-        deployment = self.deployment()
+        deployment = replace(self.deployment(), denied=self.back_off.denied(now))
         wanted = self.policy.wanted(deployment)
-        if wanted != deployment.layout and self.back_off.allows(wanted, now):
+        if wanted != deployment.layout and wanted not in deployment.denied:
             reason = ": ".join(filter(None, (f"the policy {self.policy_name}", self.policy.reason)))
             self.begin(Operation(deque(plan_layout(self.ledger.layout, wanted)), reason, wanted))
 

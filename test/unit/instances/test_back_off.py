@@ -26,3 +26,16 @@ def test_another_layout_may_be_tried_at_once():
     assert back_off.allows((2, 2), 0.1) and not back_off.allows((1, 1, 2), 0.1)
     back_off.fail((2, 2), 0.1)
     assert not back_off.allows((2, 2), 4.0)
+
+
+def test_each_layout_has_its_own_time():
+    back_off = BackOff(first=4.0)
+    back_off.fail((1, 1, 2), 0.0)
+    back_off.fail((2, 1, 1), 3.0)
+    assert back_off.denied(3.0) == {(1, 1, 2), (2, 1, 1)} and back_off.denied(4.0) == {(2, 1, 1)}
+    back_off.fail((1, 1, 2), 4.0)
+    assert back_off.denied(11.0) == {(1, 1, 2)}, "the second time of this layout is twice as long"
+    assert not back_off.denied(12.0)
+    back_off.fail((1, 1, 2), 12.0)
+    back_off.succeed()
+    assert not back_off.denied(12.0)

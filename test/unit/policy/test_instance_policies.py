@@ -88,6 +88,11 @@ def test_the_largest_instance_stays_where_it_is():
     assert place((2, 1, 1), (1, 1, 2), [state(1), state(1), state(2, 900)]) == (1, 1, 2)
     assert place((2, 1, 1), (1, 1, 1, 1), [state(1, 500), state(1), state(1), state(1)]) == (1, 1, 2)
     assert place((4, 1, 1, 1, 1), (8,), [state(8)]) == (4, 1, 1, 1, 1)
+    assert place((4, 1, 1, 1, 1), (8,), [state(8)], frozenset({(4, 1, 1, 1, 1)})) == (1, 1, 1, 1, 4)
+    assert place((1, 1), (2,), [state(2)], frozenset({(1, 1)})) is None
+    four = [state(4), *(state(1) for _ in range(4))]
+    assert place((4, 2, 2), (4, 1, 1, 1, 1), four) == (4, 2, 2)
+    assert place((4, 2, 2), (4, 1, 1, 1, 1), four, frozenset({(4, 2, 2)})) is None, "the large one is not split"
 
 
 def test_the_paper_merges_for_a_request_and_splits_at_half():
@@ -100,6 +105,21 @@ def test_the_paper_merges_for_a_request_and_splits_at_half():
     assert paper.wanted(Deployment(9.0, (state(4, 1500, largest=1500),), changed=0.0)) == (4,)
     assert paper.wanted(Deployment(1.0, (state(4),), changed=0.0)) == (4,)
     assert smallest_level(LEVELS, 9000) is None
+
+
+def test_the_paper_takes_its_next_choice_for_what_the_ranks_have_given_up():
+    paper = PaperPolicy(LEVELS)
+    twos = (state(2, 100, largest=100), state(2, 200, largest=200))
+    assert paper.wanted(Deployment(0.0, twos)) == (1, 1, 2)
+    assert paper.wanted(Deployment(0.0, twos, denied=frozenset({(1, 1, 2)}))) == (2, 1, 1)
+    assert paper.wanted(Deployment(0.0, twos, denied=frozenset({(1, 1, 2), (2, 1, 1)}))) == (2, 2)
+
+    ones = tuple(state(1) for _ in range(4))
+    waiting = (3500, 1500, 1200)
+    assert paper.wanted(Deployment(0.0, ones, waiting)) == (4,)
+    assert paper.wanted(Deployment(0.0, ones, waiting, denied=frozenset({(4,)}))) == (2, 1, 1)
+    assert paper.wanted(Deployment(0.0, ones, waiting, denied=frozenset({(4,), (2, 1, 1)}))) == (1, 1, 2)
+    assert paper.wanted(Deployment(0.0, ones, waiting, denied=frozenset({(4,), (2, 1, 1), (1, 1, 2)}))) == (1, 1, 1, 1)
 
 
 def test_the_paper_splits_what_the_parts_hold():
@@ -162,6 +182,20 @@ def test_auto_keeps_what_is_as_good():
     policy.arrived(0.0, 50, 50)
     assert policy.wanted(Deployment(1.0, tuple(state(1) for _ in range(4)))) == (1, 1, 1, 1)
     assert auto().wanted(Deployment(1.0, (state(4),))) == (4,), "no request has come yet"
+
+
+def test_auto_takes_its_next_choice_for_what_the_ranks_have_given_up():
+    policy = auto()
+    capacity = Load(LEVELS[1], [RequestClass(1.0, 50, 50, 100)]).capacity
+    for i in range(300):
+        policy.arrived(i / (6 * capacity), 50, 50)
+    busy, now = (state(4, 3900, running=39, waiting=50, queued=5000, largest=100),), 300 / (6 * capacity)
+    tried: list[tuple[int, ...]] = []
+    while (wanted := policy.wanted(Deployment(now, busy, denied=frozenset(tried)))) != (4,):
+        assert wanted not in tried
+        tried.append(wanted)
+        now += 1.0
+    assert tried[0] == (1, 1, 1, 1) and len(tried) > 1
 
 
 def test_auto_watches_before_its_first_choice():

@@ -521,6 +521,26 @@ def test_a_split_that_ranks_give_up_is_tried_again_later_and_later(monkeypatch):
     bench.close()
 
 
+def test_a_split_that_ranks_give_up_keeps_no_other_instance_from_splitting(monkeypatch):
+    bench = Bench(monkeypatch, policy="paper")
+    bench.tell(READY)
+    bench.ask(ChangeInstancesReqInput(level=2))
+    bench.tell(changed(bench.received()[0][0]))
+    bench.tell(changed(bench.received()[2][0]))
+
+    def consult() -> dict[int, list[object]]:
+        bench.controller.policy_due, bench.controller.changed_at = 0.0, float("-inf")
+        bench.controller.consult()
+        return bench.received()
+
+    bench.tell(changed(consult()[0][0], ok=False, reason="request a has its own embeddings"))
+    got = consult()
+    assert list(got) == [2]
+    bench.tell(changed(got[2][0]))
+    assert bench.controller.ledger.leaders == [0, 2, 3]
+    bench.close()
+
+
 def costs(ranks: int, start: float, slope: float) -> InstanceCosts:
     """A decode step takes ``start`` seconds, and ``slope`` more for each token. Prompts take hardly any time."""
     decode, prefill = Curve((1, 1000), (start, start + 1000 * slope)), Curve((1,), (1e-4,))
