@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from instance_trial import World, change_in_chunk, prompt, started, tokens_of_batches
+from instance_trial import World, change_in_chunk, forget_prefixes, prompt, started, tokens_of_batches
 from sglang_shift.models.demo import demo_model_path
 
 # With overlap scheduling, SGLang's penalties count other tokens if the steps of other requests come between.
@@ -217,6 +217,18 @@ def update_weights(scheduler, method):
     begins = method == "begin_weight_update"
     request = io_struct.BeginWeightUpdateReqInput() if begins else io_struct.EndWeightUpdateReqInput()
     return getattr(scheduler.weight_updater, method)(request).success
+
+
+def test_a_flush_forgets_the_namespaces(world):
+    submit(world, 0, "namespace")
+    world.wait_end()
+    assert world.call(namespaces) == [[("tenant", "salt")], []]
+    assert all(world.call(forget_prefixes))
+    assert world.call(namespaces) == [[], []]
+
+
+def namespaces(scheduler):
+    return list(scheduler.tree_cache.shift_space_names)
 
 
 def test_a_change_is_given_up(world, alone):

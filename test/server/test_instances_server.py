@@ -151,7 +151,10 @@ def test_control_requests(server, reference):
     state = server.state
     assert [each["level"] for each in state["instances"]["instances"]] == [1, 1]
     loads = requests.get(server.url + "/v1/loads", timeout=60).json()["loads"]
-    assert len(loads) == 2
+    assert [each["dp_rank"] for each in loads] == [0, 1]
+    for rank, count in ((1, 1), (2, 0)):
+        loads = requests.get(server.url + "/v1/loads", params={"dp_rank": rank}, timeout=60).json()["loads"]
+        assert [each["dp_rank"] for each in loads] == [rank] * count
     assert requests.get(server.url + "/health_generate", timeout=60).status_code == 200
 
     answer = requests.post(server.url + "/update_weights_from_disk", json={"model_path": "/none"}, timeout=60)

@@ -53,6 +53,9 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 FEATURES = (
     Feature("--dp-size > 1", lambda a: a.dp_size > 1, "instances are replicas already; give --instances alone"),
     Feature("--nnodes > 1", lambda a: a.nnodes > 1, "ranks of other nodes have no sockets to the controller"),
+    Feature("--load-balance-method other than auto and round_robin",
+     lambda a: a.load_balance_method not in ("auto", "round_robin"),
+     "the controller of instances sends a request where it fits, by a rule of its own"),
     Feature("--dcp-size > 1", lambda a: a.dcp_size not in (1, None), "such a cache is divided by token, not by head"),
     Feature("--ep-size > 1", lambda a: a.ep_size > 1, "only dense models are served"),
     Feature("--enable-hierarchical-cache", lambda a: a.enable_hierarchical_cache,

@@ -27,10 +27,10 @@ class InstanceCache(UnifiedRadixCache):
     """SGLang's cache. Its core gives the slots of all prefixes, but not their tokens, so this class notes them."""
 
     def __init__(self, params: Any) -> None:
+        self.shift_space_names: dict[Space, int] = {}
         super().__init__(params)
         allocator = params.token_to_kv_pool_allocator
         self.make_room(allocator.size + allocator.page_size)  # the highest level has the most
-        self.shift_space_names: dict[Space, int] = {}
 
     def make_room(self, slots: int) -> None:
         """Note the tokens of so many slots. Nothing may be cached yet."""
@@ -48,6 +48,11 @@ class InstanceCache(UnifiedRadixCache):
             space = self.shift_space_names.setdefault((key.extra_key, key.cache_salt), len(self.shift_space_names))
             self.shift_spaces[slots] = space
         return super().insert(params)
+
+    @overrides("Our method also forgets the names of namespaces, of which nothing is cached any more.")
+    def reset(self) -> None:
+        super().reset()
+        self.shift_space_names.clear()
 
     @relies_on(
         "sglang.srt.mem_cache.unified_cache.unified_tree_core:UnifiedTreeCore.walk_for_kv_canary",
@@ -77,7 +82,6 @@ class InstanceCache(UnifiedRadixCache):
             RuntimeError: SGLang has cached another number of tokens.
         """
         self.reset()
-        self.shift_space_names.clear()
         known: set[int] = set()
         for branch in tree.branches():
             shared = self.page_size * sum(page in known for page in branch.pages)

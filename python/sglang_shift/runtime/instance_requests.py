@@ -9,6 +9,7 @@ from typing import Any
 
 from sglang.srt.managers.communicator import FanOutCommunicator
 from sglang.srt.managers.io_struct import BaseReq, hook_custom_types
+from sglang.srt.managers.load_snapshot import LoadSnapshot
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.runtime_context import get_parallel
 from sglang.utils import TypeBasedDispatcher
@@ -79,6 +80,12 @@ class InstanceRequests(TokenizerManager):
         replicas = config.world_size if config is not None and config.instances else get_parallel().num_dp_ranks
         with get_parallel().override(num_dp_ranks=replicas):
             super().init_ipc_channels(port_args)
+
+    @overrides("With instances, each rank reports a load, but SGLang takes the server for one replica.")
+    async def get_loads(self, include: list[str] | None = None, dp_rank: int | None = None) -> list[LoadSnapshot]:
+        """The loads of all ranks, or of one."""
+        loads: list[LoadSnapshot] = await super().get_loads(include)
+        return [each for each in loads if dp_rank in (None, each.dp_rank)]
 
     async def change_instances(self, **values: Any) -> ChangeInstancesReqOutput:
         """Ask the controller. ``values`` are fields of :class:`ChangeInstancesReqInput`."""

@@ -80,6 +80,10 @@ def test_divisible_tokens(tokens, page, instances):
             {**TWO, "enable_hierarchical_cache": True},
             "--enable-hierarchical-cache cannot be combined with --instances 2",
         ),
+        (
+            {**TWO, "load_balance_method": "total_requests"},
+            "--load-balance-method other than auto and round_robin cannot be combined with --instances 2",
+        ),
         ({**TWO, "skip_tokenizer_init": True}, "--skip-tokenizer-init cannot be combined with --instances 2"),
     ],
 )
@@ -93,7 +97,8 @@ CONFIG = ShiftConfig(2, 2, switching=False, policy="tp", instances=2)
 
 
 ASKING = [
-    {"dp_size": 2}, {"nnodes": 2}, {"dcp_size": 2}, {"ep_size": 2}, {"enable_hierarchical_cache": True},
+    {"dp_size": 2}, {"nnodes": 2}, {"load_balance_method": "total_tokens"},
+    {"dcp_size": 2}, {"ep_size": 2}, {"enable_hierarchical_cache": True},
     {"device": "cuda"}, {"enable_deterministic_inference": True}, {"disable_radix_cache": True},
     {"radix_cache_backend": "mine"}, {"enable_lmcache": True},
     {"enable_hisparse": True}, {"enable_unified_memory": True}, {"enable_kv_cache_sharding": True},

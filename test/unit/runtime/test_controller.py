@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from itertools import pairwise
 
 import pytest
@@ -118,7 +119,7 @@ def request(
 ) -> io_struct.TokenizedGenerateReqInput:
     """A request of ``prompt`` tokens that asks for ``output`` tokens."""
     values: dict[str, object] = {
-        "rid": rid, "input_text": "", "input_ids": list(range(prompt)), "input_embeds": None, "mm_inputs": None,
+        "rid": rid, "input_text": "", "input_ids": array("q", range(prompt)), "input_embeds": None, "mm_inputs": None,
         "token_type_ids": None, "return_logprob": False, "logprob_start_len": -1, "top_logprobs_num": 0,
         "token_ids_logprob": None, "stream": False,
         "sampling_params": SamplingParams(max_new_tokens=output),
