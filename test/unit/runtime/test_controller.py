@@ -114,6 +114,22 @@ def ready(bench):
     return bench
 
 
+@pytest.fixture
+def paper(monkeypatch):
+    """A controller with the rules of the paper, of which the ranks have said what they hold."""
+    bench = Bench(monkeypatch, policy="paper")
+    bench.tell(READY)
+    yield bench
+    bench.close()
+
+
+def consult(bench: Bench) -> dict[int, list[object]]:
+    """Let the controller ask its policy, as if nothing had changed lately. Returns what the ranks get."""
+    bench.controller.policy_due, bench.controller.changed_at = 0.0, float("-inf")
+    bench.controller.consult()
+    return bench.received()
+
+
 def request(
     rid: str, prompt: int = 10, output: int | None = 10, **fields: object
 ) -> io_struct.TokenizedGenerateReqInput:
@@ -362,45 +378,29 @@ GROUP = {"master_address": "", "master_port": 1, "rank_offset": 1, "world_size":
     ],
     ids=["update", "group"],
 )
-def test_a_policy_does_not_split_between_the_requests_of_a_weight_update(monkeypatch, begin, end):
+def test_a_policy_does_not_split_between_the_requests_of_a_weight_update(paper, begin, end):
     """The rules of the paper split idle instances."""
-    bench = Bench(monkeypatch, policy="paper")
-    controller = bench.controller
-    bench.tell(READY)
-    bench.ask(ChangeInstancesReqInput(level=4))
-    bench.tell(changed(bench.received()[0][0]))
-    bench.answers()
-
-    def consult() -> dict[int, list[object]]:
-        controller.policy_due, controller.changed_at = 0.0, float("-inf")
-        controller.consult()
-        return bench.received()
-
-    update(bench, begin)
-    assert not consult()
-    update(bench, end)
-    assert [each.level for each in consult()[0]] == [1]
-    bench.close()
+    paper.ask(ChangeInstancesReqInput(level=4))
+    paper.tell(changed(paper.received()[0][0]))
+    paper.answers()
+    update(paper, begin)
+    assert not consult(paper)
+    update(paper, end)
+    assert [each.level for each in consult(paper)[0]] == [1]
 
 
-def test_an_operator_may_split_while_a_trainer_is_connected_and_the_policy_may_merge_then(monkeypatch):
-    bench = Bench(monkeypatch, policy="paper")
-    bench.tell(READY)
-
+def test_an_operator_may_split_while_a_trainer_is_connected_and_the_policy_may_merge_then(paper):
     def change(level: int) -> None:
-        bench.ask(ChangeInstancesReqInput(level=level))
-        bench.tell(changed(bench.received()[0][0]))
-        [answer] = bench.answers()
+        paper.ask(ChangeInstancesReqInput(level=level))
+        paper.tell(changed(paper.received()[0][0]))
+        [answer] = paper.answers()
         assert answer.success
 
     change(4)
-    update(bench, io_struct.InitWeightsUpdateGroupReqInput(**GROUP))
+    update(paper, io_struct.InitWeightsUpdateGroupReqInput(**GROUP))
     change(1)
-    bench.ask(request("long", prompt=120))
-    bench.controller.changed_at = float("-inf")
-    bench.controller.consult()
-    assert [each.level for each in bench.received()[0]] == [2], "else the request would wait for ever"
-    bench.close()
+    paper.ask(request("long", prompt=120))
+    assert [each.level for each in consult(paper)[0]] == [2], "else the request would wait for ever"
 
 
 def test_sessions_are_refused(ready):
@@ -522,24 +522,15 @@ def test_a_split_that_ranks_give_up_is_tried_again_later_and_later(monkeypatch):
     bench.close()
 
 
-def test_a_split_that_ranks_give_up_keeps_no_other_instance_from_splitting(monkeypatch):
-    bench = Bench(monkeypatch, policy="paper")
-    bench.tell(READY)
-    bench.ask(ChangeInstancesReqInput(level=2))
-    bench.tell(changed(bench.received()[0][0]))
-    bench.tell(changed(bench.received()[2][0]))
-
-    def consult() -> dict[int, list[object]]:
-        bench.controller.policy_due, bench.controller.changed_at = 0.0, float("-inf")
-        bench.controller.consult()
-        return bench.received()
-
-    bench.tell(changed(consult()[0][0], ok=False, reason="request a has its own embeddings"))
-    got = consult()
+def test_a_split_that_ranks_give_up_keeps_no_other_instance_from_splitting(paper):
+    paper.ask(ChangeInstancesReqInput(level=2))
+    paper.tell(changed(paper.received()[0][0]))
+    paper.tell(changed(paper.received()[2][0]))
+    paper.tell(changed(consult(paper)[0][0], ok=False, reason="request a has its own embeddings"))
+    got = consult(paper)
     assert list(got) == [2]
-    bench.tell(changed(got[2][0]))
-    assert bench.controller.ledger.leaders == [0, 2, 3]
-    bench.close()
+    paper.tell(changed(got[2][0]))
+    assert paper.controller.ledger.leaders == [0, 2, 3]
 
 
 def costs(ranks: int, start: float, slope: float) -> InstanceCosts:
