@@ -86,11 +86,13 @@ class InstancesReady:
         capacities: The tokens that the KV cache of an instance of each level holds.
         context: The most tokens of a request, prompt and output, that the model can serve.
         costs: What the levels cost; None if no policy needs it.
+        page_size: Tokens in a page of the KV cache.
     """
 
     capacities: dict[int, int]
     context: int
     costs: LevelCosts | None = None
+    page_size: int = 1
 
 
 @dataclass(frozen=True)

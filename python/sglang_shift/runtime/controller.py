@@ -46,6 +46,7 @@ from sglang_shift.instances.messages import (
     RequestsEnded,
     RequestsHeld,
 )
+from sglang_shift.instances.room import RoomRule
 from sglang_shift.observe.events import InstancesEvent, Publisher
 from sglang_shift.policy.instances import AutoPolicy, PaperPolicy
 from sglang_shift.resolution import shift_config_of
@@ -69,12 +70,6 @@ POLICY_S = 0.1
 
 LAST_CHANGES = 20
 """Changes that the report names."""
-
-KEPT_FREE = 2
-"""Tokens of the KV cache that SGLang leaves free beside a request that is alone."""
-
-PROMPT_KEPT_FREE = 7
-"""Tokens of the KV cache that SGLang leaves free beside the prompt of such a request."""
 
 REQUESTS = (io_struct.TokenizedGenerateReqInput, io_struct.TokenizedEmbeddingReqInput)
 
@@ -180,7 +175,7 @@ class InstanceController(DataParallelController):
         self.policy: InstancePolicy = InstancePolicy()
         self.policy_name = config.instance_policy
         self.feed = PolicyFeed()
-        self.context_length = 0
+        self.room = RoomRule(page_size=1, context=0)
         self.held: deque[Any] = deque()
         self.aborts: list[Any] = []
         self.gatherings: list[Gathering] = []
@@ -262,7 +257,7 @@ class InstanceController(DataParallelController):
     def _tell_policy(self, req: Any) -> None:
         prompt, need = prompt_tokens(req), self.need(req)
         output = getattr(req.sampling_params, "max_new_tokens", None)
-        most = max(1, min(self.context_length, max(self.ledger.capacities.values())) - prompt)
+        most = max(1, min(self.room.context, max(self.ledger.capacities.values())) - prompt)
         allowed = most if output is None else min(output, most)
         self.feed.arrived(self.policy, time.monotonic(), req.rid, prompt, allowed, need)
 
@@ -289,17 +284,13 @@ class InstanceController(DataParallelController):
             self.refuse(req, TOO_LONG.format(need=need, largest=self.ledger.largest, level=level))
 
     def need(self, req: Any) -> int:
-        """The tokens of KV cache that an instance needs for a request.
+        """The tokens that the KV cache of an instance must have for a request.
 
-        A request without a limit of its own, or with one beyond what all ranks can serve, gets as many tokens as its
-        instance has room for. So only its prompt must fit.
+        What no instance could hold goes to one that all ranks form. Its ranks answer that it is too long.
         """
-        prompt = prompt_tokens(req)
+        largest = max(self.ledger.capacities.values())
         output = getattr(req.sampling_params, "max_new_tokens", None)
-        most = min(self.context_length, max(self.ledger.capacities.values()))
-        if output is not None and prompt + output + KEPT_FREE <= most:
-            return int(min(prompt + max(output + KEPT_FREE, PROMPT_KEPT_FREE), most))
-        return min(prompt + PROMPT_KEPT_FREE, most)
+        return min(self.room.need(prompt_tokens(req), output, largest), largest)
 
     def deployment(self) -> Deployment:
         """The instances as the policy sees them."""
@@ -535,7 +526,8 @@ class InstanceController(DataParallelController):
 
     def take_capacities(self, message: InstancesReady) -> None:
         """Learn what instances hold, and send them the requests that came before."""
-        self.ledger.capacities, self.context_length = dict(message.capacities), message.context
+        self.ledger.capacities = dict(message.capacities)
+        self.room = RoomRule(message.page_size, message.context)
         if self.policy_name == "paper":
             self.policy = PaperPolicy(self.ledger.rooms)
         elif message.costs is not None:

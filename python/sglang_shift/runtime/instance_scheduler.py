@@ -17,6 +17,7 @@ from sglang.srt.runtime_context import get_context
 from sglang_shift.flags import AUTO
 from sglang_shift.instances.levels import Levels
 from sglang_shift.instances.messages import ChangeLevelReq, InstancesReady, LevelChanged, QueueLength, RequestsHeld
+from sglang_shift.instances.room import RoomRule
 from sglang_shift.modes import StepState
 from sglang_shift.runtime.agreement import StepWatch
 from sglang_shift.runtime.calibrator import Calibrator
@@ -51,10 +52,12 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
 
     Attributes:
         shift_switch: The levels of this rank.
+        shift_room: How much KV cache a request needs.
         shift_calibrators: The calibrator of each level.
     """
 
     shift_switch: LevelSwitch
+    shift_room: RoomRule
     shift_calibrators: dict[int, Calibrator]
     tree_cache: InstanceCache
 
@@ -69,6 +72,7 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
         super().__init__(*args, **kwargs)
         levels, frees = self.shift_levels(), self.shift_config.merge_weights == "free"
         self.shift_switch = switch = LevelSwitch(self.tp_worker.model_runner, levels, frees=frees)
+        self.shift_room = RoomRule(self.page_size, self.model_config.context_len)
         most, _, most_input = self._sizes(switch.pool.layout.tokens(levels.world_size))
         self._largest = {"max_total_num_tokens": most, "max_req_input_len": most_input}
         self.tree_cache.make_room(most + self.page_size)
@@ -88,7 +92,7 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
             if switch.pages is not None:
                 logger.info("sglang_shift: --merge-weights free: %s", switch.pages.text())
             capacities = {level: layout.tokens(level) for level in levels.sizes}
-            self.tell_controller(InstancesReady(capacities, self.model_config.context_len, costs))
+            self.tell_controller(InstancesReady(capacities, self.shift_room.context, costs, self.page_size))
 
     def shift_levels(self) -> Levels:
         """The levels of the world, as the flags say."""
@@ -185,9 +189,13 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
         self._renew_modes(epoch)
 
     def _sizes(self, tokens: int) -> tuple[int, int, int]:
-        """SGLang's sizes for a KV cache of so many tokens: the cache, a request, and the prompt of a request."""
+        """SGLang's sizes for a KV cache of so many tokens: the cache, a request, and the prompt of a request.
+
+        Prompts must be shorter than the last number, or SGLang cuts them to it. SGLang's own number forgets the page
+        that it keeps free when it admits a request.
+        """
         longest = min(self.model_config.context_len, tokens) - 1
-        return tokens, longest, longest - 5
+        return tokens, longest, min(longest - 5, self.shift_room.longest_prompt(tokens))
 
     def _renew_modes(self, epoch: int) -> None:
         """Choose modes as at the start, because the ranks of a merged instance have seen different steps."""
@@ -268,12 +276,13 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
             self.init_req_max_new_tokens(req)
 
     def tokens_needed(self, req: Req) -> int:
-        """The tokens that a request may need: its prompt and the output that it asked for.
+        """The tokens that the KV cache of an instance must have for a request.
 
-        If this instance cannot hold as much, or the request asked for no limit, these are the tokens that it has.
+        If this instance cannot hold all that the request asked for, these are the tokens that it has, and one more.
         """
-        asked = len(req.origin_input_ids) + (req.shift_request.sampling_params.max_new_tokens or 0)
-        return asked if req.seqlen < asked < self.max_req_len else req.seqlen + 1
+        asked = req.shift_request.sampling_params.max_new_tokens
+        prompt, generated = len(req.origin_input_ids), len(req.output_ids)
+        return self.shift_room.need(prompt, asked, self.max_total_num_tokens, generated)
 
     @overrides("Penalties must count the tokens that a request had before the level changed.")
     def _get_new_batch_prefill_raw(self, *args: Any, **kwargs: Any) -> Any:

@@ -261,12 +261,12 @@ class LevelChange:
     def _owners(self, queue: list[Req], factor: int, capacity: int) -> tuple[list[int], str | None]:
         """The part of each request, and the reason why some request fits no part."""
         needs = [self.scheduler.tokens_needed(req) for req in queue]
-        context = self.scheduler.model_config.context_len
-        # SGLang limits the output of a request in this way.
-        limits = [min(context, limit) - 2 for limit in self.request.limits or [capacity] * factor]
+        limits = self.request.limits or (capacity,) * factor
+        most, kept = max(limits), self.scheduler.shift_room.kept
         for req, need in zip(queue, needs, strict=True):
-            if need > max(limits):
-                return [0] * len(queue), f"request {req.rid} may need {need} tokens, and a part serves {max(limits)}"
+            if need > most:
+                why = f"request {req.rid} may need {need - kept} tokens, and a part serves {most - kept}"
+                return [0] * len(queue), why
         return share_out(needs, limits), None
 
     def _room_problem(self, queue: list[Req], lost: list[int]) -> str | None:

@@ -25,6 +25,7 @@ MODULES = (
     "sglang_shift.engine",
     "sglang_shift.graphs.mode_graphs",
     "sglang_shift.graphs.runners",
+    "sglang_shift.instances.room",
     "sglang_shift.kv.pool",
     "sglang_shift.layers.embedding",
     "sglang_shift.layers.logits",

@@ -181,6 +181,24 @@ def test_a_request_without_a_limit_gets_what_its_instance_has_room_for(ready):
     assert sorted(ready.received()) == [0, 1]
 
 
+def test_a_request_that_pages_make_too_large_goes_to_a_larger_instance(bench):
+    """The ranks would accept the prompt on an instance of 1008 tokens, and let it wait for ever."""
+    bench.tell(InstancesReady({1: 1008, 2: 2016, 4: 4032}, context=8192, page_size=16))
+    bench.ask(request("refused", prompt=995, output=4))
+    [answer] = bench.answers()
+    message = answer.finished_reason["message"]
+    assert "needs 1029 tokens" in message and "holds 1008" in message and "merge to 2 ranks" in message
+    bench.ask(ChangeInstancesReqInput(level=2, first=2, ranks=2))
+    bench.tell(changed(bench.received()[2][0]))
+    for rid, prompt, output in (("beside", 995, 4), ("endless", 995, None), ("in pages", 990, 2), ("near", 961, 16)):
+        bench.ask(request(rid, prompt=prompt, output=output))
+    assert {rank: [each.rid for each in got] for rank, got in bench.received().items()} == {
+        2: ["beside", "endless", "in pages", "near"]
+    }
+    bench.ask(request("whole", prompt=961, output=15))
+    assert list(bench.received()) in ([0], [1])
+
+
 def test_merge_by_hand(ready):
     for rid in "abcd":
         ready.ask(request(rid))
