@@ -231,6 +231,22 @@ def namespaces(scheduler):
     return list(scheduler.tree_cache.shift_space_names)
 
 
+def test_a_profile_prevents_the_split_until_it_ends(world, tmp_path):
+    """It ends after some steps, and waits for all ranks that began it."""
+    from sglang.srt.managers.io_struct import ProfileReq, ProfileReqOutput
+
+    world.merge()
+    values = {"output_dir": str(tmp_path), "activities": ["CPU"], "with_stack": False, "profile_id": "a"}
+    world.send(0, ProfileReq(num_steps=4, **values))
+    world.wait(lambda: any(isinstance(each, ProfileReqOutput) for each in world.messages), "the profile")
+    refused = world.change(0, 2, 1)
+    assert not refused.ok and "a profile runs or waits for a step" in refused.reason
+    submit(world, 0, "plain")
+    world.wait_end()
+    assert len(list(tmp_path.glob("*.trace.json.gz"))) == 2
+    world.split()
+
+
 def test_a_change_is_given_up(world, alone):
     """One rank has no memory for the exchange. All go on as before."""
     submit(world, 0, "plain")

@@ -25,6 +25,7 @@ from sglang_shift.instances.shares import share_out
 from sglang_shift.kv.exchange import SCRATCH_BYTES, Volume
 from sglang_shift.kv.layout import merged_pages
 from sglang_shift.kv.split_plan import Claim, SplitPlan, plan_split
+from sglang_shift.runtime.profiles import profile_is_open
 from sglang_shift.runtime.quiesce import Retracted, drain, live_requests, retract
 from sglang_shift.runtime.request_record import RequestRecord, reason_to_stay, record, restore_times
 from sglang_shift.runtime.rng import random_state, set_random_state
@@ -33,6 +34,8 @@ from sglang_shift.seams import relies_on
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+PROFILE = "a profile runs or waits for a step; let it end, or end it (POST /stop_profile), then try again"
 
 
 class GivenUp(Exception):
@@ -300,6 +303,8 @@ class LevelChange:
         scheduler, switch = self.scheduler, self.scheduler.shift_switch
         if scheduler.weight_updater._session is not None:
             raise GivenUp("a weight update is open")
+        if profile_is_open(scheduler.profiler_manager):
+            raise GivenUp(PROFILE)
         queued = [*scheduler.waiting_queue, *scheduler.grammar_manager.grammar_queue]
         requests = [*live_requests(scheduler), *queued]
         for req in requests:

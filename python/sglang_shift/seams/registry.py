@@ -61,6 +61,7 @@ MODULES = (
     "sglang_shift.runtime.penalties",
     "sglang_shift.runtime.prefill_adder",
     "sglang_shift.runtime.process_watch",
+    "sglang_shift.runtime.profiles",
     "sglang_shift.runtime.quiesce",
     "sglang_shift.runtime.rank_consensus",
     "sglang_shift.runtime.reporter",
