@@ -89,6 +89,11 @@ class ShiftInternalState(SchedulerInternalStateController):
     def _validate_target(self, key: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise internal_state.UpdateRejected(f"{key} must be 0 or more milliseconds, got {value!r}.")
+        if value and self.scheduler.shift_config.instances:
+            raise internal_state.UpdateRejected(
+                f"{key} cannot be combined with --instances, because the step times of other levels are not known; "
+                f"set it to 0."
+            )
         if value and self.scheduler.shift_selector.calibration is None:
             raise internal_state.UpdateRejected(
                 f"{key} needs step times: this server has none; start it with --shift-policy calibrated."
