@@ -52,6 +52,30 @@ def test_instances_that_do_not_merge_go_on(alone):
         assert world.wait_end(["q1", "q2"]) == {rid: alone[rid] for rid in ("q1", "q2")}
 
 
+def gauges(scheduler):
+    """What SGLang's metrics say of this rank: its running requests, its queue, and the share of its cache in use."""
+    collector = scheduler.metrics_reporter.metrics_collector
+    found = (collector.num_running_reqs, collector.num_queue_reqs, collector.token_usage)
+    return [sum(sample.value for metric in gauge.collect() for sample in metric.samples) for gauge in found]
+
+
+def test_the_metrics_count_the_requests_of_a_merged_instance_once():
+    with started(2, (*MODEL, *POOL, "--enable-metrics", "--decode-log-interval", "1"), instances=2) as world:
+        for rank in (0, 1):
+            world.submit(rank, f"q{rank}", prompt(rank, 20), 200)
+        world.wait_tokens({"q0": 5, "q1": 5})
+        assert [running for running, *_ in world.call(gauges)] == [1, 1]
+        assert world.change(0, 2, 2).ok
+        tokens = {rid: len(output.tokens) + 5 for rid, output in world.outputs.items()}
+        world.wait_tokens(tokens)
+        (running, _, usage), nothing = world.call(gauges)
+        assert running == 2 and usage > 0 and nothing == [0, 0, 0]
+        assert world.change(0, 2, 1).ok
+        tokens = {rid: len(output.tokens) + 5 for rid, output in world.outputs.items()}
+        world.wait_tokens(tokens)
+        assert [running for running, *_ in world.call(gauges)] == [1, 1]
+
+
 def decide(scheduler, same):
     """Write a decision as a part of SGLang's does, for its rank-consensus checker."""
     from sglang.srt.utils import rank_consensus_checker as checker

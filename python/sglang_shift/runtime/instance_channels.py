@@ -19,6 +19,7 @@ from sglang.srt.managers.io_struct import BatchEmbeddingOutput, BatchTokenIDOutp
 from sglang.srt.managers.load_snapshot import LoadSnapshot
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.output_sender import SenderWrapper
+from sglang.srt.observability.metrics_collector import QueueCount, SchedulerStats
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.server_args import PortArgs
 
@@ -132,7 +133,7 @@ class InstanceChannels(Scheduler):
         self.idle_sleeper = self.shift_idle_sleeper if leads else None
         metrics = self.metrics_reporter
         metrics.is_stats_logging_rank = leads
-        metrics.current_scheduler_metrics_enabled = leads and metrics.metrics_collector_context.enable_metrics
+        metrics.current_scheduler_metrics_enabled = leads and metrics.enable_metrics
         if self.shift_own_reporter is None:
             self.shift_own_reporter = self.shift_reporter or self.make_reporter()
         self.shift_reporter = self.shift_own_reporter if leads else None
@@ -144,6 +145,11 @@ class InstanceChannels(Scheduler):
         if self.shift_load_writer is not None:
             rank = self.shift_load_writer.dp_rank
             self.shift_load_writer.write(LoadSnapshot(timestamp=time.time(), dp_rank=rank))
+        metrics = self.metrics_reporter
+        if metrics.enable_metrics:
+            none = QueueCount.from_reqs([], self.enable_priority_scheduling)
+            metrics.stats = SchedulerStats(num_running_reqs=none, num_queue_reqs=none)
+            metrics.metrics_collector.log_stats(metrics.stats)
         reporter = self.shift_own_reporter
         assert reporter is not None
         reporter.publisher.send(msgspec.structs.replace(reporter.state(), running=0, waiting=0))
