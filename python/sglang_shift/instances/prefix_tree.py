@@ -35,17 +35,15 @@ class CachedPage(NamedTuple):
 
 @dataclass(frozen=True)
 class Branch:
-    """A cached prefix that no longer one continues.
+    """A cached prefix that no longer one continues. It begins with the same pages as the branch before it.
 
     Attributes:
-        pages: Its pages, in the order of its tokens.
-        tokens: Its tokens.
-        space: Its namespace.
+        shared: How many pages it shares with the branch before it.
+        pages: Its other pages, in the order of its tokens. No branch before it has them.
     """
 
-    pages: list[int]
-    tokens: list[int]
-    space: Space
+    shared: int
+    pages: list[CachedPage]
 
 
 class PrefixTree:
@@ -76,20 +74,20 @@ class PrefixTree:
             yield self.pages[number]
             waiting += self._children.get(number, [])[::-1]
 
-    def path(self, number: int) -> list[int]:
-        """The pages of a prefix whose last page is ``number``."""
-        pages = []
-        while number != ROOT:
-            pages.append(number)
-            number = self.pages[number].parent
-        return pages[::-1]
-
     def branches(self) -> Iterator[Branch]:
-        """The longest prefixes, in the order of :meth:`walk`. Together they have all pages."""
-        for page in self.walk():
-            if page.number not in self._children:
-                pages = self.path(page.number)
-                yield Branch(pages, [token for number in pages for token in self.pages[number].tokens], page.space)
+        """The longest prefixes, in the order of :meth:`walk`. Each page is in the ``pages`` of one branch."""
+        waiting = [(number, 0) for number in reversed(self._children.get(ROOT, []))]
+        shared, pages = 0, []
+        while waiting:
+            number, depth = waiting.pop()
+            if not pages:
+                shared = depth
+            pages.append(self.pages[number])
+            if children := self._children.get(number):
+                waiting += [(child, depth + 1) for child in reversed(children)]
+            else:
+                yield Branch(shared, pages)
+                pages = []
 
     def find(self, tokens: Sequence[int], space: Space) -> list[int]:
         """The pages of the longest cached prefix of ``tokens``."""

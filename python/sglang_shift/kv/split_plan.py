@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sglang_shift.instances.prefix_tree import ROOT, CachedPage, PrefixTree
+from sglang_shift.instances.prefix_tree import ROOT, Branch, CachedPage, PrefixTree
 from sglang_shift.kv.layout import home_of
 
 
@@ -61,10 +61,11 @@ def plan_split(tree: PrefixTree, claims: Sequence[Claim], factor: int, last_page
         planner.want(claim)
     planner.find_room()
     for claim in claims:
-        planner.move(claim.pages, claim.part, overwrites=True)
+        planner.move(claim)
+    path = _Path(planner)
     for branch in tree.branches():
-        has = [sum(planner.place(page, part) is not None for page in branch.pages) for part in range(factor)]
-        planner.move(branch.pages, has.index(max(has)), overwrites=False)
+        path.follow(branch)
+        path.move(path.counts.index(max(path.counts)))
     return planner.plan()
 
 
@@ -75,6 +76,7 @@ class _Planner:
     last_page: int
     wanted: dict[int, set[int]] = field(default_factory=dict)  # the parts that want a page for their requests
     places: dict[tuple[int, int], int] = field(default_factory=dict)  # the copy of a page for a part
+    copied: dict[int, set[int]] = field(default_factory=dict)  # the parts that have a copy of a page
     overwritten: set[int] = field(default_factory=set)
     empty: list[deque[int]] = field(default_factory=list)  # pages without tokens, for each part
     unwanted: list[deque[int]] = field(default_factory=list)  # cached pages that no request wants, for each part
@@ -93,47 +95,91 @@ class _Planner:
         self.empty, self.unwanted = self._by_home(empty), self._by_home(unwanted)
 
     def _by_home(self, pages: Sequence[int]) -> list[deque[int]]:
-        return [deque(page for page in pages if self._home(page) == part) for part in range(self.factor)]
+        by_home: list[deque[int]] = [deque() for _ in range(self.factor)]
+        for page in pages:
+            if (part := self._home(page)) is not None:
+                by_home[part].append(page)
+        return by_home
 
     def _home(self, page: int) -> int | None:
         """The part that has the memory of a page after the split; None if the split takes the memory away."""
         return home_of(page, self.factor)[0] if page <= self.last_page else None
 
-    def move(self, pages: Sequence[int], part: int, *, overwrites: bool) -> None:
-        """Copy the pages of a prefix that ``part`` would not keep, as far as there is room."""
-        for page in pages:
-            if self.place(page, part) is not None:
-                continue
-            if page in self.overwritten:
-                return
-            if self.empty[part]:
-                self.places[page, part] = self.empty[part].popleft()
-            elif overwrites and self.unwanted[part]:
-                self.places[page, part] = self.unwanted[part].popleft()
-                self.overwritten.add(self.places[page, part])
-            else:
+    def parts(self, page: int) -> set[int]:
+        """The parts that have a page, or a copy of it."""
+        home = self._home(page)
+        stays = home is not None and page not in self.overwritten
+        return self.copied.get(page, set()) | ({home} if stays else set())
+
+    def move(self, claim: Claim) -> None:
+        """Copy the pages of a request that its part would not keep, as far as there is room."""
+        for page in claim.pages:
+            if claim.part not in self.parts(page) and not self.copy(page, claim.part, overwrites=True):
                 return
 
-    def place(self, page: int, part: int) -> int | None:
-        """Where ``part`` has a page before the split; None if it has no copy of it."""
-        if (page, part) in self.places:
-            return self.places[page, part]
-        stays = self._home(page) == part and page not in self.overwritten
-        return page if stays else None
+    def copy(self, page: int, part: int, *, overwrites: bool) -> bool:
+        """Copy a page that ``part`` would not keep, and return whether it still exists and there is room."""
+        if page in self.overwritten:
+            return False
+        if self.empty[part]:
+            self.places[page, part] = self.empty[part].popleft()
+        elif overwrites and self.unwanted[part]:
+            self.places[page, part] = self.unwanted[part].popleft()
+            self.overwritten.add(self.places[page, part])
+        else:
+            return False
+        self.copied.setdefault(page, set()).add(part)
+        return True
 
     def plan(self) -> SplitPlan:
-        trees: list[PrefixTree] = []
-        kept: set[int] = set()
-        for part in range(self.factor):
-            names = {ROOT: ROOT}
-            pages: list[CachedPage] = []
-            for page in self.tree.walk():
-                place = self.place(page.number, part)
-                if place is None or page.parent not in names:
-                    continue
-                names[page.number] = home_of(place, self.factor)[1]
-                pages.append(page._replace(number=names[page.number], parent=names[page.parent]))
-            trees.append(PrefixTree(pages))
-            kept |= names.keys()
+        names = [{ROOT: ROOT} for _ in range(self.factor)]
+        pages: list[list[CachedPage]] = [[] for _ in range(self.factor)]
+        for page in self.tree.walk():
+            for part in self.parts(page.number):
+                if (parent := names[part].get(page.parent)) is not None:
+                    place = self.places.get((page.number, part), page.number)
+                    number = names[part][page.number] = home_of(place, self.factor)[1]
+                    pages[part].append(page._replace(number=number, parent=parent))
         moves = [(page, copy) for (page, _), copy in self.places.items()]
-        return SplitPlan(moves, trees, len(self.tree.pages.keys() - kept))
+        return SplitPlan(moves, [PrefixTree(each) for each in pages], len(self.tree.pages.keys() - set().union(*names)))
+
+
+class _Path:
+    """One branch after the other, and which parts have its pages. Each page is looked at once, and not once a branch.
+
+    Attributes:
+        counts: For each part, how many pages of the branch it has.
+    """
+
+    def __init__(self, planner: _Planner) -> None:
+        self.planner = planner
+        self.counts = [0] * planner.factor
+        self._pages: list[int] = []
+        self._parts: list[set[int]] = []  # the parts that have each page
+        self._complete = [0] * planner.factor  # for each part, the first pages of the branch, all of which it has
+
+    def follow(self, branch: Branch) -> None:
+        """Go on to the next branch."""
+        for parts in self._parts[branch.shared :]:
+            self._count(parts, -1)
+        del self._pages[branch.shared :], self._parts[branch.shared :]
+        self._complete = [min(count, branch.shared) for count in self._complete]
+        for page in branch.pages:
+            parts = self.planner.parts(page.number)
+            self._pages.append(page.number)
+            self._parts.append(parts)
+            self._count(parts, 1)
+
+    def _count(self, parts: set[int], change: int) -> None:
+        for part in parts:
+            self.counts[part] += change
+
+    def move(self, part: int) -> None:
+        """Copy the pages of the branch that ``part`` would not keep, as far as there are pages that nobody uses."""
+        for depth in range(self._complete[part], len(self._pages)):
+            if part not in self._parts[depth]:
+                if not self.planner.copy(self._pages[depth], part, overwrites=False):
+                    return
+                self._parts[depth].add(part)
+                self.counts[part] += 1
+            self._complete[part] = depth + 1

@@ -12,7 +12,6 @@ from sglang.srt.mem_cache.registry import create_unified_radix_cache, register_r
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from sglang_shift.instances.prefix_tree import ROOT, CachedPage, PrefixTree, Space
-from sglang_shift.kv.layout import token_slots
 from sglang_shift.seams import extends, overrides, relies_on
 
 BACKEND = "sglang_shift_instances"
@@ -82,15 +81,19 @@ class InstanceCache(UnifiedRadixCache):
             RuntimeError: SGLang has cached another number of tokens.
         """
         self.reset()
-        known: set[int] = set()
+        size = self.page_size
+        tokens, slots = array("q"), array("q")  # of one branch after the other
         for branch in tree.branches():
-            shared = self.page_size * sum(page in known for page in branch.pages)
-            slots = token_slots(torch.tensor(branch.pages), self.page_size)
-            extra_key, cache_salt = branch.space
-            key = RadixKey(array("q", branch.tokens), extra_key, cache_salt=cache_salt)
+            shared = branch.shared * size
+            del tokens[shared:], slots[shared:]
+            for page in branch.pages:
+                tokens.extend(page.tokens)
+                slots.extend(range(page.number * size, (page.number + 1) * size))
+            extra_key, cache_salt = branch.pages[-1].space
+            key = RadixKey(tokens[:], extra_key, cache_salt=cache_salt)
+            value = torch.frombuffer(slots[:], dtype=torch.int64).to(self.device)
             # What is cached already must not be noted, and not be freed as a second copy.
-            self.insert(InsertParams(key=key, value=slots.to(self.device), prev_prefix_len=shared, inserted_len=shared))
-            known.update(branch.pages)
+            self.insert(InsertParams(key=key, value=value, prev_prefix_len=shared, inserted_len=shared))
         if (cached := self.evictable_size()) != len(tree) * self.page_size:
             raise RuntimeError(
                 f"the cache holds {cached} tokens after a change of level, and not those of {len(tree)} pages"

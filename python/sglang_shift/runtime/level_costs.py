@@ -24,6 +24,9 @@ from sglang_shift.runtime.level_change import LevelChange
 MOST_PAGES = 4096
 """Pages of KV cache that each instance brings into a merge that is measured, at most."""
 
+END_PAGES = 64
+"""Pages of each end of the prefix that these caches have."""
+
 WITHOUT_TIMES = (
     "--instance-policy auto needs the step times of each level, and there are none for instances of {level} ranks: "
     "{reason}; give --instance-policy paper, or another --shift-calibration"
@@ -122,11 +125,21 @@ class LevelMeasurements:
         return self._bench.agree([sum(report.phases.values())])[0]
 
     def _fill(self) -> None:
-        """Cache a made-up prefix, which differs from those of other instances. It takes half of the cache at most."""
+        """Cache made-up prefixes, which differ from those of other instances. They take half of the cache at most.
+
+        Half of their pages are one long prefix, and the others are ends of it, as with conversations that begin alike.
+        """
         switch, cache = self.scheduler.shift_switch, self.scheduler.tree_cache
-        count = min(MOST_PAGES, switch.pool.layout.last_page(switch.level) // 2)
-        tokens = (switch.place.instance.leader,) * switch.pool.layout.page_size
-        tree = PrefixTree(CachedPage(page, page - 1, tokens, (None, None)) for page in range(1, count + 1))
+        layout, leader = switch.pool.layout, switch.place.instance.leader
+        count = min(MOST_PAGES, layout.last_page(switch.level) // 2)
+        trunk = count // 2
+
+        def cached(page: int) -> CachedPage:
+            parent = trunk if page > trunk and (page - trunk) % END_PAGES == 1 else page - 1
+            token = leader + page * self.levels.world_size
+            return CachedPage(page, parent, (token,) * layout.page_size, (None, None))
+
+        tree = PrefixTree(cached(page) for page in range(1, count + 1))
         cache.write(tree)
         switch.pool.keep(torch.tensor(sorted(tree.pages), dtype=torch.int64))
 

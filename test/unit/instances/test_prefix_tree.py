@@ -18,9 +18,21 @@ def tree_of(*paths: tuple[list[int], list[int]], space=PLAIN, page_size: int = 1
     return PrefixTree(pages.values())
 
 
+def whole(tree: PrefixTree) -> list[tuple[list[int], list[int]]]:
+    """All pages and tokens of each branch."""
+    path: list[CachedPage] = []
+    found = []
+    for branch in tree.branches():
+        path = path[: branch.shared] + branch.pages
+        found.append(([page.number for page in path], [token for page in path for token in page.tokens]))
+    return found
+
+
 def test_branches_have_all_prefixes():
     tree = tree_of(([3, 1, 7], [10, 11, 12]), ([3, 1, 4], [10, 11, 13]), ([9], [20]))
-    assert [(branch.pages, branch.tokens) for branch in tree.branches()] == [
+    assert [branch.shared for branch in tree.branches()] == [0, 2, 0]
+    assert [page for branch in tree.branches() for page in branch.pages] == list(tree.walk()), "each page once"
+    assert whole(tree) == [
         ([3, 1, 4], [10, 11, 13]),
         ([3, 1, 7], [10, 11, 12]),
         ([9], [20]),
@@ -57,7 +69,7 @@ def test_an_empty_tree_finds_nothing():
 def test_the_first_tree_keeps_what_both_have():
     first = tree_of(([1, 3], [10, 11]))
     second = tree_of(([2, 4, 6], [10, 11, 12]), ([8], [30]))
-    assert [(b.pages, b.tokens) for b in unite([first, second]).branches()] == [([1, 3, 6], [10, 11, 12]), ([8], [30])]
+    assert whole(unite([first, second])) == [([1, 3, 6], [10, 11, 12]), ([8], [30])]
 
 
 def test_equal_tokens_of_two_namespaces_stay_apart():
@@ -68,4 +80,4 @@ def test_equal_tokens_of_two_namespaces_stay_apart():
 
 def test_renamed():
     tree = tree_of(([1, 2], [10, 11])).renamed(lambda page: 2 * page)
-    assert [branch.pages for branch in tree.branches()] == [[2, 4]]
+    assert whole(tree) == [([2, 4], [10, 11])]

@@ -4,6 +4,7 @@ import random
 
 import pytest
 from sglang_shift.instances.prefix_tree import ROOT, CachedPage, PrefixTree
+from sglang_shift.kv import split_plan
 from sglang_shift.kv.layout import home_of
 from sglang_shift.kv.split_plan import Claim, SplitPlan, plan_split
 
@@ -16,6 +17,11 @@ def chain(pages: list[int], first_token: int) -> list[CachedPage]:
         CachedPage(page, parent, (first_token + n,), PLAIN)
         for n, (page, parent) in enumerate(zip(pages, parents, strict=True))
     ]
+
+
+def path(tree: PrefixTree, page: int) -> list[int]:
+    """The pages of the prefix that ends with a page."""
+    return [] if page == ROOT else [*path(tree, tree.pages[page].parent), page]
 
 
 def check(tree: PrefixTree, plan: SplitPlan, factor: int) -> None:
@@ -87,7 +93,7 @@ def test_random_caches(seed, factor):
                 pages[free[-1]] = CachedPage(free[-1], at, (free[-1],), PLAIN)
                 at = free.pop()
     tree = PrefixTree(pages.values())
-    claims = [Claim(rng.randrange(factor), tree.path(rng.choice(list(pages)))) for _ in range(rng.randrange(6))]
+    claims = [Claim(rng.randrange(factor), path(tree, rng.choice(list(pages)))) for _ in range(rng.randrange(6))]
     plan = plan_split(tree, claims, factor, last)
     check(tree, plan, factor)
     homes = [home_of(page, factor)[0] for page in free]
@@ -124,3 +130,22 @@ def test_random_caches_whose_end_goes_away(seed, factor):
         tokens = [token for page in each for token in page.tokens]
         assert len(plan.trees[claim.part].find(tokens, PLAIN)) == len(each)
     assert plan.lost == 0
+
+
+def test_the_work_grows_with_the_pages_and_not_with_the_lengths_of_all_prefixes(monkeypatch):
+    """Many conversations begin with one long prefix."""
+    calls = 0
+
+    def counted(page: int, factor: int) -> tuple[int, int]:
+        nonlocal calls
+        calls += 1
+        return home_of(page, factor)
+
+    monkeypatch.setattr(split_plan, "home_of", counted)
+    trunk, ends, factor = list(range(1, 1001)), range(1001, 1301), 8
+    tree = PrefixTree([*chain(trunk, 0), *(CachedPage(end, trunk[-1], (end,), PLAIN) for end in ends)])
+    last = 1400 * factor
+    plan = plan_split(tree, [], factor, last)
+    check(tree, plan, factor)
+    assert plan.lost == 0
+    assert calls < 3 * last
