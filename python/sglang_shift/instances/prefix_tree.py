@@ -77,7 +77,7 @@ class PrefixTree:
     def branches(self) -> Iterator[Branch]:
         """The longest prefixes, in the order of :meth:`walk`. Each page is in the ``pages`` of one branch."""
         waiting = [(number, 0) for number in reversed(self._children.get(ROOT, []))]
-        shared, pages = 0, []
+        shared, pages = 0, list[CachedPage]()
         while waiting:
             number, depth = waiting.pop()
             if not pages:

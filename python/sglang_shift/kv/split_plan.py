@@ -107,9 +107,9 @@ class _Planner:
 
     def parts(self, page: int) -> set[int]:
         """The parts that have a page, or a copy of it."""
+        copies = self.copied.get(page, set())
         home = self._home(page)
-        stays = home is not None and page not in self.overwritten
-        return self.copied.get(page, set()) | ({home} if stays else set())
+        return set(copies) if home is None or page in self.overwritten else {*copies, home}
 
     def move(self, claim: Claim) -> None:
         """Copy the pages of a request that its part would not keep, as far as there is room."""
