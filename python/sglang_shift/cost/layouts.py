@@ -9,13 +9,15 @@ run if requests arrive at the rate ::
 
     rate(n) = n / (o * s(n) + n * p)
 
-The rate rises with ``n``. At the number of requests that the KV cache holds, it is the instance's capacity.
+The rate rises with ``n``. At the number of requests that the KV cache holds, it is the instance's capacity. The KV
+cache is never full: requests enter in their order, and the next one waits for room for all its ``x`` tokens. By renewal
+theory, ``E[x^2] / (2 E[x])`` tokens stay free on average. Long requests so cost a small instance much.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
@@ -93,16 +95,18 @@ class RequestClass:
         prompt: Mean prompt tokens.
         output: Mean output tokens.
         need: Tokens of the largest of these requests: its prompt and its output.
+        square: Mean of the square of a request's tokens. 0 if unknown: then the KV cache can be full.
     """
 
     rate: float
     prompt: float
     output: float
     need: int
+    square: float = 0.0
 
     def share(self, part: float) -> RequestClass:
         """Return a part of the requests."""
-        return RequestClass(part * self.rate, self.prompt, self.output, self.need)
+        return replace(self, rate=part * self.rate)
 
 
 CALM = 0.85
@@ -148,7 +152,9 @@ class Load:
         self.prompt_seconds = sum(w * seconds for w, seconds in alone)
         self.prompt_squares = sum(w * seconds**2 for w, seconds in alone)
         self.batched_seconds = sum(w * batched_prompt_seconds(level, max(1, round(c.prompt))) for w, c in pairs)
-        self.most = max(1.0, min(level.tokens / self.tokens, level.max_running))
+        # Requests enter in their order, and the next one waits for room for all its tokens.
+        free = sum(w * c.square for w, c in pairs) / (2 * self.tokens)
+        self.most = max(1.0, min((level.tokens - free) / self.tokens, level.max_running))
         self.capacity = self._rate_at(self.most)
 
     def _decode_seconds(self, running: float) -> float:

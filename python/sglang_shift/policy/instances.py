@@ -145,11 +145,11 @@ class Demand:
 
 
 class _Average:
-    """The requests of a class: decaying sums of their number, their prompts and their outputs, over some windows."""
+    """The requests of a class: decaying sums of their number, prompts, outputs and squares, over some windows."""
 
     def __init__(self, windows: Sequence[float]) -> None:
         self.windows = windows
-        self.sums = [[0.0, 0.0, 0.0] for _ in windows]
+        self.sums = [[0.0, 0.0, 0.0, 0.0] for _ in windows]
         self.need = 0
         self.now = 0.0
         self.start: float | None = None
@@ -160,7 +160,7 @@ class _Average:
     def add(self, now: float, prompt: int, output: int, need: int) -> None:
         self._decay(now)
         for sums in self.sums:
-            for j, value in enumerate((1.0, float(prompt), float(output))):
+            for j, value in enumerate((1.0, float(prompt), float(output), float(prompt + output) ** 2)):
                 sums[j] += value
         self.need = max(self.need, need)
 
@@ -169,8 +169,14 @@ class _Average:
         self._decay(now)
         seen = max(1.0, now - (self.start or 0.0))
         found = [
-            RequestClass(count / (window * -math.expm1(-seen / window)), prompt / count, output / count, self.need)
-            for window, (count, prompt, output) in zip(self.windows, self.sums, strict=True)
+            RequestClass(
+                rate=count / (window * -math.expm1(-seen / window)),
+                prompt=prompt / count,
+                output=output / count,
+                need=self.need,
+                square=square / count,
+            )
+            for window, (count, prompt, output, square) in zip(self.windows, self.sums, strict=True)
             if count > FORGOTTEN
         ]
         return max(found, key=lambda c: c.rate, default=None)
@@ -305,8 +311,13 @@ class AutoPolicy(InstancePolicy):
         }
 
     def _score(self, found: Outlook) -> float:
-        """Return the mean seconds of a request. What is not served is as if it waited."""
-        return found.latency + self.loss_seconds * found.loss
+        """Return the mean seconds of a request. What is not served waits.
+
+        The instances serve the share 1 - loss. So a queue grows, and to serve it takes loss / (1 - loss) times as long
+        as the demand lasted. The loss alone would hide this: near 1, it is the same for half of the throughput.
+        """
+        served = 1 - found.loss
+        return found.latency + (self.loss_seconds * found.loss / served if served > 0 else math.inf)
 
     def _classes(self, deployment: Deployment) -> list[RequestClass]:
         """Return the demand. The requests in queues count as arriving within the horizon."""

@@ -45,6 +45,16 @@ def test_the_loss_is_what_calm_instances_do_not_serve():
     assert Load(LEVELS[1], [RequestClass(CALM * capacity, 50, 50, 100)]).loss == 0
 
 
+def test_a_cache_is_not_full_while_the_next_request_waits_for_room():
+    """Two requests of 400 tokens fit into 1,000. In four times as much, hardly anything is lost."""
+    alike = RequestClass(1.0, 350, 50, 400, square=400.0**2)
+    assert Load(LEVELS[1], [alike]).most == 2
+    assert Load(LEVELS[4], [alike]).most == 9.5
+    half_as_long = RequestClass(1.0, 150, 50, 200, square=200.0**2)
+    mixed = Load(LEVELS[4], [alike, half_as_long])
+    assert mixed.most == pytest.approx((4000 - (400**2 + 200**2) / 2 / 600) / 300)
+
+
 def test_layouts():
     assert layouts(4, [1, 2, 4]) == [(1, 1, 1, 1), (2, 2), (4,), (2, 1, 1)]
     assert (4, 2, 2) in layouts(8, [1, 2, 4, 8])
@@ -138,6 +148,7 @@ def test_demand_is_an_average_that_is_forgotten():
     assert short.rate == pytest.approx(10.0, rel=0.02)
     assert (short.prompt, short.output, short.need) == (pytest.approx(90), pytest.approx(10), 100)
     demand.add(100.0, 3000, 10)
+    assert short.square == pytest.approx(100**2)
     assert len(demand.classes(100.0)) == 2
     assert demand.classes(100.0)[1].need == 3010
     assert [c.need for c in demand.classes(200.0)] == [3010], "a rare class is remembered longer"
@@ -165,6 +176,18 @@ def test_auto_splits_under_load_but_not_within_the_dwell_time_and_not_while_a_lo
     assert policy.wanted(Deployment(now, (busy,), changed=now - 11.0)) == (1, 1, 1, 1)
     long = state(4, 3900, running=30, waiting=50, queued=5000, largest=3000)
     assert policy.wanted(Deployment(now, (long,), changed=now - 11.0)) == (4,)
+
+
+def test_auto_counts_what_is_served_when_nearly_all_of_the_demand_waits():
+    """Each layout leaves 98 % of the demand, but replicas serve more than one instance does."""
+    policy = auto(change_seconds=0.5)
+    capacity = Load(LEVELS[1], [RequestClass(1.0, 50, 50, 100)]).capacity
+    for i in range(300):
+        policy.arrived(i / (300 * capacity), 50, 50)
+    busy = state(4, 4000, running=40, waiting=30_000, queued=3_000_000, largest=100)
+    assert policy.wanted(Deployment(20.0, (busy,), changed=0.0)) == (1, 1, 1, 1)
+    losses = [each["loss"] for each in policy.report()["predictions"].values()]
+    assert min(losses) > 0.98 and max(losses) - min(losses) < 0.01
 
 
 @pytest.mark.parametrize(("largest", "changes"), [(1001, True), (4001, False)])
