@@ -208,7 +208,7 @@ class AutoPolicy(InstancePolicy):
         window: Seconds over which the demand is averaged.
         longer: How many times as long the demand of rare classes is averaged as well.
         patience: Seconds for which requests are watched before the first change that no request needs.
-        loss_seconds: Seconds that a request counts as waiting if its layout does not serve it.
+        loss_seconds: Seconds that demand counts as waiting if as much of it is served as is not.
     """
 
     ranks: int
@@ -313,8 +313,8 @@ class AutoPolicy(InstancePolicy):
     def _score(self, found: Outlook) -> float:
         """Return the mean seconds of a request. What is not served waits.
 
-        The instances serve the share 1 - loss. So a queue grows, and to serve it takes loss / (1 - loss) times as long
-        as the demand lasted. The loss alone would hide this: near 1, it is the same for half of the throughput.
+        Only the share ``1 - loss`` of the demand is served. To serve the rest as well takes ``loss / (1 - loss)`` times
+        as long. Near 1, the loss alone would hide that one layout serves twice as much as another.
         """
         served = 1 - found.loss
         return found.latency + (self.loss_seconds * found.loss / served if served > 0 else math.inf)
