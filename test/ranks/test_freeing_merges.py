@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from families import WIDE, Family, make_model
-from instance_trial import prompt, started
+from instance_trial import prompt, started, tokens_of_stock
 
 CAPACITY = 255  # tokens of one of two replicas
 FLAGS = ("--max-total-tokens", "511", "--merge-weights", "free", "--disable-overlap-schedule")
@@ -24,11 +24,7 @@ def model(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def alone(model):
     """The tokens of each request, one after the other on stock SGLang."""
-    with started(1, ("--model-path", model, "--max-total-tokens", "2047", "--disable-radix-cache")) as world:
-        for rid, (ids, tokens) in {**STREAMS, "long": LONG}.items():
-            world.submit(0, rid, ids, tokens)
-            world.wait_end([rid])
-        return {rid: output.tokens for rid, output in world.outputs.items()}
+    return tokens_of_stock(("--model-path", model, "--max-total-tokens", "2047"), {**STREAMS, "long": LONG})
 
 
 @pytest.fixture(scope="module")

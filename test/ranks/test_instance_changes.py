@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from instance_trial import TrialError, World, prompt, started
+from instance_trial import TrialError, World, prompt, started, tokens_of_stock
 from sglang_shift.models.demo import demo_model_path
 
 POOL = ("--max-total-tokens", "1023")  # with the slot that holds no token, a multiple of the ranks
@@ -14,11 +14,7 @@ REQUESTS = {f"q{n}": (prompt(n, 20 + 7 * n), 40 + n) for n in range(6)}
 @pytest.fixture(scope="module")
 def alone():
     """The tokens of each request, one after the other on stock SGLang."""
-    with started(1, (*MODEL, *POOL, "--disable-radix-cache")) as world:
-        for rid, (ids, tokens) in REQUESTS.items():
-            world.submit(0, rid, ids, tokens)
-            world.wait_end([rid])
-        return {rid: output.tokens for rid, output in world.outputs.items()}
+    return tokens_of_stock((*MODEL, *POOL), REQUESTS)
 
 
 def submit_all(world: World) -> None:

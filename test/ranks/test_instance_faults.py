@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from instance_faults import RANK, plant, watch
-from instance_trial import World, prompt, started
+from instance_trial import World, prompt, started, tokens_of_stock
 from sglang_shift.models.demo import demo_model_path
 
 MODEL = ("--model-path", demo_model_path(), "--max-total-tokens", "1023")
@@ -15,11 +15,7 @@ MERGE, SPLIT = 2, 1
 @pytest.fixture(scope="module")
 def alone():
     """The tokens of each request, one after the other on stock SGLang."""
-    with started(1, (*MODEL, "--disable-radix-cache")) as world:
-        for rid, (ids, tokens) in REQUESTS.items():
-            world.submit(0, rid, ids, tokens)
-            world.wait_end([rid])
-        return {rid: output.tokens for rid, output in world.outputs.items()}
+    return tokens_of_stock(MODEL, REQUESTS)
 
 
 def submit_all(world: World) -> None:

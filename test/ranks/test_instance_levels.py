@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 from families import WIDE, Family, make_model
-from instance_trial import prompt, started
+from instance_trial import outputs_of_stock, prompt, started
 from instance_walk import ALL_PAIRS, Walk
 
 # With the slot that holds no token, a multiple of the ranks. In a large cache, all pages find a place after a split.
@@ -61,11 +61,7 @@ def run(
             walk.go(levels)
         world.wait_end()
         assert world.problems() == []
-    with started(1, (*flags, "--disable-radix-cache")) as alone:
-        for rid, (ids, tokens, options) in sent.items():
-            alone.submit(0, rid, ids, tokens, **options)
-            alone.wait_end([rid])
-    for rid, expected in alone.outputs.items():
+    for rid, expected in outputs_of_stock(flags, sent).items():
         output = world.outputs[rid]
         assert (output.tokens, output.reason) == (expected.tokens, expected.reason), f"{rid} {sent[rid]}"
         assert output.logprobs == pytest.approx(expected.logprobs, abs=1e-4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from instance_trial import World, change_in_chunk, forget_prefixes, prompt, started, tokens_of_batches
+from instance_trial import World, change_in_chunk, forget_prefixes, outputs_of_stock, prompt, started, tokens_of_batches
 from sglang_shift.models.demo import demo_model_path
 
 # With overlap scheduling, SGLang's penalties count other tokens if the steps of other requests come between.
@@ -36,11 +36,7 @@ LONG = (prompt(20, 400), 30, {})
 @pytest.fixture(scope="module")
 def alone():
     """What each request gets, one after the other on stock SGLang."""
-    with started(1, (*FLAGS, "--disable-radix-cache")) as world:
-        for rid, (ids, tokens, options) in {**REQUESTS, "long": LONG}.items():
-            world.submit(0, rid, ids, tokens, **options)
-            world.wait_end([rid])
-        return world.outputs
+    return outputs_of_stock(FLAGS, {**REQUESTS, "long": LONG})
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from instance_trial import prompt, started
+from instance_trial import prompt, started, tokens_of_stock
 from sglang_shift.models.demo import demo_model_path
 
 FLAGS = ("--model-path", demo_model_path(), "--page-size", "16", "--max-total-tokens", "1008")
@@ -19,11 +19,7 @@ ENDLESS = (prompt(5, 470), 5000)  # its prompt takes 480 tokens, in whole pages
 
 @pytest.fixture(scope="module")
 def alone():
-    with started(1, (*FLAGS, "--disable-radix-cache")) as world:
-        for rid, (ids, tokens) in REQUESTS.items():
-            world.submit(0, rid, ids, tokens)
-            world.wait_end([rid])
-        return {rid: output.tokens for rid, output in world.outputs.items()}
+    return tokens_of_stock(FLAGS, REQUESTS)
 
 
 @pytest.fixture(scope="module")

@@ -53,12 +53,7 @@ def test_kv_written_in_one_mode_is_read_in_the_other(server, reference, writer, 
     """A second request hits the radix cache that the other mode wrote, and continues it."""
     prompts = [ids for ids in reference.prompts if len(ids) > 200][::4]
     expected = [a for ids, a in zip(reference.prompts, reference.answers[1], strict=True) if ids in prompts]
-    server.flush_cache()
-    with server.policy(writer):
-        for ids in prompts:
-            server.generate(ids[: len(ids) // 2], 1)
-    with server.policy(reader) as steps:
-        answers = [server.generate(ids) for ids in prompts]
+    answers, steps = server.generate_in_halves(prompts, writer, reader)
     assert all(a.meta["cached_tokens"] > 50 for a in answers)
     assert steps[writer] == 0 < steps[reader]
     assert_same_answers(answers, expected)

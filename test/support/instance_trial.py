@@ -12,7 +12,7 @@ import tempfile
 import time
 import traceback
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -430,6 +430,25 @@ def make_scheduler(rank: int, flags: tuple[str, ...], stock: bool, folder: Path)
 def change_in_chunk(scheduler: Any, request: Any) -> None:
     """Let the instance change its level while it computes a long prompt, after its second chunk."""
     scheduler.armed = request
+
+
+def outputs_of_stock(flags: Sequence[str], requests: Mapping[str, Sequence[Any]]) -> dict[str, Output]:
+    """What each request gets on one rank of stock SGLang, one after the other and without cached prefixes.
+
+    Args:
+        flags: The flags of the rank.
+        requests: By the id of each request: its prompt, its number of new tokens, and its options if it has some.
+    """
+    with started(1, (*flags, "--disable-radix-cache")) as world:
+        for rid, (ids, tokens, *options) in requests.items():
+            world.submit(0, rid, ids, tokens, **dict(*options))
+            world.wait_end([rid])
+        return world.outputs
+
+
+def tokens_of_stock(flags: Sequence[str], requests: Mapping[str, Sequence[Any]]) -> dict[str, list[int]]:
+    """The tokens of :func:`outputs_of_stock`."""
+    return {rid: output.tokens for rid, output in outputs_of_stock(flags, requests).items()}
 
 
 def forget_prefixes(scheduler: Any) -> bool:
