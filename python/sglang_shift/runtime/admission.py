@@ -151,6 +151,10 @@ def check_values(request: Any, model: Any) -> None:
         raise ValueError(f"top_logprobs_num is {top} and must be between 0 and the {vocab_size} tokens there are")
 
 
+@relies_on(
+    "sglang.srt.beam_search.coordinator:BeamCoordinator.validate_and_init",
+    "This method refuses beams if a page has several tokens, but a page of shards is larger than it knows.",
+)
 def check_beams(width: int) -> None:
     """Check the width of a beam search. SGLang's beams need pages of one token, and overlook the pages of shards.
 

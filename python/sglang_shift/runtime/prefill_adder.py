@@ -18,7 +18,7 @@ from sglang.srt.mem_cache.common import match_kv_cache
 from sglang_shift.cost.chunk_budget import ChunkBudget, Decodes, Prompts
 from sglang_shift.cost.chunk_share import ChunkShare
 from sglang_shift.modes import PENDING_REQUESTS, Mode
-from sglang_shift.seams import overrides
+from sglang_shift.seams import overrides, relies_on
 
 TP_ONLY = (Mode.TP,)
 
@@ -99,6 +99,10 @@ class ShiftPrefillAdder(PrefillAdder):
         self.chosen = {waiting[i].rid for i in chosen}
         return sum(needs[i] for i in chosen)
 
+    @relies_on(
+        "sglang.srt.mem_cache.common:match_kv_cache",
+        "This function notes how many tokens of a waiting prompt are cached, and locks nothing.",
+    )
     def _uncached_tokens(self, req: Req) -> int:
         """Tokens that a waiting prompt needs, by the last look-up of its cached prefix.
 
