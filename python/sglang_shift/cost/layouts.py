@@ -9,13 +9,22 @@ run if requests arrive at the rate ::
 
     rate(n) = n / (o * s(n) + n * p)
 
-The rate rises with ``n``. At the number of requests that the KV cache holds, it is the instance's capacity. The KV
-cache is never full: requests enter in their order, and the next one waits for room for all its ``x`` tokens. By renewal
-theory, ``E[x^2] / (2 E[x])`` tokens stay free on average. Long requests so cost a small instance much.
+The rate rises with ``n``. At the number of requests that the KV cache holds, it is the instance's capacity.
+
+Requests differ in their tokens ``x``, which costs a small instance more than a large one:
+
+- The KV cache is never full: requests enter in their order, and the next one waits for room for all its tokens. By
+  renewal theory, ``E[x^2] / (2 E[x])`` tokens stay free if each request waits equally long. A large one waits longer,
+  and in simulations about twice as many tokens stay free. So twice as many count.
+- The number of running requests varies around ``n``, by renewal theory with the variance ``n * Var[x] / E[x]^2``. The
+  rate is the mean of those one standard deviation below and above ``n``.
+- Attention makes the time of a prompt grow faster than its length. So prompts of different lengths take longer than as
+  many of the mean length: ``Var[x] / 2`` more reads of the KV cache for each.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -30,6 +39,8 @@ Layout = tuple[int, ...]
 
 PARTS = 8
 """Steps in which the requests that fit everywhere are divided between the instances of two levels."""
+PREFIX = 32768
+"""Tokens of cached prefix that a chunk gets more of, to find the time of a read of the KV cache."""
 HALVINGS = 40
 """Halvings of the interval in which the number of running requests lies."""
 
@@ -82,6 +93,14 @@ def batched_prompt_seconds(level: InstanceCosts, prompt: int) -> float:
     return level.step_seconds(level.chunk, level.chunk, reads) * prompt / level.chunk
 
 
+@cache
+def read_seconds(level: InstanceCosts) -> float:
+    """Return the time of one more read of the KV cache in a full chunk of prompts."""
+    begins = (PREFIX, 2 * PREFIX)
+    few, many = (level.step_seconds(level.chunk, level.chunk, kv_reads(begin, level.chunk)) for begin in begins)
+    return (many - few) / (level.chunk * PREFIX)
+
+
 CostsByLevel = Mapping[int, InstanceCosts]
 """The levels of a deployment by their number of ranks."""
 
@@ -95,7 +114,8 @@ class RequestClass:
         prompt: Mean prompt tokens.
         output: Mean output tokens.
         need: Tokens of the largest of these requests: its prompt and its output.
-        square: Mean of the square of a request's tokens. 0 if unknown: then the KV cache can be full.
+        square: Mean of the square of a request's tokens. 0 if unknown: then all requests count as equally long, and the
+            KV cache can be full.
     """
 
     rate: float
@@ -107,6 +127,11 @@ class RequestClass:
     def share(self, part: float) -> RequestClass:
         """Return a part of the requests."""
         return replace(self, rate=part * self.rate)
+
+    @property
+    def variance(self) -> float:
+        """The variance of a request's tokens. 0 if unknown."""
+        return max(0.0, self.square - (self.prompt + self.output) ** 2)
 
 
 CALM = 0.85
@@ -149,12 +174,15 @@ class Load:
         self.tokens = sum(w * (c.prompt + c.output) for w, c in pairs)
         self.context = sum(w * c.output * (c.prompt + c.output / 2) for w, c in pairs) / max(self.output, 1e-9)
         alone = [(w, prompt_seconds(level, max(1, round(c.prompt)))) for w, c in pairs]
-        self.prompt_seconds = sum(w * seconds for w, seconds in alone)
+        attention = read_seconds(level) * sum(w * c.variance for w, c in pairs) / 2
+        self.prompt_seconds = sum(w * seconds for w, seconds in alone) + attention
         self.prompt_squares = sum(w * seconds**2 for w, seconds in alone)
-        self.batched_seconds = sum(w * batched_prompt_seconds(level, max(1, round(c.prompt))) for w, c in pairs)
-        # Requests enter in their order, and the next one waits for room for all its tokens.
-        free = sum(w * c.square for w, c in pairs) / (2 * self.tokens)
-        self.most = max(1.0, min((level.tokens - free) / self.tokens, level.max_running))
+        self.batched_seconds = attention + sum(
+            w * batched_prompt_seconds(level, max(1, round(c.prompt))) for w, c in pairs
+        )
+        square = sum(w * c.square for w, c in pairs)
+        self.spread = max(0.0, square / self.tokens**2 - 1)
+        self.most = max(1.0, min((level.tokens - square / self.tokens) / self.tokens, level.max_running))
         self.capacity = self._rate_at(self.most)
 
     def _decode_seconds(self, running: float) -> float:
@@ -165,6 +193,11 @@ class Load:
         return self._decodes[n]
 
     def _rate_at(self, running: float) -> float:
+        """Return the rate at which requests end if ``running`` of them run on average."""
+        deviation = min(math.sqrt(self.spread * running), 0.9 * running)
+        return (self._steady_rate(running - deviation) + self._steady_rate(running + deviation)) / 2
+
+    def _steady_rate(self, running: float) -> float:
         return running / (self.output * self._decode_seconds(running) + running * self.batched_seconds)
 
     @property

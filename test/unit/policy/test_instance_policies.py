@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from sglang_shift.cost.deployment import Deployment, InstancePolicy, InstanceState, smallest_level, starts
 from sglang_shift.cost.layouts import CALM, InstanceCosts, Load, RequestClass, layouts, outlook
@@ -18,6 +20,11 @@ def constant(ranks: int, tokens: int, step: float = STEP) -> InstanceCosts:
     model = CostModel(dict.fromkeys(PHASES, by_mode), dict.fromkeys(PHASES, Curve((1,), (1.0,))),
                       dict.fromkeys(PHASES, 0.0), 0.0)  # fmt: skip
     return InstanceCosts(ranks, model, tokens, chunk=100)
+
+
+def with_reads(level: InstanceCosts, seconds: float) -> InstanceCosts:
+    """The level with seconds for each read of the KV cache."""
+    return replace(level, costs=replace(level.costs, attention=dict.fromkeys(PHASES, seconds)))
 
 
 LEVELS = {1: constant(1, 1000), 2: constant(2, 2000), 4: constant(4, 4000)}
@@ -46,13 +53,27 @@ def test_the_loss_is_what_calm_instances_do_not_serve():
 
 
 def test_a_cache_is_not_full_while_the_next_request_waits_for_room():
-    """Two requests of 400 tokens fit into 1,000. In four times as much, hardly anything is lost."""
+    """One or two requests of 400 tokens run in 1,000. In four times as much, hardly anything is lost."""
     alike = RequestClass(1.0, 350, 50, 400, square=400.0**2)
-    assert Load(LEVELS[1], [alike]).most == 2
-    assert Load(LEVELS[4], [alike]).most == 9.5
+    assert Load(LEVELS[1], [alike]).most == 1.5
+    assert Load(LEVELS[4], [alike]).most == 9
     half_as_long = RequestClass(1.0, 150, 50, 200, square=200.0**2)
     mixed = Load(LEVELS[4], [alike, half_as_long])
-    assert mixed.most == pytest.approx((4000 - (400**2 + 200**2) / 2 / 600) / 300)
+    assert mixed.most == pytest.approx((4000 - (400**2 + 200**2) / 2 / 300) / 300)
+
+
+def test_requests_of_different_lengths():
+    """With a variance, the number of running requests varies, and attention takes longer."""
+    square = 2 * 100.0**2
+    mixed, alike = (Load(LEVELS[4], [RequestClass(1.0, 50, 50, 100, square=each)]) for each in (square, 100.0**2))
+    assert mixed.spread == 1 and alike.spread == 0
+    n, deviation = mixed.most, mixed.most**0.5
+    rates = [running / (50 * STEP + running * STEP / 2) for running in (n - deviation, n + deviation)]
+    assert mixed.capacity == pytest.approx(sum(rates) / 2)
+    reading = with_reads(LEVELS[4], 1e-7)
+    mixed, alike = (Load(reading, [RequestClass(1.0, 50, 50, 100, square=each)]) for each in (square, 100.0**2))
+    assert mixed.batched_seconds - alike.batched_seconds == pytest.approx(1e-7 * 100**2 / 2)
+    assert mixed.prompt_seconds - alike.prompt_seconds == pytest.approx(1e-7 * 100**2 / 2)
 
 
 def test_layouts():
