@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from instance_trial import TrialError, World, prompt, started, tokens_of_stock
 from sglang_shift.models.demo import demo_model_path
 
 POOL = ("--max-total-tokens", "1023")  # with the slot that holds no token, a multiple of the ranks
 MODEL = ("--model-path", demo_model_path())
+# Numbers that name a rank, or a place in its memory; times; and those of parts that only report.
+OF_A_RANK = re.compile(
+    r"_group\.|rank|gpu_id|_node$|launch_ts|_time$|grammar_sync_entry|writer\.|reporter\.|shift_receipts\."
+)
 REQUESTS = {f"q{n}": (prompt(n, 20 + 7 * n), 40 + n) for n in range(6)}
 
 
@@ -70,6 +76,30 @@ def test_the_metrics_count_the_requests_of_a_merged_instance_once():
         tokens = {rid: len(output.tokens) + 5 for rid, output in world.outputs.items()}
         world.wait_tokens(tokens)
         assert [running for running, *_ in world.call(gauges)] == [1, 1]
+
+
+def numbers(scheduler):
+    """The numbers that SGLang's scheduler and its parts keep from step to step."""
+    parts = {"scheduler": scheduler, **vars(scheduler)}
+    return {
+        f"{part}.{name}": value
+        for part, holder in parts.items()
+        if type(holder).__module__.startswith(("sglang.", "sglang_shift.")) and hasattr(holder, "__dict__")
+        for name, value in vars(holder).items()
+        if isinstance(value, int | float)
+    }
+
+
+def test_the_ranks_of_a_merged_instance_count_alike():
+    """SGLang decides by some of these numbers. Before the merge, only one rank has a queue."""
+    with started(2, (*MODEL, *POOL), instances=2) as world:
+        for n in range(24):
+            world.submit(0, f"queued {n}", prompt(n, 30), 40)
+        world.wait_tokens({"queued 20": 1})
+        assert world.change(0, 2, 2).ok
+        mine, others = world.call(numbers)
+        different = {name for name in mine if mine[name] != others.get(name) and not OF_A_RANK.search(name)}
+        assert not different, {name: (mine[name], others.get(name)) for name in different}
 
 
 def decide(scheduler, same):

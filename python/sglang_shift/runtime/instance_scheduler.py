@@ -160,6 +160,10 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
         "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.__post_init__",
         "This method copies the group over which ranks wait for new weights.",
     )
+    @relies_on(
+        "sglang.srt.managers.schedule_policy:SchedulePolicy._touch_waiting_prefixes",
+        "This method counts steps with a queue. Each 32nd one decides which cached prefixes are evicted later.",
+    )
     def enter_instance(self, epoch: int) -> None:
         """Replace all that has copied a group or a size of the level before. No request is in a batch.
 
@@ -184,6 +188,7 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
         self.init_load_inquirer()
         self.init_kv_events_publisher()
         self.recv_skipper = SchedulerRecvSkipper.maybe_create()  # it counts steps
+        self.policy._waiting_prefix_refresh_calls = 0
         self.init_request_receiver()
         self.lead(place.leads)
         self._renew_modes(epoch)

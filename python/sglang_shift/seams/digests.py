@@ -65,6 +65,7 @@ DIGESTS = {
     "sglang.srt.managers.schedule_batch:ScheduleBatch.prepare_for_extend": "e7ca2d0e335a570e",
     "sglang.srt.managers.schedule_policy:PrefillAdder.add_chunked_req": "af3ae7db76b5e8d2",
     "sglang.srt.managers.schedule_policy:PrefillAdder.add_one_req": "11ea292b16f33cb6",
+    "sglang.srt.managers.schedule_policy:SchedulePolicy._touch_waiting_prefixes": "c16fdd2f7400f921",
     "sglang.srt.managers.scheduler:Scheduler.__init__": "a4a5297acc175a1e",
     "sglang.srt.managers.scheduler:Scheduler._add_request_to_queue": "056a60799b02ac47",
     "sglang.srt.managers.scheduler:Scheduler._create_generation_req": "9f867d91dee9725a",
