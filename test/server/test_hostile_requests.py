@@ -61,8 +61,14 @@ def vertex(**sampling):
     return "/vertex_generate", {"instances": [{"input_ids": IDS}], "parameters": {"sampling_params": sampling}}
 
 
-# These ended a server or had it answer no one, apart from two that asked for what does not exist ("token above",
-# "top_logprobs_num") and were answered with nonsense.
+def score_with_row(row):
+    """A score, of a query whose second token is replaced by ``row``."""
+    replaced = {"embed_override_token_id": 7, "query_embed_overrides": [row]}
+    return "/v1/score", {"model": "x", "query": [5, 7], "items": [[6]], "label_token_ids": [1], **replaced}
+
+
+# These ended a server or had it answer no one, apart from three ("token above", "top_logprobs_num", "override of
+# one number") that were answered with nonsense.
 ENDED = {
     "no tokens": (generate(input_ids=[[], []]), "has no tokens"),
     "one without tokens": (generate(input_ids=[[5, 6], []]), "has no tokens"),
@@ -91,6 +97,8 @@ ENDED = {
         generate({"max_new_tokens": 0}, token_indices_to_pool=[10**6], return_logprob=True, token_ids_logprob=[5]),
         "token_indices_to_pool needs",
     ),
+    "override of one number": (score_with_row([0.1]), "override tokens have the shape (1, 1)"),
+    "override of two numbers": (score_with_row([0.1, 0.2]), "override tokens have the shape (1, 2)"),
     "overrides": (generate(positional_embed_overrides={"embeds": []}), "positional_embed_overrides has tensors"),
 }
 

@@ -125,9 +125,8 @@ def check_values(request: Any, model: Any) -> None:
         ValueError: a value does not fit.
     """
     vocab_size = model.vocab_size
-    overrides = request.positional_embed_overrides
-    if overrides is not None and not isinstance(overrides, io_struct.PositionalEmbeds):
-        raise ValueError("positional_embed_overrides has tensors and cannot be given as JSON; leave it out")
+    if request.positional_embed_overrides is not None:
+        check_overrides(request, model)
     if request.input_ids and request.mm_inputs is None:  # a multimodal model's processor adds ids of its own
         check_tokens("input_ids", (min(request.input_ids), max(request.input_ids)), vocab_size)
     params = request.sampling_params
@@ -191,6 +190,30 @@ def check_rows(rows: Any, model: Any) -> None:
     for row in rows:
         if len(row) != model.hidden_size:
             raise ValueError(f"input_embeds has a row of {len(row)}, but the model's have {model.hidden_size} numbers")
+
+
+def check_overrides(request: Any, model: Any) -> None:
+    """Check rows that replace embeddings of tokens. ``/v1/score`` and ``/v1/embeddings`` take them as JSON.
+
+    A row of one number would not end the step, but PyTorch would repeat the number.
+
+    Raises:
+        ValueError: they are no tensors, a row does not have the model's hidden size, or a position is no token's.
+    """
+    overrides, width = request.positional_embed_overrides, model.hidden_size
+    if not isinstance(overrides, PositionalEmbeds):
+        raise ValueError("positional_embed_overrides has tensors and cannot be given as JSON; leave it out")
+    shape = tuple(getattr(overrides.embeds, "shape", ()))
+    if len(shape) != 2 or shape[1] != width:
+        raise ValueError(
+            f"the embeddings that override tokens have the shape {shape}, but each needs the model's {width} numbers; "
+            "correct them"
+        )
+    if request.mm_inputs is not None:  # a multimodal model's processor adds tokens of its own
+        return
+    tokens, positions = len(request.input_ids or ()), overrides.positions
+    if positions and not 0 <= min(positions) <= max(positions) < tokens:
+        raise ValueError(f"positional_embed_overrides has a position not among the {tokens} tokens; correct it")
 
 
 def check_positions(request: Any) -> None:

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 import torch
 from sglang.srt.managers import io_struct
+from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import (
     EmbeddingReqInput,
     GenerateReqInput,
@@ -154,6 +155,11 @@ def tokenized(**values):
     return request
 
 
+def rows(width, positions):
+    """Rows of ``width`` for the tokens at ``positions``."""
+    return PositionalEmbeds(torch.ones(len(positions), width), positions)
+
+
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
@@ -163,6 +169,12 @@ def tokenized(**values):
         ({"stop_token_ids": [1, -1]}, "stop_token_ids has -1"),
         ({"stop_token_ids": [VOCAB]}, f"stop_token_ids has {VOCAB}"),
         ({"positional_embed_overrides": {}}, "positional_embed_overrides has tensors"),
+        ({"positional_embed_overrides": rows(1, [0])}, r"have the shape \(1, 1\), but each needs the model's 2 numbers"),
+        ({"positional_embed_overrides": rows(3, [0])}, r"have the shape \(1, 3\)"),
+        ({"positional_embed_overrides": PositionalEmbeds(torch.ones(1), [0])}, r"have the shape \(1,\)"),
+        ({"positional_embed_overrides": PositionalEmbeds("no tensor", [0])}, r"have the shape \(\)"),
+        ({"positional_embed_overrides": rows(2, [1])}, "has a position not among the 1 tokens"),
+        ({"positional_embed_overrides": rows(2, [-1])}, "has a position not among the 1 tokens"),
         ({"input_embeds": [[0.1, 0.2], [0.1]]}, "input_embeds has a row of 1"),
         ({"logprob_start_len": -2}, "logprob_start_len is -2"),
         ({"top_logprobs_num": -1}, "top_logprobs_num is -1"),
@@ -185,6 +197,8 @@ def test_values_that_do_not_fit(values, reason):
         {"input_ids": None, "input_embeds": [[0.1, 0.2]]},
         {"input_ids": [0, VOCAB - 1]},
         {"input_ids": [VOCAB], "mm_inputs": "an image"},
+        {"positional_embed_overrides": rows(2, [0])},
+        {"positional_embed_overrides": rows(2, [5]), "mm_inputs": "an image"},
         {"top_k": -1},
         {"top_k": 2**31 - 1},
         {"stop_token_ids": [0, VOCAB - 1]},
