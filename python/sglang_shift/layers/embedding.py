@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+from sglang_shift.layers.structure import Structure
 from sglang_shift.parallel.region import enter, local_rows, sum_rows
 from sglang_shift.parallel.step import Step, current_step
 from sglang_shift.seams import relies_on
@@ -73,3 +75,32 @@ def lookup_for(table: torch.nn.Module) -> _Lookup:
     """Make the lookup for an embedding of the model."""
     sharded = isinstance(table, VocabParallelEmbedding) and table.tp_size > 1
     return ShardedLookup(table) if sharded else WholeLookup(table)
+
+
+@relies_on(
+    "sglang.srt.model_executor.model_runner:ModelRunner._extend_forward_kwargs",
+    "If a request replaces some embeddings, this method asks the model for its table, and gives the rows to the model.",
+)
+def let_rows_replace(model: torch.nn.Module) -> bool:
+    """Make sure that SGLang finds the table of a model, because many of its classes have no method that returns it.
+
+    Returns:
+        Whether a step can start from rows in place of tokens.
+    """
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    if not any(each.name == "input_embeds" or each.kind is each.VAR_KEYWORD for each in parameters):
+        return False
+    if _returns_table(model):
+        return True
+    tables = Structure(model).embeddings
+    if len(tables) != 1:  # the table of positions may be beside it
+        return False
+    model.get_input_embeddings = lambda: tables[0]
+    return True
+
+
+def _returns_table(model: Any) -> bool:
+    try:
+        return callable(model.get_input_embeddings())
+    except (AttributeError, TypeError):  # some classes have a method of this name that takes ids
+        return False

@@ -17,6 +17,7 @@ from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.runtime_context import get_flags
 
 from sglang_shift.errors import InstanceRefused
+from sglang_shift.layers.embedding import let_rows_replace
 from sglang_shift.layers.sp_model import SpModel
 from sglang_shift.layers.structure import Structure
 from sglang_shift.parallel.forwards import Forwards
@@ -135,6 +136,7 @@ class WholeWeights:
             return Skin(self.model, self.sp_model)
         with level.scope(), get_flags().sp.override(enabled=level.size > 1):
             model = make().eval()
+            let_rows_replace(model)
             _Binding(self, model, Blocks.of(world, level.size, level.place)).bind()
             if level.size == 1:
                 return Skin(model, None)

@@ -24,6 +24,7 @@ from sglang_shift.config import ShiftConfig
 from sglang_shift.graphs.mode_graphs import ModeGraphs
 from sglang_shift.graphs.runners import SpDecodeGraphRunner
 from sglang_shift.layers.adapters import pass_over_adapters
+from sglang_shift.layers.embedding import let_rows_replace
 from sglang_shift.layers.pipelined import add_pipelines
 from sglang_shift.layers.sp_model import SpModel
 from sglang_shift.models.families import check_class
@@ -51,6 +52,7 @@ class ShiftModelRunner(ModelRunner):
         mode: The mode of the next step. Forwards outside of :meth:`running_in` (warm-up, autotuning) run in TP.
         topology: The topology of the next step. It may be replaced between two steps.
         sp_model: The model as SP steps run it.
+        takes_rows: Whether requests may bring rows in place of the embeddings of tokens.
         base_weights: The base weights for the topology.
         forwards: The methods that the next SP step runs in place of SGLang's.
         exchange_volume: How much the exchanges of an SP step send.
@@ -62,6 +64,7 @@ class ShiftModelRunner(ModelRunner):
     mode: Mode = Mode.TP
     topology: Topology
     sp_model: SpModel
+    takes_rows: bool
     base_weights: BaseWeights
     forwards: Forwards
     exchange_volume: ExchangeVolume
@@ -100,6 +103,7 @@ class ShiftModelRunner(ModelRunner):
                 replicate_experts=config.experts == "replicated",
                 pools=not self.is_generation,
             )
+        self.takes_rows = let_rows_replace(self.model)
         self.base_weights, self.forwards = self.sp_model.weights, self.sp_model.forwards
         self.weight_report = self.base_weights.report()
         # /server_info reports this as the memory of the weights, in GiB. The exchange takes its own memory later.

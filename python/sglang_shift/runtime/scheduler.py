@@ -6,6 +6,8 @@ import logging
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from itertools import islice
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import msgspec
 from sglang.srt.beam_search.batch_tail import num_beam_member_rows
 from sglang.srt.managers import scheduler as sglang_scheduler
-from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
+from sglang.srt.managers.io_struct import AbortReq, TokenizedEmbeddingReqInput, TokenizedGenerateReqInput
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
@@ -259,18 +261,36 @@ class ShiftScheduler(Scheduler):
         "Our method answers a request with the error that it raises. It also prepares embeddings that a request brings."
     )
     def handle_generate_request(self, recv_req: TokenizedGenerateReqInput, **kwargs: Any) -> None:
-        """Handle a request. If SGLang raises an error for it, the error is the answer, and the server goes on.
+        """Handle a request. It may bring embeddings in place of tokens."""
+        with self._answering(recv_req):
+            replace_input_embeds(recv_req)
+            self._check_rows(recv_req)
+            super().handle_generate_request(recv_req, **kwargs)
+
+    @overrides("Our method answers a request with the error that it raises.")
+    def handle_embedding_request(self, recv_req: TokenizedEmbeddingReqInput, **kwargs: Any) -> None:
+        with self._answering(recv_req):
+            self._check_rows(recv_req)
+            super().handle_embedding_request(recv_req, **kwargs)
+
+    def _check_rows(self, request: Any) -> None:
+        runner = self.tp_worker.model_runner
+        if request.positional_embed_overrides is not None and not runner.takes_rows:
+            raise ValueError(f"{type(runner.model).__name__} takes no embeddings in place of tokens; send tokens")
+
+    @contextmanager
+    def _answering(self, request: Any) -> Iterator[None]:
+        """If an error is raised in this context, it is the answer to the request, and the server goes on.
 
         Every rank has the same requests in the same state, so every rank refuses the request.
         """
         try:
-            replace_input_embeds(recv_req)
-            super().handle_generate_request(recv_req, **kwargs)
+            yield
         except Exception as error:
-            logger.exception("sglang_shift: the request %s is refused", recv_req.rid)
-            rank_consensus_checker.assert_same("sglang_shift refuses %s: %s", recv_req.rid, same_everywhere(str(error)))
+            logger.exception("sglang_shift: the request %s is refused", request.rid)
+            rank_consensus_checker.assert_same("sglang_shift refuses %s: %s", request.rid, same_everywhere(str(error)))
             reason = FINISH_ABORT(f"the request cannot be run: {error}; correct it", HTTPStatus.BAD_REQUEST)
-            self.send_abort_output(AbortReq(rid=recv_req.rid, finished_reason=reason.to_json()), recv_req)
+            self.send_abort_output(AbortReq(rid=request.rid, finished_reason=reason.to_json()), request)
 
     @overrides(
         "Our method answers a request without tokens with an error, and the request never runs. It also decides if the "

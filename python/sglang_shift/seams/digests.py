@@ -76,6 +76,7 @@ DIGESTS = {
     "sglang.srt.managers.scheduler:Scheduler.get_init_info": "0e69b8b6bf4cb3ac",
     "sglang.srt.managers.scheduler:Scheduler.get_output_streamer_class": "ec7f2f93f3a97f1c",
     "sglang.srt.managers.scheduler:Scheduler.get_prefill_adder_class": "5fad6d56035248e1",
+    "sglang.srt.managers.scheduler:Scheduler.handle_embedding_request": "759c25b58f536709",
     "sglang.srt.managers.scheduler:Scheduler.handle_generate_request": "2840bc4fc6926db0",
     "sglang.srt.managers.scheduler:Scheduler.ingest_requests": "77f9e386bae1ee18",
     "sglang.srt.managers.scheduler:Scheduler.init_idle_sleeper": "72a00ab5ce7a3484",

@@ -19,6 +19,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang_shift import seams
 from sglang_shift.errors import Refused
 from sglang_shift.layers import structure
+from sglang_shift.layers.embedding import let_rows_replace
 from sglang_shift.layers.sp_model import SpModel
 from sglang_shift.models.families import FAMILIES, Role, check_class
 from sglang_shift.parallel.exchange.collective import CollectiveExchange
@@ -207,6 +208,16 @@ def latent_weights():
     return sizes, sp_model.exchange_columns
 
 
+def table_of(model, method=None):
+    """The table whose rows a request may replace, after we let it, or None if the model takes no rows."""
+    if method is not None:
+        model.get_input_embeddings = method
+    if not let_rows_replace(model):
+        return None
+    table = model.get_input_embeddings()
+    return next(name for name, module in model.named_modules() if module is table)
+
+
 def columns():
     """The columns of the exchanges of Llama, and how much they send in a step of 5 tokens."""
     sp_model = SpModel(llama(), TOPOLOGY)
@@ -229,6 +240,8 @@ def found():
             of[name, "biased layer"] = layer_of(build(Case(name, fields).model_config().hf_config))
         for name in OTHERS:
             of[name] = replaced(other_model(name))
+            of[name, "table"] = table_of(other_model(name))
+        of["table of another method"] = table_of(llama(), lambda ids: ids)
         of["pools"], of["pools itself"] = replaced(llama(), pools=True), replaced(llama().model, pools=True)
         of["experts of a dense model"] = replaced(llama(), replicate_experts=True)
         of |= changed_llamas()
@@ -311,6 +324,16 @@ def test_other_decoders(name, number, kinds, projections):
     assert layer(projections[name], number) == kinds
     assert projections[name]["model.embed_tokens"] == "WholeLookup"
     assert projections[name]["logits_processor"] == "ExitToLogits"
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_table_whose_rows_a_request_may_replace(name, projections):
+    """Mixtral's class has no method that returns it, and the forward of GPT-BigCode takes no rows."""
+    assert projections[name, "table"] == (None if name == "GPT-BigCode" else "model.embed_tokens")
+
+
+def test_a_method_that_takes_ids_does_not_return_the_table(projections):
+    assert projections["table of another method"] == "model.embed_tokens"
 
 
 def test_latents_of_all_tokens_without_lora_on_queries(projections):

@@ -70,21 +70,49 @@ def test_a_rank_never_runs_a_request_without_tokens(monkeypatch):
     assert [req.aborted for req in queue] == [admission.NO_TOKENS, None]
 
 
-def test_what_a_request_raises_is_its_answer(monkeypatch):
+def make_scheduler(monkeypatch, kind, handle, takes_rows=True):
+    """A scheduler whose method of SGLang for a ``kind`` of requests is ``handle``, and the answers that it sends."""
+    sent = []
+    monkeypatch.setattr(Scheduler, f"handle_{kind}_request", handle)
+    monkeypatch.setattr(Scheduler, "send_abort_output", lambda self, abort, request: sent.append((abort, request)))
+    scheduler = ShiftScheduler.__new__(ShiftScheduler)
+    scheduler.tp_worker = SimpleNamespace(model_runner=SimpleNamespace(takes_rows=takes_rows, model="a model"))
+    return scheduler, sent
+
+
+@pytest.mark.parametrize("kind", ["generate", "embedding"])
+def test_what_a_request_raises_is_its_answer(monkeypatch, kind):
     """On every rank alike, as all of them have the same requests; rank 0's answer is the one that is sent."""
 
     def broken(self, request):
         raise RuntimeError("dictionary changed size during iteration")
 
-    sent = []
-    monkeypatch.setattr(Scheduler, "handle_generate_request", broken)
-    monkeypatch.setattr(Scheduler, "send_abort_output", lambda self, abort, request: sent.append((abort, request)))
-    request = SimpleNamespace(rid="a", input_embeds=None)
-    ShiftScheduler.__new__(ShiftScheduler).handle_generate_request(request)
+    scheduler, sent = make_scheduler(monkeypatch, kind, broken)
+    request = SimpleNamespace(rid="a", input_embeds=None, positional_embed_overrides=None)
+    getattr(scheduler, f"handle_{kind}_request")(request)
     ((abort, of),) = sent
     assert of is request and abort.rid == "a"
     assert abort.finished_reason["status_code"] == 400
     assert "cannot be run: dictionary changed size during iteration; correct it" in abort.finished_reason["message"]
+
+
+@pytest.mark.parametrize("takes_rows", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("generate", {"input_embeds": [[0.5]], "session_params": None}),
+        ("generate", {"input_embeds": None, "positional_embed_overrides": "rows"}),
+        ("embedding", {"positional_embed_overrides": "rows"}),
+    ],
+)
+def test_rows_for_a_model_that_takes_none(monkeypatch, kind, fields, takes_rows):
+    """Its forward has no argument for them, and so the step raised an error."""
+    handled = []
+    scheduler, sent = make_scheduler(monkeypatch, kind, lambda self, request: handled.append(request), takes_rows)
+    getattr(scheduler, f"handle_{kind}_request")(SimpleNamespace(rid="a", **fields))
+    assert len(handled) == takes_rows and len(sent) == (not takes_rows)
+    for abort, _ in sent:
+        assert "str takes no embeddings in place of tokens; send tokens" in abort.finished_reason["message"]
 
 
 @pytest.mark.parametrize(
