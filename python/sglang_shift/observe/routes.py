@@ -163,7 +163,7 @@ def instance_router() -> APIRouter:
         """Merge or split: ``{"level": K}``, and ``first`` and ``ranks`` if not all ranks change."""
         try:
             wanted = msgspec.json.decode(await request.body(), type=Wanted)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             return _json({"error": f"the body is not as {WANTED}: {error}"}, 400)
         return await _ask_controller(msgspec.structs.asdict(wanted))
 
@@ -270,7 +270,7 @@ def policy_index(body: bytes) -> bytes:
     try:
         value: Any = msgspec.json.decode(body)
         name = value["server_args"]["shift_policy"]
-    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError):
         return body  # if something is wrong with it, SGLang says so
     if not isinstance(name, str):
         return body

@@ -260,3 +260,9 @@ def test_in_sglangs_own_app(tmp_path, key):
     for status, page, unknown, answer in (launcher, worker):
         assert (status, page, unknown) == (503, 200, 400) and "calibrated" in answer["message"]
     assert app_path == "sglang_shift.observe.http_worker:app" and endpoint.startswith("ipc://")
+
+
+def test_a_body_without_end_is_left_to_sglang():
+    """It is deeper than the decoder can go."""
+    body = b"[" * 100_000
+    assert routes.policy_index(body) is body
