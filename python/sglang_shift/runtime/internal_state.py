@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers.io_struct import GetInternalStateReq, GetInternalStateReqOutput, SetInternalStateReq
 from sglang.srt.managers.scheduler_components import internal_state
 from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
@@ -69,6 +70,12 @@ class ShiftInternalState(SchedulerInternalStateController):
             raise internal_state.UpdateRejected(f"{key} must be one of {', '.join(POLICIES)}, got {value!r}.")
         if not self.scheduler.server_args.enable_shift_parallel:
             raise internal_state.UpdateRejected(f"Updating {key} needs --enable-shift-parallel.")
+        if self.scheduler.server_args.enable_deterministic_inference and (
+            POLICIES[int(value)] != self.scheduler.shift_config.policy
+        ):
+            raise internal_state.UpdateRejected(
+                f"{key} cannot change with --enable-deterministic-inference, because each mode orders sums differently."
+            )
         if POLICIES[int(value)] == "calibrated" and self.scheduler.shift_selector.calibration is None:
             raise internal_state.UpdateRejected(
                 f"{key} cannot be calibrated: this server has no calibration; start it with --shift-policy calibrated."
@@ -93,6 +100,11 @@ class ShiftInternalState(SchedulerInternalStateController):
             raise internal_state.UpdateRejected(
                 f"{key} cannot be combined with --instances, because the step times of other levels are not known; "
                 f"set it to 0."
+            )
+        if value and self.scheduler.disaggregation_mode is not DisaggregationMode.NULL:
+            raise internal_state.UpdateRejected(
+                f"{key} has no meaning with --disaggregation-mode, because such a server has prompts or decodes, but "
+                f"not both; set it to 0."
             )
         if value and self.scheduler.shift_selector.calibration is None:
             raise internal_state.UpdateRejected(

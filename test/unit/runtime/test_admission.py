@@ -197,7 +197,10 @@ def rows(width, positions):
         ({"stop_token_ids": [1, -1]}, "stop_token_ids has -1"),
         ({"stop_token_ids": [VOCAB]}, f"stop_token_ids has {VOCAB}"),
         ({"positional_embed_overrides": {}}, "positional_embed_overrides has tensors"),
-        ({"positional_embed_overrides": rows(1, [0])}, r"have the shape \(1, 1\), but each needs the model's 2 numbers"),
+        (
+            {"positional_embed_overrides": rows(1, [0])},
+            r"have the shape \(1, 1\), but each needs the model's 2 numbers",
+        ),
         ({"positional_embed_overrides": rows(3, [0])}, r"have the shape \(1, 3\)"),
         ({"positional_embed_overrides": PositionalEmbeds(torch.ones(1), [0])}, r"have the shape \(1,\)"),
         ({"positional_embed_overrides": PositionalEmbeds("no tensor", [0])}, r"have the shape \(\)"),
