@@ -32,6 +32,11 @@ NOT_TEXT = Refusal(
     "it without --sp-size and --enable-shift-parallel",
     "Only [some models with images](models.md#models-with-images) are tested.",
 )
+NOT_DETERMINISTIC = Refusal(
+    "--enable-deterministic-inference with {name} needs --shift-policy tp, because steps with images run in TP, and "
+    "others in SP; add --enable-shift-parallel --shift-policy tp",
+    "A prompt without images would have other sums beside a prompt with images than it has alone.",
+)
 HEADS = Refusal(
     "--tp-size {P} does not divide the model's {N} attention heads; choose a divisor of {N}",
     "Every rank has the same number of heads.",
@@ -106,8 +111,13 @@ def check_ignored_fields(hf_config: Any, name: str) -> None:
             raise IGNORED(field=field, value=value, name=name)
 
 
-def check_model(model_config: Any, config: ShiftConfig) -> None:
+def check_model(model_config: Any, config: ShiftConfig, deterministic: bool = False) -> None:
     """Check that every mode can serve the model, with its sizes.
+
+    Args:
+        model_config: SGLang's configuration of the model.
+        config: Our configuration.
+        deterministic: Whether an answer must not depend on the requests beside it.
 
     Raises:
         Refused: a mode cannot; the error has the reason.
@@ -123,6 +133,8 @@ def check_model(model_config: Any, config: ShiftConfig) -> None:
         raise QUANTIZED(method=model_config.quantization)
     if model_config.is_multimodal and name not in WITH_IMAGES:
         raise NOT_TEXT(name=name)
+    if model_config.is_multimodal and deterministic and config.policy != "tp":
+        raise NOT_DETERMINISTIC(name=name)
     if name in FAMILIES:
         check_fields(hf_config, model_config.context_len)
     world_size = config.world_size

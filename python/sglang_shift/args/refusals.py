@@ -8,10 +8,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from sglang.srt.environ import envs
+
 from sglang_shift.args.feature import Feature, first_requested
 from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refusal
 from sglang_shift.flags import BY_NAME, FLAGS, LIVE_NUMBERS, POLICIES, Need
+from sglang_shift.observe.metrics import LABELS
 from sglang_shift.policy.builtin import load_policy
 
 SPECULATION = ("NGRAM", "EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
@@ -56,6 +59,8 @@ FEATURES = (
     Feature("--use-ray", lambda a: a.use_ray, "its actors build SGLang's own scheduler"),
     Feature("--encoder-only", lambda a: a.encoder_only, "an encoder has no steps to shift"),
     Feature("gRPC serving", lambda a: a.smg_grpc_mode or a.grpc_mode, "it starts SGLang's own scheduler"),
+    Feature("SGLANG_RUST_SERVER", lambda a: envs.SGLANG_RUST_SERVER.get(),
+     "its server checks no requests for us, and has no page"),
     Feature("--weight-cache-mode", lambda a: a.weight_cache_mode != "off",
      "it shares the stock shards between processes"),
     Feature("--startup-weight-load-mode", lambda a: a.startup_weight_load_mode not in (None, "serial"),
@@ -74,6 +79,9 @@ FEATURES = (
     Feature("--enable-deterministic-inference with switching",
      lambda a: a.enable_deterministic_inference and a.enable_shift_parallel and a.shift_policy not in ("tp", "sp"),
      "sums are ordered differently in the two modes; add --shift-policy tp or sp"),
+    Feature("--enable-deterministic-inference with --enable-lora or --lora-paths, and without --shift-policy tp",
+     lambda a: a.enable_deterministic_inference and bool(a.enable_lora or a.lora_paths) and a.shift_policy != "tp",
+     "a request runs in TP beside one with an adapter, and in SP alone; add --shift-policy tp"),
     Feature("--rl-on-policy-target", lambda a: a.rl_on_policy_target is not None, "sums must be those of the trainer"),
     Feature("auxiliary hidden states", lambda a: a.enable_return_aux_hidden_states, "they are not gathered yet"),
     Feature("--enable-mscclpp with --enable-symm-mem", lambda a: a.enable_mscclpp and a.enable_symm_mem,
@@ -86,6 +94,10 @@ FEATURE_CONFLICT = Refusal(
     "Each of these features has its own reason.",
 )
 
+LABEL_TAKEN = Refusal(
+    "--extra-metric-labels has {label}, which metrics of sglang_shift have themselves; give it another name",
+    "Prometheus takes no metric with two labels of one name.",
+)
 NEEDS_SWITCHING = Refusal(
     "{flag} {value} needs --enable-shift-parallel; without it no step is switched",
     "These are settings of the policy: " + ", ".join(f.option for f in FLAGS if f.need is Need.SWITCHING) + ".",
@@ -179,6 +191,18 @@ def check_flags(settings: Any) -> None:
         raise NOT_A_DIVISOR(S=sp_size, P=world_size)
     if feature := first_requested(FEATURES, settings):
         raise FEATURE_CONFLICT(feature=feature.name, reason=feature.why)
+    check_labels(settings)
+
+
+def check_labels(settings: Any) -> None:
+    """Check the labels that the user gives to all metrics.
+
+    Raises:
+        Refused: our metrics have one of them already.
+    """
+    for label in settings.extra_metric_labels or ():
+        if settings.enable_metrics and label in LABELS:
+            raise LABEL_TAKEN(label=label)
 
 
 def check_policy(settings: Any) -> None:

@@ -118,7 +118,7 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
         return
     check_target(settings, config)
     check_instances(settings, config)
-    check_model(model_config_of(server_args), config)
+    check_model(model_config_of(server_args), config, settings.enable_deterministic_inference)
     check_instance_model(model_config_of(server_args), config)
     check_dcp_size(settings, model_config_of(server_args))
     check_sparse_prefill(settings, model_config_of(server_args), config)

@@ -98,6 +98,8 @@ METRICS = {
     "events_dropped_total": Metric("counter", "Step events that did not arrive: the other metrics lack these steps."),
 }
 """The metrics by name. The names do not include :data:`PREFIX`."""
+LABELS = frozenset(("replica", "le", *(label for metric in METRICS.values() for label in metric.labels)))
+"""Labels that a user cannot give to the metrics, because they have them. Prometheus adds ``le`` to histograms."""
 
 
 class Metrics:

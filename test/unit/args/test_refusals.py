@@ -176,13 +176,14 @@ ASKING = {
     "load_format": "sharded_state", "enable_memory_saver": True, "cpu_offload_gb": 1,
     "model_impl": "transformers", "enable_deterministic_inference": True, "rl_on_policy_target": "fsdp",
     "enable_return_aux_hidden_states": True, "enable_nvidia_megakernel": True,
-    "enable_mscclpp": True,
+    "enable_mscclpp": True, "enable_lora": True, "SGLANG_RUST_SERVER": True,
 }  # fmt: skip
 
 
 REPLICATED = {"shift_experts": "replicated"}
 ALSO = {
     "enable_mscclpp": {"enable_symm_mem": True}, "ep_size": REPLICATED, "enable_return_routed_experts": REPLICATED,
+    "enable_lora": {"enable_deterministic_inference": True, "shift_policy": "sp"},
 }  # fmt: skip
 """With which other settings a feature is refused; alone it is served."""
 
@@ -225,12 +226,14 @@ def test_features_that_are_served(settings):
 
 
 @pytest.mark.parametrize("field", ASKING)
-def test_features_that_do_not_combine(field):
-    """The settings as SGLang resolves them, with one feature asked for."""
+def test_features_that_do_not_combine(field, monkeypatch):
+    """The settings as SGLang resolves them, with one feature asked for, by a field or an environment variable."""
     plain = resolved(**SHIFT)
     names = {name: value(plain, name) for name in plain.__struct_fields__}
     names.update(ALSO.get(field, {}))
     check_flags(SimpleNamespace(**names))
+    if field.isupper():
+        monkeypatch.setenv(field, "1")
     with pytest.raises(Refused, match="cannot be combined with sequence parallelism: "):
         check_flags(SimpleNamespace(**{**names, field: ASKING[field]}))
 
@@ -359,6 +362,37 @@ def test_models_with_images(name, changes, message):
     else:
         with pytest.raises(Refused, match=message):
             check_model(model, config)
+
+
+@pytest.mark.parametrize("adapters", [{"enable_lora": True}, {"lora_paths": ["a"]}])
+def test_adapters_of_a_deterministic_server(adapters):
+    """A request without an adapter ran in SP alone, and in TP beside a request with one."""
+
+    def settings(**flags):
+        plain = resolved(**flags)
+        names = {name: value(plain, name) for name in plain.__struct_fields__}
+        return SimpleNamespace(**names | {"enable_deterministic_inference": True, **adapters})
+
+    check_flags(settings(**SHIFT, shift_policy="tp"))
+    with pytest.raises(Refused, match="with --enable-lora or --lora-paths, and without --shift-policy tp cannot"):
+        check_flags(settings(**SHIFT, shift_policy="sp"))
+
+
+def test_images_of_a_deterministic_server():
+    model = image_config("Qwen2_5_VLForConditionalGeneration")
+    check_model(model, ShiftConfig(2, 2, True, "tp"), deterministic=True)
+    with pytest.raises(Refused, match="with Qwen2_5_VLForConditionalGeneration needs --shift-policy tp, because steps"):
+        check_model(model, ShiftConfig(2, 2, False, "sp"), deterministic=True)
+    check_model(demo_config(), ShiftConfig(2, 2, False, "sp"), deterministic=True)
+
+
+@pytest.mark.parametrize("label", ["replica", "mode", "phase", "kind", "le"])
+def test_labels_that_our_metrics_have(label):
+    """Each event raised a TypeError, so there were no metrics at all."""
+    resolved(**SHIFT, enable_metrics=True, extra_metric_labels={"cluster": "a"})
+    resolved(**SHIFT, extra_metric_labels={label: "a"})
+    with pytest.raises(Refused, match=f"--extra-metric-labels has {label}, which metrics of sglang_shift have"):
+        resolved(**SHIFT, enable_metrics=True, extra_metric_labels={label: "a"})
 
 
 def test_every_model_with_images_is_compared():
