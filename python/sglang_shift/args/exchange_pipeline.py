@@ -6,7 +6,7 @@ from typing import Any
 
 from sglang.srt.arg_groups.overrides import attention_backends_of
 
-from sglang_shift.args.feature import Feature, first_requested
+from sglang_shift.args.feature import Feature, first_requested, uses_lora
 from sglang_shift.args.sp_size import uses_shift_cpu_platform
 from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refusal
@@ -33,7 +33,7 @@ FEATURES = (
      "it has not been tested with drafts"),
     Feature("--disaggregation-mode", lambda a: a.disaggregation_mode not in (None, "null"),
      "it has not been tested with two servers"),
-    Feature("--enable-lora", lambda a: a.enable_lora, "it has not been tested with adapters"),
+    Feature("--enable-lora", uses_lora, "it has not been tested with adapters"),
 )  # fmt: skip
 
 

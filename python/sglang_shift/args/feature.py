@@ -23,3 +23,8 @@ class Feature(NamedTuple):
 def first_requested(features: Iterable[Feature], settings: Any) -> Feature | None:
     """Return the first of the features that the settings (a view of the server arguments) ask for, or None."""
     return next((feature for feature in features if feature.is_requested(settings)), None)
+
+
+def uses_lora(settings: Any) -> bool:
+    """Whether the settings ask for LoRA adapters. If only ``--lora-paths`` is given, SGLang sets --enable-lora later."""
+    return bool(settings.enable_lora) or (settings.enable_lora is None and bool(settings.lora_paths))

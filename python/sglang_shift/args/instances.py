@@ -6,7 +6,7 @@ from typing import Any
 
 from sglang.srt.configs.model_config import AttentionArch
 
-from sglang_shift.args.feature import Feature, first_requested
+from sglang_shift.args.feature import Feature, first_requested, uses_lora
 from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refusal
 from sglang_shift.flags import AUTO
@@ -73,7 +73,7 @@ FEATURES = (
     Feature("--enable-kv-cache-sharding", lambda a: a.enable_kv_cache_sharding, "it divides the cache by page"),
     Feature("--kv-cache-dtype other than auto", lambda a: a.kv_cache_dtype not in (None, "auto"),
      "a cache with scales of its own cannot change its level"),
-    Feature("--enable-lora", lambda a: a.enable_lora, "the adapters have the shapes of one level"),
+    Feature("--enable-lora", uses_lora, "the adapters have the shapes of one level"),
     Feature("--speculative-algorithm", lambda a: a.speculative_algorithm is not None,
      "the draft model has the shapes of one level"),
     Feature("--disaggregation-mode", lambda a: a.disaggregation_mode not in (None, "null"),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from sglang.srt.model_loader.loader import _initialize_model
 from sglang.srt.model_loader.utils import set_default_torch_dtype
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_lora, get_parallel
 
 from sglang_shift.errors import InstanceRefused
 from sglang_shift.instances.levels import Levels
@@ -170,7 +170,7 @@ def _check(runner: ShiftModelRunner) -> None:
     """Refuse what has copied groups or shapes of one level and cannot be switched yet."""
     if any(graphs.sizes for phase in runner.graphs.phases.values() for graphs in phase.sets.values()):
         raise InstanceRefused("instances have no CUDA graphs yet; give --disable-cuda-graph")
-    if runner.server_args.enable_lora:
+    if get_lora().enable_lora:
         raise InstanceRefused(
             "instances cannot share LoRA adapters, which have the shapes of one level; leave out --enable-lora"
         )

@@ -53,6 +53,7 @@ def test_the_value_that_takes_effect(value, policy, effective, caplog):
             "it needs the CPU platform's attention backend, and this server has torch_native on cpu; give auto or off",
         ),
         ({**SHIFT, "tp_size": 4, "dcp_size": 2}, "it does not combine with --dcp-size above 1"),
+        ({**SHIFT, "lora_paths": ["a=/x"]}, "it does not combine with --enable-lora: it has not been tested"),
         ({**SHIFT, "tp_size": 8}, "a rank has 1 query heads for 1 KV heads, and it takes two for each KV head"),
     ],
 )
@@ -67,10 +68,11 @@ def test_refused_at_resolution(fields, message):
 ASKING = {
     "shift_exchange_dtype": "fp8", "shift_sparse_prefill": 0.1, "dcp_size": 2, "instances": 2,
     "speculative_algorithm": "NGRAM", "disaggregation_mode": "prefill", "enable_lora": True,
+    "lora_paths": ["a=/x"],
 }  # fmt: skip
 PLAIN = {
     "shift_exchange_dtype": None, "shift_sparse_prefill": None, "dcp_size": 1, "instances": None,
-    "speculative_algorithm": None, "disaggregation_mode": "null", "enable_lora": None,
+    "speculative_algorithm": None, "disaggregation_mode": "null", "enable_lora": None, "lora_paths": None,
     "device": "cpu", "attention_backend": "triton", "prefill_attention_backend": None, "tp_size": 2,
     "decode_attention_backend": None,
 }  # fmt: skip
@@ -96,6 +98,12 @@ def test_every_feature_is_tested():
     asked = {feature.name for feature in FEATURES for field in ASKING
              if feature.is_requested(SimpleNamespace(**PLAIN | {field: ASKING[field]}))}  # fmt: skip
     assert asked == {feature.name for feature in FEATURES}
+
+
+def test_adapters_that_are_ignored():
+    """SGLang loads none if --no-enable-lora is given."""
+    off = SimpleNamespace(**PLAIN | {"enable_lora": False, "lora_paths": ["a=/x"]})
+    assert why_not(off, model()) is None
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM"])

@@ -85,6 +85,7 @@ def test_divisible_tokens(tokens, page, instances):
             "--load-balance-method other than auto and round_robin cannot be combined with --instances 2",
         ),
         ({**TWO, "skip_tokenizer_init": True}, "--skip-tokenizer-init cannot be combined with --instances 2"),
+        ({**TWO, "lora_paths": ["a=/x"]}, "--enable-lora cannot be combined with --instances 2"),
     ],
 )
 def test_what_is_refused(fields, why):
