@@ -54,7 +54,8 @@ class SchedulerBench:
         """
         scheduler = self.scheduler
         allocator, cache = scheduler.token_to_kv_pool_allocator, scheduler.tree_cache
-        needed = shape.slots + 2 * scheduler.page_size * len(shape.requests)
+        # A page of the allocator is larger than --page-size if ranks divide the cache by token.
+        needed = shape.slots + 2 * allocator.page_size * len(shape.requests)
         missing_slots = max(0, needed - allocator.available_size())
         missing_rows = len(shape.requests) - scheduler.req_to_token_pool.available_size()
         evictable = min(cache.evictable_size(), scheduler.max_total_num_tokens // EVICTION_DIVISOR)
