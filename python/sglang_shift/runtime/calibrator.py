@@ -225,6 +225,8 @@ class Calibrator:
         except CalibrationError as error:  # every rank raises it
             self.text, self.failed_mode = str(error), error.broken
             self._warn(self.text)
+            self._exchange_gains = ()
+            self._pipeline_from(None)  # the comparison of the exchanges may have succeeded
         return None
 
     @property

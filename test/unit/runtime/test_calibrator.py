@@ -16,11 +16,13 @@ from harness import run_ranks
 from sglang_shift.config import ShiftConfig
 from sglang_shift.cost import calibration
 from sglang_shift.cost.calibration import Calibration, CalibrationError, load, save
+from sglang_shift.cost.exchange_gain import ExchangeGain
 from sglang_shift.cost.measure import MAX_LAPS, Results, StepShape, grid, kv_reads, measure, powers
 from sglang_shift.cost.model import Measurement
 from sglang_shift.modes import Mode
 from sglang_shift.policy.selector import DRIFT_STEPS, Drift
 from sglang_shift.runtime import calibration_key, calibrator
+from sglang_shift.runtime.exchange_pipeline import ExchangePipeline
 
 KEY = {"architecture": "X", "tp_size": 2}
 CONFIG = ShiftConfig(2, 2, True, "calibrated", calibration="auto")
@@ -331,6 +333,23 @@ def test_a_mode_that_cannot_run_does_not_stop_the_start(make, tmp_path, caplog):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("fails", [None, Mode.SP])
+def test_without_a_calibration_no_exchange_is_pipelined(make, monkeypatch, fails):
+    """The comparison of the exchanges was in favour of the pipeline, and the measurement fails after it."""
+    pipeline = ExchangePipeline(groups=SimpleNamespace(count=2))
+    monkeypatch.setattr(FakeScheduler.tp_worker.model_runner, "exchange_pipeline", pipeline, raising=False)
+
+    def compare(bench, shapes, pipelined, gains):
+        gains.append(ExchangeGain(64, 2e-3, 0.5, 0.1))
+        yield
+
+    monkeypatch.setattr(calibrator, "compare_exchanges", compare)
+    monkeypatch.setattr(calibrator, "first_tokens", lambda gains: 64 if gains else None)
+    mine = make(replace(CONFIG, exchange_pipeline="auto"), fails=fails)
+    assert (mine.start() is None) is (fails is not None)
+    assert pipeline.first_tokens == (None if fails else 64)
+
+
 def test_drift_is_followed_by_a_new_calibration_while_idle(make):
     mine = make()
     old = mine.start()
@@ -590,7 +609,8 @@ def test_ranks_agree_on_the_slowest():
 class Pool:
     """KV slots of one rank: free ones, and those that a prefix cache holds."""
 
-    def __init__(self, free: int, cached: int) -> None:
+    def __init__(self, free: int, cached: int, page_size: int = 1) -> None:
+        self.page_size = page_size
         self.free, self.cached, self.evictions = free, cached, []
 
     def available_size(self):
@@ -605,11 +625,11 @@ class Pool:
         self.free += params.num_tokens
 
 
-def bench_of(rank: int, free: int, cached: int, rows: int = 64):
+def bench_of(rank: int, free: int, cached: int, rows: int = 64, page_size: int = 1):
     import torch.distributed as dist
     from sglang_shift.runtime.calibration_steps import SchedulerBench
 
-    pool = Pool(free, cached)
+    pool = Pool(free, cached, page_size)
     scheduler = SimpleNamespace(
         tp_cpu_group=dist.group.WORLD,
         tp_rank=rank,
@@ -651,6 +671,10 @@ def room_on_unequal_ranks(rank, size):
     assert pool.evictions == [402], "what the rank with the fewest free slots lacks, on both"
     assert not bench.make_room(StepShape("prefill", 3000, 0, 511)), "more than a quarter of the pool is not taken"
     assert len(pool.evictions) == 1
+    shape = StepShape("decode", 8, 16, 511)
+    for free, fits in ((shape.slots + 63, False), (shape.slots + 64, True)):
+        shards, _ = bench_of(rank, free=free, cached=0, page_size=4)
+        assert shards.make_room(shape) is fits, "with --dcp-size 4, each request begins and ends pages of 4 tokens"
     few, _ = bench_of(rank, free=4000, cached=0, rows=4 if rank else 64)
     assert not few.make_room(StepShape("decode", 8, 16, 511)), "one rank has not enough rows"
 
