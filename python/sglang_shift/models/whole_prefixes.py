@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang_shift.models.decoder_config import text_config_of
 from sglang_shift.models.families import FAMILIES
 
 
@@ -18,7 +19,7 @@ def other_layers(model_config: Any, name: str) -> str | None:
         return "its decoder reads the keys of an encoder"
     if name in FAMILIES:
         return None  # no class of these applies a window
-    kinds = set(getattr(model_config.hf_config, "layer_types", None) or ()) - {"full_attention"}
+    kinds = set(getattr(text_config_of(model_config.hf_config), "layer_types", None) or ()) - {"full_attention"}
     if kinds:
         return f"it has layers of type {' and '.join(sorted(map(str, kinds)))}"
     if getattr(model_config, "is_hybrid_swa", False):

@@ -165,6 +165,10 @@ def test_backends_that_would_silently_be_wrong(backend):
             model("XForCausalLM", layer_types=["full_attention", "linear_attention"]),
             "XForCausalLM, because it has layers of type linear_attention",
         ),
+        (
+            model("Gemma3ForConditionalGeneration", text_config=SimpleNamespace(layer_types=["sliding_attention"])),
+            "Gemma3ForConditionalGeneration, because it has layers of type sliding_attention",
+        ),
     ],
 )
 def test_models_that_are_not_served(config, message):

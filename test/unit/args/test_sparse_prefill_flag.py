@@ -100,6 +100,10 @@ def test_every_feature_is_tested():
         (model("DeepseekV3ForCausalLM", AttentionArch.MLA), "its latent attention (MLA) has one key for all heads"),
         (model("BertModel", generates=False), "it generates no text"),
         (model("Gemma2ForCausalLM", layer_types=["sliding_attention", "full_attention"]), "sliding_attention"),
+        (
+            model("Gemma3ForConditionalGeneration", text_config=SimpleNamespace(layer_types=["sliding_attention"])),
+            "it has layers of type sliding_attention",
+        ),
     ],
 )
 def test_models_that_must_be_exact(model_config, reason):
