@@ -57,12 +57,14 @@ class SparseRequest:
     exact: str = ""
     tokens: int = 0
     dropped: DroppedMass = field(default_factory=DroppedMass)
-    _end: int = 0  # of the tokens that have been counted
+    _counted: list[tuple[int, int]] = field(default_factory=list)  # spans of tokens, which do not overlap
 
     def count(self, start: int, end: int) -> None:
         """Count the prompt tokens from ``start`` to ``end`` that were not counted before."""
-        self.tokens += max(0, end - max(start, self._end))
-        self._end = max(end, self._end)
+        apart = [span for span in self._counted if span[1] < start or end < span[0]]
+        joined = [span for span in self._counted if span not in apart]
+        self._counted = [*apart, (min([start, *(s for s, _ in joined)]), max([end, *(e for _, e in joined)]))]
+        self.tokens = sum(e - s for s, e in self._counted)
 
     def figures(self) -> SparseFigures:
         """The figures for the answer."""

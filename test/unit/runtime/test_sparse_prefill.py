@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from random import Random
 from types import SimpleNamespace
 
 import msgspec
@@ -10,7 +11,7 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang_shift.platforms.sparse_attention import QUERY_BLOCK, DroppedMass
 from sglang_shift.runtime.reporter import sparse_of
-from sglang_shift.runtime.sparse_prefill import EXACT, MIN_PREFIX, SPARSE, SparsePrefill
+from sglang_shift.runtime.sparse_prefill import EXACT, MIN_PREFIX, SPARSE, SparsePrefill, SparseRequest
 
 
 def request(**fields):
@@ -137,7 +138,7 @@ def test_a_request_that_can_leave_out_little_is_finished_exactly():
 
 
 def test_tokens_count_once_although_a_retraction_lets_them_be_computed_again():
-    """After it the chunks are others, and the tokens of the answer are in the last one."""
+    """After it the chunks are others: one begins earlier, and the tokens of the answer are in the last one."""
     prefill = SparsePrefill(0.1, SimpleNamespace(sparse=None), alone)
     req = request(origin_input_ids=[1] * 6000)
     prefill.admit(req)
@@ -146,7 +147,27 @@ def test_tokens_count_once_although_a_retraction_lets_them_be_computed_again():
         with prefill.running(batch_of((req, prefix, new))):
             prefill.backend.sparse.records[0].add(torch.zeros(1), 1000, 500)
         counts.append(req.shift_sparse.tokens)
-    assert counts == [500, 1000, 1000, 1000]
+    assert counts == [500, 1000, 1100, 1100]
+
+
+def test_lower_tokens_count_after_a_retraction_and_an_eviction():
+    """The first chunk began behind a cached prefix, which is computed after the eviction."""
+    record = SparseRequest()
+    for start, end in ((8192, 12_000), (4096, 6144), (6144, 8192), (8192, 12_000)):
+        record.count(start, end)
+    assert record.tokens == 12_000 - 4096
+
+
+def test_tokens_by_brute_force():
+    random = Random(0)
+    for _ in range(50):
+        record, counted = SparseRequest(), set()
+        for _ in range(10):
+            start = random.randrange(40)
+            end = start + random.randrange(12)
+            record.count(start, end)
+            counted.update(range(start, end))
+            assert record.tokens == len(counted)
 
 
 def test_an_error_in_a_step_leaves_the_backend_exact():
