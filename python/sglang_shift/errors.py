@@ -45,6 +45,10 @@ class SeamError(ShiftError):
     """The seams do not fit the installed SGLang, or a seam is not in place."""
 
 
+class RequestRefused(ValueError):
+    """A request of an operator that would end a rank. The HTTP server answers it with status 400 and the sentence."""
+
+
 class PolicyFailed(Exception):
     """A policy of the user did not choose a mode. Every rank raises it in the same step, with one sentence."""
 

@@ -225,9 +225,8 @@ ODD = {
     "internal state of NaN": ("/set_internal_state", '{"server_args": {"shift_threshold": NaN}}'),
     "internal state huge": ("/set_internal_state", '{"server_args": {"shift_threshold": 1e300}}'),
     "internal state text": ("/set_internal_state", '{"server_args": {"shift_policy": [1]}}'),
+    "a step of no time": ("/slow_down", '{"forward_sleep_time": NaN}'),
     "profile stopped": ("/stop_profile", {}),
-    "profile into a file": ("/start_profile", {"output_dir": "/dev/null/x"}),  # ended the server when it was stopped
-    "logging of no level": ("/configure_logging", {"log_requests": True, "log_requests_level": 99}),
     "weights in no format": ("/update_weights_from_disk", {"model_path": "/nowhere", "load_format": "x"}),
     "weights from nowhere": ("/update_weights_from_disk", {"model_path": "/nowhere"}),
 }
@@ -236,6 +235,29 @@ ODD = {
 @pytest.mark.parametrize("name", ODD)
 def test_an_odd_request_is_answered(server, name):
     assert send(server, *ODD[name]).status_code < 600
+
+
+OPERATORS = {
+    "profile into a file": (("/start_profile", {"output_dir": "/dev/null/x"}), "cannot be written"),
+    "profile with a folder in its name": (("/start_profile", {"profile_prefix": "a/b"}), "is no part of a file's name"),
+    "profile of a GPU's memory": (("/start_profile", {"activities": ["MEM"]}), "activities has 'MEM'"),
+    "profile of stages": (("/start_profile", {"profile_by_stage": True}), "give num_steps"),
+    "start of no recorder": (("/start_expert_distribution_record", {}), "records no experts"),
+    "stop of no recorder": (("/stop_expert_distribution_record", {}), "records no experts"),
+    "dump of no recorder": (("/dump_expert_distribution_record", {}), "records no experts"),
+    "memory of CPUs": (("/release_memory_occupation", {}), "on GPUs only"),
+    "memory that was not released": (("/resume_memory_occupation", {}), "on GPUs only"),
+    "a step that never ends": (("/slow_down", {"forward_sleep_time": 1e300}), "at most 3600 seconds"),
+    "weights of too few ranks": (("/update_weights_from_tensor", {"serialized_named_tensors": []}), "one for each of"),
+    "logging of no level": (("/configure_logging", {"log_requests": True, "log_requests_level": 99}), "between 0 and 3"),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_request_of_an_operator_that_would_end_a_rank_is_an_error(server, name):
+    (path, body), reason = OPERATORS[name]
+    response = send(server, path, body)
+    assert response.status_code == 400 and reason in response.text, response.text
 
 
 def test_sessions(server):

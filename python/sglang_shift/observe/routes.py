@@ -17,6 +17,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import HTTPException
 from starlette.routing import BaseRoute, Match, Route
 
+from sglang_shift.errors import RequestRefused
 from sglang_shift.flags import POLICIES
 from sglang_shift.observe.events import prepare_endpoint
 from sglang_shift.observe.hub import Hub
@@ -87,6 +88,12 @@ def install(hub: Hub, app: FastAPI) -> None:
     routes: list[BaseRoute] = [page, *router(hub).routes, *instance_router().routes]
     routes += [PolicyNames(r) for r in app.router.routes if getattr(r, "path", None) == "/set_internal_state"]
     app.router.routes[:0] = routes
+    app.add_exception_handler(RequestRefused, refuse)
+
+
+async def refuse(request: Request, error: Exception) -> Response:
+    """Answer a refused request. Some of SGLang's routes for operators catch no error."""
+    return _json({"error": {"message": str(error)}}, 400)
 
 
 def page_route() -> Route:

@@ -20,6 +20,7 @@ from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.runtime_context import get_memory, get_observability, get_parallel, get_schedule
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
+from sglang_shift.errors import RequestRefused
 from sglang_shift.seams import relies_on
 
 NO_TOKENS = "the request has no tokens; give a text, input_ids or input_embeds that is not empty"
@@ -264,7 +265,7 @@ def check_folder(folder: str | None) -> None:
     """Check that a profile can be written to ``folder``. The ranks would fail, and end, after they made the profile.
 
     Raises:
-        ValueError: it cannot be written there.
+        RequestRefused: it cannot be written there.
     """
     folder = folder or os.environ.get("SGLANG_TORCH_PROFILER_DIR") or "/tmp"  # SGLang has the same default
     try:
@@ -272,17 +273,17 @@ def check_folder(folder: str | None) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
-        raise ValueError(f"output_dir {folder!r} cannot be written ({error}); give another") from error
+        raise RequestRefused(f"output_dir {folder!r} cannot be written ({error}); give another") from error
 
 
 def check_logging(level: int | None) -> None:
     """Check ``log_requests_level``. SGLang sets it without a check, and then fails at every request.
 
     Raises:
-        ValueError: there is no such level.
+        RequestRefused: there is no such level.
     """
     if level is not None and level not in range(4):
-        raise ValueError(f"log_requests_level is {level} and must be between 0 and 3")
+        raise RequestRefused(f"log_requests_level is {level} and must be between 0 and 3")
 
 
 def check_tokens(name: str, tokens: Iterable[int], vocab_size: int) -> None:
@@ -301,11 +302,11 @@ def check_message(message: Any) -> None:
     """Encode and decode a message as SGLang does on the way to the ranks. Decoding checks the types of its fields.
 
     Raises:
-        ValueError: the message cannot be sent, or a field has another type than it must have.
+        RequestRefused: the message cannot be sent, or a field has another type than it must have.
     """
     if io_struct._USE_PICKLE_IPC or not isinstance(message, msgspec.Struct):
         return
     try:
         io_struct._msgpack_decoder.decode(io_struct.msgpack_encode(message))
     except (TypeError, OverflowError, ValueError) as error:  # msgspec's own errors are ValueErrors
-        raise ValueError(f"the request cannot be sent to the ranks: {error}; correct that value") from error
+        raise RequestRefused(f"the request cannot be sent to the ranks: {error}; correct that value") from error

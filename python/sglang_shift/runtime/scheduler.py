@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from http import HTTPStatus
 from itertools import islice
 from typing import Any
@@ -42,6 +43,7 @@ from sglang_shift.runtime.internal_state import ShiftInternalState
 from sglang_shift.runtime.kv_report import kv_report
 from sglang_shift.runtime.mode_check import ModeCheck
 from sglang_shift.runtime.rank_consensus import same_everywhere
+from sglang_shift.runtime.released_memory import ShiftWeightUpdaterManager
 from sglang_shift.runtime.reporter import ShiftOutputStreamer, StepReporter
 from sglang_shift.runtime.sparse_prefill import SparsePrefill
 from sglang_shift.runtime.speculation import verify_width
@@ -123,6 +125,13 @@ class ShiftScheduler(Scheduler):
             gpu_id=get_device().gpu_id,
             nccl_port=self.nccl_port,
         )
+
+    @overrides("Our method installs our manager, which stays alive if an operator releases or resumes memory wrongly.")
+    def init_weight_updater(self) -> None:
+        super().init_weight_updater()
+        stock = self.weight_updater
+        values = {field.name: getattr(stock, field.name) for field in fields(stock) if field.init}
+        self.weight_updater = ShiftWeightUpdaterManager(**values)
 
     @overrides("Our method closes the exchange, on every rank.")
     def release_host_resources(self) -> None:

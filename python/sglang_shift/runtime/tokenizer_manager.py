@@ -23,6 +23,13 @@ from sglang_shift.runtime.admission import (
     convert_types,
 )
 from sglang_shift.runtime.instance_requests import InstanceRequests
+from sglang_shift.runtime.operator_requests import (
+    check_profile,
+    check_recorder,
+    check_sleep,
+    check_tags,
+    lacks_tensors,
+)
 from sglang_shift.seams import overrides
 
 KEYS = (META_INFO_KEY, SPARSE_KEY)
@@ -50,7 +57,7 @@ class ShiftSteps(TokenizerManager):
 class RequestChecks(TokenizerManager):
     """Answers a request that would end a rank with an error, and sends it to no rank.
 
-    The checks are in :mod:`sglang_shift.runtime.admission`.
+    The checks are in :mod:`sglang_shift.runtime.admission` and :mod:`sglang_shift.runtime.operator_requests`.
     """
 
     @overrides("Our method refuses requests for too many samples, with unknown labels, or for what the model is not.")
@@ -79,7 +86,45 @@ class RequestChecks(TokenizerManager):
     @overrides("Our method refuses a folder that cannot be written.")
     async def start_profile(self, req: Any = None) -> Any:
         check_folder(None if req is None else req.output_dir)
+        if req is not None:
+            check_profile(req)
         return await super().start_profile(req)
+
+    @overrides("Our method refuses to record experts on a server without a recorder.")
+    async def start_expert_distribution_record(self) -> None:
+        check_recorder()
+        await super().start_expert_distribution_record()
+
+    @overrides("Our method refuses to record experts on a server without a recorder.")
+    async def stop_expert_distribution_record(self) -> None:
+        check_recorder()
+        await super().stop_expert_distribution_record()
+
+    @overrides("Our method refuses to record experts on a server without a recorder.")
+    async def dump_expert_distribution_record(self) -> None:
+        check_recorder()
+        await super().dump_expert_distribution_record()
+
+    @overrides("Our method refuses memory that does not exist.")
+    async def release_memory_occupation(self, obj: Any, request: Any = None) -> None:
+        check_tags(obj.tags)
+        await super().release_memory_occupation(obj, request)
+
+    @overrides("Our method refuses memory that does not exist.")
+    async def resume_memory_occupation(self, obj: Any, request: Any = None) -> None:
+        check_tags(obj.tags)
+        await super().resume_memory_occupation(obj, request)
+
+    @overrides("Our method refuses a delay for which no rank can sleep.")
+    async def slow_down(self, obj: Any, request: Any = None) -> None:
+        check_sleep(obj.forward_sleep_time)
+        await super().slow_down(obj, request)
+
+    @overrides("Our method refuses an update without tensors for each rank.")
+    async def update_weights_from_tensor(self, obj: Any, request: Any = None) -> tuple[bool, str]:
+        if lack := lacks_tensors(obj):
+            return False, lack
+        return await super().update_weights_from_tensor(obj, request)
 
     @overrides("Our method refuses an unknown logging level.")
     def configure_logging(self, obj: Any) -> None:

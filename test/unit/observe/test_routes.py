@@ -15,6 +15,7 @@ from fastapi import Body, FastAPI, Request
 from fastapi.testclient import TestClient
 from sglang.srt.managers.io_struct import SetInternalStateReq
 from sglang.srt.utils.auth import AuthLevel, add_api_key_middleware, auth_level
+from sglang_shift.errors import RequestRefused
 from sglang_shift.flags import POLICIES
 from sglang_shift.observe import routes
 from sglang_shift.observe.events import StateEvent
@@ -80,6 +81,17 @@ def test_status(client):
     assert answer.status_code == 200 and answer.headers["content-type"] == "application/json"
     assert answer.headers["x-content-type-options"] == "nosniff" and answer.headers["cache-control"] == "no-store"
     assert answer.json()["model"] == "<b>demo</b>" and answer.json()["schema"] == 2
+
+
+def test_a_refused_request_of_an_operator_is_the_clients_error(app, client):
+    """As of a route of SGLang's that catches no error."""
+
+    @app.post("/start_profile")
+    async def start_profile():
+        raise RequestRefused("give another")
+
+    answer = client.post("/start_profile")
+    assert answer.status_code == 400 and answer.json() == {"error": {"message": "give another"}}
 
 
 def test_status_before_the_first_state():
