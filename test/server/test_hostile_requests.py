@@ -249,7 +249,7 @@ OPERATORS = {
     "memory that was not released": (("/resume_memory_occupation", {}), "on GPUs only"),
     "a step that never ends": (("/slow_down", {"forward_sleep_time": 1e300}), "at most 3600 seconds"),
     "weights of too few ranks": (("/update_weights_from_tensor", {"serialized_named_tensors": []}), "one for each of"),
-    "logging of no level": (("/configure_logging", {"log_requests": True, "log_requests_level": 99}), "between 0 and 3"),
+    "logging of no level": (("/configure_logging", {"log_requests_level": 99}), "between 0 and 3"),
 }
 
 

@@ -26,5 +26,5 @@ def first_requested(features: Iterable[Feature], settings: Any) -> Feature | Non
 
 
 def uses_lora(settings: Any) -> bool:
-    """Whether the settings ask for LoRA adapters. If only ``--lora-paths`` is given, SGLang sets --enable-lora later."""
+    """Whether the settings ask for LoRA adapters. SGLang sets ``--enable-lora`` later if only paths are given."""
     return bool(settings.enable_lora) or (settings.enable_lora is None and bool(settings.lora_paths))
