@@ -20,6 +20,7 @@ from sglang.srt.managers.io_struct import AbortReq, TokenizedEmbeddingReqInput, 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 from sglang.srt.runtime_context import get_device, get_model, get_parallel, get_serving
 from sglang.srt.utils import rank_consensus_checker
 
@@ -64,6 +65,7 @@ class ShiftScheduler(Scheduler):
     """SGLang's scheduler, which also chooses a mode for each step."""
 
     tp_worker: ShiftTpModelWorker
+    weight_updater: SchedulerWeightUpdaterManager
     shift_sparse = SparsePrefill(0.0, None, agreement.from_all_ranks)  # all is exact until the backend is built
 
     @staticmethod
