@@ -2,24 +2,29 @@
 
 The import takes 13 s of a core in each process. A server that is started by its command imports SGLang once, and each
 of its ranks imports it again. A server that is started here never imports it. The program, its flags and the ranks'
-code are the same. Some tests (test_calibrated_server, test_small_pool and others) start a server by exactly the user's
+code are the same. Some tests (test_benchmark_smoke, test_small_pool and others) start a server by exactly the user's
 command.
 
     python test/support/forked_server.py {-m MODULE | FILE} [its arguments]
 
-This runs another program in this process, with forked ranks.
+This runs another program in this process, with forked ranks. A server then looks more often whether it is ready, and
+whether it is told to end.
 """
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -63,6 +68,9 @@ class ForkedProcess:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
 
 def run_as_command(arguments: list[str], env: dict[str, str], log: str) -> None:
     """Prepare a forked process like the process of a command, then run the program."""
@@ -86,6 +94,7 @@ def run_as_command(arguments: list[str], env: dict[str, str], log: str) -> None:
 def run_program(arguments: list[str]) -> None:
     """Run ``python ARGUMENTS`` with forked ranks."""
     fork_ranks()
+    look_often()
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
@@ -105,6 +114,26 @@ def fork_ranks() -> None:
         return set_start_method("fork" if method == "spawn" else method, force=force)
 
     multiprocessing.set_start_method = set_to_fork
+
+
+def look_often() -> None:
+    """Let a server look more often whether it is ready, and whether it is told to end.
+
+    SGLang looks whether its own HTTP server answers once a second, and whether SIGTERM came once in five seconds. So each
+    server would take some seconds in which nothing happens.
+    """
+    from sglang.srt.entrypoints import http_server
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+    http_server.time = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: time.sleep(min(seconds, 0.25))})
+    drain_and_end = TokenizerManager.sigterm_watchdog
+
+    async def sigterm_watchdog(self: Any) -> None:
+        while not self.gracefully_exit:
+            await asyncio.sleep(0.2)
+        await drain_and_end(self)
+
+    TokenizerManager.sigterm_watchdog = sigterm_watchdog
 
 
 if __name__ == "__main__":
