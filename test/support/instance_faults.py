@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 RANK = 1
@@ -72,8 +73,15 @@ def failing(owner: Any, name: str, first_calls: int, fault: Callable[[], None]) 
 
 
 def watch(scheduler: Any) -> None:
-    """Let SGLang's watchdog end this rank if a step takes 2 s. In a server, the watchdog ends the whole server."""
+    """Let SGLang's watchdog end this rank if a step takes 2 s. In a server, the watchdog ends the whole server.
+
+    It first dumps the stack, and gives its parent five seconds to log. Nobody reads that here.
+    """
     from sglang.srt.managers.scheduler_components.invariant_checker import create_scheduler_watchdog
+    from sglang.srt.utils import watchdog
+
+    watchdog.pyspy_dump_schedulers = lambda: None
+    watchdog.time = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: time.sleep(min(seconds, 1)))
 
     class Parent:
         def send_signal(self, _: int) -> None:
