@@ -6,11 +6,12 @@ instance is asked, also one that was idle during the change. Its prefixes in the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pytest
 from families import Family, make_model
-from instance_trial import World, prompt, started
+from instance_trial import Output, World, prompt, started
 from instance_walk import ALL_PAIRS, Walk
 
 POOL = ("--max-total-tokens", "8191")
@@ -59,8 +60,28 @@ def model(tmp_path_factory) -> str:
     return folder
 
 
+@pytest.fixture(scope="module")
+def stock(model) -> Callable[[Mapping[str, Forced]], dict[str, list[float | None]]]:
+    """A function that returns the log-probabilities of all tokens of requests on stock SGLang, one after the other.
+
+    Each request is asked once: idle and busy instances are asked the same.
+    """
+    outputs: dict[str, Output] = {}
+
+    def log_probabilities(asked: Mapping[str, Forced]) -> dict[str, list[float | None]]:
+        if missing := {rid: forced for rid, forced in asked.items() if rid not in outputs}:
+            with started(1, ("--model-path", model, *POOL, "--disable-radix-cache")) as alone:
+                for rid, forced in missing.items():
+                    forced.submit(alone, 0, rid, given=len(forced.ids))
+                    alone.wait_end([rid])
+                outputs.update(alone.outputs)
+        return {rid: outputs[rid].input_logprobs for rid in asked}
+
+    return log_probabilities
+
+
 @pytest.mark.parametrize("busy", [pytest.param(False, marks=pytest.mark.full), True], ids=["idle", "busy"])
-def test_likelihoods_after_each_change(model, busy):
+def test_likelihoods_after_each_change(model, stock, busy):
     """All pairs of levels of four ranks. With ``busy``, one instance decodes a request during each change."""
     asked: dict[str, Forced] = {}
     flags = ("--model-path", model, *POOL)
@@ -82,11 +103,7 @@ def test_likelihoods_after_each_change(model, busy):
             kept = [world.outputs[f"in TP {change} on {leader}"].cached for leader in world.leaders]
             assert max(kept) == PREFIX, "the prefix moved with the change"
         answers = {rid: world.outputs[rid].input_logprobs for rid in asked}
-    with started(1, (*flags, "--disable-radix-cache")) as alone:
-        for rid, forced in asked.items():
-            forced.submit(alone, 0, rid, given=len(forced.ids))
-            alone.wait_end([rid])
+    expected = stock(asked)
     for rid, forced in asked.items():
         count = forced.given - 1  # the first one needs the token before it, which was not computed
-        expected = alone.outputs[rid].input_logprobs[-count:]
-        assert answers[rid][-count:] == pytest.approx(expected, abs=TOLERANCE), rid
+        assert answers[rid][-count:] == pytest.approx(expected[rid][-count:], abs=TOLERANCE), rid
