@@ -66,8 +66,8 @@ def test_same_answers(pair, reference, prefiller, decoder):
     pair.prefill.flush_cache()
     prefill, decode = pair.prefill.policy(prefiller, 64), pair.decode.policy(decoder)
     with prefill as prefills, decode as decodes, ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(pair.generate, reference.prompts))
-    assert_same_answers(answers, reference.answers[16])
+        answers = list(pool.map(pair.generate, reference.prompts[::2]))
+    assert_same_answers(answers, reference.answers[16][::2])
     assert modes(prefills) == ({"tp", "sp"} if prefiller == "tokens" else {prefiller})
     assert modes(decodes) == {decoder}
 
