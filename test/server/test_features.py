@@ -134,8 +134,11 @@ def test_frontend_language(server):
     assert state["choice"] == "None"
 
 
+@pytest.mark.server(*MIXED_CHUNKS)
 @pytest.mark.full
+@pytest.mark.parametrize("server", ["mixed chunks, overlap"], indirect=True)
 def test_bench_serving(server, tmp_path):
+    """SGLang's client. Its import takes most of the time."""
     server.flush_cache()
     out = tmp_path / "bench.jsonl"
     command = [
