@@ -49,7 +49,7 @@ def test_ranks_run_alike_whatever_a_policy_does(servers, reference, tmp_path):
     assert (
         server.tail(1_000_000).count("Unruly failed on rank 0 of this replica; from now on: SP for steps of more") == 2
     )
-    assert_same_answers(server.generate_all(reference.prompts, 16), reference.answers[16])
+    assert_same_answers(server.generate_all(reference.prompts[::4], 16), reference.answers[16][::4])
     servers.stop()
 
 
