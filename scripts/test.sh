@@ -19,8 +19,10 @@ case ${1:-} in
     *) exec .venv/bin/python -m pytest "$@" ;;
 esac
 ./scripts/lint.sh
-# Tests without a server share the cores, a module in each. Tests of servers run one after the other.
+# Tests without a server share the cores, a module in each. The modules that take long come first, so that no core is
+# idle at the end. Tests of servers run one after the other.
 code=0
-.venv/bin/python -m pytest --durations=25 -n logical --maxprocesses 4 --dist loadfile "${only[@]}" "$@" test/unit test/tools test/ranks || code=$?
+cores=(-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
+.venv/bin/python -m pytest --durations=25 "${cores[@]}" "${only[@]}" "$@" test/ranks test/unit test/tools || code=$?
 .venv/bin/python -m pytest --durations=25 "${only[@]}" "$@" test/server || code=$?
 exit "$code"

@@ -122,8 +122,8 @@ def repository(tmp_path):
 
 def tier(arguments):
     """The calls of a tier: lint, the tests without a server on all cores, and then the others."""
-    cores = "-n logical --maxprocesses 4 --dist loadfile "
-    parts = [f"{cores}{arguments} test/unit test/tools test/ranks", f"{arguments} test/server"]
+    cores = "-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "
+    parts = [f"{cores}{arguments} test/ranks test/unit test/tools", f"{arguments} test/server"]
     return [
         "setup.sh test",
         "lint.sh ",
