@@ -17,6 +17,8 @@ from prompts import prompts
 
 FLOAT32 = ("--dtype", "float32")
 POOL = ServerPool()
+# The modules without a server that take longest. They begin first, so that no process waits for one of them at the end.
+LONG = ("test_models.py", "test_instance_levels.py", "test_instance_faults.py", "test_instance_likelihoods.py")
 
 
 def pytest_unconfigure():
@@ -25,13 +27,14 @@ def pytest_unconfigure():
 
 @pytest.hookimpl(trylast=True)  # pytest itself groups the parameters of a module's fixtures before
 def pytest_collection_modifyitems(items):
-    """Tests whose marker names the same server run together, at the place of the first: it is started once."""
+    """Long modules come first. Tests whose marker names the same server run together: it is started once."""
     places = {}
 
     def place(entry):
         index, item = entry
         marker = item.get_closest_marker("server")
-        return places.setdefault(marker.args, index) if marker and marker.args else index
+        long = LONG.index(item.path.name) if item.path.name in LONG else len(LONG)
+        return long, places.setdefault(marker.args, index) if marker and marker.args else index
 
     items[:] = [item for _, item in sorted(enumerate(items), key=place)]
 
