@@ -119,8 +119,8 @@ def fork_ranks() -> None:
 def look_often() -> None:
     """Let a server look more often whether it is ready, and whether it is told to end.
 
-    SGLang looks whether its own HTTP server answers once a second, and whether SIGTERM came once in five seconds. So each
-    server would take some seconds in which nothing happens.
+    SGLang looks whether its own HTTP server answers once a second, and whether SIGTERM came once in five seconds. So
+    each server would take some seconds in which nothing happens.
     """
     from sglang.srt.entrypoints import http_server
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
