@@ -4,7 +4,7 @@
     python benchmark/soak_instances.py                          # 10 minutes for each of 3 seeds, demo model, 2 ranks
     python benchmark/soak_instances.py --minutes 1 --seeds 0    # a short form
     python benchmark/soak_instances.py --policy paper           # the server's policy merges and splits as well
-    python benchmark/soak_instances.py --ranks 4 --kv-tokens 4096 -- --model-path DIR   # a model with 4 KV heads or more
+    python benchmark/soak_instances.py --ranks 4 --kv-tokens 4096 -- --model-path DIR  # a model with 4 KV heads
 
 Clients send prompts of random lengths. Some are too long for a small instance, so the server refuses them or merges
 instances for them. Some clients hang up before their answer is complete. Meanwhile an operator asks for random merges
