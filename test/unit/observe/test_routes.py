@@ -264,7 +264,7 @@ def test_in_sglangs_own_app(tmp_path, key):
     done = subprocess.run(
         [sys.executable, "-c", START],
         env={**environment, "TMPDIR": str(tmp_path), "TEST_API_KEY": key},
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     hub, launcher, worker_hub, worker, app_path, endpoint = json.loads(done.stdout.splitlines()[-1])

@@ -76,6 +76,7 @@ def load(monkeypatch, world, sp, device="meta", pynccl=PyNccl):
         "get_parallel": lambda: SimpleNamespace(nnodes=1),
         "SpModel": lambda model, groups, **options: sp_model,
         "check_class": lambda model, name: None,
+        "let_rows_replace": lambda model: True,
     }.items():
         monkeypatch.setattr(model_runner, name, value)
     monkeypatch.setattr(model_runner, "build_topology", lambda layout: built)
