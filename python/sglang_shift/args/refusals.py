@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang.srt.environ import envs
 
-from sglang_shift.args.feature import Feature, first_requested
+from sglang_shift.args.feature import Feature, first_requested, uses_lora
 from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refusal
 from sglang_shift.flags import BY_NAME, FLAGS, LIVE_NUMBERS, POLICIES, Need
@@ -80,7 +80,7 @@ FEATURES = (
      lambda a: a.enable_deterministic_inference and a.enable_shift_parallel and a.shift_policy not in ("tp", "sp"),
      "sums are ordered differently in the two modes; add --shift-policy tp or sp"),
     Feature("--enable-deterministic-inference with --enable-lora or --lora-paths, and without --shift-policy tp",
-     lambda a: a.enable_deterministic_inference and bool(a.enable_lora or a.lora_paths) and a.shift_policy != "tp",
+     lambda a: a.enable_deterministic_inference and uses_lora(a) and a.shift_policy != "tp",
      "a request runs in TP beside one with an adapter, and in SP alone; add --shift-policy tp"),
     Feature("--rl-on-policy-target", lambda a: a.rl_on_policy_target is not None, "sums must be those of the trainer"),
     Feature("auxiliary hidden states", lambda a: a.enable_return_aux_hidden_states, "they are not gathered yet"),
