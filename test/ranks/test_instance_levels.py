@@ -117,10 +117,10 @@ def test_a_long_walk(model, schedule):
     rng = random.Random(str(schedule))
     kinds = [(1, 1, 1, 1), (2, 1, 1), (1, 1, 2), (2, 2), (4,)]
     layouts = [kinds[0]]
-    while len(layouts) < 100:
+    while len(layouts) < 76:  # about 100 changes, and 300 with all schedules
         layouts.append(rng.choice([each for each in kinds if each != layouts[-1]]))
     walk = run(model, layouts, schedule, seed=3)
-    assert walk.changes > 100
+    assert walk.changes >= 100
     assert walk.recomputed == 0
 
 

@@ -9,8 +9,18 @@ import sys
 
 import psutil
 import pytest
+from harness import FORKED_LAUNCHER
 
 pytestmark = [pytest.mark.server, pytest.mark.full]
+
+FORKED_BENCHMARK = f"""
+import sys
+from sglang_shift.tools import servers
+servers.LAUNCHER = {FORKED_LAUNCHER!r}
+from sglang_shift.tools.benchmark.command import main
+sys.exit(main(sys.argv[1:]))
+"""
+"""The benchmark with servers that start in less time. The other test starts them by the user's command."""
 
 
 def test_smoke(servers, tmp_path):
@@ -40,7 +50,7 @@ def test_smoke(servers, tmp_path):
 def test_instances_beside_replicas(servers, tmp_path):
     """The pools hold 512 tokens for each rank, so replicas refuse the long prompts, and instances merge for them."""
     servers.stop()
-    command = [sys.executable, "-m", "sglang_shift.benchmark", "--out", str(tmp_path), "--rounds", "1",
+    command = [sys.executable, "-c", FORKED_BENCHMARK, "--out", str(tmp_path), "--rounds", "1",
                "--contenders", "stock-dp", "instances:2:paper", "--workloads", "mixed-lengths", "closed-loop",
                "--kv-tokens", "1024", "--prompt", "16", "64", "--output", "2", "4", "--saturated", "6",
                "--long-shares", "0.02", "--long-prompt", "600", "700", "--mixed-rate", "0.3", "--mixed-seconds", "6",

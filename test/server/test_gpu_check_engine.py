@@ -10,6 +10,7 @@ from importlib.metadata import distributions
 from types import SimpleNamespace
 
 import pytest
+from harness import FORKED_LAUNCHER
 from sglang_shift.models.demo import demo_model_path
 from sglang_shift.modes import Mode, StepState
 from sglang_shift.policy.builtin import TokenThreshold
@@ -34,6 +35,7 @@ TWO = ServerSetup("two ranks", ["--tp-size", "2"])
 @pytest.fixture
 def kept(monkeypatch):
     """Servers of two ranks, by their log's name, that do not end with a comparison."""
+    monkeypatch.setattr(processes, "LAUNCHER", FORKED_LAUNCHER)
     started, start = {}, comparison.start
     with ExitStack() as stack:
 

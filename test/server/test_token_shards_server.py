@@ -105,10 +105,10 @@ def distinct(count, length):
 
 
 def decode_steps(server):
-    """Twelve requests at once. SGLang reserves all tokens of a request that ignores the end of its text."""
+    """Eight requests at once. SGLang reserves all tokens of a request that ignores the end of its text."""
     server.flush_cache()
     with server.policy("tokens", threshold=64) as steps:
-        answers = server.generate_all(distinct(12, PROMPT), 12, OUTPUT)
+        answers = server.generate_all(distinct(8, PROMPT), 8, OUTPUT)
     return steps["tp"], answers
 
 

@@ -8,7 +8,7 @@ command.
     python test/support/forked_server.py {-m MODULE | FILE} [its arguments]
 
 This runs another program in this process, with forked ranks. A server then looks more often whether it is ready, and
-whether it is told to end.
+whether it is told to end. It calibrates with fewer laps, unless the environment has ``WHOLE_CALIBRATION=1``.
 """
 
 from __future__ import annotations
@@ -95,6 +95,8 @@ def run_program(arguments: list[str]) -> None:
     """Run ``python ARGUMENTS`` with forked ranks."""
     fork_ranks()
     look_often()
+    if not os.environ.get("WHOLE_CALIBRATION"):
+        calibrate_briefly()
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
@@ -134,6 +136,13 @@ def look_often() -> None:
         await drain_and_end(self)
 
     TokenizerManager.sigterm_watchdog = sigterm_watchdog
+
+
+def calibrate_briefly() -> None:
+    """Let each shape of a calibration run for few laps. The times are less exact, and few tests depend on them."""
+    from sglang_shift.cost import measure
+
+    measure.SECONDS_A_MODE, measure.MAX_LAPS, measure.SWITCH_LAPS = 0.05, 3, 2
 
 
 if __name__ == "__main__":

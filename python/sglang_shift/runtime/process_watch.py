@@ -23,6 +23,8 @@ class ProcessWatch(SubprocessWatchdog):
     )
     def _monitor_loop(self) -> None:
         while not self._stop_event.is_set():
-            connection.wait([each.sentinel for each in self._processes if each.is_alive()], self._interval)
-            if self._stop_event.is_set() or self._check_processes():
+            # These come before the look, so that a process which ends after the look wakes this thread.
+            running = [each.sentinel for each in self._processes if each.is_alive()]
+            if self._check_processes():
                 return
+            connection.wait(running, self._interval)

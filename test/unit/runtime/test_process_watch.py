@@ -27,3 +27,25 @@ def test_a_killed_process_ends_the_server_before_the_next_look(monkeypatch):
     processes[1].kill()
     assert ended.wait(60)
     processes[0].kill()
+
+
+class EndsBetweenLooks:
+    """A process that has closed its files, but counts as alive at the first two looks."""
+
+    pid, exitcode = 1, -9
+
+    def __init__(self) -> None:
+        self.sentinel, other_end = os.pipe()
+        os.close(other_end)
+        self.looks = 0
+
+    def is_alive(self) -> bool:
+        self.looks += 1
+        return self.looks < 3
+
+
+def test_a_process_that_ends_between_two_looks_is_noticed(monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(os, "kill", lambda pid, number: ended.set())
+    ProcessWatch([EndsBetweenLooks()], interval=HOUR).start()
+    assert ended.wait(60)
