@@ -24,7 +24,7 @@ def requests(seed: int, options: list[dict]) -> Iterator[tuple[str, list[int], i
     rng = random.Random(seed)
     for number in range(10_000):
         ids = (COMMON if number % 3 == 0 else []) + prompt(1000 * seed + number, rng.randrange(5, 150))
-        yield f"r{number}", ids, rng.randrange(10, 60), options[number % len(options)]
+        yield f"r{number}", ids, rng.randrange(10, 40), options[number % len(options)]
 
 
 @pytest.fixture(scope="module")

@@ -80,6 +80,11 @@ class Calibrator:
         """The calibration in use, or None."""
         return self._calibration
 
+    @property
+    def measuring(self) -> bool:
+        """Whether a calibration goes on whenever the server is idle."""
+        return self._measurement_run is not None
+
     def start(self) -> Calibration | None:
         """Load the saved calibration, or measure a new one. If neither works, log why and return None."""
         if self.config.calibration == "off":

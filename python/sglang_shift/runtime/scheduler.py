@@ -345,6 +345,12 @@ class ShiftScheduler(Scheduler):
             reporter.tick()
         super().on_idle()
 
+    @overrides("Our method does not sleep during a calibration, which would go on once a second.")
+    def maybe_sleep_on_idle(self) -> None:
+        """With ``--sleep-on-idle``, wait for a request, unless a calibration has more to measure."""
+        if not self.shift_calibrator.measuring:
+            super().maybe_sleep_on_idle()
+
     @overrides("Our streamer sends the steps of each request by mode to the tokenizer manager.")
     def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
         """Our output streamer. SGLang's Rust server needs SGLang's streamer, because it reads no additional fields."""

@@ -87,6 +87,7 @@ DIGESTS = {
     "sglang.srt.managers.scheduler:Scheduler.init_req_max_new_tokens": "ea5d8cf1e6bf45ac",
     "sglang.srt.managers.scheduler:Scheduler.init_tp_model_worker": "0705603e0b266983",
     "sglang.srt.managers.scheduler:Scheduler.init_weight_updater": "213829f61ae60b1d",
+    "sglang.srt.managers.scheduler:Scheduler.maybe_sleep_on_idle": "3c39e1fe8220ea3b",
     "sglang.srt.managers.scheduler:Scheduler.on_idle": "7b36d7bcce30e1b2",
     "sglang.srt.managers.scheduler:Scheduler.pause_generation": "b5afa4cbaf6fbea9",
     "sglang.srt.managers.scheduler:Scheduler.process_batch_result": "726305f46a979a47",

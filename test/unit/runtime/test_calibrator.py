@@ -23,6 +23,7 @@ from sglang_shift.modes import Mode
 from sglang_shift.policy.selector import DRIFT_STEPS, Drift
 from sglang_shift.runtime import calibration_key, calibrator
 from sglang_shift.runtime.exchange_pipeline import ExchangePipeline
+from sglang_shift.runtime.scheduler import ShiftScheduler
 
 KEY = {"architecture": "X", "tp_size": 2}
 CONFIG = ShiftConfig(2, 2, True, "calibrated", calibration="auto")
@@ -366,6 +367,22 @@ def test_drift_is_followed_by_a_new_calibration_while_idle(make):
     assert new.costs.curves["decode"][Mode.TP](8) == pytest.approx(2 * old.costs.curves["decode"][Mode.TP](8))
     assert mine.idle(steps + 2 * DRIFT_STEPS, drifted=True) is None
     assert mine._measurement_run is None, "the next look at drift is later than the first was"
+
+
+def test_an_idle_server_sleeps_unless_it_measures(make):
+    """With ``--sleep-on-idle``, SGLang sleeps for up to a second between two looks."""
+    scheduler, sleeps = ShiftScheduler.__new__(ShiftScheduler), []
+    scheduler.idle_sleeper = SimpleNamespace(maybe_sleep=lambda: sleeps.append(True))
+    scheduler.shift_calibrator = mine = make()
+    mine.start()
+    scheduler.maybe_sleep_on_idle()
+    assert sleeps == [True]
+    assert mine.idle(2 * DRIFT_STEPS, drifted=True) is None
+    scheduler.maybe_sleep_on_idle()
+    assert sleeps == [True], "it measures"
+    assert renewed(mine)
+    scheduler.maybe_sleep_on_idle()
+    assert sleeps == [True, True]
 
 
 def renewed(mine, turns=1000):
