@@ -14,6 +14,7 @@ whether it is told to end. It calibrates with fewer laps, unless the environment
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 import os
 import runpy
@@ -94,6 +95,7 @@ def run_as_command(arguments: list[str], env: dict[str, str], log: str) -> None:
 def run_program(arguments: list[str]) -> None:
     """Run ``python ARGUMENTS`` with forked ranks."""
     fork_ranks()
+    save_time()
     look_often()
     if not os.environ.get("WHOLE_CALIBRATION"):
         calibrate_briefly()
@@ -103,6 +105,17 @@ def run_program(arguments: list[str]) -> None:
     else:
         sys.argv = arguments
         runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def save_time() -> None:
+    """Leave out what takes half of the time of a start, and is tested elsewhere. Forked ranks inherit it."""
+    import torch._dynamo
+    from sglang_shift.seams import check
+
+    torch.set_num_threads(1)  # the threads of a forked process would not run
+    torch._dynamo.config.disable = True  # on a CPU the platform's compiler changes nothing
+    gc.freeze()  # SGLang collects garbage, and this process has inherited millions of objects
+    check.check_sources = lambda: None  # type: ignore[assignment]
 
 
 def fork_ranks() -> None:

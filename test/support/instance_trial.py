@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from forked_server import CONTEXT, IMPORTS
-from model_trial import ENVIRONMENT, TrialError, prepare_process, save_time
+from forked_server import CONTEXT, IMPORTS, save_time
+from model_trial import ENVIRONMENT, TrialError, prepare_process
 from sglang_shift.tools.servers import free_port
 
 SECONDS = 60  # a wait that takes longer hangs

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
-import gc
 import os
 import signal
 import sys
@@ -35,7 +34,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import random_shards
 import torch
 import trial_script
-from forked_server import CONTEXT, IMPORTS
+from forked_server import CONTEXT, IMPORTS, save_time
 from sglang_shift.tools.servers import free_port
 
 SECONDS = 180  # a trial that takes longer hangs; it takes a few seconds, or tens if the machine is busy
@@ -246,17 +245,6 @@ def prepare_process(log: str) -> None:
     faulthandler.register(signal.SIGUSR1)
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ.update(ENVIRONMENT)
-
-
-def save_time() -> None:
-    """Leave out what takes half of the time of a trial, and is tested elsewhere."""
-    import torch._dynamo
-    from sglang_shift.seams import check
-
-    torch.set_num_threads(1)  # the threads of a forked process would not run
-    torch._dynamo.config.disable = True  # on a CPU the platform's compiler changes nothing
-    gc.freeze()  # SGLang collects garbage, and this process has inherited millions of objects
-    check.check_sources = lambda: None  # type: ignore[assignment]
 
 
 def end_with_parent() -> None:
