@@ -15,7 +15,9 @@ COUNT = """
 import json, sys
 sys.path.insert(0, "benchmark")
 import calls_per_layer
+import model_trial
 import sglang.srt.managers.scheduler
+model_trial.save_time()
 print("counts", json.dumps(calls_per_layer.per_layer(calls_per_layer.LLAMA)))
 """
 
