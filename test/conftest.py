@@ -3,8 +3,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 # Nothing may be fetched; set before transformers is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,8 +14,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["SGLANG_SHIFT_CACHE_DIR"] = tempfile.mkdtemp(prefix="sglang_shift_test_")
 
 import pytest
+from forked_server import ForkedPopen
 from harness import Answer, Server, ServerPool
 from prompts import prompts
+from sglang_shift.tools import servers as launches
 
 FLOAT32 = ("--dtype", "float32")
 POOL = ServerPool()
@@ -73,6 +77,13 @@ def environment():
 def servers():
     yield POOL
     POOL.stop()
+
+
+@pytest.fixture
+def forked_launches(monkeypatch, servers):
+    """The servers that our tools start are forked, too. No other server runs beside them."""
+    servers.stop()
+    monkeypatch.setattr(launches, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": ForkedPopen}))
 
 
 class Reference:

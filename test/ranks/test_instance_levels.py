@@ -74,7 +74,7 @@ def run(
         walk, traffic = Walk(world), requests(seed, OPTIONS + PENALTIES * (NORMAL in flags))
         for levels in layouts[1:]:
             fresh = {}
-            for _ in range(rng.randrange(2, 6)):
+            for _ in range(rng.randrange(1, 5)):
                 rid, ids, tokens, options = next(traffic)
                 world.submit(rng.choice(world.leaders), rid, ids, tokens, **options)
                 if options.get("stream", True):

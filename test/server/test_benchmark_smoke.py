@@ -9,25 +9,28 @@ import sys
 
 import psutil
 import pytest
-from harness import FORKED_LAUNCHER
+from sglang_shift.tools.benchmark import command
 
 pytestmark = [pytest.mark.server, pytest.mark.full]
 
-FORKED_BENCHMARK = f"""
-import sys
-from sglang_shift.tools import servers
-servers.LAUNCHER = {FORKED_LAUNCHER!r}
-from sglang_shift.tools.benchmark.command import main
-sys.exit(main(sys.argv[1:]))
-"""
-"""The benchmark with servers that start in less time. The other test starts them by the user's command."""
+
+@pytest.fixture
+def benchmark(forked_launches, capsys, monkeypatch):
+    """Runs the benchmark with words of its command line, and returns what it prints."""
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+
+    def run(*words):
+        code = command.main(words)
+        out, err = capsys.readouterr()
+        assert code == 0, err[-4000:]
+        return out
+
+    return run
 
 
-def test_smoke(servers, tmp_path):
-    servers.stop()
-    command = [sys.executable, "-m", "sglang_shift.benchmark", "--smoke", "--out", str(tmp_path)]
-    done = subprocess.run([*command, "--", "--sleep-on-idle"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+def test_smoke(benchmark, tmp_path):
+    words = ["--smoke", "--out", str(tmp_path)]
+    printed = benchmark(*words)
     with (tmp_path / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {(row["contender"], row["workload"].split()[0]) for row in rows} == {
@@ -40,23 +43,21 @@ def test_smoke(servers, tmp_path):
     assert all(counts["tp_steps"] > 0 for counts in shift)
     asked = {v["contender"]: [(r["prompt"], r["output"]) for r in v["requests"]] for v in visits}
     assert asked["stock-tp"] == asked["shift:tokens"], "the same requests, answered in full"
-    assert "saturated" in done.stdout and (tmp_path / "plots").is_dir()
+    assert "saturated" in printed and (tmp_path / "plots").is_dir()
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
 
-    again = subprocess.run([*command, "--report"], capture_output=True, text=True, check=True)
-    assert again.stdout == done.stdout
+    again = [sys.executable, "-m", "sglang_shift.benchmark", *words, "--report"]
+    assert subprocess.run(again, capture_output=True, text=True, check=True).stdout == printed
 
 
-def test_instances_beside_replicas(servers, tmp_path):
+def test_instances_beside_replicas(benchmark, tmp_path):
     """The pools hold 512 tokens for each rank, so replicas refuse the long prompts, and instances merge for them."""
-    servers.stop()
-    command = [sys.executable, "-c", FORKED_BENCHMARK, "--out", str(tmp_path), "--rounds", "1",
+    words = ["--out", str(tmp_path), "--rounds", "1",
                "--contenders", "stock-dp", "instances:2:paper", "--workloads", "mixed-lengths", "closed-loop",
                "--kv-tokens", "1024", "--prompt", "16", "64", "--output", "2", "4", "--saturated", "6",
                "--long-shares", "0.02", "--long-prompt", "600", "700", "--mixed-rate", "0.3", "--mixed-seconds", "6",
                "--clients", "4", "--closed-seconds", "4"]  # fmt: skip
-    done = subprocess.run([*command, "--", "--sleep-on-idle"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    benchmark(*words)
     with (tmp_path / "results.csv").open(newline="") as file:
         rows = {(row["contender"], row["workload"]): row for row in csv.DictReader(file)}
     stock, ours = (rows[name, "mixed-lengths 2%"] for name in ("stock-dp", "instances:2:paper"))

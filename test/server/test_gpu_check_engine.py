@@ -10,7 +10,6 @@ from importlib.metadata import distributions
 from types import SimpleNamespace
 
 import pytest
-from harness import FORKED_LAUNCHER
 from sglang_shift.models.demo import demo_model_path
 from sglang_shift.modes import Mode, StepState
 from sglang_shift.policy.builtin import TokenThreshold
@@ -33,9 +32,8 @@ TWO = ServerSetup("two ranks", ["--tp-size", "2"])
 
 
 @pytest.fixture
-def kept(monkeypatch):
+def kept(monkeypatch, forked_launches):
     """Servers of two ranks, by their log's name, that do not end with a comparison."""
-    monkeypatch.setattr(processes, "LAUNCHER", FORKED_LAUNCHER)
     started, start = {}, comparison.start
     with ExitStack() as stack:
 
@@ -55,8 +53,7 @@ def kept(monkeypatch):
 
 @pytest.mark.server
 @pytest.mark.full
-def test_two_ranks_answer_as_one(servers, kept, tmp_path):
-    servers.stop()
+def test_two_ranks_answer_as_one(kept, tmp_path):
     record = Record(folder=tmp_path)
     flags = ["--model-path", demo_model_path(), "--dtype", "float32", "--max-total-tokens", "16384"]
     flags += ["--chunked-prefill-size", "512", "--max-running-requests", str(REQUESTS)]

@@ -23,10 +23,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 from unittest import mock
 
 import setproctitle
@@ -71,6 +72,13 @@ class ForkedProcess:
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
+
+
+class ForkedPopen(ForkedProcess):
+    """Takes the place of ``subprocess.Popen`` where our tools start ``python ARGUMENTS`` with a log."""
+
+    def __init__(self, command: Sequence[str], *, stdout: BinaryIO, env: dict[str, str], **_: Any) -> None:
+        super().__init__([*command[1:], "--sleep-on-idle"], env, Path(stdout.name))
 
 
 def run_as_command(arguments: list[str], env: dict[str, str], log: str) -> None:

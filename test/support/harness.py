@@ -23,7 +23,6 @@ from sglang_shift.tools.servers import free_port
 SUPPORT = Path(__file__).resolve().parent
 REPO = SUPPORT.parent.parent
 COMMAND = ("-m", "sglang_shift.launch_server")
-FORKED_LAUNCHER = (sys.executable, str(SUPPORT / "forked_server.py"), *COMMAND)
 START_TIMEOUT = 420  # seconds; 8 ranks on 2 cores take minutes to import SGLang
 
 
