@@ -133,8 +133,21 @@ def restore_grammar(req: Req, record: RequestRecord, manager: Any) -> None:
         manager._apply_request_reasoning_config(req)
     if not hasattr(req.grammar, "accept_token"):
         raise RuntimeError(f"the grammar of request {record.rid} does not compile on every rank")
-    for token in record.output:
-        req.grammar.accept_token(token)
+    _read_tokens(req, record.output)
+
+
+@relies_on(
+    "sglang.srt.managers.scheduler_components.batch_result_processor:SchedulerBatchResultProcessor._accept_grammar_tokens",
+    "This method aborts a request whose grammar rejects a token. The request ends with its next step.",
+)
+def _read_tokens(req: Req, tokens: list[int]) -> None:
+    """Let the grammar of a request read its tokens, up to one that it rejects if SGLang aborts the request for it."""
+    try:
+        for token in tokens:
+            req.grammar.accept_token(token)
+    except ValueError:
+        if req.to_finish is None:
+            raise
 
 
 REASONS_TO_STAY: dict[str, tuple[str, ...]] = {
