@@ -65,6 +65,10 @@ def live_requests(scheduler: Any) -> list[Req]:
     "This function caches the tokens of a request that has not finished, and frees what cannot be cached.",
 )
 @relies_on(
+    "sglang.srt.managers.scheduler:Scheduler._poll_timeout_aborts",
+    "With SGLANG_REQ_WAITING_TIMEOUT, this method aborts requests by the time when they came into the queue.",
+)
+@relies_on(
     "sglang.srt.managers.schedule_batch:Req.reset_for_retract",
     "This method resets what a request knows of its batch and of its place in the KV cache.",
 )
@@ -79,6 +83,7 @@ def retract(scheduler: Any) -> list[Retracted]:
         count = req.retraction_count
         req.reset_for_retract()
         req.retraction_count = count  # memory did not run short, and SGLang reports this number
+        req.time_stats.set_wait_queue_entry_time()  # the seconds for which it ran are not waiting
         skip_known_logprobs(req)
         retracted.append(Retracted(req, computed))
     scheduler.waiting_queue = [each.req for each in retracted] + scheduler.waiting_queue

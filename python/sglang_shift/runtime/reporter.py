@@ -228,9 +228,10 @@ def finished_requests(reqs: list[Any]) -> list[Finished]:
             continue
         req.shift_reported = True
         times, count = req.time_stats, len(req.output_ids)
-        begin, first, end = times.wait_queue_entry_time, times.prefill_finished_time, times.completion_time
+        queued = times.wait_queue_entry_time  # the last time, if it was retracted
+        begin, first, end = times.scheduler_recv_time or queued, times.prefill_finished_time, times.completion_time
         if times.decode_prealloc_queue_entry_time > 0:  # a decode server gets the first token with the KV cache
-            begin, first = times.decode_prealloc_queue_entry_time, begin
+            begin, first = times.decode_prealloc_queue_entry_time, queued
         end = end or time.perf_counter()
         if first <= 0 or begin <= 0:
             continue  # the request was aborted before its first token

@@ -40,7 +40,7 @@ class RequestRecord:
         constrained: Whether a grammar constrains its tokens.
         running: Whether some of it was computed, and not only queued.
         computed: Its tokens whose keys and values were in the KV cache.
-        times: When it came into the queue, when its first step ran, and so on, by the clock of the machine.
+        times: When it came, when its first step ran, and so on, by the clock of the machine.
     """
 
     request: TokenizedGenerateReqInput
@@ -53,8 +53,8 @@ class RequestRecord:
 
     @property
     def arrival(self) -> float:
-        """When it came into the queue of a scheduler."""
-        return self.times.get("wait_queue_entry_time", 0.0)
+        """When it came to a scheduler. The time when it came into the queue is a later one if it was retracted."""
+        return self.times.get("scheduler_recv_time", 0.0)
 
     @property
     def rid(self) -> str:

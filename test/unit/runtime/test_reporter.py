@@ -6,6 +6,7 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+from sglang.srt.observability.req_time_stats import SchedulerReqTimeStats
 from sglang_shift.cost.calibration import Calibration
 from sglang_shift.cost.chunk_budget import Decodes
 from sglang_shift.cost.model import Measurement
@@ -13,7 +14,7 @@ from sglang_shift.modes import Mode, StepState
 from sglang_shift.policy.builtin import FixedMode
 from sglang_shift.policy.selector import DRIFT_STEPS, ModeSelector
 from sglang_shift.runtime.chunk_sizer import Chunk
-from sglang_shift.runtime.reporter import StepReporter
+from sglang_shift.runtime.reporter import StepReporter, finished_requests
 
 
 class Published:
@@ -80,3 +81,29 @@ def test_a_step_with_sparse_chunks_is_no_drift():
     assert reporter.drift.ratio(Mode.SP) == pytest.approx(1) and reporter.drift.margin == pytest.approx(1 / 3)
     steps = [event for event in published.events if hasattr(event, "seconds")]
     assert [step.seconds for step in steps[:2]] == [0.1, 0.3], "their times are still reported"
+
+
+def test_the_times_of_a_request_that_was_retracted_begin_with_its_arrival():
+    """SGLang notes another time when such a request comes into the queue again."""
+    times = SchedulerReqTimeStats()
+    times.set_scheduler_recv_time(1.0)
+    times.set_wait_queue_entry_time(1.5)
+    times.set_prefill_finished_time(2.0)
+    times.set_wait_queue_entry_time(5.0)
+    times.completion_time = 7.0
+    req = SimpleNamespace(
+        finished=lambda: True, time_stats=times, output_ids=[1, 2, 3], origin_input_ids=[1], shift_steps={Mode.TP: 3}
+    )
+    [finished] = finished_requests([req])
+    assert (finished.ttft, finished.tpot, finished.e2e) == (1.0, 2.5, 6.0)
+
+
+def test_the_first_token_of_a_decode_server_comes_with_the_kv_cache():
+    times = SchedulerReqTimeStats()
+    times.set_scheduler_recv_time(0.5)
+    times.decode_prealloc_queue_entry_time, times.wait_queue_entry_time, times.completion_time = 1.0, 3.0, 7.0
+    req = SimpleNamespace(
+        finished=lambda: True, time_stats=times, output_ids=[1, 2, 3], origin_input_ids=[1], shift_steps={Mode.TP: 3}
+    )
+    [finished] = finished_requests([req])
+    assert (finished.ttft, finished.tpot, finished.e2e) == (2.0, 2.0, 6.0)
