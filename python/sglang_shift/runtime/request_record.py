@@ -161,8 +161,14 @@ REASONS_TO_STAY: dict[str, tuple[str, ...]] = {
 """The attributes with which a request cannot travel, and why."""
 
 
+@relies_on(
+    "sglang.srt.managers.scheduler_components.batch_result_processor:SchedulerBatchResultProcessor._append_prefill_hidden_states",
+    "A second prefill of a request adds its states as one more entry, beside those of the tokens so far.",
+)
 def reason_to_stay(req: Req) -> str | None:
     """Why a request cannot travel, in words; None if it can."""
+    if req.return_hidden_states:  # also if it has no token yet, because the result of its step may be on the way
+        return "returns hidden states, which SGLang does not continue"
     for reason, names in REASONS_TO_STAY.items():
         if any(getattr(req, name) is not None for name in names):
             return reason

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang_shift.runtime.request_record import keep_request, record, restore, restore_grammar
+from sglang_shift.runtime.request_record import keep_request, reason_to_stay, record, restore, restore_grammar
 
 
-def made() -> Req:
-    return Req("a", "", array("q", [1, 2]), SamplingParams(max_new_tokens=9))
+def made(**options) -> Req:
+    return Req("a", "", array("q", [1, 2]), SamplingParams(max_new_tokens=9), **options)
 
 
 class Grammar:
@@ -50,3 +50,10 @@ def test_a_grammar_that_rejects_a_token_only_here_is_an_error():
     """The ranks would choose other tokens."""
     with pytest.raises(ValueError, match="not accepted: 7"):
         travelled([5, 6, 7], None)
+
+
+@pytest.mark.parametrize("states", [True, "last"])
+def test_a_request_that_returns_hidden_states_stays(states):
+    """After a change, its prompt would be computed again, and SGLang would add the states to those of its tokens."""
+    assert reason_to_stay(made()) is None
+    assert "returns hidden states" in reason_to_stay(made(return_hidden_states=states))
