@@ -17,6 +17,9 @@ from sglang_shift.seams import extends, overrides, relies_on
 BACKEND = "sglang_shift_instances"
 """The name of this cache for ``--radix-cache-backend``."""
 
+FEW_NAMES = 1024
+"""So many names of namespaces may always be noted. Clients choose the names, so those of no slot are forgotten."""
+
 
 @relies_on(
     "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.checkpoint_into_tree",
@@ -27,6 +30,7 @@ class InstanceCache(UnifiedRadixCache):
 
     def __init__(self, params: Any) -> None:
         self.shift_space_names: dict[Space, int] = {}
+        self.shift_most_names = FEW_NAMES
         super().__init__(params)
         allocator = params.token_to_kv_pool_allocator
         self.make_room(allocator.size + allocator.page_size)  # the highest level has the most
@@ -44,9 +48,24 @@ class InstanceCache(UnifiedRadixCache):
             slots = params.value[begin : begin + count]
             tokens = torch.frombuffer(key.raw_token_ids(), dtype=torch.int64)[begin : begin + count]
             self.shift_tokens[slots] = tokens.to(slots.device)
-            space = self.shift_space_names.setdefault((key.extra_key, key.cache_salt), len(self.shift_space_names))
-            self.shift_spaces[slots] = space
+            self.shift_spaces[slots] = self.number_of_space((key.extra_key, key.cache_salt))
         return super().insert(params)
+
+    def number_of_space(self, space: Space) -> int:
+        """The number of a namespace, which may be a new one."""
+        names = self.shift_space_names
+        if space not in names and len(names) >= self.shift_most_names:
+            self.forget_spaces()
+        return names.setdefault(space, len(names))
+
+    def forget_spaces(self) -> None:
+        """Forget the names of which no slot is, and number the others again."""
+        used = torch.bincount(self.shift_spaces, minlength=len(self.shift_space_names)) > 0
+        self.shift_spaces = (used.cumsum(0) - 1)[self.shift_spaces]
+        kept = [name for name, keep in zip(self.shift_space_names, used.tolist(), strict=False) if keep]
+        self.shift_space_names.clear()
+        self.shift_space_names.update({name: number for number, name in enumerate(kept)})
+        self.shift_most_names = max(FEW_NAMES, 2 * len(kept))  # so most requests need not look through all slots
 
     @overrides("Our method also forgets the names of namespaces, of which nothing is cached any more.")
     def reset(self) -> None:
