@@ -193,7 +193,10 @@ def test_the_simulator():
 
 def test_the_counters_of_a_request():
     times = SimpleNamespace(
-        prefill_finished_time=2.0, completion_time=3.0, wait_queue_entry_time=1.0, decode_prealloc_queue_entry_time=0.0,
+        prefill_finished_time=2.0,
+        completion_time=3.0,
+        wait_queue_entry_time=1.0,
+        decode_prealloc_queue_entry_time=0.0,
         scheduler_recv_time=1.0,
     )
     steps = {TP: 1, SP: 0, THIRD: 4}
