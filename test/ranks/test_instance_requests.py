@@ -186,13 +186,20 @@ def test_a_request_that_fits_no_part_prevents_the_split(world):
     world.split()
 
 
-def test_a_request_that_cannot_travel_prevents_the_merge(world, alone):
-    world.submit(1, "masks", prompt(50, 20), 40, return_sampling_mask=True)
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("return_sampling_mask", "returns masks of sampling"),
+        ("return_hidden_states", "returns hidden states, which SGLang does not continue"),
+    ],
+)
+def test_a_request_that_cannot_travel_prevents_the_merge(world, alone, option, reason):
+    world.submit(1, "stays", prompt(50, 20), 40, **{option: True})
     submit(world, 0, "plain")
-    world.wait_tokens({"masks": 3, "plain": 3})
+    world.wait_tokens({"stays": 3, "plain": 3})
     refused = world.change(0, 2, 2)
-    assert not refused.ok and refused.reason == "request masks returns masks of sampling"
-    world.wait_end(["masks"])
+    assert not refused.ok and refused.reason == f"request stays {reason}"
+    world.wait_end(["stays"])
     world.merge()
     assert world.wait_end(["plain"]) == {"plain": alone["plain"].tokens}
 
