@@ -348,3 +348,36 @@ def test_ranks_sample_the_same_tokens_after_a_merge(world):
     tokens = world.call(tokens_of_batches)
     assert tokens[0] == tokens[1] and set(tokens[0]) == set(rids)
     world.wait_end()
+
+
+def test_new_weights_that_an_sp_step_has_gathered_reach_both_instances(world):
+    """The first SP step after an update gathers the weights. Then the split must not find old rows of other ranks."""
+    before = world.call(sums_of_tables)
+    for number, factor in enumerate((2.0, 0.5)):
+        world.merge()
+        world.call(scale_shards, factor)
+        world.submit(0, f"r{number}", prompt(60 + number, 30), 2)  # not cached, so it has enough tokens for SP
+        world.wait_end()
+        assert world.call(is_stale) == [False, False], "an SP step has run"
+        world.split()
+        scale = 2.0 if number == 0 else 1.0
+        assert world.call(sums_of_tables) == [[scale * value for value in sums] for sums in before]
+
+
+def scale_shards(scheduler, factor):
+    """Write this rank's rows of the embedding and LM head, as a weight update of SGLang's does."""
+    switch = scheduler.shift_switch
+    parameters = [p for table in switch.weights.tables.values() for p in table.parameters(recurse=False)]
+    for parameter in {id(p): p for p in parameters}.values():
+        parameter.data.mul_(factor)
+    switch.runner.base_weights.stale = True
+
+
+def sums_of_tables(scheduler):
+    """The sum of each embedding and LM head that this rank's instance uses."""
+    names, model = scheduler.shift_switch.weights.tables, scheduler.tp_worker.model_runner.model
+    return [float(dict(model.named_modules())[name].weight.abs().double().sum()) for name in names]
+
+
+def is_stale(scheduler):
+    return scheduler.tp_worker.model_runner.base_weights.stale

@@ -24,7 +24,7 @@ from sglang_shift.parallel.forwards import Forwards
 from sglang_shift.parallel.level import Level
 from sglang_shift.parallel.topology import Topology
 from sglang_shift.seams import relies_on
-from sglang_shift.weights.base_weights import BaseWeight, gather_whole
+from sglang_shift.weights.base_weights import BaseWeight
 from sglang_shift.weights.level_weights import BlockOrder, BlockRows, Blocks, JoinBlocks, LevelWeights
 
 
@@ -83,7 +83,7 @@ class WholeWeights:
             if table.num_added_embeddings:
                 raise self.refusal(name, "has rows for adapters")
         for parameter in self._table_parameters():
-            gather_whole(parameter, self.topology)
+            self.sp_model.weights.gather_table(parameter)
 
     def _check(self) -> None:
         for name in self.structure.experts:
@@ -108,12 +108,6 @@ class WholeWeights:
         tensors += [parameter.data for parameter in self.model.parameters()]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
-
-    def refresh(self) -> None:
-        """Gather all weights again, in place, after SGLang has loaded new ones at the highest level. Collective."""
-        self.sp_model.weights.refresh()
-        for parameter in self._table_parameters():
-            gather_whole(parameter, self.topology)
 
     def _table_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters of the tables. An LM head may have the same one as the embedding."""

@@ -131,7 +131,7 @@ class LevelSwitch:
         """Let the runner take its next step at the level of the KV cache."""
         runner, skin = self.runner, self.skins[self.level]
         if runner.base_weights.stale:
-            self.weights.refresh()
+            runner.base_weights.refresh()
         self.place.enter()
         runner.model, runner.forwards, runner.topology = skin.model, skin.forwards, self.place.topology
         runner.sp_model = skin.sp_model or self.weights.sp_model  # at level 1, no step runs it

@@ -146,6 +146,7 @@ class BaseWeights:
     Attributes:
         bases: The base weights so far, by linear.
         experts: The stacked experts so far, by layer.
+        tables: The parameters of embeddings and LM heads whose rows of all ranks are gathered. Only instances do so.
         stale: Whether SGLang may have written shards since they were gathered.
     """
 
@@ -154,6 +155,7 @@ class BaseWeights:
         self.topology = topology
         self.bases: dict[torch.nn.Module, Base] = {}
         self.experts: dict[torch.nn.Module, StackedShards] = {}
+        self.tables: list[torch.nn.Parameter] = []
         self.stale = False
 
     def assemble(self, linear: Any, name: str = "") -> Base:
@@ -187,6 +189,15 @@ class BaseWeights:
         shards = self.experts[experts] = stack_shards(experts, self.topology, name)
         return shards
 
+    def gather_table(self, param: torch.nn.Parameter) -> None:
+        """Gather all rows of an embedding or LM head, as ``param.shift_base``. ``param`` becomes a view. Collective.
+
+        Args:
+            param: Its parameter, of which each rank of an SP group has a part of the rows.
+        """
+        _gather_base(param, self.topology, 0)
+        self.tables.append(param)
+
     @property
     def text(self) -> str:
         """How SP steps multiply with the linears, in words."""
@@ -196,13 +207,16 @@ class BaseWeights:
     def refresh(self) -> None:
         """All-gather again, in place, after SGLang has written new values into this rank's shards.
 
-        This is a collective. Every rank calls it before the first SP step after a weight update.
+        This is a collective. Every rank calls it before the first SP step after a weight update, or before it becomes a
+        rank of another instance.
         """
         self.stale = False
         for base in self.bases.values():
             base.refresh()
         for shards in self.experts.values():
             shards.refresh()
+        for param in self.tables:
+            _gather_base(param, self.topology, 0)
 
     def release_unused(self) -> None:
         """Free the base weights that were reserved for linears that need none. Their shards keep their values."""
@@ -267,17 +281,6 @@ def reserve(param: torch.nn.Parameter, topology: Topology, dim: int) -> None:
     base = shard.new_empty(shape)
     param.data = base.narrow(dim, topology.sp_index * shard.shape[dim], shard.shape[dim]).copy_(shard)
     param.shift_base = base
-
-
-def gather_whole(param: torch.nn.Parameter, topology: Topology) -> torch.Tensor:
-    """Gather all rows of ``param``, of which each rank of an SP group has a part. Collective.
-
-    The first call makes ``param`` a view of the result. A later call gathers again, in place.
-
-    Returns:
-        The rows of all ranks, in SP order. It is also ``param.shift_base``.
-    """
-    return _gather_base(param, topology, 0)
 
 
 def _shard_dim(linear: Any) -> int:
