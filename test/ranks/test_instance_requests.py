@@ -381,3 +381,13 @@ def sums_of_tables(scheduler):
 
 def is_stale(scheduler):
     return scheduler.tp_worker.model_runner.base_weights.stale
+
+
+def test_a_grammar_that_one_instance_has_cached_is_asked_for_after_the_merge(world):
+    """Ranks wait for each other where they compile a grammar. So one must not have it while the other compiles it."""
+    submit(world, 0, "grammar")
+    before = world.wait_end()["grammar"]
+    world.merge()
+    ids, tokens, options = REQUESTS["grammar"]
+    world.submit(0, "again", ids, tokens, **options)
+    assert world.wait_end(["again"]) == {"again": before}

@@ -190,6 +190,10 @@ class LevelChange:
         self._give_up_for(self._memory_problem())
         return tree, [torch.tensor(sorted(each), dtype=torch.int64) for each in pages]
 
+    @relies_on(
+        "sglang.srt.constrained.grammar_manager:GrammarManager.clear",
+        "This method forgets compiled grammars. Requests keep theirs.",
+    )
     def _adopt(self, parts: list[Part]) -> None:
         """Queue the requests of all parts: first those that were running, then by their arrival."""
         scheduler = self.scheduler
@@ -204,6 +208,7 @@ class LevelChange:
             setattr(scheduler, name, max(int(part.counters[name]) for part in parts))
         scheduler.new_token_ratio_tracker.current = max(part.counters["new_token_ratio"] for part in parts)
         set_random_state(scheduler.device, parts[0].random_state)
+        scheduler.grammar_manager.clear()  # a rank that misses a grammar waits for the others, so all must miss it
 
     # Split
 

@@ -10,6 +10,7 @@ DIGESTS = {
     "sglang.srt.arg_groups.memory_hook:reserve_for_graph_mb": "4cd5981a54925352",
     "sglang.srt.beam_search.coordinator:BeamCoordinator.validate_and_init": "851372e54ee24deb",
     "sglang.srt.constrained.grammar_manager:GrammarManager.__init__": "c36068bf3859779e",
+    "sglang.srt.constrained.grammar_manager:GrammarManager.clear": "aa50c490dc3bcb87",
     "sglang.srt.constrained.grammar_manager:GrammarManager.get_ready_grammar_requests": "6681f35d23139998",
     "sglang.srt.disaggregation.prefill:SchedulerDisaggregationPrefillMixin.process_disagg_prefill_inflight_queue": "41c14e7c6d8ff1e2",
     "sglang.srt.distributed.parallel_state:graph_capture": "32d9c0491e3832c5",
