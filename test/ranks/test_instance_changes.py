@@ -91,11 +91,12 @@ def numbers(scheduler):
 
 
 def test_the_ranks_of_a_merged_instance_count_alike():
-    """SGLang decides by some of these numbers. Before the merge, only one rank has a queue."""
-    with started(2, (*MODEL, *POOL), instances=2) as world:
+    """SGLang decides by some of these numbers. Before the merge, only one rank has a queue, and defers prefills."""
+    waits = ("--prefill-decode-interval", "60", "--prefill-decode-interval-min-bs", "1")  # until a batch has ended
+    with started(2, (*MODEL, *POOL, *waits), instances=2) as world:
         for n in range(24):
             world.submit(0, f"queued {n}", prompt(n, 30), 40)
-        world.wait_tokens({"queued 20": 1})
+        world.wait_tokens({"queued 4": 1})
         assert world.change(0, 2, 2).ok
         mine, others = world.call(numbers)
         different = {name for name in mine if mine[name] != others.get(name) and not OF_A_RANK.search(name)}

@@ -164,6 +164,10 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
         "sglang.srt.managers.schedule_policy:SchedulePolicy._touch_waiting_prefixes",
         "This method counts steps with a queue. Each 32nd one decides which cached prefixes are evicted later.",
     )
+    @relies_on(
+        "sglang.srt.managers.scheduler:Scheduler._should_defer_prefill",
+        "This method counts the decode steps until the next prefill.",
+    )
     def enter_instance(self, epoch: int) -> None:
         """Replace all that has copied a group or a size of the level before. No request is in a batch.
 
@@ -189,6 +193,7 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
         self.init_kv_events_publisher()
         self.recv_skipper = SchedulerRecvSkipper.maybe_create()  # it counts steps
         self.policy._waiting_prefix_refresh_calls = 0
+        self._prefill_decode_interval_remaining = 0
         self.init_request_receiver()
         self.lead(place.leads)
         self._renew_modes(epoch)
