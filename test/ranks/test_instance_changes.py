@@ -90,17 +90,30 @@ def numbers(scheduler):
     }
 
 
+def limits(scheduler):
+    """The limits of the outputs of the requests that wait, and which of them will be aborted."""
+    params = {req.rid: req.sampling_params for req in scheduler.waiting_queue}
+    aborted = [req.rid for req in scheduler.waiting_queue if req.to_finish is not None]
+    return {rid: (each.max_new_tokens, each.min_new_tokens) for rid, each in params.items()}, aborted
+
+
 def test_the_ranks_of_a_merged_instance_count_alike():
-    """SGLang decides by some of these numbers. Before the merge, only one rank has a queue, and defers prefills."""
+    """SGLang decides by some of these numbers. Before the merge, only one rank has a queue, and defers prefills.
+
+    In the queue is a request that this rank will abort, because its prompt is too long. The other makes it again.
+    """
     waits = ("--prefill-decode-interval", "60", "--prefill-decode-interval-min-bs", "1")  # until a batch has ended
     with started(2, (*MODEL, *POOL, *waits), instances=2) as world:
         for n in range(24):
             world.submit(0, f"queued {n}", prompt(n, 30), 40)
+        world.submit(0, "too long", prompt(24, 600), 40)
         world.wait_tokens({"queued 4": 1})
         assert world.change(0, 2, 2).ok
         mine, others = world.call(numbers)
         different = {name for name in mine if mine[name] != others.get(name) and not OF_A_RANK.search(name)}
         assert not different, {name: (mine[name], others.get(name)) for name in different}
+        mine, others = world.call(limits)
+        assert mine == others and mine[1] == ["too long"]
 
 
 def decide(scheduler, same):

@@ -278,12 +278,14 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
         "This method limits the output of a request to what the KV cache can hold.",
     )
     def renew_limits(self, req: Req) -> None:
-        """Limit the output of a request to what this instance can hold, and not to what another one could."""
-        if req.to_finish is None:
-            asked = req.shift_request.sampling_params
-            req.sampling_params.max_new_tokens = asked.max_new_tokens
-            req.sampling_params.min_new_tokens = asked.min_new_tokens
-            self.init_req_max_new_tokens(req)
+        """Limit the output of a request to what this instance can hold, and not to what another one could.
+
+        SGLang admits a request by this limit, also one that it will abort. So it must be equal on all ranks.
+        """
+        asked = req.shift_request.sampling_params
+        req.sampling_params.max_new_tokens = asked.max_new_tokens
+        req.sampling_params.min_new_tokens = asked.min_new_tokens
+        self.init_req_max_new_tokens(req)
 
     def tokens_needed(self, req: Req) -> int:
         """The tokens that the KV cache of an instance must have for a request.
