@@ -152,17 +152,17 @@ class TestWorkloads:
             for ids, n in rows
         ))  # fmt: skip
         [made] = plan("--workloads", "--mooncake", str(file), "--mooncake-length", "0.25").workloads(1.0)
-        a, b, c = (prompt_ids(r, i, 7, 4096) for i, r in enumerate(made.requests))
+        a, b, c = (prompt_ids(r, i, "7", 4096) for i, r in enumerate(made.requests))
         assert [len(ids) for ids in (a, b, c)] == [375, 375, 275]
         assert a[:256] == b[:256] and a[256:] != b[256:], "two blocks of 512, a quarter of each"
         assert a[:128] == c[:128] and a[128:256] != c[128:256]
         assert len(set(a[256:]) & set(c[256:])) < 10, "what no block covers is the request's own"
-        assert prompt_ids(made.requests[0], 0, 7, 4096) == a != prompt_ids(made.requests[0], 0, 8, 4096)
+        assert prompt_ids(made.requests[0], 0, "7", 4096) == a != prompt_ids(made.requests[0], 0, "8", 4096)
         assert min(a + b + c) >= 256 and max(a + b + c) < 4096
 
     def test_no_prefix_by_accident(self):
         request = traffic.Request(0, 50, 1)
-        assert prompt_ids(request, 0, 1, 4096)[0] != prompt_ids(request, 1, 1, 4096)[0]
+        assert prompt_ids(request, 0, "1", 4096)[0] != prompt_ids(request, 1, "1", 4096)[0]
 
 
 class TestContenders:
@@ -407,6 +407,41 @@ def test_prompts_are_the_same_for_all_contenders(fake, tmp_path, monkeypatch):
     singles = [tuple(ids) for ids in fake.prompts if len(ids) == 20]
     measured = {ids: singles.count(ids) for ids in singles}
     assert sorted(measured.values())[-4:] == [2, 2, 2, 2], "two prompts in two rounds, each to a and to b"
+
+
+def test_no_workload_repeats_the_prompts_of_another(fake, tmp_path, monkeypatch):
+    """A server of another maker keeps its prefix cache, and would find there what it has seen."""
+    monkeypatch.setattr("sglang_shift.tools.benchmark.campaign.SETTLE_S", 0.0)
+    measured = campaign(tmp_path, fake)
+    measured.contenders = measured.contenders[:1]
+    sent, run = [], Client.run
+
+    def note(client, workload, seed, *more):
+        before = len(fake.prompts)
+        records = run(client, workload, seed, *more)
+        if workload.name != "warm-up":
+            sent.extend(tuple(ids[:4]) for ids in fake.prompts[before:])
+        return records
+
+    monkeypatch.setattr(Client, "run", note)
+    measured.run()
+    assert len(sent) == 2 * 3 + 2 * (2 + 3), "the capacity, and two workloads in two rounds"
+    assert len({*sent}) == len(sent)
+
+
+def test_a_cache_that_cannot_be_emptied(fake, tmp_path):
+    """Visits of a server of the campaign would not be comparable. Another server may be busy."""
+
+    class Busy:
+        def flush(self):
+            raise Failure("the server did not flush its cache")
+
+    made, server = campaign(tmp_path, fake), Busy()
+    other, ours = made.contenders[0], parse_contender("tp", 2)
+    made._client(other, SimpleNamespace(url=other.url))
+    made._empty_cache(server, other)
+    with pytest.raises(Failure, match="did not flush"):
+        made._empty_cache(server, ours)
 
 
 def test_requests_that_fail_are_kept_as_such(fake, tmp_path, monkeypatch, capsys):

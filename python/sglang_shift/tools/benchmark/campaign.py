@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean
@@ -183,9 +183,7 @@ class Campaign:
         first = workload.requests[0]
         client = self._clients[contender.name]
         client.run(Workload("warm-up", "warm-up", [Request(0.0, first.prompt, min(first.output, 8))]), seed=-number)
-        with suppress(Failure):  # servers of other makers cannot flush their cache
-            if contender.url is None or client.native:
-                server.flush()
+        self._empty_cache(server, contender)
         time.sleep(SETTLE_S)
         before, started = counters(server.url), datetime.now().isoformat(timespec="seconds")
         with Watch(server.url) as watch:
@@ -204,9 +202,22 @@ class Campaign:
             change(before, counters(server.url)), started, load_average, workload.window, watch.instances.changes,
         )  # fmt: skip
 
+    def _empty_cache(self, server: Server, contender: Contender) -> None:
+        """Empty the prefix cache. Servers of other makers have no request for this.
+
+        Raises:
+            Failure: a server of this campaign did not empty it.
+        """
+        if contender.url is None:
+            server.flush()
+        elif self._clients[contender.name].native:
+            with suppress(Failure):  # such a server may serve others, and refuses while it does
+                server.flush()
+
     def _measure_capacity(self) -> float:
         """Measure prompt and output tokens per second of the first contender, when all requests come at once."""
-        contender, workload = self.contenders[0], self.plan.saturated()
+        # The name is a part of the prompts' seed. Otherwise rounds would repeat these prompts.
+        contender, workload = self.contenders[0], replace(self.plan.saturated(), name="capacity")
         log_progress(f"measuring the saturated throughput of {contender.name}: the unit of the arrival rates")
         with self._serving(contender) as server, tqdm(total=2 * len(workload.requests), unit="request") as bar:
             visits = [self._visit(server, contender, workload, n, bar) for n in (1, 2)]

@@ -67,7 +67,8 @@ class Client:
 
         Args:
             workload: What to send.
-            seed: The seed of the prompts' tokens.
+            seed: The seed of the prompts' tokens, together with the workload's name. So no workload finds its prompts
+                in a prefix cache that cannot be emptied.
             done: Called each time a request has ended.
 
         Returns:
@@ -75,7 +76,8 @@ class Client:
             time, its record has an error.
         """
         # The prompts are made beforehand. This takes time, and requests must be sent on time.
-        prompts = [prompt_ids(r, i, seed, self.vocabulary) for i, r in enumerate(workload.requests)]
+        words = f"{workload.name} {seed}"
+        prompts = [prompt_ids(r, i, words, self.vocabulary) for i, r in enumerate(workload.requests)]
         records = asyncio.run(self._run(workload, prompts, done))
         if any(record.unfinished for record in records.values()):
             self._abort_all()

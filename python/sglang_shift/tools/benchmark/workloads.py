@@ -326,13 +326,13 @@ def _evenly(requests: Sequence[Request], seconds: float) -> list[Request]:
     return [replace(r, time=i * seconds / len(requests)) for i, r in enumerate(requests)]
 
 
-def prompt_ids(request: Request, number: int, seed: int, vocabulary: int) -> list[int]:
+def prompt_ids(request: Request, number: int, seed: str, vocabulary: int) -> list[int]:
     """Return the tokens of a request's prompt. Equal blocks have equal tokens. All other tokens differ by request.
 
     Args:
         request: The request.
         number: The place of the request in its workload.
-        seed: The seed of the visit. It is the same for all contenders, and changes with every round.
+        seed: The seed of the visit. It is the same for all contenders, and changes with every workload and round.
         vocabulary: Token ids are less than this number.
     """
     ids: list[int] = []
