@@ -17,10 +17,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from sglang_shift.errors import ShiftError
 from sglang_shift.simulate import traffic
-from sglang_shift.tools.benchmark import command, link, link_rate, options, watch
+from sglang_shift.tools.benchmark import command, link, link_rate, options, report, watch
 from sglang_shift.tools.benchmark.campaign import Campaign, Settings
 from sglang_shift.tools.benchmark.client import Client
 from sglang_shift.tools.benchmark.contenders import parse_contender, parse_contenders
+from sglang_shift.tools.benchmark.figures import Comparison, Limits
 from sglang_shift.tools.benchmark.records import Visits
 from sglang_shift.tools.benchmark.workloads import Workload, prompt_ids
 from sglang_shift.tools.servers import Failure, free_port, launch
@@ -407,6 +408,42 @@ def test_prompts_are_the_same_for_all_contenders(fake, tmp_path, monkeypatch):
     singles = [tuple(ids) for ids in fake.prompts if len(ids) == 20]
     measured = {ids: singles.count(ids) for ids in singles}
     assert sorted(measured.values())[-4:] == [2, 2, 2, 2], "two prompts in two rounds, each to a and to b"
+
+
+def test_a_contender_that_rejects_a_whole_workload(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr("sglang_shift.tools.benchmark.campaign.SETTLE_S", 0.0)
+    fake.longest = 10  # the requests of "single 20" are longer
+    visits = campaign(tmp_path, fake).run()
+    rejected = [v for v in visits if v.workload == "single 20"]
+    assert [(v.seconds, [r.rejected for r in v.requests]) for v in rejected] == [(0.0, [True, True])] * 4
+    assert {v.workload for v in visits} == {"single 20", "saturated"}
+    found = Comparison(visits).figures(rejected[0])
+    assert (found["rejected"], found["errors"], found["total_tokens_per_s"]) == (2, 0, 0.0)
+    assert "rejected requests" in report.write(tmp_path, visits, {"command": "x"}, Limits())
+
+
+def test_no_capacity(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr("sglang_shift.tools.benchmark.campaign.SETTLE_S", 0.0)
+    fake.longest = 4
+    with pytest.raises(ShiftError, match="a answered no request of the saturated workload"):
+        campaign(tmp_path, fake).run()
+
+
+def test_the_context_of_the_servers(tmp_path, monkeypatch):
+    """Longer prompts would all be rejected."""
+    monkeypatch.setattr("sglang_shift.tools.benchmark.environment.describe_model",
+                        lambda _: {"context": 4096, "vocabulary": 4096})  # fmt: skip
+    monkeypatch.setattr(Campaign, "run", lambda self: found.append(self.plan.context))
+    found = []
+    for flags in ([], ["--log-level", "info", "--context-length", "1000"], ["--context-length=2000"]):
+        out = tmp_path / str(len(found))
+        out.mkdir()
+        command.measure(options.parse(["--out", str(out), "--", *flags]), "model", "the command")
+    assert found == [4096 - 8, 1000 - 8, 2000 - 8]
+    with pytest.raises(
+        ShiftError, match=r"--context-length many: .*invalid int value: 'many'; give a number of tokens"
+    ):
+        options.context_length(["--context-length", "many"])
 
 
 def test_no_workload_repeats_the_prompts_of_another(fake, tmp_path, monkeypatch):

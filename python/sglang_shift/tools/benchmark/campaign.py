@@ -86,6 +86,7 @@ class Campaign:
 
         Raises:
             Failure: a server did not start or ended, or requests failed.
+            ShiftError: the first contender answers no request, so there is no capacity.
         """
         if self._done:
             log_progress(f"resuming: {len(self._done)} visits are in {self.visits.path}")
@@ -193,12 +194,12 @@ class Campaign:
             log_progress(f"{contender.name}, {workload.name}: a request failed: {error}")
         if rejected := sum(r.rejected for r in records):
             log_progress(f"{contender.name}, {workload.name}: {rejected} requests were rejected")
-        if all(r.error for r in records):
+        if all(r.failed for r in records):
             raise Failure(f"{contender.name}: no request of {workload.name} was answered", server.log)
-        ends = [r.end for r in records if not r.error]
+        served = [r for r in records if not r.error]
+        seconds = max(r.end for r in served) - min(r.sent for r in served) if served else 0.0
         return Visit(
-            contender.name, workload.name, workload.kind, workload.x, number,
-            max(ends) - min(r.sent for r in records if not r.error), records, watch.samples,
+            contender.name, workload.name, workload.kind, workload.x, number, seconds, records, watch.samples,
             change(before, counters(server.url)), started, load_average, workload.window, watch.instances.changes,
         )  # fmt: skip
 
@@ -221,6 +222,11 @@ class Campaign:
         log_progress(f"measuring the saturated throughput of {contender.name}: the unit of the arrival rates")
         with self._serving(contender) as server, tqdm(total=2 * len(workload.requests), unit="request") as bar:
             visits = [self._visit(server, contender, workload, n, bar) for n in (1, 2)]
+        if not all(v.seconds for v in visits):
+            raise ShiftError(
+                f"{contender.name} answered no request of the saturated workload, so arrival rates have no unit; give "
+                "shorter --prompt and --output, or name another contender first"
+            )
         return fmean(sum(r.prompt + r.output for r in v.requests if not r.error) / v.seconds for v in visits)
 
     def _resume(self) -> float | None:

@@ -29,7 +29,8 @@ def measure(args: argparse.Namespace, model: str, command: str) -> None:
         ShiftError: the campaign cannot start, or cannot go on.
     """
     model_facts = environment.describe_model(model)
-    plan = options.plan(args, model_facts["context"] - SPARE_TOKENS)
+    context = options.context_length(args.flags) or model_facts["context"]
+    plan = options.plan(args, context - SPARE_TOKENS)
     contenders = parse_contenders(args.contenders, args.tp_size, args.sp_size, args.kv_tokens)
     rate, link_text = None, "none: ranks communicate through this machine's memory"
     if args.link or args.link_rate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -281,6 +282,20 @@ def _set_long_requests(p: argparse.ArgumentParser, args: argparse.Namespace) -> 
         args.long_prompt = Sizes.long_prompt
     if not 1 <= args.long_prompt[0] <= args.long_prompt[1]:
         p.error("--long-prompt takes two numbers, the first from 1 on and not above the second")
+
+
+def context_length(flags: Sequence[str]) -> int | None:
+    """Return the value of ``--context-length`` among a server's flags, or None.
+
+    Raises:
+        ShiftError: the value is no number.
+    """
+    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    p.add_argument("--context-length", type=int)
+    try:
+        return p.parse_known_args(flags)[0].context_length
+    except argparse.ArgumentError as error:
+        raise ShiftError(f"{shlex.join(flags)}: {error}; give a number of tokens") from error
 
 
 def plan(args: argparse.Namespace, context: int) -> Plan:

@@ -131,7 +131,7 @@ class Visit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         x: The value on the axis of a plot over workloads of this kind: prompt tokens for ``single``, and requests per
             second for ``rate``. It is None for other kinds.
         round: The number of the round, from 1.
-        seconds: Seconds from the sending of the first request to the last token.
+        seconds: Seconds from the sending of the first request to the last token; 0 if no request was answered.
         requests: The requests in the order in which they were due, without the warm-up.
         samples: The samples in the order of their times.
         shift: Changes of our servers' counters over the visit: ``tp_steps`` and so on for each mode, ``switches``,
