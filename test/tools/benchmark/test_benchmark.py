@@ -17,7 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from sglang_shift.errors import ShiftError
 from sglang_shift.simulate import traffic
-from sglang_shift.tools.benchmark import command, link, link_rate, options, report, watch
+from sglang_shift.tools.benchmark import command, environment, link, link_rate, options, report, watch
 from sglang_shift.tools.benchmark.campaign import Campaign, Settings
 from sglang_shift.tools.benchmark.client import Client
 from sglang_shift.tools.benchmark.contenders import parse_contender, parse_contenders
@@ -221,6 +221,34 @@ def test_errors_are_one_sentence(tmp_path, capsys):
     assert "holds no visits" in capsys.readouterr().err
     assert command.main(["--contenders", "nobody", "--out", str(tmp_path)]) == 2
     assert "'nobody' is none of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "hidden_size": 64}}, (262_208, 131_072)),
+        ({"model_type": "llama", "vocab_size": 100, "max_position_embeddings": 77, "text_config": None}, (100, 77)),
+    ],
+)
+def test_what_workloads_need_to_know_of_a_model(content, expected, tmp_path):
+    """Published Gemma 3 models with images leave out what has a default."""
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    model = environment.describe_model(str(tmp_path))
+    assert (model["vocabulary"], model["context"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ({"model_type": "mamba", "vocab_size": 5}, "has no max_position_embeddings; give the model of a decoder"),
+        ({"model_type": "unheard-of"}, r"cannot be read \(.*unheard-of.*\); give another model"),
+    ],
+)
+def test_a_model_without_what_workloads_need(content, problem, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ShiftError, match=f"--model-path {tmp_path}: its configuration {problem}") as error:
+        environment.describe_model(str(tmp_path))
+    assert "\n" not in str(error.value)
 
 
 def test_a_campaign_keeps_its_link(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from importlib.metadata import version
@@ -11,6 +10,8 @@ from typing import Any
 
 import psutil
 
+from sglang_shift.errors import ShiftError
+from sglang_shift.models.decoder_config import text_config_of
 from sglang_shift.tools.nvidia_smi import nvidia_smi
 
 
@@ -30,19 +31,31 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_model(path: str) -> dict[str, Any]:
-    """Return what the workloads need to know of a model, from its config.json.
+    """Return what the workloads need to know of a model, from its configuration.
 
-    If the folder has no such file, Hugging Face's loader finds the configuration.
+    Fields that its config.json lacks have the defaults of transformers.
 
     Returns:
         ``vocabulary`` and ``context``, in tokens.
-    """
-    file = Path(path, "config.json")
-    if file.exists():
-        config = json.loads(file.read_text())
-    else:
-        from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(path).to_dict()
-    config = config.get("text_config", config)
-    return {"vocabulary": int(config["vocab_size"]), "context": int(config["max_position_embeddings"])}
+    Raises:
+        ShiftError: transformers cannot read the configuration, or a field is missing.
+    """
+    import sglang.srt.utils.hf_transformers  # noqa: F401 - it tells transformers about more types of models
+    from transformers import AutoConfig
+
+    try:
+        config = text_config_of(AutoConfig.from_pretrained(path))
+    except Exception as error:  # transformers raises errors of any type
+        words = " ".join(str(error).split()).rstrip(".")
+        raise ShiftError(
+            f"--model-path {path}: its configuration cannot be read ({words}); give another model"
+        ) from error
+    return {"vocabulary": _size(path, config, "vocab_size"), "context": _size(path, config, "max_position_embeddings")}
+
+
+def _size(path: str, config: Any, name: str) -> int:
+    value = getattr(config, name, None)
+    if not isinstance(value, int):
+        raise ShiftError(f"--model-path {path}: its configuration has no {name}; give the model of a decoder")
+    return value
