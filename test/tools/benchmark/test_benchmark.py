@@ -263,6 +263,7 @@ def test_a_campaign_keeps_its_link(tmp_path, monkeypatch):
     assert rate("--link", "llama-70b") == rate("--link", "llama-70b") == 5e8
     assert rate("--link", "llama-70b", "--link-rate", "1e9") == 1e9
     assert rate("--link", "qwen-32b") == 6e8
+    assert rate("--link", "qwen-32b", "--dtype", "float32") == rate("--link", "qwen-32b", "--dtype", "float32") == 7e8
 
 
 def test_metrics_of_all_makers():

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from sglang_shift.errors import ShiftError
-from sglang_shift.models.decoder_layer import Layer
+from sglang_shift.models.decoder_layer import ELEMENT_BYTES, Layer
 from sglang_shift.models.families import Role
 from sglang_shift.tools.benchmark import link as link_module
 from sglang_shift.tools.benchmark import link_rate, linked_server
@@ -122,6 +122,14 @@ class TestRule:
             link_rate.choose_rate(tmp_path, 2, "gpt")
         with pytest.raises(ShiftError, match="--ranks 1: a rank alone has nothing to send; give 2 or more"):
             link_rate.choose_rate(tmp_path, 1, "qwen-32b")
+
+    @pytest.mark.parametrize(("asked", "used"), [("float32", "float32"), ("auto", "bfloat16"), (None, "bfloat16")])
+    def test_the_servers_dtype_counts(self, tmp_path, monkeypatch, asked, used):
+        """The servers compute and send in the dtype of their flag, whatever the checkpoint has."""
+        monkeypatch.setattr(link_rate, "gemm_flops", lambda shards, dtype, ranks: 200e9)
+        choice = link_rate.choose_rate(in_config(tmp_path), 2, "qwen-32b", asked)
+        assert choice.rate == rate_for(BENCH, 2, ELEMENT_BYTES[used], 200e9, choice.rho)
+        assert f"GFLOP/s in {used}," in choice.text
 
     def test_every_rank_is_measured(self):
         assert 1e6 < gemm_flops([(8, 16), (16, 8)], "bfloat16", 2) < 1e15

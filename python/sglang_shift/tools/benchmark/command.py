@@ -66,10 +66,11 @@ def _link(args: argparse.Namespace, model: str) -> tuple[float, str]:
     file = args.out / LINK
     if file.exists():
         kept = json.loads(file.read_text())
-        if kept["target"] == args.link:
+        if (kept["target"], kept.get("dtype")) == (args.link, args.dtype):
             return kept["rate"], kept["text"]
-    choice = link_rate.choose_rate(model, args.tp_size, args.link)
-    file.write_text(json.dumps({"target": args.link, "rate": choice.rate, "text": choice.text}, indent=1) + "\n")
+    choice = link_rate.choose_rate(model, args.tp_size, args.link, args.dtype)
+    kept = {"target": args.link, "dtype": args.dtype, "rate": choice.rate, "text": choice.text}
+    file.write_text(json.dumps(kept, indent=1) + "\n")
     return choice.rate, choice.text
 
 

@@ -105,7 +105,7 @@ def _layer_seconds(shards: list[tuple[int, int]], dtype: str, start: Barrier) ->
     return median(times[1:])
 
 
-def choose_rate(model_path: str | Path, ranks: int, target: str) -> LinkRate:
+def choose_rate(model_path: str | Path, ranks: int, target: str, dtype: str | None = None) -> LinkRate:
     """Return the rate for a model on this machine. This takes some seconds on all its cores.
 
     Raises:
@@ -116,7 +116,8 @@ def choose_rate(model_path: str | Path, ranks: int, target: str) -> LinkRate:
     if ranks < 2:
         raise ShiftError(f"--ranks {ranks}: a rank alone has nothing to send; give 2 or more")
     goal = TARGETS[target]
-    layer, dtype = read_layer(model_path)
+    layer, own = read_layer(model_path)
+    dtype = dtype if dtype in ELEMENT_BYTES else own
     size = ELEMENT_BYTES[dtype]
     flops = gemm_flops(list(layer.shards(ranks).values()), dtype, ranks)
     rho = goal.rho
