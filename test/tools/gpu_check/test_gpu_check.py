@@ -13,8 +13,9 @@ import made_up_checks
 import psutil
 import pytest
 from harness import REPO
+from sglang_shift.errors import ShiftError
 from sglang_shift.tools import nvidia_smi
-from sglang_shift.tools.gpu_check import checks, command, environment, isolation, processes, report
+from sglang_shift.tools.gpu_check import checks, command, environment, isolation, memory, processes, report
 from sglang_shift.tools.gpu_check.catalogue import checks_of
 from sglang_shift.tools.gpu_check.isolation import CheckResult, Isolation
 from sglang_shift.tools.gpu_check.record import Record
@@ -95,6 +96,22 @@ def test_a_hang_without_pytest_timeout(tmp_path, monkeypatch):
     assert hung.status == "failed" and hung.reason == "it took longer than 6 s"
     assert hung.record.notes == ["it could clean up"]
     assert after.status == "passed"
+
+
+def test_a_server_and_its_check_have_logs_of_their_own(tmp_path, monkeypatch):
+    """Both would write the same file from its start, each over what the other wrote."""
+    logs = []
+
+    def serving(flags, port, log, *more):
+        logs.append(log)
+        raise ShiftError("it does not start")
+
+    monkeypatch.setattr(memory, "find_spec", lambda name: name)
+    monkeypatch.setattr(memory, "model_flags", lambda folder: (folder / "model").mkdir() or [])
+    monkeypatch.setattr(memory, "serving", serving)
+    with pytest.raises(ShiftError, match="does not start"):
+        memory.check(Record(folder=tmp_path))
+    assert logs and not {log.name for log in logs} & {f"{check.name}.log" for check in CHECKS}
 
 
 def test_what_a_crash_leaves_behind_is_ended(tmp_path):

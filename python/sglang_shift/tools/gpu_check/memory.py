@@ -38,7 +38,7 @@ def check(record: Record) -> None:
         # Each rank holds all layers and half of the other weights. So the two ranks hold at least one model together.
         least = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
         variables = one_gpu.environment("gloo", folder / "gloo")
-        log = record.folder / "engine-memory.log"
+        log = record.folder / "engine-memory-server.log"  # the check itself writes engine-memory.log
         with serving(flags, 0, log, START_SECONDS, variables) as server:
             check_release(record, server, lambda: torch.cuda.mem_get_info(0)[0], least)
 
