@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
-from sglang_shift.errors import ShiftError
+from plan_models import config, known_config
+from sglang.srt.configs.model_config import ModelConfig
+from sglang_shift.args import dcp_size
+from sglang_shift.errors import Refused, ShiftError
 from sglang_shift.modes import Mode
 from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.simulate.traffic import Request, steady
 from sglang_shift.tools.plan import report
 from sglang_shift.tools.plan.hardware import gpus
 from sglang_shift.tools.plan.memory import memory
-from sglang_shift.tools.plan.model import Model
+from sglang_shift.tools.plan.model import Model, read_model
 from sglang_shift.tools.plan.search import (
     CHUNKS,
     RATIO_ERROR,
@@ -66,6 +70,25 @@ class TestTokenShards:
     @pytest.mark.parametrize(("asked", "expected"), [(1, [1, 1, 1, 1]), ("auto", [1, 1, 1, 2]), (2, [1, 1, 1, 2])])
     def test_layouts_for_which_it_is_not_possible_have_one(self, asked, expected):
         assert [token_shards_of(self.FOUR, ranks, asked) for ranks in (1, 2, 4, 8)] == expected
+
+    @pytest.mark.parametrize("name", ["gpt-oss-20b", "gemma2", "llama"])
+    def test_what_a_server_refuses_is_not_planned(self, name, tmp_path, monkeypatch):
+        if name == "gpt-oss-20b":
+            known_config(tmp_path, name)
+        else:
+            config(tmp_path, num_key_value_heads=2, model_type=name, architectures=[f"{name.title()}ForCausalLM"])
+        model = read_model(tmp_path)
+        ranks = 2 * model.layer.kv_heads
+        monkeypatch.setattr(dcp_size, "attention_backends_of", lambda _: ["triton"])
+        settings = SimpleNamespace(dcp_size=2, tp_size=ranks)
+        try:
+            dcp_size.check_dcp_size(settings, ModelConfig(str(tmp_path)))
+            served = 2
+        except Refused as refusal:
+            assert "sliding" in str(refusal)
+            served = 1
+        assert served == (2 if name == "llama" else 1)
+        assert [token_shards_of(model, ranks, asked) for asked in (2, "auto")] == [served, served]
 
     def test_a_plan_has_the_flags_and_the_tokens(self):
         requests = [Request(i / 4, 2000, 5) for i in range(6)]

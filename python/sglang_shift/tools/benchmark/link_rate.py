@@ -108,6 +108,12 @@ def _layer_seconds(shards: list[tuple[int, int]], dtype: str, start: Barrier) ->
 def choose_rate(model_path: str | Path, ranks: int, target: str, dtype: str | None = None) -> LinkRate:
     """Return the rate for a model on this machine. This takes some seconds on all its cores.
 
+    Args:
+        model_path: The folder of the model.
+        ranks: Number of ranks.
+        target: A name in :data:`TARGETS`.
+        dtype: The servers' ``--dtype``. None, and a name that says no dtype, mean the one of the model's config.json.
+
     Raises:
         ShiftError: the target is unknown, or the rule does not fit the model or the number of ranks.
     """

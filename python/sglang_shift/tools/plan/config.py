@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
+from sglang.srt.configs.model_config import is_hybrid_swa_model
 from sglang.srt.utils.hf_transformers import get_context_length
 from transformers import CONFIG_MAPPING
 
@@ -12,6 +14,7 @@ from sglang_shift.errors import ShiftError
 from sglang_shift.models.decoder_config import NESTED_CONFIGS, TRAITS, UNGATED
 from sglang_shift.models.decoder_layer import ELEMENT_BYTES, MOST, size_in
 from sglang_shift.models.families import FAMILIES
+from sglang_shift.models.whole_prefixes import other_layers
 
 REQUIRED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 """Sizes that must be given. If they have defaults, these are the sizes of another model."""
@@ -49,6 +52,17 @@ def architecture_of(raw: dict[str, Any]) -> str:
     if nested := next((name for name in NESTED_CONFIGS if raw.get(name) is not None), None):
         raise ValueError(f"{nested}, a model inside another")
     return names[0]
+
+
+def has_other_layers(config: Any, architecture: str) -> bool:
+    """Whether not all layers attend to whole prefixes. Then a server refuses ``--dcp-size`` above 1.
+
+    Args:
+        config: The model's configuration.
+        architecture: The name of its class.
+    """
+    windowed = is_hybrid_swa_model([architecture], config)
+    return other_layers(SimpleNamespace(hf_config=config, is_hybrid_swa=windowed), architecture) is not None
 
 
 def with_defaults(raw: dict[str, Any]) -> Any:

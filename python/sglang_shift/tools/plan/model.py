@@ -15,7 +15,7 @@ from sglang_shift.models.families import FAMILIES
 from sglang_shift.models.fields import check_fields
 from sglang_shift.models.formats import FORMATS, Format, format_of
 from sglang_shift.models.sizes import SHARDED, ModelSizes
-from sglang_shift.tools.plan.config import architecture_of, check_dtype, context_of, with_defaults
+from sglang_shift.tools.plan.config import architecture_of, check_dtype, context_of, has_other_layers, with_defaults
 
 NVIDIA_QUANT_CONFIG = "hf_quant_config.json"
 """The file that says how a checkpoint of NVIDIA is quantized."""
@@ -39,6 +39,7 @@ class Model:
         description: Everything about its matrices. None means that it is dense, without biases of some models only.
         quantization: The format of the matrices, if the name does not say everything.
         experts: What a rank has of the experts for SP: ``sharded`` or ``replicated``.
+        other_layers: Whether not all layers attend to whole prefixes, as with a sliding window.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Model:
     description: Decoder | None = None
     quantization: Format | None = None
     experts: str = SHARDED
+    other_layers: bool = False
 
     @property
     def decoder(self) -> Decoder:
@@ -124,6 +126,7 @@ def _model(file: Path, raw: Any, context_length: int | None) -> Model:
     return Model(
         name, decoder.layer, decoder.layers, decoder.vocabulary, context,
         weights.name, decoder.tied_embeddings, architecture, path, context_length is not None, decoder, weights,
+        other_layers=has_other_layers(config, architecture),
     )  # fmt: skip
 
 

@@ -154,8 +154,11 @@ def layouts(model: Model, gpus: int) -> Iterator[tuple[RankLayout, int]]:
 
 
 def token_shards_of(model: Model, ranks: int, dcp_size: int | str) -> int:
-    """Return D on P ranks: the number that was asked for, or the most with ``auto``. If it is not possible, 1."""
-    if model.decoder.latent:
+    """Return D on P ranks: the number that was asked for, or the most with ``auto``. If it is not possible, 1.
+
+    A server on GPUs divides neither latents nor the caches of layers with a window.
+    """
+    if model.decoder.latent or model.other_layers:
         return 1
     most = most_token_shards(model.layer.attention, ranks)
     return most if dcp_size == AUTO else int(dcp_size) if most % int(dcp_size) == 0 else 1
