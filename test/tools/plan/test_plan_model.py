@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from enum import Enum
 
@@ -11,7 +12,7 @@ from plan_models import CONFIG, config
 from sglang.srt.configs.model_config import ModelConfig
 from sglang_shift.errors import ShiftError
 from sglang_shift.models.families import FAMILIES
-from sglang_shift.tools.plan.config import PLANNED, context_of, with_defaults
+from sglang_shift.tools.plan.config import NOT_SERVED, PLANNED, context_of, with_defaults
 from sglang_shift.tools.plan.model import read_model
 
 TYPES = {name: family.model_type for name, family in FAMILIES.items()}
@@ -100,6 +101,18 @@ class TestAsSGLangReadsIt:
 def test_the_docs_name_every_architecture():
     docs = (REPO / "docs" / "cost-model.md").read_text()
     assert all(f"`{name}`" in docs for name in PLANNED)
+
+
+def test_what_cannot_be_divided_is_not_planned(tmp_path):
+    with (REPO / "docs" / "data" / "models.csv").open() as file:
+        reasons = {row["architecture"]: row["not served because"] for row in csv.DictReader(file)}
+    on_gpus = {name for name, reason in reasons.items() if reason and "off GPUs" not in reason}
+    assert not on_gpus & {*PLANNED}
+    assert {*NOT_SERVED} <= on_gpus
+    for name, reason in NOT_SERVED.items():
+        folder = write(tmp_path / name, architectures=[name])
+        with pytest.raises(ShiftError, match=f"{name} cannot be planned for, because {reason}; give"):
+            read_model(folder)
 
 
 class TestContexts:

@@ -22,8 +22,22 @@ REQUIRED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidd
 RAW_FIELDS = ("dtype", "torch_dtype", "quantization_config")
 """Fields that transformers turns into objects. This package reads them as they are in the file."""
 
+_TRANSFORMERS = "SGLang has no class of its own for it, and SP mode cannot divide transformers' class"
+_STAGES = "SGLang's class takes the number of a rank for that of a pipeline stage, so it runs on one GPU only"
+NOT_SERVED = {
+    "SmolLM3ForCausalLM": _TRANSFORMERS,
+    "NemotronForCausalLM": _TRANSFORMERS,
+    "Starcoder2ForCausalLM": _STAGES,
+    "PhiForCausalLM": _STAGES,
+    "OlmoeForCausalLM": "SGLang's class norms the heads of a rank with the weights of all heads",
+}
+"""Architectures whose matrices are known, and why a plan could not be carried out: docs/data/models.csv."""
 
-PLANNED = tuple(name for name, traits in TRAITS.items() if traits is not UNGATED and name.endswith("ForCausalLM"))
+PLANNED = tuple(
+    name
+    for name, traits in TRAITS.items()
+    if traits is not UNGATED and name.endswith("ForCausalLM") and name not in NOT_SERVED
+)
 """The architectures of models that can be planned for: of text only, and with the usual names of fields."""
 
 
@@ -42,11 +56,14 @@ def architecture_of(raw: dict[str, Any]) -> str:
     """Return the name of the class that serves the model.
 
     Raises:
-        KeyError, ValueError: the configuration names no class, or a class whose matrices are not known.
+        KeyError, ValueError: the configuration names no class, a class whose matrices are not known, or a class that
+            cannot be divided.
     """
     names = raw["architectures"] or ["no architecture"]
     if not (isinstance(names, list) and isinstance(names[0], str)):
         raise ValueError(f"architectures {names!r} is not a list of names")
+    if reason := NOT_SERVED.get(names[0]):
+        raise ValueError(f"{names[0]} cannot be planned for, because {reason}")
     if names[0] not in PLANNED:
         raise ValueError(f"{names[0]}, which is none of {', '.join(FAMILIES)} and the others of docs/cost-model.md")
     if nested := next((name for name in NESTED_CONFIGS if raw.get(name) is not None), None):
