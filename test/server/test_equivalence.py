@@ -1,8 +1,8 @@
 """Every mode gives stock SGLang's tokens: 64 prompts of 1 to 2,000 tokens, float32, real servers.
 
-(More than two ranks share two cores in CI, and a step of 8 ranks takes a tenth of a second. So 2 ranks get all prompts, 4
-ranks every second and 8 ranks every fourth. Where prompts are asked one after the other, 2 ranks get every second, and
-more ranks every eighth.)
+(More than two ranks share two cores in CI, and a step of 8 ranks takes a tenth of a second. So 2 ranks get all prompts,
+4 ranks every second and 8 ranks every fourth. Where prompts are asked one after the other, 2 ranks get every second,
+and more ranks every eighth.)
 """
 
 from __future__ import annotations
