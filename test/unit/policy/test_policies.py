@@ -625,7 +625,7 @@ def test_on_recorded_costs_and_bursts_too(benchmark):
     """The calibration of a real server: SP is faster from 13 tokens on in prefill, in decode never."""
     [file] = (REPO / "benchmark" / "recorded").glob("*.json")
     model, _ = benchmark.read_calibration(file)
-    traffics = benchmark.synthetic_traffic(model, Server(), benchmark.Shape(requests=1000, seeds=2))
+    traffics = benchmark.synthetic_traffic(model, Server(), benchmark.Shape(requests=500, seeds=2))
     for traffic in traffics:
         if traffic.name in ("ramp", "bursty"):
             results = benchmark.compare(traffic, model, model, Server())
@@ -701,7 +701,7 @@ def test_no_queue_aware_rule_beats_the_faster_mode(benchmark, world, pool):
     """
     name, model, _ = world
     server, costs = Server(pool=pool), replace(model, noise={})
-    traffics = benchmark.synthetic_traffic(costs, server, benchmark.Shape(requests=200, burst=100, seeds=2))
+    traffics = benchmark.synthetic_traffic(costs, server, benchmark.Shape(requests=200, burst=100, seeds=1))
 
     def means(policy, traffic):
         runs = [simulate(requests, policy, costs, server).metrics() for requests in traffic.samples]
