@@ -52,7 +52,7 @@ def default_policy(server):
 @pytest.mark.full
 def test_a_calibration_that_is_interrupted_leaves_nothing_behind(servers, folder):
     servers.stop()
-    server = Server(list(FLAGS), env={"SGLANG_SHIFT_CACHE_DIR": str(folder / "cache")})
+    server = Server(list(FLAGS), env={"SGLANG_SHIFT_CACHE_DIR": str(folder / "cache")}, forked=True)
     try:
         while "Calibrating" not in server.tail():
             assert server.process.poll() is None, server.tail()

@@ -2,7 +2,7 @@
 
 (More than two ranks share two cores in CI, and a step of 8 ranks takes a tenth of a second. So 2 ranks get all prompts,
 4 ranks every second and 8 ranks every fourth. Where prompts are asked one after the other, 2 ranks get every second,
-and more ranks every eighth.)
+and more ranks every 16th.)
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def count(world):
 @pytest.mark.parametrize("concurrency", [1, 16])
 @pytest.mark.parametrize("policy", ["tp", "sp", "tokens"])
 def test_same_tokens_and_logprobs(server, reference, policy, concurrency, count, world):
-    chosen = slice(None, None, {2: (2, 1), 4: (8, 2), 8: (8, 4)}[world][concurrency == 16])
+    chosen = slice(None, None, {2: (2, 1), 4: (16, 2), 8: (16, 4)}[world][concurrency == 16])
     with server.policy(policy, threshold=64) as steps:
         answers = server.generate_all(reference.prompts[chosen], concurrency, count)
     assert_same_answers(answers, [answer.first(count) for answer in reference.answers[concurrency][chosen]])

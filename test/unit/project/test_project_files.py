@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from xml.etree import ElementTree
 
@@ -229,3 +230,11 @@ def test_the_manifest_for_two_nodes():
     assert labels == spec["selector"]["matchLabels"] == nodes["spec"]["selector"]
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in spec["template"]["spec"]["volumes"]}
+
+
+def test_past_the_deadline_no_test_of_the_full_tier_begins():
+    """The summary says how many did not run."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test/ranks/test_calls.py"]
+    env = {**os.environ, "SGLANG_SHIFT_TEST_DEADLINE": "1"}
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, check=False)
+    assert "1 skipped" in done.stdout and "1 TESTS OF THE FULL TIER DID NOT RUN" in done.stdout
