@@ -8,7 +8,7 @@ command.
     python test/support/forked_server.py {-m MODULE | FILE} [its arguments]
 
 This runs another program in this process, with forked ranks. A server then looks more often whether it is ready, and
-whether it is told to end. It calibrates with fewer laps, unless the environment has ``WHOLE_CALIBRATION=1``.
+whether it is told to end. It calibrates with fewer laps.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ IMPORTS = [
 
 
 class ForkedProcess:
-    """A program in its own session. It has the parts of ``subprocess.Popen`` that the tests need."""
+    """A server in its own session. It has the parts of ``subprocess.Popen`` that the tests need.
+
+    A rank that asks for requests without a pause would take the core of the client, and of other tests. So it sleeps.
+    """
 
     def __init__(self, arguments: list[str], env: dict[str, str], log: Path) -> None:
         # Spawned ranks read their share of the cores from the environment. Forked ranks have torch's threads already.
@@ -49,7 +52,7 @@ class ForkedProcess:
         with mock.patch.dict(os.environ, env):
             CONTEXT.set_forkserver_preload(IMPORTS)
             forkserver.ensure_running()
-        self.process = CONTEXT.Process(target=run_as_command, args=(arguments, env, str(log)))
+        self.process = CONTEXT.Process(target=run_as_command, args=([*arguments, "--sleep-on-idle"], env, str(log)))
         self.process.start()
         self.pid: int = self.process.pid  # type: ignore[assignment]
 
@@ -78,7 +81,7 @@ class ForkedPopen(ForkedProcess):
     """Takes the place of ``subprocess.Popen`` where our tools start ``python ARGUMENTS`` with a log."""
 
     def __init__(self, command: Sequence[str], *, stdout: BinaryIO, env: dict[str, str], **_: Any) -> None:
-        super().__init__([*command[1:], "--sleep-on-idle"], env, Path(stdout.name))
+        super().__init__(list(command[1:]), env, Path(stdout.name))
 
 
 def run_as_command(arguments: list[str], env: dict[str, str], log: str) -> None:
@@ -105,8 +108,7 @@ def run_program(arguments: list[str]) -> None:
     fork_ranks()
     save_time()
     look_often()
-    if not os.environ.get("WHOLE_CALIBRATION"):
-        calibrate_briefly()
+    calibrate_briefly()
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

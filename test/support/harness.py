@@ -84,8 +84,7 @@ class Server:
         env = {**os.environ, "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1", "HF_HUB_OFFLINE": "1", **self.env}
         arguments = [*self.module, "--port", str(self.port), "--host", "127.0.0.1", *self.flags]
         if self.forked:
-            # A rank that asks for requests without a pause would take the core of the client, and of other tests.
-            return ForkedProcess([*arguments, "--sleep-on-idle"], env, self.log)
+            return ForkedProcess(arguments, env, self.log)
         with self.log.open("wb") as log:
             return subprocess.Popen(
                 [sys.executable, *arguments], stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
