@@ -256,6 +256,17 @@ def test_input_embeddings(servers, folder, prompts):
     assert server.state["chunks"]["steps"]["mixed"] > 0
 
 
+def test_short_prompts_leave_the_memory_that_a_long_prompt_was_admitted_for(servers, folder):
+    """One request brings all prompts, the long one first. The others and their answers would outgrow what it leaves."""
+    server = servers.get(*FLAGS, "--max-total-tokens", "4000", env={"SGLANG_SHIFT_CACHE_DIR": str(folder)})
+    server.set(shift_tbt_target=0.001)  # the floor rules
+    ids = text_ids()
+    prompts = [ids[:3500], *(ids[4000 + 120 * i :][:120] for i in range(40))]
+    sampling = [{"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True} for tokens in [8] + 40 * [64]]
+    answers = server.post("/generate", {"input_ids": prompts, "sampling_params": sampling})
+    assert [len(answer["output_ids"]) for answer in answers] == [8] + 40 * [64]
+
+
 def test_drafts_take_turns_with_prompts(servers, folder, prompts):
     """Speculative decoding, in a KV pool that is too small for all requests at once: some of them wait."""
     flags = ("--speculative-algorithm", "NGRAM", "--max-total-tokens", "6000", "--schedule-conservativeness", "0.01")

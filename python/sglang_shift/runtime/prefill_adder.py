@@ -76,7 +76,10 @@ class ShiftPrefillAdder(PrefillAdder):
         self.prompts, self.room = Prompts(), 0
         self.chosen: set[str] = set()
 
-    @overrides("Our method limits the prompt that continues to the budget, and to its share of the step.")
+    @overrides(
+        "Our method limits the prompt that continues to the budget, and to its share of the step. It reserves the KV "
+        "cache for the rest of this prompt."
+    )
     def add_chunked_req(self, req: Req) -> Req | None:
         plan = self._plan(req, req.prefix_len)
         beside = self._choose(plan.room)
@@ -89,7 +92,22 @@ class ShiftPrefillAdder(PrefillAdder):
         else:
             self.share.continue_long(tokens, plan.chunk)
             self.share.take(beside)
+            self._reserve_rest(req, tokens, plan.room)
         return rest
+
+    @relies_on(
+        "sglang.srt.mem_cache.prefill_budget:PrefillBudget.reserve",
+        "This method counts tokens, an output and a page as taken, for all prompts that are added later.",
+    )
+    def _reserve_rest(self, req: Req, tokens: int, limit: int) -> None:
+        """Reserve the KV cache that a prompt and its output still need, after ``tokens`` of it in this step.
+
+        SGLang adds no prompt before this one ends, so it reserves only the chunk. Ours may add some, and they must
+        leave what SGLang admitted this prompt for. The rest comes in chunks of up to ``limit`` tokens.
+        """
+        rest = len(req.full_untruncated_fill_ids) - req.prefix_len - tokens
+        output = self._swa_new_tokens(req)
+        self.memory_budget.reserve(rest, output, chunk_limit=limit, is_chunked_continuation=True)
 
     def _choose(self, room: int) -> int:
         """Choose the waiting prompts that share the step with a prompt that continues. Return the tokens for them."""

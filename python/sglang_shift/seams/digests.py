@@ -155,6 +155,7 @@ DIGESTS = {
     "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool._kv_buffer_shapes": "709abf44bdb42558",
     "sglang.srt.mem_cache.memory_pool:MLATokenToKVPool.set_kv_buffer": "b262b360d5f369ce",
     "sglang.srt.mem_cache.prefill_budget:PrefillBudget.check_prefill": "3496f9d9e0e8c0ed",
+    "sglang.srt.mem_cache.prefill_budget:PrefillBudget.reserve": "81106a6269335804",
     "sglang.srt.mem_cache.unified_cache.unified_tree_core:UnifiedTreeCore.walk_for_kv_canary": "bf3938a897186afa",
     "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.checkpoint_into_tree": "3a20fa5c0617352c",
     "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.insert": "d52f1e426adef13c",

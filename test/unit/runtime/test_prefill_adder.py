@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
@@ -31,6 +32,7 @@ class Prompt:
         self.num_matched_prefix_tokens = self.prefix_len = self.extend_end = cached
         self.host_hit_length = 0
         self.return_logprob, self.input_embeds = logprobs, None
+        self.sampling_params = SimpleNamespace(max_new_tokens=8)
 
     @property
     def extend_len(self):
@@ -73,8 +75,9 @@ def stand_in(monkeypatch):
 def adder(target, decodes, waiting=(), share=None, chunk=1000, floor=8, needs_tp=lambda prompt: False, costs=COSTS):
     made = object.__new__(ShiftPrefillAdder)
     made.page_size, made.rem_chunk_tokens = PAGE, chunk
-    made.running_batch, made.tree_cache = SimpleNamespace(batch_is_full=False), {}
+    made.running_batch, made.tree_cache = SimpleNamespace(batch_is_full=False, reqs=[]), {}
     made.can_run_list, made.new_chunked_req, made.chunked_req_limit = [], None, None
+    made.memory_budget = MagicMock(remaining_current=10**6)
     budget = ChunkBudget(costs, target, floor=floor)
     made.start(budget, decodes, share or ChunkShare(), waiting, needs_tp)
     return made

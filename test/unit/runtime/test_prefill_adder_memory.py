@@ -1,0 +1,85 @@
+"""Our adder over SGLang's own, with a KV cache of given size: what prompts take, and what they leave for others."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
+from sglang.srt.mem_cache.prefill_budget import PrefillBudget
+from sglang_shift.cost.chunk_budget import ChunkBudget, Decodes
+from sglang_shift.cost.chunk_share import ChunkShare
+from sglang_shift.cost.model import CostModel, Curve
+from sglang_shift.modes import Mode
+from sglang_shift.runtime.prefill_adder import ShiftPrefillAdder
+
+LINE = Curve((1, 10_001), (1.0, 10_001.0))  # a second for each token
+COSTS = CostModel(
+    {phase: dict.fromkeys(Mode, LINE) for phase in ("prefill", "decode")},
+    dict.fromkeys(("prefill", "decode"), Curve((1,), (1e9,))),
+    {"prefill": 0.0, "decode": 0.0},
+    0.0,
+)
+ROOM, OUTPUT = 500, 64
+
+
+class Prompt(MagicMock):
+    """A request with as many attributes as the adders read."""
+
+    @property
+    def extend_len(self):
+        return self.extend_end - self.prefix_len
+
+
+def prompt(tokens, done=0, host=0, output=OUTPUT):
+    """A request whose first ``done`` tokens are in the KV cache, and ``host`` tokens after them in host memory."""
+    return Prompt(
+        rid=f"{tokens}-{done}-{host}", full_untruncated_fill_ids=[1] * tokens, origin_input_ids=[1] * tokens,
+        output_ids=[], num_matched_prefix_tokens=done + host, prefix_len=done, extend_end=done,
+        host_hit_length=host, swa_host_hit_length=0, auxiliary_swa_host_hit_length=0, return_logprob=False,
+        input_embeds=None, retracted_stain=False, lora_id=None,
+        sampling_params=SimpleNamespace(max_new_tokens=output, ignore_eos=False),
+        needs_host_load_back=lambda: host > 0,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch):
+    """SGLang's settings are not published in a unit test."""
+    monkeypatch.setattr(PrefillAdder, "_replay_len", lambda self, req, prefix_len: 0)
+    monkeypatch.setattr(PrefillAdder, "_account_prefill_cache_admission", lambda self, req, prefix_len: None)
+
+
+def adder(free, waiting=(), running=(), ratio=1.0, mixed=0, chunk=1024):
+    """An adder for a step of :data:`ROOM` prompt tokens, with credit for all waiting prompts. Pages have one token."""
+    tree = MagicMock(disable=False)
+    tree.supports_mamba.return_value = False
+    tree.evictable_size.return_value = 0
+    allocator = SimpleNamespace(page_size=1, available_size=lambda: free, request_slot_reserve=lambda **_: 0)
+    allocator.create_prefill_budget = lambda tree, **offset: PrefillBudget(allocator, tree, **offset)
+    batch = SimpleNamespace(reqs=list(running), batch_is_full=False)
+    made = ShiftPrefillAdder(1, tree, allocator, batch, ratio, 16_384, chunk, mixed)
+    share = ChunkShare()
+    share.continue_long(chunk, chunk)
+    budget, decodes = ChunkBudget(COSTS, ROOM + 1.0, floor=8), Decodes(1, mixed=True)
+    made.start(budget, decodes, share, waiting, lambda req: False)
+    return made
+
+
+def test_short_prompts_leave_the_memory_that_a_long_prompt_was_admitted_for():
+    long, waiting = prompt(3500, done=1500, output=8), [prompt(100 + i) for i in range(4)]
+    made = adder(2500, waiting)
+    assert made.add_chunked_req(long) is long
+    assert 0 < long.extend_len < ROOM
+    results = [made.add_one_req(req, True, None) for req in waiting]
+    assert made.can_run_list == [long, *waiting[:2]]
+    assert results[2] is AddReqResult.NO_TOKEN, "a third prompt and its output would take memory of the long one"
+
+
+def test_a_prompt_that_ends_reserves_no_more_than_sglang_does():
+    long, short = prompt(1700, done=1500, output=8), prompt(100)
+    made = adder(200 + 8 + 1 + 100 + OUTPUT + 1 + 1, [short])
+    assert made.add_chunked_req(long) is None
+    made.add_one_req(short, False, None)
+    assert made.can_run_list == [long, short]
