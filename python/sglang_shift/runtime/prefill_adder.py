@@ -77,13 +77,21 @@ class ShiftPrefillAdder(PrefillAdder):
         self.chosen: set[str] = set()
 
     @overrides(
-        "Our method limits the prompt that continues to the budget, and to its share of the step. It reserves the KV "
-        "cache for the rest of this prompt."
+        "Our method limits the prompt that continues to the budget, to its share of the step and to the free KV cache. "
+        "It reserves the KV cache for the rest of this prompt."
     )
     def add_chunked_req(self, req: Req) -> Req | None:
+        """Add the next chunk of a prompt. Return the prompt if it is not at its end.
+
+        Requests that decode may outgrow what SGLang expects. If they leave no page, a decode step follows, which
+        retracts some of them. SGLang would take a chunk that does not fit.
+        """
+        free = int(self.memory_budget.remaining_current)
+        if free < self.page_size and self.running_batch.reqs:
+            return req
         plan = self._plan(req, req.prefix_len)
         beside = self._choose(plan.room)
-        self.chunked_req_limit = max(1, (plan.room - beside) // self.page_size) * self.page_size
+        self.chunked_req_limit = max(1, min(plan.room - beside, free) // self.page_size) * self.page_size
         self.rem_chunk_tokens = plan.room
         rest: Req | None = super().add_chunked_req(req)
         tokens = self._record(req, plan)

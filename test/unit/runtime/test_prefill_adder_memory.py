@@ -83,3 +83,32 @@ def test_a_prompt_that_ends_reserves_no_more_than_sglang_does():
     assert made.add_chunked_req(long) is None
     made.add_one_req(short, False, None)
     assert made.can_run_list == [long, short]
+
+
+def decoding(tokens, output):
+    return SimpleNamespace(output_ids=[1] * tokens, sampling_params=prompt(1, output=output).sampling_params)
+
+
+@pytest.mark.parametrize("mixed", [0, 1])
+def test_a_chunk_takes_only_memory_that_is_free(mixed):
+    """The request that decodes has grown, and SGLang expects it to grow by more than what is left."""
+    long = prompt(3500, done=1500)
+    made = adder(300, running=[decoding(100, 1000)], ratio=0.5, mixed=mixed)
+    assert made.rem_total_tokens < 0
+    assert made.add_chunked_req(long) is long
+    assert long.extend_len == 300 - mixed
+
+
+def test_a_long_prompt_lets_others_decode_if_no_memory_is_free():
+    long, short = prompt(3500, done=1500), prompt(100)
+    made = adder(1, [short], running=[decoding(100, 1000)], mixed=1)
+    assert made.add_chunked_req(long) is long
+    assert made.add_one_req(short, True, None) is AddReqResult.OTHER
+    assert made.can_run_list == []
+
+
+def test_a_long_prompt_goes_on_if_nothing_decodes():
+    """SGLang reports an error then. No decode step could free memory."""
+    long = prompt(3500, done=1500)
+    assert adder(0).add_chunked_req(long) is long
+    assert long.extend_len == 1
