@@ -162,6 +162,17 @@ class ShiftPrefillAdder(PrefillAdder):
             self.share.continue_long(tokens, plan.chunk)
         return result
 
+    @overrides("Our method takes no part of a prompt beside a prompt that continues, because only one can continue.")
+    def _select_prefill_admission(self, req: Req, *, has_chunked_req: bool = False, **limits: Any) -> Any:
+        """Select what a step takes of a prompt.
+
+        Our adder only asks for prompts that fit whole. But they get longer if host memory turns out not to have their
+        prefix, and the cache of sliding windows may bound what SGLang takes.
+        """
+        admission = super()._select_prefill_admission(req, has_chunked_req=has_chunked_req, **limits)
+        is_part = not isinstance(admission, AddReqResult) and admission.is_chunked
+        return AddReqResult.OTHER if has_chunked_req and is_part else admission
+
     def _plan(self, req: Req, history: int) -> _Plan:
         budget, decodes, chunk = self.budget, self.decodes, self.rem_chunk_tokens
         assert chunk is not None  # a target is refused without chunks

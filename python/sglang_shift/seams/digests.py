@@ -65,6 +65,7 @@ DIGESTS = {
     "sglang.srt.managers.schedule_batch:Req.reset_for_retract": "371e01019e07f2f4",
     "sglang.srt.managers.schedule_batch:ScheduleBatch.cumulate_penalty_output_tokens": "dce2467c859a7049",
     "sglang.srt.managers.schedule_batch:ScheduleBatch.prepare_for_extend": "e7ca2d0e335a570e",
+    "sglang.srt.managers.schedule_policy:PrefillAdder._select_prefill_admission": "c17c45f9e1e609c6",
     "sglang.srt.managers.schedule_policy:PrefillAdder.add_chunked_req": "af3ae7db76b5e8d2",
     "sglang.srt.managers.schedule_policy:PrefillAdder.add_one_req": "11ea292b16f33cb6",
     "sglang.srt.managers.schedule_policy:SchedulePolicy._touch_waiting_prefixes": "c16fdd2f7400f921",

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
+from sglang.srt.managers import schedule_policy
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 from sglang_shift.cost.chunk_budget import ChunkBudget, Decodes
@@ -49,6 +50,7 @@ def no_settings(monkeypatch):
     """SGLang's settings are not published in a unit test."""
     monkeypatch.setattr(PrefillAdder, "_replay_len", lambda self, req, prefix_len: 0)
     monkeypatch.setattr(PrefillAdder, "_account_prefill_cache_admission", lambda self, req, prefix_len: None)
+    monkeypatch.setattr(schedule_policy, "get_schedule", lambda: SimpleNamespace(schedule_policy="fcfs"))
 
 
 def adder(free, waiting=(), running=(), ratio=1.0, mixed=0, chunk=1024):
@@ -112,3 +114,32 @@ def test_a_long_prompt_goes_on_if_nothing_decodes():
     long = prompt(3500, done=1500)
     assert adder(0).add_chunked_req(long) is long
     assert long.extend_len == 1
+
+
+@pytest.mark.parametrize("loaded", [300, 0])
+def test_a_prefix_that_host_memory_lost(loaded):
+    """The prompt fits beside a long one only with this prefix. The tree loads all of it, or nothing."""
+    long, turn = prompt(3500, done=1500), prompt(700, host=300)
+    made = adder(10_000, [turn])
+    made.tree_cache.init_load_back.return_value = (loaded, turn.last_node)
+    assert made.add_chunked_req(long) is long
+    assert made.chosen == {turn.rid}
+    made.add_one_req(turn, True, None)
+    assert made.new_chunked_req is None, "two prompts would continue"
+    assert (made.can_run_list == [long, turn]) == (loaded == 300)
+
+
+def test_a_bound_of_the_memory_makes_no_second_prompt_continue(monkeypatch):
+    long, short = prompt(3500, done=1500), prompt(100)
+    made = adder(10_000, [short])
+    assert made.add_chunked_req(long) is long
+    monkeypatch.setattr(PrefillBudget, "check_prefill", lambda self, **asked: (True, 50))  # as of sliding windows
+    assert made.add_one_req(short, True, None) is AddReqResult.OTHER
+    assert made.new_chunked_req is None and made.can_run_list == [long]
+
+
+def test_a_prompt_that_begins_is_divided_as_in_sglang():
+    first = prompt(3500)
+    made = adder(10_000, [first])
+    made.add_one_req(first, False, None)
+    assert made.new_chunked_req is first and first.extend_len == ROOM
