@@ -60,7 +60,12 @@ class SparseRequest:
     _counted: list[tuple[int, int]] = field(default_factory=list)  # spans of tokens, which do not overlap
 
     def count(self, start: int, end: int) -> None:
-        """Count the prompt tokens from ``start`` to ``end`` that were not counted before."""
+        """Count the prompt tokens from ``start`` to ``end`` that were not counted before.
+
+        After a retraction, a chunk may begin behind the prompt, in the tokens of the answer. Then it has none to count.
+        """
+        if end <= start:
+            return
         apart = [span for span in self._counted if span[1] < start or end < span[0]]
         joined = [span for span in self._counted if span not in apart]
         self._counted = [*apart, (min([start, *(s for s, _ in joined)]), max([end, *(e for _, e in joined)]))]

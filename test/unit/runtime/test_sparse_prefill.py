@@ -138,16 +138,16 @@ def test_a_request_that_can_leave_out_little_is_finished_exactly():
 
 
 def test_tokens_count_once_although_a_retraction_lets_them_be_computed_again():
-    """After it the chunks are others: one begins earlier, and the tokens of the answer are in the last one."""
+    """After it the chunks are others: one begins earlier, and the tokens of the answer are in the last two."""
     prefill = SparsePrefill(0.1, SimpleNamespace(sparse=None), alone)
     req = request(origin_input_ids=[1] * 6000)
     prefill.admit(req)
     counts = []
-    for prefix, new in ((5000, 500), (5500, 500), (4900, 700), (5600, 450)):
+    for prefix, new in ((5000, 500), (5500, 500), (4900, 700), (5600, 450), (6100, 500)):
         with prefill.running(batch_of((req, prefix, new))):
             prefill.backend.sparse.records[0].add(torch.zeros(1), 1000, 500)
         counts.append(req.shift_sparse.tokens)
-    assert counts == [500, 1000, 1100, 1100]
+    assert counts == [500, 1000, 1100, 1100, 1100]
 
 
 def test_lower_tokens_count_after_a_retraction_and_an_eviction():
