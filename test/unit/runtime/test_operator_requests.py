@@ -7,9 +7,11 @@ import math
 from types import SimpleNamespace
 
 import pytest
+from sglang.srt.constants import GPU_MEMORY_ALL_TYPES
 from sglang.srt.managers.io_struct import (
     ProfileReq,
     ReleaseMemoryOccupationReqInput,
+    ReleaseMemoryOccupationReqOutput,
     ResumeMemoryOccupationReqInput,
     SlowDownReqInput,
     UpdateWeightsFromTensorReqInput,
@@ -141,6 +143,29 @@ def test_what_a_rank_leaves_undone(monkeypatch, caplog, name, mine, tags, served
     asked = []
     monkeypatch.setattr(SchedulerWeightUpdaterManager, name, lambda self, request: asked.append(request))
     before = set(mine.offload_tags)
-    getattr(mine, name)(SimpleNamespace(tags=tags))
+    request = RELEASE if name.startswith("release") else RESUME
+    getattr(mine, name)(request(tags=tags))
     assert bool(asked) is served and mine.offload_tags == before
     assert (f"sglang_shift: no memory was {name.split('_')[0]}" in caplog.text) is not served
+
+
+@pytest.mark.parametrize(
+    ("released", "tags", "expected"),
+    [
+        ([], None, [GPU_MEMORY_ALL_TYPES]),
+        (["kv_cache"], ["kv_cache"], []),
+        (["kv_cache"], ["kv_cache", "weights"], [["weights"]]),
+        (["kv_cache"], None, [[tag for tag in GPU_MEMORY_ALL_TYPES if tag != "kv_cache"]]),
+        (GPU_MEMORY_ALL_TYPES, None, []),
+    ],
+)
+def test_memory_is_not_released_twice(monkeypatch, caplog, released, tags, expected):
+    """SGLang's memory saver ends the process if it pauses memory that is paused."""
+    asked = []
+    monkeypatch.setattr(
+        SchedulerWeightUpdaterManager, "release_memory_occupation", lambda self, request: asked.append(request.tags)
+    )
+    answer = updater(released=released).release_memory_occupation(RELEASE(tags=tags))
+    assert asked == expected
+    assert ("was released before" in caplog.text) is bool(released)
+    assert expected or isinstance(answer, ReleaseMemoryOccupationReqOutput)
