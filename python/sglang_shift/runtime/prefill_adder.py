@@ -48,12 +48,14 @@ class ShiftPrefillAdder(PrefillAdder):
         decodes: The requests that decode meanwhile. They do not share the step once it has a prompt that cannot.
         prompts: The prompt tokens that the step has so far.
         room: Prompt tokens that the step can take. Each prompt that is added may change it, because its history counts.
+        continues: Whether a prompt from the step before is not at its end.
     """
 
     budget: ChunkBudget
     decodes: Decodes
     prompts: Prompts
     room: int
+    continues: bool
 
     def start(
         self,
@@ -74,6 +76,7 @@ class ShiftPrefillAdder(PrefillAdder):
         """
         self.budget, self.decodes, self.share, self.waiting, self.needs_tp = budget, decodes, share, waiting, needs_tp
         self.prompts, self.room = Prompts(), 0
+        self.continues = False
         self.chosen: set[str] = set()
 
     @overrides(
@@ -88,6 +91,7 @@ class ShiftPrefillAdder(PrefillAdder):
         """
         free = int(self.memory_budget.remaining_current)
         if free < self.page_size and self.running_batch.reqs:
+            self.continues = True
             return req
         plan = self._plan(req, req.prefix_len)
         beside = self._choose(plan.room)
@@ -95,6 +99,7 @@ class ShiftPrefillAdder(PrefillAdder):
         self.rem_chunk_tokens = plan.room
         rest: Req | None = super().add_chunked_req(req)
         tokens = self._record(req, plan)
+        self.continues = rest is not None
         if rest is None:
             self.share.reset()
         else:
@@ -129,8 +134,8 @@ class ShiftPrefillAdder(PrefillAdder):
         "sglang.srt.mem_cache.common:match_kv_cache",
         "This function notes how many tokens of a waiting prompt are cached, and locks nothing.",
     )
-    def _uncached_tokens(self, req: Req) -> int:
-        """Tokens that a waiting prompt needs, by the last look-up of its cached prefix.
+    def _cached_tokens(self, req: Req) -> int:
+        """Tokens of a waiting prompt that are cached, by the last look-up.
 
         SGLang looks a prompt up when it adds it, and some of its queue policies do so earlier. So we look once.
         """
@@ -138,7 +143,11 @@ class ShiftPrefillAdder(PrefillAdder):
             req.shift_looked_up = True
             if not req.num_matched_prefix_tokens:
                 match_kv_cache(req, self.tree_cache)
-        return max(1, len(req.origin_input_ids) + len(req.output_ids) - req.num_matched_prefix_tokens)
+        cached: int = req.num_matched_prefix_tokens
+        return cached
+
+    def _uncached_tokens(self, req: Req) -> int:
+        return max(1, len(req.origin_input_ids) + len(req.output_ids) - self._cached_tokens(req))
 
     @overrides(
         "Our method limits a new prompt to the budget. Beside a prompt that continues, it adds only chosen ones."
@@ -161,6 +170,14 @@ class ShiftPrefillAdder(PrefillAdder):
             self.share.reset()
             self.share.continue_long(tokens, plan.chunk)
         return result
+
+    @overrides("Our method preempts no request for a prompt that the step does not take, for lack of room.")
+    def preempt_to_schedule(self, req: Req) -> bool:
+        """Preempt requests for a waiting prompt. SGLang asks before it looks the prompt up and adds it."""
+        if self.new_chunked_req is not None:
+            return False
+        takes = req.rid in self.chosen if self.continues else self._plan(req, self._cached_tokens(req)).room > 0
+        return takes and bool(super().preempt_to_schedule(req))
 
     @overrides("Our method takes no part of a prompt beside a prompt that continues, because only one can continue.")
     def _select_prefill_admission(self, req: Req, *, has_chunked_req: bool = False, **limits: Any) -> Any:

@@ -68,6 +68,7 @@ DIGESTS = {
     "sglang.srt.managers.schedule_policy:PrefillAdder._select_prefill_admission": "c17c45f9e1e609c6",
     "sglang.srt.managers.schedule_policy:PrefillAdder.add_chunked_req": "af3ae7db76b5e8d2",
     "sglang.srt.managers.schedule_policy:PrefillAdder.add_one_req": "11ea292b16f33cb6",
+    "sglang.srt.managers.schedule_policy:PrefillAdder.preempt_to_schedule": "eb66e8c3768fa1a8",
     "sglang.srt.managers.schedule_policy:SchedulePolicy._touch_waiting_prefixes": "c16fdd2f7400f921",
     "sglang.srt.managers.scheduler:Scheduler.__init__": "a4a5297acc175a1e",
     "sglang.srt.managers.scheduler:Scheduler._add_request_to_queue": "056a60799b02ac47",

@@ -225,3 +225,47 @@ def test_the_end_of_a_long_prompt_leaves_room_for_the_queue():
     add(made, Prompt(300))
     assert tokens(made) == [40, 60]
     assert share.credit == 60, "the first chunk of the next long prompt earns credit"
+
+
+@pytest.fixture
+def preempted(monkeypatch):
+    """The prompts for which SGLang preempts requests."""
+    found = []
+    monkeypatch.setattr(PrefillAdder, "preempt_to_schedule", lambda self, req: found.append(req) or True)
+    return found
+
+
+def test_nothing_is_preempted_for_a_prompt_that_does_not_pass_a_long_one(preempted):
+    share, short, medium, long = ChunkShare(), Prompt(30), Prompt(200), Prompt(1000)
+    share.continue_long(500, 1000)
+    made = adder(110.0, Decodes(10, mixed=True), [medium, short], share)
+    made.add_chunked_req(long)
+    assert not made.preempt_to_schedule(medium)
+    assert made.preempt_to_schedule(short)
+    assert preempted == [short]
+
+
+def test_nothing_is_preempted_if_the_step_has_no_room(preempted):
+    made = adder(110.0, Decodes(10, mixed=True))
+    first, second, third = Prompt(40), Prompt(60), Prompt(4)
+    for req in (first, second):
+        assert made.preempt_to_schedule(req)
+        add(made, req)
+    assert not made.preempt_to_schedule(third)
+    assert made.rem_chunk_tokens > 0, "SGLang's chunk has room"
+    assert preempted == [first, second]
+
+
+def test_nothing_is_preempted_after_a_prompt_that_will_continue(preempted):
+    made = adder(112.0, Decodes(10, mixed=True))
+    add(made, Prompt(600))
+    assert tokens(made) == [100], "two tokens of room are left"
+    assert not made.preempt_to_schedule(Prompt(2))
+    assert preempted == []
+
+
+def test_a_long_prompt_that_ends_leaves_its_room_to_a_preempting_one(preempted):
+    made = adder(110.0, Decodes(10, mixed=True))
+    assert made.add_chunked_req(Prompt(40)) is None
+    assert made.preempt_to_schedule(short := Prompt(30))
+    assert preempted == [short]
