@@ -111,7 +111,8 @@ class ChunkSizer:
         running, budget = adder.running_batch, self.budget()
         if any(map(self.needs_tp, running.reqs)):
             budget = replace(budget, modes=TP_ONLY)
-        adder.start(budget, self.decodes_of(running), self.share, self.scheduler.waiting_queue, self.needs_tp)
+        waiting = self.scheduler.waiting_queue
+        adder.start(budget, self.decodes_of(running), self.share, waiting, self.needs_tp, self.adapter_fits)
         return adder
 
     def needs_tp(self, req: Req) -> bool:
@@ -121,6 +122,16 @@ class ChunkSizer:
             bool(rules)
             and reason_for_tp(rules, SimpleNamespace(reqs=[req], forward_mode=ForwardMode.EXTEND)) is not None
         )
+
+    def adapter_fits(self, req: Req, adapters: set[str | None]) -> bool:
+        """Whether SGLang can run a prompt in a step with these adapters.
+
+        If SGLang loads adapters while it computes, this question would begin to load one. So the answer is yes.
+        """
+        scheduler = self.scheduler
+        if not scheduler.enable_lora or scheduler.enable_lora_overlap_loading:
+            return True
+        return bool(scheduler.can_schedule_lora_req(req, adapters))
 
     def mixes(self, running: ScheduleBatch) -> bool:
         """Whether the next step decodes these requests, if it has prompts.

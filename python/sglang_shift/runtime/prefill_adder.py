@@ -64,6 +64,7 @@ class ShiftPrefillAdder(PrefillAdder):
         share: ChunkShare,
         waiting: Sequence[Req],
         needs_tp: Callable[[Req], bool],
+        adapter_fits: Callable[[Req, set[str | None]], bool],
     ) -> None:
         """Begin an empty step.
 
@@ -73,8 +74,10 @@ class ShiftPrefillAdder(PrefillAdder):
             share: How waiting prompts and a long prompt share steps.
             waiting: The queue.
             needs_tp: Whether a step with this prompt must run in TP.
+            adapter_fits: Whether a step with these adapters can run this prompt.
         """
-        self.budget, self.decodes, self.share, self.waiting, self.needs_tp = budget, decodes, share, waiting, needs_tp
+        self.budget, self.decodes, self.share, self.waiting = budget, decodes, share, waiting
+        self.needs_tp, self.adapter_fits = needs_tp, adapter_fits
         self.prompts, self.room = Prompts(), 0
         self.continues = False
         self.chosen: set[str] = set()
@@ -94,7 +97,7 @@ class ShiftPrefillAdder(PrefillAdder):
             self.continues = True
             return req
         plan = self._plan(req, req.prefix_len)
-        beside = self._choose(plan.room)
+        beside = self._choose(req, plan.room)
         self.chunked_req_limit = max(1, min(plan.room - beside, free) // self.page_size) * self.page_size
         self.rem_chunk_tokens = plan.room
         rest: Req | None = super().add_chunked_req(req)
@@ -122,13 +125,31 @@ class ShiftPrefillAdder(PrefillAdder):
         output = self._swa_new_tokens(req)
         self.memory_budget.reserve(rest, output, chunk_limit=limit, is_chunked_continuation=True)
 
-    def _choose(self, room: int) -> int:
+    def _choose(self, long: Req, room: int) -> int:
         """Choose the waiting prompts that share the step with a prompt that continues. Return the tokens for them."""
-        waiting = [] if self.running_batch.batch_is_full else list(islice(self.waiting, PENDING_REQUESTS))
+        waiting = self._candidates(long)
         needs = [self.ceil_paged_tokens(self._uncached_tokens(req)) for req in waiting]
         chosen = self.share.chosen(room, needs, self.page_size)
+        if self.prefill_max_requests is not None:
+            chosen = chosen[: self.prefill_max_requests - 1]  # the prompt that continues counts
         self.chosen = {waiting[i].rid for i in chosen}
         return sum(needs[i] for i in chosen)
+
+    @relies_on(
+        "sglang.srt.managers.scheduler:Scheduler.can_schedule_lora_req",
+        "SGLang passes over a waiting prompt if this method says no, with the adapters of the prompts before it.",
+    )
+    def _candidates(self, long: Req) -> list[Req]:
+        """The waiting prompts that SGLang offers to a step with a prompt that continues."""
+        if self.running_batch.batch_is_full:
+            return []
+        adapters = {req.lora_id for req in (*self.running_batch.reqs, long) if not req.finished()}
+        found = []
+        for req in islice(self.waiting, PENDING_REQUESTS):
+            if self.adapter_fits(req, adapters):
+                adapters.add(req.lora_id)
+                found.append(req)
+        return found
 
     @relies_on(
         "sglang.srt.mem_cache.common:match_kv_cache",

@@ -25,7 +25,7 @@ PAGE = 4
 
 
 class Prompt:
-    def __init__(self, tokens, cached=0, logprobs=False):
+    def __init__(self, tokens, cached=0, logprobs=False, adapter=None):
         self.rid = str(id(self))
         self.full_untruncated_fill_ids = self.origin_input_ids = [1] * tokens
         self.output_ids = []
@@ -33,10 +33,14 @@ class Prompt:
         self.host_hit_length = 0
         self.return_logprob, self.input_embeds = logprobs, None
         self.sampling_params = SimpleNamespace(max_new_tokens=8)
+        self.lora_id = adapter
 
     @property
     def extend_len(self):
         return self.extend_end - self.prefix_len
+
+    def finished(self):
+        return False
 
 
 @pytest.fixture(autouse=True)
@@ -72,14 +76,22 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(PrefillAdder, "add_chunked_req", add_chunked_req)
 
 
-def adder(target, decodes, waiting=(), share=None, chunk=1000, floor=8, needs_tp=lambda prompt: False, costs=COSTS):
+def any_adapter(prompt, adapters):
+    return True
+
+
+def adder(
+    target, decodes, waiting=(), share=None, chunk=1000, floor=8, needs_tp=lambda prompt: False, costs=COSTS,
+    most=None, adapter_fits=any_adapter,
+):  # fmt: skip
     made = object.__new__(ShiftPrefillAdder)
+    made.prefill_max_requests = most
     made.page_size, made.rem_chunk_tokens = PAGE, chunk
     made.running_batch, made.tree_cache = SimpleNamespace(batch_is_full=False, reqs=[]), {}
     made.can_run_list, made.new_chunked_req, made.chunked_req_limit = [], None, None
     made.memory_budget = MagicMock(remaining_current=10**6)
     budget = ChunkBudget(costs, target, floor=floor)
-    made.start(budget, decodes, share or ChunkShare(), waiting, needs_tp)
+    made.start(budget, decodes, share or ChunkShare(), waiting, needs_tp, adapter_fits)
     return made
 
 
@@ -269,3 +281,26 @@ def test_a_long_prompt_that_ends_leaves_its_room_to_a_preempting_one(preempted):
     assert made.add_chunked_req(Prompt(40)) is None
     assert made.preempt_to_schedule(short := Prompt(30))
     assert preempted == [short]
+
+
+@pytest.mark.parametrize(("most", "expected"), [(None, [100 - 32 - 20, 2]), (2, [100 - 32, 1]), (1, [100, 0])])
+def test_no_tokens_are_kept_for_more_prompts_than_a_step_takes(most, expected):
+    share = ChunkShare()
+    share.continue_long(500, 1000)
+    made = adder(110.0, Decodes(10, mixed=True), [Prompt(30), Prompt(20)], share, most=most)
+    made.add_chunked_req(Prompt(1000))
+    assert [*tokens(made), len(made.chosen)] == expected
+    assert share.credit == 500 + expected[0] - (100 - expected[0])
+
+
+def test_no_tokens_are_kept_for_a_prompt_whose_adapter_does_not_fit():
+    """Two adapters fit. SGLang counts those of the long prompt, of decodes and of the prompts before."""
+    share = ChunkShare()
+    share.continue_long(500, 1000)
+    waiting = [Prompt(10, adapter=name) for name in ("c", "b", "c", "a", "b")]
+    fits = lambda prompt, adapters: len({prompt.lora_id, *adapters}) <= 2  # noqa: E731
+    made = adder(110.0, Decodes(10, mixed=True), waiting, share, adapter_fits=fits)
+    made.running_batch.reqs.append(Prompt(1, adapter="b"))
+    made.add_chunked_req(Prompt(1000, adapter="a"))
+    assert made.chosen == {waiting[i].rid for i in (1, 3, 4)}
+    assert tokens(made) == [100 - 3 * 12]

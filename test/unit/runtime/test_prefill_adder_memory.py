@@ -33,11 +33,11 @@ class Prompt(MagicMock):
         return self.extend_end - self.prefix_len
 
 
-def prompt(tokens, done=0, host=0, output=OUTPUT):
+def prompt(tokens, done=0, host=0, output=OUTPUT, answer=0):
     """A request whose first ``done`` tokens are in the KV cache, and ``host`` tokens after them in host memory."""
     return Prompt(
         rid=f"{tokens}-{done}-{host}", full_untruncated_fill_ids=[1] * tokens, origin_input_ids=[1] * tokens,
-        output_ids=[], num_matched_prefix_tokens=done + host, prefix_len=done, extend_end=done,
+        output_ids=[1] * answer, num_matched_prefix_tokens=done + host, prefix_len=done, extend_end=done,
         host_hit_length=host, swa_host_hit_length=0, auxiliary_swa_host_hit_length=0, return_logprob=False,
         input_embeds=None, retracted_stain=False, lora_id=None,
         sampling_params=SimpleNamespace(max_new_tokens=output, ignore_eos=False),
@@ -65,7 +65,7 @@ def adder(free, waiting=(), running=(), ratio=1.0, mixed=0, chunk=1024):
     share = ChunkShare()
     share.continue_long(chunk, chunk)
     budget, decodes = ChunkBudget(COSTS, ROOM + 1.0, floor=8), Decodes(1, mixed=True)
-    made.start(budget, decodes, share, waiting, lambda req: False)
+    made.start(budget, decodes, share, waiting, lambda req: False, lambda req, adapters: True)
     return made
 
 
@@ -88,7 +88,7 @@ def test_a_prompt_that_ends_reserves_no_more_than_sglang_does():
 
 
 def decoding(tokens, output):
-    return SimpleNamespace(output_ids=[1] * tokens, sampling_params=prompt(1, output=output).sampling_params)
+    return prompt(1, output=output, answer=tokens)
 
 
 @pytest.mark.parametrize("mixed", [0, 1])
