@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from math import exp, sqrt
 from pathlib import Path
 
 import pytest
+import requests
 from harness import TWO_RANKS
 from prompts import assert_same_answers
 from sglang_shift.models.demo import demo_model_path
@@ -63,6 +68,78 @@ def test_json_schema(server):
     assert [len(part) for part in answer["text"].split("-")] == [3, 4]
 
 
+SAMPLED = {
+    "only temperature": {"temperature": 1},
+    "SGLang's temperature": {"temperature": None},
+    "top-p and top-k": {"temperature": 1, "top_p": 0.9, "top_k": 5},
+    "top-p": {"temperature": 0.7, "top_p": 0.9},
+    "penalties": {"temperature": 1, "frequency_penalty": 0.7, "repetition_penalty": 1.2, "min_new_tokens": 4},
+    "a seed": {"temperature": 1, "sampling_seed": 7},
+    "min_p without a need": {"temperature": 0, "min_p": 0.1},
+}
+
+
+def sampled(server, ids, number, sampling, top=0):
+    """Tokens of an answer, and the logprobs of the ``top`` tokens at each place."""
+    sampling = {"max_new_tokens": number, "ignore_eos": True, **sampling}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    body = {"input_ids": ids, "sampling_params": sampling, "return_logprob": True, "top_logprobs_num": top}
+    answer = server.post("/generate", body)
+    assert all(entry[0] <= 0 for entry in answer["meta_info"]["output_token_logprobs"])
+    return answer["output_ids"], answer["meta_info"].get("output_top_logprobs")
+
+
+@pytest.mark.server
+def test_sampled_requests_beside_greedy_ones(server, reference):
+    """These ended a server without a GPU. A step with both kinds answers the greedy ones as ever."""
+    chosen = slice(16, 24)
+    server.flush_cache()
+    with server.policy("tokens", threshold=2 * DRAFTS), ThreadPoolExecutor(16) as pool:
+        others = [pool.submit(sampled, server, reference.prompts[20], 8, case) for case in SAMPLED.values()]
+        greedy = list(pool.map(server.generate, reference.prompts[chosen]))
+        answers = [other.result()[0] for other in others]
+    assert_same_answers(greedy, reference.answers[16][chosen])
+    assert [len(tokens) for tokens in answers] == [8] * len(SAMPLED)
+    assert answers[-1] == reference.answers[1][20].tokens
+
+
+@pytest.mark.server
+def test_sampled_tokens_obey_their_limits(server, reference):
+    ids = reference.prompts[30]
+    tokens, top = sampled(server, ids, 16, {"temperature": 1, "top_k": 3}, top=3)
+    assert all(token in [entry[1] for entry in place] for token, place in zip(tokens, top, strict=True))
+    assert sampled(server, ids, 6, {"temperature": 1, "logit_bias": {"77": 100.0}})[0] == [77] * 6
+    grammar = {"temperature": 1, "max_new_tokens": 24, "regex": r"[0-9]{3}-[0-9]{4}"}
+    answer = server.post("/generate", {"text": "import re\n\nPHONE = '", "sampling_params": grammar})
+    assert [len(part) for part in answer["text"].split("-")] == [3, 4]
+
+
+@pytest.mark.server
+def test_sampled_tokens_have_their_probabilities(server, reference):
+    """Each place has two tokens to choose from. The better one is taken as often as its share of both says."""
+    with ThreadPoolExecutor(16) as pool:
+        ids = [reference.prompts[i] for i in range(16, 40)] * 4
+        answers = list(pool.map(lambda each: sampled(server, each, 12, {"temperature": 1, "top_k": 2}, top=2), ids))
+    shares = list(better(answers))
+    expected, variance = sum(share for share, _ in shares), sum(share * (1 - share) for share, _ in shares)
+    assert variance > 50, "else the places would say nothing"
+    assert abs(sum(taken for _, taken in shares) - expected) < 5 * sqrt(variance)
+
+
+def better(answers) -> Iterator[tuple[float, bool]]:
+    """For each place after the first, the share of the better of two tokens, and whether it was taken."""
+    for tokens, top in answers:
+        for token, ((first, best, _), (second, _, _)) in list(zip(tokens, top, strict=True))[1:]:
+            yield 1 / (1 + exp(second - first)), token == best
+
+
+@pytest.mark.server
+def test_what_drafts_leave_out_is_refused(server):
+    body = {"text": "a", "sampling_params": {"temperature": 1, "min_p": 0.1}}
+    refusal = requests.post(server.url + "/generate", json=body, timeout=60)
+    assert refusal.status_code == 400 and "min_p is 0.1, but --speculative-algorithm" in refusal.text
+
+
 @pytest.mark.server
 @pytest.mark.full
 def test_calibrated(servers, reference):
@@ -111,3 +188,21 @@ def test_draft_models(servers, reference, draft_flags):
             assert (steps["tp"] > 0, steps["sp"] > 0) == (policy != "sp", policy != "tp")
             if "STANDALONE" in draft_flags:
                 assert accepted(answers) > 0
+    assert len(sampled(server, reference.prompts[20], 8, SAMPLED["top-p and top-k"])[0]) == 8
+
+
+@pytest.mark.server
+@pytest.mark.full
+@pytest.mark.parametrize("draft_flags", ["STANDALONE"], indirect=True)
+def test_seeds(servers, reference, draft_flags):
+    """A deterministic server answers a request with a seed as before, whatever runs beside it."""
+    flags = ("--dtype", "float32", "--tp-size", "2", "--enable-shift-parallel", "--shift-policy", "tp")
+    server = servers.get(*flags, *draft_flags, "--enable-deterministic-inference")
+    sampling = {"temperature": 1, "top_p": 0.9}
+    ask = partial(sampled, server, reference.prompts[20], 12)
+    seeds = [7, 8, 9, 7, 8, 9]
+    with ThreadPoolExecutor(6) as pool:
+        answers = [answer[0] for answer in pool.map(lambda seed: ask({**sampling, "sampling_seed": seed}), seeds)]
+    assert answers[:3] == answers[3:]
+    assert len(set(map(tuple, answers))) == 3
+    assert ask({**sampling, "sampling_seed": 7})[0] == answers[0]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sglang_shift.platforms import draft_sampling
 from sglang_shift.platforms.attention_backend import CpuAttentionBackend
 from sglang_shift.platforms.cpu import ATTENTION, is_active
 from sglang_shift.seams import put_in_place, replaces
@@ -340,6 +341,7 @@ def register() -> None:
         draft_decode_backend, draft_extend_backend, last_accepted,
     ):  # fmt: skip
         put_in_place(function)
+    draft_sampling.register()
     kernels = ModuleType(KERNELS, "Kernels for CPUs. SGLang's library of this name cannot be imported without CUDA.")
     kernels.reconstruct_indices_from_tree_mask = reconstruct_tree  # type: ignore[attr-defined]
     sys.modules.setdefault(KERNELS, kernels)

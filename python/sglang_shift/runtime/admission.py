@@ -17,7 +17,14 @@ import msgspec
 import torch
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.embed_types import PositionalEmbeds
-from sglang.srt.runtime_context import get_memory, get_observability, get_parallel, get_schedule
+from sglang.srt.runtime_context import (
+    get_exec,
+    get_memory,
+    get_observability,
+    get_parallel,
+    get_schedule,
+    get_spec,
+)
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
 from sglang_shift.errors import RequestRefused
@@ -139,6 +146,7 @@ def check_values(request: Any, model: Any) -> None:
     if isinstance(request, io_struct.TokenizedEmbeddingReqInput):
         return
     check_beams(params.beam_width or 1)
+    check_min_p(params)
     if request.input_embeds is not None:
         check_rows(request.input_embeds, model)
     if request.custom_logit_processor:
@@ -165,12 +173,40 @@ def check_beams(width: int) -> None:
         raise ValueError(f"beam_width is {width}, but beams need a server without --dcp-size {shards}; leave it out")
 
 
+@relies_on(
+    "sglang.srt.speculative.eagle_utils:eagle_sample",
+    "This function chooses the tokens of a step with drafts, and leaves out min_p.",
+)
+@relies_on(
+    "sglang.srt.layers.sampler:top_k_top_p_min_p_sampling_from_probs_torch",
+    "With --enable-deterministic-inference, this function fails if a request of the step has min_p.",
+)
+def check_min_p(params: Any) -> None:
+    """Check ``min_p``. Greedy requests (SGLang gives them the top_k 1) do not need it.
+
+    Raises:
+        ValueError: the server's flags do not combine with it.
+    """
+    if params.min_p > 0 and get_exec().deterministic.enable_deterministic_inference:
+        raise ValueError(
+            f"min_p is {params.min_p}, but --enable-deterministic-inference does not have it; leave it out"
+        )
+    if params.min_p > 0 and params.top_k != 1 and get_spec().speculative_algorithm is not None:
+        raise ValueError(f"min_p is {params.min_p}, but --speculative-algorithm does not have it; leave it out")
+
+
+@relies_on(
+    "sglang.srt.speculative.eagle_utils:eagle_sample",
+    "This function chooses the tokens of a step with drafts, and leaves out custom logit processors.",
+)
 def check_logit_processor(text: str) -> None:
     """Make the logit processor of a request, as each rank does. SGLang has checked that the server allows it.
 
     Raises:
-        ValueError: it cannot be made.
+        ValueError: it cannot be made, or it would not be applied.
     """
+    if get_spec().speculative_algorithm is not None:
+        raise ValueError("custom_logit_processor is not applied with --speculative-algorithm; leave it out")
     try:
         processor = CustomLogitProcessor.from_str(text)
     except Exception as error:  # it is code of the user

@@ -5,6 +5,7 @@
 SGLANG_VERSION = "0.5.23"
 DIGESTS = {
     "sglang.kernels.ops.elementwise.elementwise:_launch_fused_gate_sigmoid_mul": "e12686b45b333b1a",
+    "sglang.kernels.ops.sampling.murmur_hash:murmur_hash32": "b3fb6ecfaff0350c",
     "sglang.kernels.ops.speculative.cache_locs:assign_draft_cache_locs_contiguous_func": "fffc7b57bab54d17",
     "sglang.kernels.ops.speculative.eagle:fill_bonus_tokens_func": "0c0844c876f9992a",
     "sglang.srt.arg_groups.memory_hook:reserve_for_graph_mb": "4cd5981a54925352",
@@ -45,6 +46,8 @@ DIGESTS = {
     "sglang.srt.layers.rotary_embedding.factory:get_rope": "a2b4328e816d795e",
     "sglang.srt.layers.rotary_embedding.factory:get_rope_cpu": "e4dff05bd224a89b",
     "sglang.srt.layers.sampler:Sampler.__init__": "e76b4af70508b821",
+    "sglang.srt.layers.sampler:murmur_hash32": "b3fb6ecfaff0350c",
+    "sglang.srt.layers.sampler:top_k_top_p_min_p_sampling_from_probs_torch": "4c8e67c1ecebd6b7",
     "sglang.srt.layers.vocab_parallel_embedding:VocabParallelEmbedding.forward": "6fb4ad967b230a90",
     "sglang.srt.lora.lora_manager:LoRAManager.__init__": "c7fd3ec874c879f2",
     "sglang.srt.lora.lora_manager:LoRAManager.prepare_lora_batch": "75d832c03b74846a",
@@ -218,6 +221,7 @@ DIGESTS = {
     "sglang.srt.speculative.draft_utils:DraftBackendFactory._create_triton_decode_backend": "5ab352e9be92c6fc",
     "sglang.srt.speculative.draft_utils:DraftBackendFactory._create_triton_prefill_backend": "f0c9ea193824d581",
     "sglang.srt.speculative.eagle_utils:build_tree_kernel_efficient_func": "b137949fdf7eef32",
+    "sglang.srt.speculative.eagle_utils:eagle_sample": "b497c62acadc5e71",
     "sglang.srt.speculative.eagle_utils:verify_tree_greedy_func": "dae05d6e8dcf80ae",
     "sglang.srt.speculative.spec_utils:fill_accept_out_cache_loc_func": "f2d2ccad169e141b",
     "sglang.srt.speculative.spec_utils:fill_front_out_cache_loc_func": "219d8596532f4b96",

@@ -41,6 +41,7 @@ MODULES = (
     "sglang_shift.parallel.topology",
     "sglang_shift.platforms.attention_backend",
     "sglang_shift.platforms.cpu",
+    "sglang_shift.platforms.draft_sampling",
     "sglang_shift.platforms.fallbacks",
     "sglang_shift.platforms.lora",
     "sglang_shift.platforms.speculation",

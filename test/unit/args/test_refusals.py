@@ -168,7 +168,7 @@ ASKING = {
     "enable_return_routed_experts": True,
     "enable_two_batch_overlap": True, "enable_pdmux": True,
     "speculative_algorithm": "DFLASH", "speculative_adaptive": True, "enable_multi_layer_eagle": True,
-    "enable_torch_compile": True,
+    "speculative_use_rejection_sampling": True, "enable_torch_compile": True,
     "cuda_graph_config": SimpleNamespace(prefill=SimpleNamespace(backend="full")),
     "dllm_algorithm": "x", "elastic_ep_backend": "mooncake", "use_ray": True, "encoder_only": True,
     "grpc_mode": True, "weight_cache_mode": "on", "startup_weight_load_mode": "overlap",

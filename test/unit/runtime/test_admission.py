@@ -169,6 +169,15 @@ def test_many_prompts_of_one_sample_each():
     admission.check_samples(GenerateReqInput(input_ids=[[1]] * 20_000, sampling_params={"n": 1}))
 
 
+@pytest.fixture(autouse=True)
+def flags(monkeypatch):
+    """Flags of the server, which a test can change."""
+    flags = SimpleNamespace(speculative_algorithm=None, enable_deterministic_inference=False)
+    monkeypatch.setattr(admission, "get_spec", lambda: flags)
+    monkeypatch.setattr(admission, "get_exec", lambda: SimpleNamespace(deterministic=flags))
+    return flags
+
+
 class NotCallable:
     to_str = classmethod(CustomLogitProcessor.to_str.__func__)
 
@@ -242,6 +251,33 @@ def test_values_that_fit(values):
     admission.check_values(tokenized(**values), MODEL)
 
 
+@pytest.mark.parametrize(
+    ("flag", "values", "reason"),
+    [
+        ("speculative_algorithm", {"min_p": 0.1}, "min_p is 0.1, but --speculative-algorithm"),
+        ("speculative_algorithm", {"min_p": 0.1, "temperature": 0}, None),  # greedy
+        ("speculative_algorithm", {"top_k": 5, "top_p": 0.9, "logit_bias": {"1": 5.0}, "sampling_seed": 7}, None),
+        (
+            "speculative_algorithm",
+            {"custom_logit_processor": DisallowedTokensLogitsProcessor.to_str()},
+            "custom_logit_processor is not applied with --speculative-algorithm",
+        ),
+        ("enable_deterministic_inference", {"min_p": 0.1}, "min_p is 0.1, but --enable-deterministic-inference"),
+        ("enable_deterministic_inference", {"min_p": 0.1, "temperature": 0}, "but --enable-deterministic-inference"),
+        ("enable_deterministic_inference", {"top_k": 5, "top_p": 0.9, "sampling_seed": 7}, None),
+        (None, {"min_p": 0.1}, None),
+    ],
+)
+def test_sampling_that_flags_do_not_have(flags, flag, values, reason):
+    if flag:
+        setattr(flags, flag, "NGRAM" if flag == "speculative_algorithm" else True)
+    if reason is None:
+        admission.check_values(tokenized(**values), MODEL)
+    else:
+        with pytest.raises(ValueError, match=reason):
+            admission.check_values(tokenized(**values), MODEL)
+
+
 class Wanted(msgspec.Struct):
     sampling_params: SamplingParams
     return_logprob: bool = False
@@ -305,7 +341,7 @@ def test_labels_that_no_metric_has(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "values", "reason"),
+    ("settings", "values", "reason"),
     [
         ((128, True), {}, "needs --chunked-prefill-size -1 and --disable-radix-cache"),
         ((-1, False), {}, "needs --chunked-prefill-size -1 and --disable-radix-cache"),
@@ -318,8 +354,8 @@ def test_labels_that_no_metric_has(monkeypatch):
         ((-1, True), {}, None),
     ],
 )
-def test_positions_to_read_logprobs_at(monkeypatch, flags, values, reason):
-    chunk, no_cache = flags
+def test_positions_to_read_logprobs_at(monkeypatch, settings, values, reason):
+    chunk, no_cache = settings
     monkeypatch.setattr(admission, "get_schedule", lambda: SimpleNamespace(chunked_prefill_size=chunk))
     monkeypatch.setattr(admission, "get_memory", lambda: SimpleNamespace(disable_radix_cache=no_cache))
     fields = {"input_ids": [1, 2, 3], "token_indices_to_pool": [0, 2], "return_logprob": True}
