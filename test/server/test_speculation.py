@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from math import exp, sqrt
 from pathlib import Path
 
@@ -189,20 +188,3 @@ def test_draft_models(servers, reference, draft_flags):
             if "STANDALONE" in draft_flags:
                 assert accepted(answers) > 0
     assert len(sampled(server, reference.prompts[20], 8, SAMPLED["top-p and top-k"])[0]) == 8
-
-
-@pytest.mark.server
-@pytest.mark.full
-@pytest.mark.parametrize("draft_flags", ["STANDALONE"], indirect=True)
-def test_seeds(servers, reference, draft_flags):
-    """A deterministic server answers a request with a seed as before, whatever runs beside it."""
-    flags = ("--dtype", "float32", "--tp-size", "2", "--enable-shift-parallel", "--shift-policy", "tp")
-    server = servers.get(*flags, *draft_flags, "--enable-deterministic-inference")
-    sampling = {"temperature": 1, "top_p": 0.9}
-    ask = partial(sampled, server, reference.prompts[20], 12)
-    seeds = [7, 8, 9, 7, 8, 9]
-    with ThreadPoolExecutor(6) as pool:
-        answers = [answer[0] for answer in pool.map(lambda seed: ask({**sampling, "sampling_seed": seed}), seeds)]
-    assert answers[:3] == answers[3:]
-    assert len(set(map(tuple, answers))) == 3
-    assert ask({**sampling, "sampling_seed": 7})[0] == answers[0]

@@ -14,9 +14,6 @@ from torch.nn import functional as F
 from sglang_shift.platforms.cpu import is_active
 from sglang_shift.seams import extends, put_in_place, replaces
 
-MASK = 0xFFFFFFFF
-"""The lower 32 bits of an integer."""
-
 
 @replaces(
     "sglang.srt.layers.logits_processor:fused_softcap",
@@ -159,52 +156,6 @@ def clamped_swiglu(hidden: torch.Tensor, alpha: float, limit: float, interleaved
     return gate * torch.sigmoid(gate * alpha) * (up + 1)
 
 
-@replaces(
-    "sglang.kernels.ops.sampling.murmur_hash:murmur_hash32",
-    "SGLang's is in a library that needs CUDA",
-    when=is_active,
-)
-def murmur_hash(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
-    """Hash a seed, a position and a column into 32 bits, in place of ``murmur_hash32``.
-
-    This is MurmurHash3_x86_32 by Austin Appleby (https://github.com/aappleby/smhasher), which is in the public domain,
-    with the seed 0, over four words: both halves of ``seed``, the position and the column.
-
-    Args:
-        seed: ``[rows]``, integers of 64 bits.
-        positions: ``[rows]``.
-        col_indices: ``[columns]``.
-
-    Returns:
-        ``[rows, columns]``.
-    """
-    seed, position, column = (
-        each.to(torch.int64) for each in (seed[:, None], positions[:, None], col_indices[None, :])
-    )
-    hashed = torch.zeros_like(column)
-    for word in (seed, seed >> 32, position, column):
-        mixed = _rotated((word & MASK) * 0xCC9E2D51 & MASK, 15) * 0x1B873593 & MASK
-        hashed = (_rotated(hashed ^ mixed, 13) * 5 + 0xE6546B64) & MASK
-    hashed = hashed ^ 16  # the length in bytes
-    hashed = (hashed ^ hashed >> 16) * 0x85EBCA6B & MASK
-    hashed = (hashed ^ hashed >> 13) * 0xC2B2AE35 & MASK
-    return (hashed ^ hashed >> 16).to(torch.uint32)
-
-
-def _rotated(words: torch.Tensor, bits: int) -> torch.Tensor:
-    return (words << bits | words >> 32 - bits) & MASK
-
-
-@replaces(
-    "sglang.srt.layers.sampler:murmur_hash32",
-    "SGLang's is in a library that needs CUDA; the sampler has imported it by name",
-    when=is_active,
-)
-def murmur_hash_of_sampler(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
-    """Call :func:`murmur_hash`, which draws tokens with ``--enable-deterministic-inference``."""
-    return murmur_hash(seed, positions, col_indices)
-
-
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -228,8 +179,6 @@ def register() -> None:
     """Put all of them in place. SGLang uses MLA's rule for ``triton`` for every backend without one, too."""
     from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
 
-    for function in (
-        cap_logits, gate_shared_expert, last_slots, rope_of_mla, experts, murmur_hash, murmur_hash_of_sampler,
-    ):  # fmt: skip
+    for function in (cap_logits, gate_shared_expert, last_slots, rope_of_mla, experts):
         put_in_place(function)
     AttentionBackendRegistry.register("triton", absorbed)

@@ -5,7 +5,6 @@
 SGLANG_VERSION = "0.5.23"
 DIGESTS = {
     "sglang.kernels.ops.elementwise.elementwise:_launch_fused_gate_sigmoid_mul": "e12686b45b333b1a",
-    "sglang.kernels.ops.sampling.murmur_hash:murmur_hash32": "b3fb6ecfaff0350c",
     "sglang.kernels.ops.speculative.cache_locs:assign_draft_cache_locs_contiguous_func": "fffc7b57bab54d17",
     "sglang.kernels.ops.speculative.eagle:fill_bonus_tokens_func": "0c0844c876f9992a",
     "sglang.srt.arg_groups.memory_hook:reserve_for_graph_mb": "4cd5981a54925352",
@@ -46,7 +45,6 @@ DIGESTS = {
     "sglang.srt.layers.rotary_embedding.factory:get_rope": "a2b4328e816d795e",
     "sglang.srt.layers.rotary_embedding.factory:get_rope_cpu": "e4dff05bd224a89b",
     "sglang.srt.layers.sampler:Sampler.__init__": "e76b4af70508b821",
-    "sglang.srt.layers.sampler:murmur_hash32": "b3fb6ecfaff0350c",
     "sglang.srt.layers.sampler:top_k_top_p_min_p_sampling_from_probs_torch": "4c8e67c1ecebd6b7",
     "sglang.srt.layers.vocab_parallel_embedding:VocabParallelEmbedding.forward": "6fb4ad967b230a90",
     "sglang.srt.lora.lora_manager:LoRAManager.__init__": "c7fd3ec874c879f2",

@@ -143,36 +143,3 @@ def test_the_last_slot_of_a_prefix():
     slots = fallbacks.last_slots(table, rows, prefix_lens)
     assert slots.tolist() == [12, -1, 19]
     assert slots.dtype == prefix_lens.dtype
-
-
-def murmur3(data, seed=0):
-    """MurmurHash3_x86_32 of whole words, as it is published."""
-    hashed = seed
-    for start in range(0, len(data), 4):
-        word = int.from_bytes(data[start : start + 4], "little") * 0xCC9E2D51 % 2**32
-        hashed ^= rotated(word, 15) * 0x1B873593 % 2**32
-        hashed = (rotated(hashed, 13) * 5 + 0xE6546B64) % 2**32
-    hashed ^= len(data)
-    hashed = (hashed ^ hashed >> 16) * 0x85EBCA6B % 2**32
-    hashed = (hashed ^ hashed >> 13) * 0xC2B2AE35 % 2**32
-    return hashed ^ hashed >> 16
-
-
-def rotated(word, bits):
-    return (word << bits | word >> 32 - bits) % 2**32
-
-
-def test_hashes():
-    assert murmur3(b"aaaa", 0x9747B28C) == 0x5A97808A  # a published pair
-    seeds, positions, columns = [0, 42, 2**63 - 1, 2**64 - 3], [0, 7, 2**31, 5], [0, 1, 151_935, 2**32 - 1]
-    hashed = fallbacks.murmur_hash_of_sampler(
-        torch.tensor(seeds, dtype=torch.uint64), torch.tensor(positions), torch.tensor(columns)
-    )
-    assert hashed.dtype == torch.uint32
-    assert hashed.tolist() == [
-        [
-            murmur3(b"".join((s.to_bytes(8, "little"), p.to_bytes(4, "little"), c.to_bytes(4, "little"))))
-            for c in columns
-        ]
-        for s, p in zip(seeds, positions, strict=True)
-    ]
