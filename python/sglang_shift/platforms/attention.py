@@ -88,9 +88,10 @@ def attend(
         key: ``[keys, KV heads, width]``. The new tokens' own keys come last.
         value: ``[keys, KV heads, value width]``.
         scale: The factor of the scores.
-        causal: Whether a token attends to no later token. Otherwise it attends to all keys.
-        window: If not None, a token attends to itself and to this number of tokens before it. This is SGLang's
-            ``sliding_window_size``, which is one less than ``sliding_window`` of transformers.
+        causal: Whether a token attends to no later token.
+        window: If not None, a token attends to itself and to this number of tokens before it, and without ``causal``
+            to as many after it. This is SGLang's ``sliding_window_size``, which is one less than ``sliding_window`` of
+            transformers.
         cap: If positive, a score ``s`` becomes ``cap * tanh(s / cap)``.
         visible: ``[new tokens, keys]``, bool: which keys a token attends to, in place of ``causal``. A window also
             hides the keys before it. The scores are one block, so this is for few tokens.
@@ -109,8 +110,8 @@ def attend(
             token = torch.arange(before, keys, device=query.device).unsqueeze(1)
             visible = visible & (torch.arange(keys, device=query.device) >= token - window)
         part = attend_batch(q, k, v, scale=scale, cap=cap, visible=visible)
-    elif window is not None and (causal or new == 1):
-        part = _attend_window(q, k, v, before, window, scale, cap)
+    elif window is not None:
+        part = _attend_window(q, k, v, before, window, scale, cap, causal)
     elif causal and new > 1:
         part = attend_batch(q, k[:, :, before:], v[:, :, before:], scale=scale, cap=cap, causal=True)
         if before:
@@ -121,8 +122,10 @@ def attend(
     return Part(part.output[0].transpose(0, 1), part.lse[0].transpose(0, 1))
 
 
-def band(queries: int, keys: int, first: int, window: int, device: torch.device | None = None) -> torch.Tensor:
-    """Return ``[queries, keys]``, bool: whether a key is visible from a causal window.
+def band(
+    queries: int, keys: int, first: int, window: int, device: torch.device | None = None, *, causal: bool = True
+) -> torch.Tensor:
+    """Return ``[queries, keys]``, bool: whether a key is visible from a window.
 
     Args:
         queries: The number of queries.
@@ -130,23 +133,25 @@ def band(queries: int, keys: int, first: int, window: int, device: torch.device 
         first: The index of the key of the first query's own token.
         window: The number of visible tokens before a query's own.
         device: The device of the result.
+        causal: Whether no token after a query's own is visible. Otherwise ``window`` tokens after it are.
     """
     token = torch.arange(first, first + queries, device=device).unsqueeze(1)
     key = torch.arange(keys, device=device)
-    return (key <= token) & (key >= token - window)
+    return (key <= (token if causal else token + window)) & (key >= token - window)
 
 
 def _attend_window(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, before: int, window: int, scale: float, cap: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, before: int, window: int, scale: float, cap: float, causal: bool
 ) -> Part:
     """Attention of each block of queries to the keys that its windows cover."""
     parts = []
     for start in range(0, q.shape[2], QUERY_BLOCK):
         rows = q[:, :, start : start + QUERY_BLOCK]
-        first, last = before + start, before + start + rows.shape[2]  # the keys of the rows' own tokens
-        low = max(0, first - window)
-        visible = band(rows.shape[2], last - low, first - low, window, q.device) if rows.shape[2] > 1 else None
-        parts.append(attend_batch(rows, k[:, :, low:last], v[:, :, low:last], scale=scale, cap=cap, visible=visible))
+        count, first = rows.shape[2], before + start  # the key of the first row's own token
+        low, high = max(0, first - window), first + count + (0 if causal else window)
+        keys, values = k[:, :, low:high], v[:, :, low:high]
+        visible = band(count, keys.shape[2], first - low, window, q.device, causal=causal) if count > 1 else None
+        parts.append(attend_batch(rows, keys, values, scale=scale, cap=cap, visible=visible))
     return _concatenate(parts, q, v)
 
 

@@ -125,7 +125,7 @@ class CpuAttentionBackend(AttentionBackend):
         """
         query, _, sinks = self._prepare(q, k, v, layer, batch, save_kv_cache, **kwargs)
         causal = self._is_causal(layer, batch)
-        options = {"scale": layer.scaling, "causal": causal, "cap": layer.logit_cap, "window": window_of(layer, causal)}
+        options = {"scale": layer.scaling, "causal": causal, "cap": layer.logit_cap, "window": window_of(layer)}
         keys, values = self._buffers(layer)
         parts, start = [], 0
         for index, extension in enumerate(self._extensions(batch)):
@@ -267,7 +267,7 @@ class CpuAttentionBackend(AttentionBackend):
 
     def _together(self, layer: Any, batch: Any) -> list[Together]:
         """The requests of a decode, in groups of similar lengths."""
-        window, translate = window_of(layer, True), self._has_window_slots(layer)
+        window, translate = window_of(layer), self._has_window_slots(layer)
         place = (window, translate, layer.is_cross_attention)
         if place not in self.slots:
             starts, counts = self._spans(layer, batch, window)
@@ -407,12 +407,13 @@ def no_lse(query: torch.Tensor) -> torch.Tensor:
     return torch.full(query.shape[:2], -math.inf, dtype=dtype, device=query.device)
 
 
-def window_of(layer: Any, causal: bool) -> int | None:
-    """How many tokens before its own a token of this layer attends to; None for all."""
+def window_of(layer: Any) -> int | None:
+    """How many tokens before its own a token of this layer attends to; None for all.
+
+    If the layer is not causal, a token also attends to as many tokens after its own.
+    """
     size = layer.sliding_window_size
-    if not causal or layer.is_cross_attention or size is None or size < 0:
-        return None
-    return size
+    return None if layer.is_cross_attention or size is None or size < 0 else size
 
 
 def refuse_unknown(layer: Any, others: dict[str, Any]) -> None:

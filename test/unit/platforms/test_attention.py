@@ -37,7 +37,7 @@ def formula(query, key, value, *, scale, causal=True, window=None, cap=0.0, visi
     elif causal:
         seen = place <= token
     if window is not None:
-        seen = seen & (place >= token - window) & (place <= token)
+        seen = seen & (place >= token - window) & (place <= (token if causal else token + window))
     scores = scores.masked_fill(~seen.unsqueeze(1), -math.inf)
     return Part(torch.einsum("qhk,khd->qhd", scores.softmax(-1), value), scores.logsumexp(-1))
 
@@ -60,10 +60,12 @@ def test_causal_attention_is_the_formula(new, keys, cap, window):
     assert_same(attend(query, key, value, **options), formula(query, key, value, **options))
 
 
+@pytest.mark.parametrize(("new", "keys"), [(1, 7), (37, 90), (513, 513)])
 @pytest.mark.parametrize("cap", [0.0, 1.5])
-def test_attention_to_all_keys_is_the_formula(cap):
-    query, key, value = tokens(37, 90)
-    options = {"scale": 0.3, "cap": cap, "causal": False}
+@pytest.mark.parametrize("window", [None, 0, 3, 64, 5000])
+def test_attention_to_later_keys_is_the_formula(new, keys, cap, window):
+    query, key, value = tokens(new, keys)
+    options = {"scale": 0.3, "cap": cap, "causal": False, "window": window}
     assert_same(attend(query, key, value, **options), formula(query, key, value, **options))
 
 

@@ -250,11 +250,12 @@ def test_tokens_of_an_image_attend_to_each_other(window):
         start += new
 
 
-def test_an_encoder_attends_to_all_tokens():
+@pytest.mark.parametrize("window", [None, 4])
+def test_an_encoder_attends_to_later_tokens(window):
     requests = requests_of("prompts of odd lengths")
-    layer = layer_of(attn_type=AttentionType.ENCODER_ONLY, sliding_window_size=4)
+    layer = layer_of(attn_type=AttentionType.ENCODER_ONLY, sliding_window_size=-1 if window is None else window)
     out = requests.run(CpuAttentionBackend, layer)
-    torch.testing.assert_close(out, requests.expected(causal=False), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out, requests.expected(causal=False, window=window), atol=1e-5, rtol=1e-5)
 
 
 def test_rows_that_fill_up_a_batch_are_zero():
