@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from types import ModuleType
 
 from sglang_shift.args import (
+    cpu,
     dcp_size,
     exchange_pipeline,
     gemm_backend,
@@ -92,7 +93,7 @@ With `--shift-exchange-pipeline on`, these features are refused, too. With `auto
 """
 
 REFUSAL_SECTIONS: dict[str, tuple[ModuleType, ...]] = {
-    "Flags": (refusals, builtin),
+    "Flags": (refusals, builtin, cpu),
     "`--sp-size auto`": (sp_size,),
     "`--dcp-size`": (token_shards, dcp_size),
     "`--instances`": (instances,),

@@ -14,6 +14,7 @@ from sglang.srt.server_args import ServerArgs
 
 from sglang_shift.args import config_file
 from sglang_shift.args.chunk_size import adjust_chunk_size
+from sglang_shift.args.cpu import check_cpu
 from sglang_shift.args.dcp_size import check_dcp_size, resolve_dcp_size
 from sglang_shift.args.exchange_pipeline import resolved_exchange_pipeline
 from sglang_shift.args.gemm_backend import adjust_gemm_backend
@@ -131,6 +132,7 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
         sp_size = decision.sp_size
         logger.info("sglang_shift: --sp-size auto: %s", decision.reason)
     adjust_gemm_backend(settings.device, settings.bf16_gemm_backend)
+    check_cpu(settings)
     check_exchange(config, settings.device, sp_size, settings.nnodes)
     if config.policy != "tp":
         adjustment = adjust_chunk_size(server_args, sp_size)

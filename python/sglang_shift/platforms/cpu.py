@@ -34,6 +34,11 @@ COLLECTIVES = (
 ATTENTION = "triton"
 # The share of the memory that is free at start-up which the KV pools of all local ranks may take together.
 KV_FRACTION = 0.4
+# The algorithms of speculative decoding whose draft models run here. SGLang resolves NEXTN to EAGLE.
+DRAFT_MODELS = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
+# SGLang's own choice for most models, by field: the steps of a draft model, the drafts of a step for each draft of the
+# step before, and the tokens that the model verifies.
+CHAIN = {"speculative_num_steps": 3, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
 # On a CPU, a larger pool than for this number of full-length requests gains nothing.
 KV_MAX_REQUESTS = 64
 
@@ -82,6 +87,7 @@ class ShiftCpuPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.moe_runner_backend = "triton"
         if server_args.lora_backend == "csgmv":  # SGLang's default, which needs Triton
             server_args.lora_backend = "torch_native"
+        propose_chains(server_args)
         if not self.capabilities.graph_capture:
             server_args.cuda_graph_config = without_graphs(server_args.cuda_graph_config)
         server_args.disable_custom_all_reduce = True
@@ -95,7 +101,7 @@ class ShiftCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
         """Whether the platform has what SGLang's draft worker for ``algorithm`` needs."""
-        return algorithm in ("EAGLE", "EAGLE3", "STANDALONE")
+        return algorithm in DRAFT_MODELS
 
     def get_speculative_worker_cls(self, algorithm: str) -> type | None:
         """Return None for SGLang's own worker, which needs our kernels on this platform."""
@@ -164,6 +170,18 @@ def register_collectives() -> None:
 def has_cpu_kernel(name: str) -> bool:
     """Return whether SGLang's custom op ``name`` takes CPU tensors."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"sglang::{name}", "CPU")
+
+
+def propose_chains(server_args: Any) -> None:
+    """Let a draft model propose one token after the other, if the user has left open how it proposes.
+
+    For some models, SGLang would choose trees of tokens, for which the platform has no attention.
+    """
+    with_draft_model = (server_args.speculative_algorithm or "").upper() in DRAFT_MODELS
+    is_open = not server_args.speculative_adaptive and all(getattr(server_args, name) is None for name in CHAIN)
+    if with_draft_model and is_open:
+        for name, value in CHAIN.items():
+            setattr(server_args, name, value)
 
 
 def without_graphs(config: Any) -> Any:

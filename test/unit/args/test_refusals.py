@@ -27,6 +27,8 @@ from sglang_shift.resolution import shift_config_of
 from tiny_models import IMAGES, MODELS
 
 SHIFT = {"tp_size": 2, "enable_shift_parallel": True}
+EAGLE = {"speculative_algorithm": "EAGLE", "speculative_draft_model_path": demo_model_path()}
+TREES = {"speculative_num_steps": 5, "speculative_eagle_topk": 4, "speculative_num_draft_tokens": 8}
 
 
 def resolved(**fields):
@@ -107,6 +109,13 @@ def test_graphs_that_do_not_take_mixed_chunks():
     assert not can_mix(settings("disabled", enable_hisparse=True))
 
 
+def test_trees_of_drafts_need_a_gpu():
+    """SGLang's own choice for a Llama is four drafts for each draft of the step before."""
+    args = resolved(**SHIFT, **EAGLE)
+    assert [value(args, name) for name in TREES] == [3, 1, 4]
+    assert value(resolved(**SHIFT, speculative_algorithm="NGRAM"), "speculative_eagle_topk") > 1
+
+
 def test_sp_size_alone_is_sp_for_every_step():
     assert shift_config_of(resolved(tp_size=4, sp_size=2)) == ShiftConfig(4, 2, False, "sp")
 
@@ -154,6 +163,15 @@ def test_command_line_serves_the_demo_model_by_default():
         ({**SHIFT, "shift_tbt_target": 50.0, "shift_calibration": "off"}, "--shift-policy tokens has none"),
         ({**SHIFT, "shift_tbt_target": 50.0, "chunked_prefill_size": -1}, "leave out --chunked-prefill-size -1"),
         ({**SHIFT, "shift_tbt_target": 50.0, "disaggregation_mode": "prefill"}, "with --disaggregation-mode prefill"),
+        (
+            {**SHIFT, "shift_policy": "tp", "enable_deterministic_inference": True},
+            "--enable-deterministic-inference needs a GPU, and the device is cpu; leave it out",
+        ),
+        (
+            {"tp_size": 2, "sp_size": 2, "enable_deterministic_inference": True},
+            "--enable-deterministic-inference needs a GPU, and the device is cpu; leave it out",
+        ),
+        ({**SHIFT, **EAGLE, **TREES}, "--speculative-eagle-topk 4 needs a GPU, and the device is cpu; give 1"),
     ],
 )
 def test_refused_at_resolution(flags, message):

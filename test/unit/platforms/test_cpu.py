@@ -27,6 +27,9 @@ def defaults(platform=None, **given):
             "tp_size": 1,
             "pp_size": 1,
             "nnodes": 1,
+            "speculative_algorithm": None,
+            "speculative_adaptive": False,
+            **dict.fromkeys(cpu.CHAIN),
             **given,
         }
     )
@@ -63,6 +66,19 @@ def test_there_are_no_graphs_unless_the_platform_captures():
 def test_a_runner_of_experts_that_the_user_chose_stays():
     assert defaults().moe_runner_backend == "triton"
     assert defaults(moe_runner_backend="cutlass").moe_runner_backend == "cutlass"
+
+
+def chain(**given):
+    args = defaults(**given)
+    return [getattr(args, name) for name in cpu.CHAIN]
+
+
+def test_draft_models_propose_no_trees_by_default():
+    """For a Llama, SGLang chooses four drafts for each draft of the step before."""
+    assert chain(speculative_algorithm="eagle3") == chain(speculative_algorithm="EAGLE") == [3, 1, 4]
+    assert chain() == chain(speculative_algorithm="NGRAM") == [None, None, None]
+    assert chain(speculative_algorithm="EAGLE", speculative_num_steps=5) == [5, None, None]
+    assert chain(speculative_algorithm="EAGLE", speculative_adaptive=True) == [None, None, None]
 
 
 def test_mla_caches_latents():
