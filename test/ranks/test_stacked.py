@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from harness import run_ranks
-from quantized_kernels import install
+from quantized_kernels import install, to_fp8
 from quantized_layers import EXPERT_FORMATS
 from sglang_shift.errors import Refused
+from sglang_shift.layers.linear import QkvProjection
+from sglang_shift.modes import Mode
+from sglang_shift.parallel.exchange.collective import CollectiveExchange
+from sglang_shift.parallel.region import scatter_tokens
+from sglang_shift.parallel.step import Step, run_step
 from sglang_shift.tools.gpu_check.formats import FORMATS, inputs
 from sglang_shift.weights.layer_tensors import ALIGNMENT, describe
 from sglang_shift.weights.stacked import NO_SHARDS, StackedShards, stack_shards
+from sglang_shift.weights.stacked_base import StackedBase
 from stacked_checks import (
     ROWS,
     all_ranks,
@@ -129,6 +136,27 @@ def check_one_gemm(rank: int, world: int) -> None:
 
 def test_one_gemm_needs_one_scale():
     run_ranks(2, check_one_gemm)
+
+
+def check_quantized_rows(rank: int, world: int) -> None:
+    fmt = FORMATS["fp8, per tensor, static"]
+    install(fmt.capability)
+    topology = topology_of(rank, world, 2)
+    layer = linear("qkv", fmt, topology)
+    projection = QkvProjection(layer, StackedBase(layer, topology, "qkv"))
+    for exchange in (topology.exchange, CollectiveExchange(topology.sp_group)):
+        step = Step(Mode.SP, replace(topology, exchange=exchange), None, has_exit=False)
+        with run_step(step):
+            local = scatter_tokens(step, inputs(ROWS, layer.input_size, fmt))
+            expected, _ = projection(local)
+            got, _ = projection((to_fp8(local, layer.input_scale), layer.input_scale, local.dtype))
+        assert got.dtype == local.dtype and len(got) == ROWS
+        assert torch.equal(got, expected)
+
+
+def test_rows_that_the_norm_has_quantized():
+    """SGLang's norm gives the QKV linear rows in fp8, with their scale, if the scale is static."""
+    run_ranks(2, check_quantized_rows)
 
 
 def check_refresh(rank: int, world: int, name: str) -> None:

@@ -13,7 +13,9 @@ import torch
 
 from sglang_shift.errors import ShiftError
 from sglang_shift.parallel.step import Step, current_step
+from sglang_shift.seams import relies_on
 from sglang_shift.weights.base_weights import Base
+from sglang_shift.weights.stacked import Rows
 
 
 class Projection:
@@ -43,7 +45,7 @@ class ColumnProjection(Projection):
     It returns a shape that any operation on single elements can use unchanged, for example SGLang's activations.
     """
 
-    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+    def forward(self, x: Rows, step: Step) -> torch.Tensor:
         """``[T_local, h]`` to ``[T_local * S, n]``; to ``[T_local, P * n]`` if SGLang's linear gathers its output.
 
         The product has ``S * n`` columns, one block for each SP rank. Each block becomes one row: for gate and up,
@@ -67,10 +69,19 @@ class ColumnProjection(Projection):
 class QkvProjection(Projection):
     """A column-parallel linear before attention. Takes this rank's tokens, and returns what full TP's linear does."""
 
-    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+    @relies_on(
+        "sglang.srt.layers.layernorm:RMSNorm.forward_with_per_tensor_quant_fusion",
+        "On a GPU, this method quantizes the rows of a linear in fp8 with a static scale.",
+    )
+    def forward(self, x: Rows, step: Step) -> torch.Tensor:
         """``[T_local, h]`` to ``[T, q + k + v]``. The rows of the base weight are blocks, one for each SP rank."""
         step.in_attention, step.gathered = True, None
-        rows = step.topology.exchange.scatter_heads(x, self.base.columns, self.base.outputs)
+        exchange, width = step.topology.exchange, self.base.outputs
+        if isinstance(x, tuple):
+            quantized, scale, dtype = x
+            rows = exchange.scatter_heads(quantized, lambda part: self.base.columns((part, scale, dtype)), width)
+        else:
+            rows = exchange.scatter_heads(x, self.base.columns, width)
         return rows[: step.num_tokens]
 
 

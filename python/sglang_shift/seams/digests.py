@@ -22,6 +22,7 @@ DIGESTS = {
     "sglang.srt.layers.layer_boundary.factories:_active_variants": "887964bbd645149d",
     "sglang.srt.layers.layer_boundary.stage:StageBoundary._prepare": "545ac98ca1f6a032",
     "sglang.srt.layers.layer_boundary.stage:StageBoundary._select": "1f646f72b96e8db7",
+    "sglang.srt.layers.layernorm:RMSNorm.forward_with_per_tensor_quant_fusion": "828874a1e363b464",
     "sglang.srt.layers.layernorm_sp:column_parallel_g_matmul": "5312926f2e856bdf",
     "sglang.srt.layers.layernorm_sp:row_parallel_gbar_matmul": "d177c362c456307e",
     "sglang.srt.layers.layernorm_sp:runs_sp": "61d271345585cf1a",

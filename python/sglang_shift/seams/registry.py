@@ -28,6 +28,8 @@ MODULES = (
     "sglang_shift.instances.room",
     "sglang_shift.kv.pool",
     "sglang_shift.layers.embedding",
+    "sglang_shift.layers.experts",
+    "sglang_shift.layers.linear",
     "sglang_shift.layers.logits",
     "sglang_shift.layers.pipelined",
     "sglang_shift.layers.skins",

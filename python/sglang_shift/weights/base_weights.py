@@ -25,7 +25,7 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang_shift.models.heads import Heads
 from sglang_shift.parallel.topology import Topology
 from sglang_shift.seams import overrides, substitutes_for
-from sglang_shift.weights.stacked import StackedShards, stack_shards
+from sglang_shift.weights.stacked import Rows, StackedShards, stack_shards
 from sglang_shift.weights.stacked_base import StackedBase, tensors_of
 
 
@@ -40,7 +40,7 @@ class Base(Protocol):
     def inputs(self) -> int:
         """Columns of its operand: of S shards if the linear is row-parallel."""
 
-    def columns(self, x: torch.Tensor) -> torch.Tensor:
+    def columns(self, x: Rows) -> torch.Tensor:
         """Multiply by the shards of a column-parallel linear: ``[n, h]`` to ``[n, S * columns of a shard]``."""
 
     def rows(self, x: torch.Tensor, *, with_bias: bool) -> torch.Tensor:
@@ -86,7 +86,7 @@ class BaseWeight:
     def inputs(self) -> int:
         return self.weight.shape[1]
 
-    def columns(self, x: torch.Tensor) -> torch.Tensor:
+    def columns(self, x: Rows) -> torch.Tensor:
         product: torch.Tensor = self.linear.quant_method.apply(self, x, self.bias)
         return product
 

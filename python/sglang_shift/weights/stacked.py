@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -37,6 +37,11 @@ from sglang_shift.weights.layer_tensors import (
 from sglang_shift.weights.one_gemm import side_by_side
 
 T = TypeVar("T")
+
+QuantizedRows: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.dtype]
+"""Rows that SGLang's norm has quantized: as fp8, the one scale of all rows, and the type that they had before."""
+Rows: TypeAlias = torch.Tensor | QuantizedRows
+"""The input of a column-parallel linear."""
 
 NO_SHARDS = {
     "BitsAndBytes": "keeps the state of the quantization in objects at its weights",
@@ -125,11 +130,11 @@ class StackedShards:
         """How SP multiplies with this layer, for the start-up log."""
         return "one GEMM" if self._whole is not None else "a GEMM for each shard"
 
-    def columns(self, x: torch.Tensor, *, add_bias: bool = True) -> torch.Tensor:
+    def columns(self, x: Rows, *, add_bias: bool = True) -> torch.Tensor:
         """Multiply with all columns: ``[rows, k]`` to ``[rows, S * n]``, shard by shard.
 
         Args:
-            x: The input of the layer. It may be what SGLang's method takes in place of a tensor.
+            x: The input of the layer.
             add_bias: Whether to add the layer's bias.
         """
         shards = self.shards if self._whole is None else [self._whole]
@@ -175,7 +180,7 @@ class StackedShards:
         for tensor, view in zip(self._own, self._views[number], strict=True):
             tensor.data = view
 
-    def _apply(self, shard: Shard, x: torch.Tensor, add_bias: bool) -> torch.Tensor:
+    def _apply(self, shard: Shard, x: Rows, add_bias: bool) -> torch.Tensor:
         return self.layer.quant_method.apply(shard, x, shard.bias if add_bias else None)
 
     def _agree(self, description: Description) -> None:

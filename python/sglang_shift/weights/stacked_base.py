@@ -8,7 +8,7 @@ import torch
 from sglang.srt.layers.linear import ColumnParallelLinear
 
 from sglang_shift.parallel.topology import Topology
-from sglang_shift.weights.stacked import StackedShards, stack_shards
+from sglang_shift.weights.stacked import Rows, StackedShards, stack_shards
 
 
 class StackedBase:
@@ -44,7 +44,7 @@ class StackedBase:
     def text(self) -> str:
         return self.shards.text
 
-    def columns(self, x: torch.Tensor) -> torch.Tensor:
+    def columns(self, x: Rows) -> torch.Tensor:
         return self.shards.columns(x, add_bias=not self.linear.skip_bias_add)
 
     def rows(self, x: torch.Tensor, *, with_bias: bool) -> torch.Tensor:

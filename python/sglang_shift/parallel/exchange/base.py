@@ -52,12 +52,13 @@ class SequenceExchange(ABC):
         """Project, then gather the tokens and scatter the heads.
 
         Args:
-            x: ``[T_local, h]``, this rank's tokens.
+            x: ``[T_local, h]``, this rank's tokens. They may be quantized.
             project: Turns n rows of ``x`` into n rows of ``S * D`` columns. Column block i is for SP rank i.
             width: ``S * D``.
 
         Returns:
-            ``[S * T_local, D]``: this rank's columns of the tokens of all ranks, in SP order.
+            ``[S * T_local, D]``: this rank's columns of the tokens of all ranks, in SP order, in the type of
+            ``project``'s results.
         """
 
     @abstractmethod

@@ -25,8 +25,10 @@ class CollectiveExchange(SequenceExchange):
         return "collective, fp8" if self.fp8 else "collective"
 
     def scatter_heads(self, x: torch.Tensor, project: Matmul, width: int) -> torch.Tensor:
-        blocks = kernels.pack_heads(project(x), self.group.world_size, fp8=self.fp8)
-        return kernels.unpack_tokens(self.all_to_all(blocks), x.dtype)
+        heads = project(x)
+        blocks, dtype = kernels.pack_heads(heads, self.group.world_size, fp8=self.fp8), heads.dtype
+        del heads  # their memory is free while the blocks travel
+        return kernels.unpack_tokens(self.all_to_all(blocks), dtype)
 
     def gather_heads(self, x: torch.Tensor, project: Matmul) -> torch.Tensor:
         blocks = kernels.pack_tokens(x, self.group.world_size, fp8=self.fp8)

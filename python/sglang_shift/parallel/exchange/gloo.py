@@ -46,11 +46,12 @@ class GlooExchange(CollectiveExchange):
     def scatter_heads(self, x: torch.Tensor, project: Matmul, width: int) -> torch.Tensor:
         size = self.group.world_size
         row_bytes = self.row_bytes(width // size, x.element_size())
-        pending = [
-            self._start(kernels.pack_heads(project(part), size, fp8=self.fp8))
-            for part in x.tensor_split(self._parts(x.shape[0] * size * row_bytes))
-        ]
-        return kernels.unpack_tokens(_concatenate([p.wait() for p in pending], dim=1), x.dtype)
+        pending, dtype = [], x.dtype
+        for part in x.tensor_split(self._parts(x.shape[0] * size * row_bytes)):
+            heads = project(part)
+            pending.append(self._start(kernels.pack_heads(heads, size, fp8=self.fp8)))
+            dtype = heads.dtype
+        return kernels.unpack_tokens(_concatenate([p.wait() for p in pending], dim=1), dtype)
 
     def gather_heads(self, x: torch.Tensor, project: Matmul) -> torch.Tensor:
         blocks = kernels.pack_tokens(x, self.group.world_size, fp8=self.fp8)
