@@ -95,7 +95,8 @@ def let_rows_replace(model: torch.nn.Module) -> bool:
     tables = Structure(model).embeddings
     if len(tables) != 1:  # the table of positions may be beside it
         return False
-    model.get_input_embeddings = lambda: tables[0]
+    name = next(name for name, module in model.named_modules() if module is tables[0])
+    model.get_input_embeddings = lambda: model.get_submodule(name)  # LoRA may have put a wrapper in its place
     return True
 
 

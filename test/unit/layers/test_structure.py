@@ -218,6 +218,14 @@ def table_of(model, method=None):
     return next(name for name, module in model.named_modules() if module is table)
 
 
+def table_of_adapters():
+    """Whether rows are replaced in the wrapper that SGLang has put around the table, for adapters."""
+    model = other_model("Mixtral")
+    let_rows_replace(model)
+    wrapper = model.model.embed_tokens = torch.nn.Sequential(model.model.embed_tokens)
+    return model.get_input_embeddings() is wrapper
+
+
 def columns():
     """The columns of the exchanges of Llama, and how much they send in a step of 5 tokens."""
     sp_model = SpModel(llama(), TOPOLOGY)
@@ -246,6 +254,7 @@ def found():
         of["experts of a dense model"] = replaced(llama(), replicate_experts=True)
         of |= changed_llamas()
         of["tower"], of["latent weights"], of["columns"] = tower(), latent_weights(), columns()
+        of["table of adapters"] = table_of_adapters()
     return of
 
 
@@ -334,6 +343,11 @@ def test_the_table_whose_rows_a_request_may_replace(name, projections):
 
 def test_a_method_that_takes_ids_does_not_return_the_table(projections):
     assert projections["table of another method"] == "model.embed_tokens"
+
+
+def test_adapters_of_the_table_count_in_replaced_rows(projections):
+    """SGLang wraps the table after we have found it. A step with a request that replaces rows lost the adapters."""
+    assert projections["table of adapters"]
 
 
 def test_latents_of_all_tokens_without_lora_on_queries(projections):
