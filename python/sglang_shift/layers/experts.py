@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 
+from sglang_shift.errors import ShiftError
+from sglang_shift.parallel.forwards import Forwards
 from sglang_shift.parallel.region import gather_rows, sum_rows
 from sglang_shift.parallel.step import current_step
+from sglang_shift.seams import relies_on
 from sglang_shift.weights.stacked import StackedShards
 
 
@@ -80,3 +83,24 @@ class ReplicatedExperts:
         for part in parts:
             total = total + part
         return current_step().topology.base_all_reduce(total)
+
+
+@relies_on(
+    "sglang.srt.models.deepseek_v2:DeepseekV2MoE.forward_normal_dual_stream",
+    "While a CUDA graph is captured, this method asks its experts whether they can leave their sums to a later kernel.",
+)
+def sum_at_once(experts: Any, forwards: Forwards) -> None:
+    """Let experts that can leave the sum over the chosen experts to a later kernel sum it themselves in SP steps.
+
+    Otherwise SGLang's blocks would not call ``forward`` of the experts, which has our function in SP steps.
+    """
+    if getattr(experts, "supports_deferred_finalize", False):
+        forwards.replace(experts, False, "supports_deferred_finalize")
+        forwards.replace(experts, _leave_no_sum, "forward_deferred_finalize")
+
+
+def _leave_no_sum(*args: Any, **kwargs: Any) -> Any:
+    raise ShiftError(
+        "the model leaves the sum over the experts of a token to a later kernel, which SP steps do not have; serve it "
+        "without --sp-size and --enable-shift-parallel, or with another --moe-runner-backend"
+    )

@@ -10,7 +10,7 @@ from sglang.srt.layers.linear import ColumnParallelLinear
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_shift.layers.embedding import lookup_for
-from sglang_shift.layers.experts import Experts, ReplicatedExperts, Router
+from sglang_shift.layers.experts import Experts, ReplicatedExperts, Router, sum_at_once
 from sglang_shift.layers.latent import GatheredAttention, GatheredLatents
 from sglang_shift.layers.linear import (
     ColumnProjection,
@@ -43,7 +43,7 @@ class SpModel:
 
     Attributes:
         weights: The base weights of its linears.
-        forwards: The methods that SP steps run in place of SGLang's.
+        forwards: The methods that SP steps run in place of SGLang's, and other attributes of SP steps.
         projections: The linears that have base weights.
 
     Raises:
@@ -79,6 +79,8 @@ class SpModel:
                 self.forwards.replace(router, Router(router))
             for experts in structure.experts.values():
                 self.forwards.replace(experts, Experts(experts))
+        for experts in structure.experts.values():
+            sum_at_once(experts, self.forwards)
         for embedding in structure.embeddings:
             self.forwards.replace(embedding, lookup_for(embedding))
         self._add_exit(structure, pools)

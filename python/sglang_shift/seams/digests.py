@@ -194,6 +194,7 @@ DIGESTS = {
     "sglang.srt.model_executor.runner.prefill_cuda_graph_runner:PrefillCudaGraphRunner.can_replay_locally": "9048d884afbbb256",
     "sglang.srt.model_loader.loader:_initialize_model": "f4379030f134e13b",
     "sglang.srt.models.deepseek_common.attention_forward_methods.forward_mla:DeepseekMLAForwardMixin.forward_absorb_core": "b4870b373b50e3f7",
+    "sglang.srt.models.deepseek_v2:DeepseekV2MoE.forward_normal_dual_stream": "0831b8bf16175d37",
     "sglang.srt.models.gemma3_mm:Gemma3ForConditionalGeneration.prepare_attn_masks": "d279732fac77a987",
     "sglang.srt.models.llama:LlamaAttention.__init__": "0991a7e2878908a3",
     "sglang.srt.models.llama:LlamaAttention.forward": "232b19ff50081952",

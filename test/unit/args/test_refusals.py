@@ -195,6 +195,7 @@ ASKING = {
     "model_impl": "transformers", "enable_deterministic_inference": True, "rl_on_policy_target": "fsdp",
     "enable_return_aux_hidden_states": True, "enable_nvidia_megakernel": True,
     "enable_mscclpp": True, "enable_lora": True, "SGLANG_RUST_SERVER": True,
+    "SGLANG_ENABLE_PCG_DSV2_DUAL_STREAM": True,
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from sglang.srt.layers.linear import (
 )
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang_shift import seams
-from sglang_shift.errors import Refused
+from sglang_shift.errors import Refused, ShiftError
 from sglang_shift.layers import structure
 from sglang_shift.layers.embedding import let_rows_replace
 from sglang_shift.layers.sp_model import SpModel
@@ -226,6 +226,21 @@ def table_of_adapters():
     return model.get_input_embeddings() is wrapper
 
 
+def deferred_sums():
+    """What SP steps see of experts that can leave their sums to a later kernel, and what is there afterwards."""
+    model = other_model("DeepSeek V3")
+    experts = model.model.layers[1].mlp.experts
+    experts.supports_deferred_finalize = True
+    sp_model = SpModel(model, TOPOLOGY)
+    with sp_model.forwards.installed():
+        seen = experts.supports_deferred_finalize
+        try:
+            experts.forward_deferred_finalize(torch.zeros(1, HIDDEN), None)
+        except ShiftError as error:
+            message = str(error)
+    return seen, message, experts.supports_deferred_finalize
+
+
 def columns():
     """The columns of the exchanges of Llama, and how much they send in a step of 5 tokens."""
     sp_model = SpModel(llama(), TOPOLOGY)
@@ -254,7 +269,7 @@ def found():
         of["experts of a dense model"] = replaced(llama(), replicate_experts=True)
         of |= changed_llamas()
         of["tower"], of["latent weights"], of["columns"] = tower(), latent_weights(), columns()
-        of["table of adapters"] = table_of_adapters()
+        of["table of adapters"], of["deferred sums"] = table_of_adapters(), deferred_sums()
     return of
 
 
@@ -348,6 +363,13 @@ def test_a_method_that_takes_ids_does_not_return_the_table(projections):
 def test_adapters_of_the_table_count_in_replaced_rows(projections):
     """SGLang wraps the table after we have found it. A step with a request that replaces rows lost the adapters."""
     assert projections["table of adapters"]
+
+
+def test_experts_sum_at_once_in_sp_steps(projections):
+    """In CUDA graphs on Blackwell, DeepSeek's block called another method of the experts than ``forward``."""
+    seen, message, afterwards = projections["deferred sums"]
+    assert not seen and afterwards
+    assert "later kernel, which SP steps do not have; serve it without --sp-size" in message
 
 
 def test_latents_of_all_tokens_without_lora_on_queries(projections):

@@ -103,6 +103,15 @@ def test_a_method_of_another_name_of_any_object():
     assert group.all_reduce is sum
 
 
+def test_an_attribute_that_is_no_method():
+    block = SimpleNamespace(stream="second")
+    forwards = Forwards()
+    forwards.replace(block, None, "stream")
+    with forwards.installed():
+        assert block.stream is None
+    assert block.stream == "second"
+
+
 @pytest.mark.parametrize("mode", Mode)
 def test_only_steps_in_sp_have_our_functions(mode):
     layer = Layer()
