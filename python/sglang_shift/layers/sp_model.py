@@ -21,6 +21,7 @@ from sglang_shift.layers.linear import (
     RowProjection,
 )
 from sglang_shift.layers.logits import ExitAfterLayers, ExitToLogits
+from sglang_shift.layers.streams import run_on_one_stream
 from sglang_shift.layers.structure import HEADS_OF_LATENTS, Structure, returns_shard_of_bias
 from sglang_shift.layers.sums import SumOfCompleteRows
 from sglang_shift.parallel.exchange.base import ExchangeVolume, SequenceExchange
@@ -81,6 +82,8 @@ class SpModel:
                 self.forwards.replace(experts, Experts(experts))
         for experts in structure.experts.values():
             sum_at_once(experts, self.forwards)
+        if topology.base_tp_group is not None:
+            run_on_one_stream(model, self.forwards)
         for embedding in structure.embeddings:
             self.forwards.replace(embedding, lookup_for(embedding))
         self._add_exit(structure, pools)

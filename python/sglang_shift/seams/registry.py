@@ -33,6 +33,7 @@ MODULES = (
     "sglang_shift.layers.logits",
     "sglang_shift.layers.pipelined",
     "sglang_shift.layers.skins",
+    "sglang_shift.layers.streams",
     "sglang_shift.layers.structure",
     "sglang_shift.memory.cuda",
     "sglang_shift.models.fields",

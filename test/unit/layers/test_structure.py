@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -21,8 +22,10 @@ from sglang_shift.errors import Refused, ShiftError
 from sglang_shift.layers import structure
 from sglang_shift.layers.embedding import let_rows_replace
 from sglang_shift.layers.sp_model import SpModel
+from sglang_shift.layers.streams import run_on_one_stream
 from sglang_shift.models.families import FAMILIES, Role, check_class
 from sglang_shift.parallel.exchange.collective import CollectiveExchange
+from sglang_shift.parallel.forwards import Forwards
 from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.parallel.topology import Topology
 from sglang_shift.weights.base_weights import loading_for
@@ -241,6 +244,30 @@ def deferred_sums():
     return seen, message, experts.supports_deferred_finalize
 
 
+def streams(base_tp_group):
+    """The second streams of a layer's attention and of its experts in SP steps, and afterwards."""
+    model = other_model("DeepSeek V3")
+    modules = model.model.layers[1].self_attn, model.model.layers[1].mlp
+    for module in modules:
+        module.alt_stream = "second"
+    topology = replace(TOPOLOGY, layout=RankLayout(4 if base_tp_group else 2, 2), base_tp_group=base_tp_group)
+    with SpModel(model, topology).forwards.installed():
+        seen = [module.alt_stream for module in modules]
+    return seen, [module.alt_stream for module in modules]
+
+
+def stream_of_llama_4():
+    """Whether the experts of Llama 4 run on one stream, as on a CPU, where the method for GPUs is called."""
+    from sglang.srt.models.llama4 import Llama4MoE
+    from transformers import Llama4TextConfig
+
+    fields = {"hidden_size": HIDDEN, "intermediate_size": 32, "num_local_experts": 2, "num_experts_per_tok": 1}
+    block, forwards = Llama4MoE(Llama4TextConfig(**fields), 0), Forwards()
+    run_on_one_stream(block, forwards)
+    with forwards.installed():
+        return block._forward_core_shared_routed_overlap == block._forward_core_normal
+
+
 def columns():
     """The columns of the exchanges of Llama, and how much they send in a step of 5 tokens."""
     sp_model = SpModel(llama(), TOPOLOGY)
@@ -270,6 +297,8 @@ def found():
         of |= changed_llamas()
         of["tower"], of["latent weights"], of["columns"] = tower(), latent_weights(), columns()
         of["table of adapters"], of["deferred sums"] = table_of_adapters(), deferred_sums()
+        of["streams"], of["streams of base TP"] = streams(None), streams(GROUP)
+        of["stream of Llama 4"] = stream_of_llama_4()
     return of
 
 
@@ -370,6 +399,14 @@ def test_experts_sum_at_once_in_sp_steps(projections):
     seen, message, afterwards = projections["deferred sums"]
     assert not seen and afterwards
     assert "later kernel, which SP steps do not have; serve it without --sp-size" in message
+
+
+def test_experts_use_one_stream_if_sp_steps_sum_over_a_base_tp_group(projections):
+    """Two sums of one group at the same time would share its buffers."""
+    both = ["second", "second"]
+    assert projections["streams"] == (both, both)
+    assert projections["streams of base TP"] == (["second", None], both)
+    assert projections["stream of Llama 4"]
 
 
 def test_latents_of_all_tokens_without_lora_on_queries(projections):
