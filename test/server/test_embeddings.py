@@ -92,25 +92,6 @@ def test_same_values_as_transformers(name, servers, tmp_path):
             torch.testing.assert_close(torch.tensor(value), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_windows_of_tokens_that_see_later_tokens(servers, tmp_path):
-    """EmbeddingGemma: in most of its layers, a token sees as many tokens after its own as before it."""
-    types = ["sliding_attention", "full_attention", "sliding_attention"]
-    fields = {"head_dim": 16, "sliding_window": 16, "layer_types": types, "use_bidirectional_attention": True}
-    model = make_model(str(tmp_path), Family("Gemma3TextConfig", [], {**fields, "tie_word_embeddings": True}))
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["Gemma3TextModel"]}))
-    with torch.no_grad():
-        rows = [model.model(torch.tensor([ids])).last_hidden_state[0] for ids in PROMPTS]
-    expected = [torch.nn.functional.normalize(each.mean(0), dim=-1) for each in rows]
-    flags = ("--dtype", "float32", "--model-path", str(tmp_path), *TWO, "--enable-shift-parallel")
-    server = servers.get(*flags, "--shift-threshold", "8")
-    for policy in ("tp", "sp"):
-        with server.policy(policy, 8):
-            values = [ask(server, ids) for ids in PROMPTS] + ask(server, PROMPTS)
-        for value, wanted in zip(values, expected * 2, strict=True):
-            torch.testing.assert_close(torch.tensor(value), wanted, rtol=1e-4, atol=1e-4)
-
-
 def ask(server: Any, ids: Any) -> Any:
     """Return what the server computes for one prompt or several."""
     answer = server.post("/encode", {"input_ids": ids})
