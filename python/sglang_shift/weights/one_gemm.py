@@ -95,7 +95,8 @@ def _one_tensor(layer: Any, name: str, parts: list[Any]) -> torch.Tensor | None:
     elif name == "bias":
         dim, usable = 0, first.shape == (columns,)
     elif name in SCALES:
-        rows = first.shape[0] * (_block_rows(layer) if first.numel() != columns else 1)
+        # Scales of blocks may be as many as the columns, [n / b, k / b], so only their rows tell what they are.
+        rows = first.shape[0] * (1 if first.shape[0] == columns else _block_rows(layer))
         dim, usable = 0, rows == columns and first.dtype == torch.float32 and first.is_contiguous()
     else:
         return None

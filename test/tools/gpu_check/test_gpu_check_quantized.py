@@ -9,14 +9,16 @@ from quantized_kernels import install
 from sglang_shift.tools.gpu_check import quantized
 from sglang_shift.tools.gpu_check.formats import FORMATS, KINDS, Sizes
 from sglang_shift.tools.gpu_check.record import Record
+from sglang_shift.weights import one_gemm
 
 CPU = torch.device("cpu")
 STEPS = (1, 5)
+SIZES = Sizes()
 
 
-def check(name: str, kind: str) -> Record:
+def check(name: str, kind: str, sizes: Sizes = SIZES) -> Record:
     record = Record()
-    quantized.check_linear(record, name, kind, Sizes(), CPU, STEPS)
+    quantized.check_linear(record, name, kind, sizes, CPU, STEPS)
     return record
 
 
@@ -37,6 +39,33 @@ def check_formats(rank: int, world: int) -> None:
 def test_formats_that_are_right():
     """Each check runs in a process of its own, because the references stay in place."""
     run_ranks(1, check_formats)
+
+
+def check_as_many_scales_as_columns(rank: int, world: int) -> None:
+    """As with Llama-8B: 4096 inputs in blocks of 64 by 64 have as many scales as outputs."""
+    install()
+    sizes = Sizes(hidden=64 * 64, head=128, heads=4, kv_heads=2, intermediate=256)
+    for name in ("fp8, blocks of 64", "blockwise_int8"):
+        for kind in ("qkv", "gate_up"):
+            record = check(name, kind, sizes)
+            assert record.problems == []
+            assert {(row["gemms"], row["error"]) for row in record.rows} == {("one GEMM", 0)}
+
+
+def test_as_many_scales_as_columns():
+    run_ranks(1, check_as_many_scales_as_columns)
+
+
+def check_more_gemms(rank: int, world: int) -> None:
+    install()
+    one_gemm.METHODS -= {"W8A8Int8LinearMethod"}
+    record = check("w8a8_int8", "qkv")
+    assert record.problems == ["w8a8_int8, qkv: SP runs a GEMM for each shard instead of one GEMM"]
+    assert check("w8a8_int8", "down").problems == [], "it has a GEMM for each shard in any case"
+
+
+def test_more_gemms_than_a_format_needs():
+    run_ranks(1, check_more_gemms)
 
 
 def check_wrong_kernel(rank: int, world: int) -> None:

@@ -23,6 +23,7 @@ from sglang_shift.parallel.exchange.collective import CollectiveExchange
 from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.parallel.topology import Topology
 from sglang_shift.tools.gpu_check.formats import (
+    EACH,
     FORMATS,
     KINDS,
     Format,
@@ -37,7 +38,7 @@ from sglang_shift.tools.gpu_check.gemms import TOLERANCE
 from sglang_shift.tools.gpu_check.record import Record, one_line
 from sglang_shift.tools.gpu_check.timing import error_of, seconds_of
 from sglang_shift.weights.layer_tensors import Shard, describe
-from sglang_shift.weights.one_gemm import DTYPES
+from sglang_shift.weights.one_gemm import DTYPES, SCALES
 from sglang_shift.weights.stacked import StackedShards, stack_shards
 
 RANKS = 2
@@ -121,6 +122,9 @@ def check_linear(
     alone = {rows: seconds_of(partial(product_of_shard, layers[0], x, 0), device) for rows, x in given.items()}
     group: Any = SideBySide(layers)
     stacked = stack_shards(layers[0], Topology(RankLayout(RANKS, RANKS), 0, group, None, CollectiveExchange(group)))
+    gemms = gemms_of(kind, fmt, layers[0])
+    if stacked.text != gemms:
+        record.problem(f"{name}, {kind}: SP runs {stacked.text} instead of {gemms}")
     for rows, x in given.items():
         label = f"{name}, {kind}, {rows} rows"
         try:
@@ -141,6 +145,16 @@ def rank_of_tp(kind: str, fmt: Format, sizes: Sizes, rank: int, device: str) -> 
         layer = build(kind, fmt, sizes)
         load(layer, checkpoint(kind, fmt, sizes, device=device))
     return layer
+
+
+def gemms_of(kind: str, fmt: Format, layer: Any) -> str:
+    """Return how SP should multiply.
+
+    If SGLang packed the scales, as for DeepGEMM on Blackwell, their rows are not the columns of any shard.
+    """
+    scales = [getattr(layer, name, None) for name in SCALES]
+    packed = any(scale is not None and scale.dtype != torch.float32 for scale in scales)
+    return EACH if kind == "down" or packed else fmt.columns
 
 
 def product_of_shard(layer: Any, x: torch.Tensor, rank: int) -> torch.Tensor:
