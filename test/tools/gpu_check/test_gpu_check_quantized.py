@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from harness import run_ranks
@@ -75,10 +77,7 @@ def check_wrong_kernel(rank: int, world: int) -> None:
     (first, _) = check("w8a8_int8", "qkv").problems
     assert first == "w8a8_int8, qkv, 1 rows: differs by 0.5 of its norm (one GEMM)"
 
-    def failing(stacked, x):
-        raise RuntimeError("misaligned\naddress")
-
-    quantized.product_of_sp = failing
+    quantized.product_of_sp = failing(RuntimeError("misaligned\naddress"))
     assert check("w8a8_int8", "qkv").problems[0] == "w8a8_int8, qkv, 1 rows: RuntimeError: misaligned address"
 
 
@@ -86,6 +85,53 @@ def test_a_kernel_that_is_wrong_on_stacked_shards():
     run_ranks(1, check_wrong_kernel)
 
 
-def test_a_kernel_that_this_machine_lacks():
-    with pytest.raises(pytest.skip.Exception, match="qkv: SGLang itself fails here"):
+def failing(error: Exception) -> Callable[..., None]:
+    def fail(*args):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [ImportError("no module"), NotImplementedError("not on this GPU")])
+def test_a_kernel_that_this_machine_lacks(error, monkeypatch):
+    monkeypatch.setattr(quantized, "rank_of_tp", failing(error))
+    with pytest.raises(pytest.skip.Exception, match="qkv: SGLang has no kernel here"):
         check("w8a8_int8", "qkv")
+
+
+def test_a_kernel_that_fails_in_sglang_itself(monkeypatch):
+    monkeypatch.setattr(quantized, "rank_of_tp", failing(RuntimeError("illegal\naddress")))
+    assert check("w8a8_int8", "qkv").problems == [
+        "w8a8_int8, qkv: SGLang itself fails here: RuntimeError: illegal address"
+    ]
+
+
+class TestAllFormats:
+    @pytest.fixture(autouse=True)
+    def _gpu(self, monkeypatch):
+        monkeypatch.setattr(quantized, "publish_settings", lambda: None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+    def test_nothing_compared(self, monkeypatch):
+        monkeypatch.setattr(quantized, "check_linear", failing(pytest.skip.Exception("no kernel")))
+        record = Record()
+        with pytest.raises(pytest.skip.Exception, match="no format was compared"):
+            quantized.check(record)
+        assert record.notes[-1] == "checked: nothing"
+
+    def test_all_failed(self, monkeypatch):
+        monkeypatch.setattr(quantized, "check_linear", lambda record, *_: record.problem("it fails"))
+        record = Record()
+        quantized.check(record)
+        assert set(record.problems) == {"it fails"}, "a check with problems has failed"
+
+    def test_one_compared(self, monkeypatch):
+        def compare(record, name, *_):
+            if name != "awq":
+                pytest.skip("no kernel")
+            record.row(format=name)
+
+        monkeypatch.setattr(quantized, "check_linear", compare)
+        record = Record()
+        quantized.check(record)
+        assert record.notes[-1] == "checked: awq" and record.problems == []
