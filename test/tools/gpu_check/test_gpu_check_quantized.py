@@ -70,6 +70,25 @@ def test_more_gemms_than_a_format_needs():
     run_ranks(1, check_more_gemms)
 
 
+def check_what_is_timed(rank: int, world: int) -> None:
+    install()
+    packed, seconds_of = [], quantized.seconds_of
+
+    def timed(run, device):
+        if run.func is quantized.product_of_shard:
+            layer, part, _ = run.args
+            packed.append(part.is_contiguous() and part.shape[1] == layer.input_size_per_partition)
+        return seconds_of(run, device)
+
+    quantized.seconds_of = timed
+    check("w8a8_int8", "down")
+    assert packed == [True] * len(STEPS), "a step in TP does not copy its part of the input"
+
+
+def test_the_time_of_a_shard_has_no_copy_of_its_input():
+    run_ranks(1, check_what_is_timed)
+
+
 def check_wrong_kernel(rank: int, world: int) -> None:
     install()
     right = quantized.product_of_sp

@@ -133,7 +133,10 @@ def check_linear(
         record.problem(f"{name}, {kind}: SGLang itself fails here: {one_line(failure)}")
         return
     note_strided(record, f"{name}, {kind}", layers[0], given[steps[-1]])
-    alone = {rows: seconds_of(partial(product_of_shard, layers[0], x, 0), device) for rows, x in given.items()}
+    alone = {}
+    for rows, x in given.items():
+        part = input_of_shard(layers[0], x, 0)
+        alone[rows] = seconds_of(partial(product_of_shard, layers[0], part, 0), device)
     group: Any = SideBySide(layers)
     stacked = stack_shards(layers[0], Topology(RankLayout(RANKS, RANKS), 0, group, None, CollectiveExchange(group)))
     gemms = gemms_of(kind, fmt, layers[0])
@@ -171,18 +174,23 @@ def gemms_of(kind: str, fmt: Format, layer: Any) -> str:
     return EACH if kind == "down" or packed else fmt.columns
 
 
-def product_of_shard(layer: Any, x: torch.Tensor, rank: int) -> torch.Tensor:
-    """Return what a rank computes in TP from the whole input. Rank 0 adds the bias of a row-parallel linear."""
+def input_of_shard(layer: Any, x: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return what a rank multiplies in TP: the whole input, or its part of it, packed as in a TP step."""
     if isinstance(layer, ColumnParallelLinear):
-        return layer.quant_method.apply(layer, x, layer.bias)
+        return x
     width = layer.input_size_per_partition
-    part = x[:, rank * width :][:, :width].contiguous()
-    return layer.quant_method.apply(layer, part, layer.bias if rank == 0 else None)
+    return x[:, rank * width :][:, :width].contiguous()
+
+
+def product_of_shard(layer: Any, x: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return what a rank computes in TP. Rank 0 adds the bias of a row-parallel linear."""
+    adds_bias = isinstance(layer, ColumnParallelLinear) or rank == 0
+    return layer.quant_method.apply(layer, x, layer.bias if adds_bias else None)
 
 
 def product_of_tp(layers: list[Any], x: torch.Tensor) -> torch.Tensor:
     """Return the products of all ranks, side by side or added."""
-    parts = [product_of_shard(layer, x, rank) for rank, layer in enumerate(layers)]
+    parts = [product_of_shard(layer, input_of_shard(layer, x, rank), rank) for rank, layer in enumerate(layers)]
     return torch.cat(parts, dim=-1) if isinstance(layers[0], ColumnParallelLinear) else sum(parts[1:], parts[0])
 
 
