@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from sglang_shift.args.gemm_backend import SPLIT_K
 from sglang_shift.models.decoder_layer import Layer
 from sglang_shift.modes import Mode
 from sglang_shift.tools.gpu_check import dispatch, gemms, graphs, steps
@@ -189,6 +190,21 @@ class TestDispatch:
             dispatch.check_views(record, unquant._bf16_gemm_dispatch_impl, "torch", CPU)
             assert record.problems == []
         assert dict(vars(unquant)) == before
+
+    def test_products_that_a_server_switches_off_are_not_checked(self, monkeypatch):
+        from sglang.srt.layers.quantization import unquant
+
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+        monkeypatch.setenv(SPLIT_K, "0")
+        monkeypatch.delenv(SPLIT_K)  # the check sets it, and monkeypatch takes it back
+        enabled = []
+
+        def look(*_):
+            enabled.append(unquant.should_enable_bf16_splitk_gemm(unquant.Bf16GemmBackend.CUTEDSL))
+
+        monkeypatch.setattr(dispatch, "check_views", look)
+        dispatch.check(Record())
+        assert enabled and not any(enabled)
 
     def test_a_backend_for_other_gpus(self):
         from sglang.srt.layers.quantization import unquant

@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from sglang_shift.args.gemm_backend import adjust_gemm_backend
 from sglang_shift.tools.gpu_check.gemms import TOLERANCE, random_rows, random_weight
 from sglang_shift.tools.gpu_check.record import Record, one_line
 from sglang_shift.tools.gpu_check.shapes import DEPLOYMENTS, Matrix
@@ -26,11 +27,16 @@ ROWS = (1, 2, 8, 16, 48, 64, 512)
 
 
 def check(record: Record) -> None:
-    """Check each backend that this GPU supports, on each view of the deployments."""
+    """Check each backend that this GPU supports, on each view of the deployments.
+
+    Raises:
+        Refused: the environment asks for split-K products, with which no server of ours starts.
+    """
     from sglang.srt.layers.quantization import unquant
 
     backends = []
     for name in BACKENDS:
+        adjust_gemm_backend("cuda", name)  # as a server does, which never runs split-K products
         try:
             with backend(unquant, name):
                 check_views(record, unquant._bf16_gemm_dispatch_impl, name, torch.device("cuda"))
