@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -160,34 +162,89 @@ class TestDispatch:
         monkeypatch.setattr(dispatch, "views", lambda: [Matrix(16, 8, 32)])
         monkeypatch.setattr(dispatch, "ROWS", (1, 5))
 
-    def found(self, multiply) -> Record:
+    def found(self, multiply, calls=None) -> Record:
         record = Record()
-        dispatch.check_views(record, multiply, "made up", CPU)
+        dispatch.check_views(record, multiply, [] if calls is None else calls, "made up", CPU)
         return record
 
     def test_right(self):
         record = self.found(F.linear)
-        assert record.problems == [] and [row["m"] for row in record.rows] == [1, 5]
+        assert record.problems == []
+        found = [(row["held"], row["m"], row["kernel"]) for row in record.rows]
+        assert found == [(held, rows, "cuBLAS") for held in ("view", "copy") for rows in (1, 5)]
 
     def test_wrong(self):
         problems = self.found(lambda x, weight, bias: _as_if_contiguous(x, weight)).problems
-        assert len(problems) == 2 and "of its norm" in problems[0]
+        assert len(problems) == 2 and "(view): differs by" in problems[0] and "of its norm" in problems[0]
 
     def test_refused(self):
         def refuse(x, weight, bias):
-            raise ValueError("b must be packed column-major")
+            if not weight.is_contiguous():
+                raise ValueError("b must be packed column-major")
+            return F.linear(x, weight)
 
         problems = self.found(refuse).problems
         assert len(problems) == 2 and "ValueError: b must be packed" in problems[0]
+
+    def test_a_kernel_for_packed_weights_that_runs_on_a_view(self):
+        calls = []
+        record = self.found(lambda x, weight, bias: calls.append("gemv") or F.linear(x, weight), calls)
+        assert {row["kernel"] for row in record.rows} == {"gemv"}
+        assert len(record.problems) == 2 and "(view): gemv runs, which wants adjacent rows" in record.problems[0]
+
+    def on_hopper(self, monkeypatch, runs: Callable[[int, int, int], bool]) -> Record:
+        """The whole check, with a function in the place of SGLang's kernel for one row."""
+        from sglang.srt.layers.quantization import unquant
+
+        def initialize():
+            if unquant.get_exec().kernel.bf16_gemm_backend == "cutedsl":
+                raise ValueError("it needs another GPU")
+            if unquant.get_exec().kernel.bf16_gemm_backend == "gemv":
+                unquant._hopper_bf16_gemv, unquant._use_hopper_bf16_gemv = F.linear, runs
+
+        check_views = dispatch.check_views
+        monkeypatch.setattr(dispatch, "check_views", lambda *given: check_views(*given[:-1], CPU))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        monkeypatch.setattr(unquant, "initialize_bf16_gemm_config", initialize)
+        record = Record()
+        dispatch.check(record)
+        return record
+
+    def test_sglangs_kernel_runs_on_copies_only(self, monkeypatch):
+        record = self.on_hopper(monkeypatch, lambda m, n, k: m == 1)
+        assert record.problems == []
+        assert record.notes == [
+            "auto: products with a view: 2 by cuBLAS",
+            "auto: products with a copy: 2 by cuBLAS",
+            "gemv: products with a view: 2 by cuBLAS",
+            "gemv: products with a copy: 1 by gemv, 1 by cuBLAS",
+            "cutedsl: skipped: ValueError: it needs another GPU",
+            "checked: auto, gemv",
+        ]
+
+    def test_a_kernel_that_never_runs(self, monkeypatch):
+        record = self.on_hopper(monkeypatch, lambda m, n, k: False)
+        assert record.problems == ["gemv: SGLang runs gemv for none of the copies, so the check says nothing about it"]
+
+    def test_no_backend(self, monkeypatch):
+        from sglang.srt.layers.quantization import unquant
+
+        def initialize():
+            raise ImportError("a package is missing")
+
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        monkeypatch.setattr(unquant, "initialize_bf16_gemm_config", initialize)
+        with pytest.raises(pytest.skip.Exception, match="no backend was checked"):
+            dispatch.check(Record())
 
     def test_sglangs_choice_is_as_it_was(self):
         from sglang.srt.layers.quantization import unquant
 
         before = dict(vars(unquant))
-        with dispatch.backend(unquant, "torch"):
+        with dispatch.backend(unquant, "torch") as calls:
             assert unquant.get_bf16_gemm_backend() is unquant.Bf16GemmBackend.TORCH
             record = Record()
-            dispatch.check_views(record, unquant._bf16_gemm_dispatch_impl, "torch", CPU)
+            dispatch.check_views(record, unquant._bf16_gemm_dispatch_impl, calls, "torch", CPU)
             assert record.problems == []
         assert dict(vars(unquant)) == before
 
