@@ -69,14 +69,40 @@ def test_the_gpu_check_tells_what_came_back(server, tmp_path):
     assert record.problems == ["20 bytes were freed and 20 taken again, less than the weights' 50"]
 
 
-def test_the_gpu_check_notices_other_answers(monkeypatch, tmp_path):
-    def answer(token):
-        return Answer([token], [-0.1], [{token: -0.1}], [])
+class TestWithoutServer:
+    """The GPU check of the memory saver, on a server that is made up."""
 
-    told = iter([[answer(1)], [answer(2)], [answer(1)], [answer(3)]])  # TP and SP before, TP and SP after
-    monkeypatch.setattr(memory, "ask", lambda server, asked: next(told))
-    monkeypatch.setattr(memory, "call", lambda url, **how: None)
-    monkeypatch.setattr(memory, "set_threshold", lambda server, threshold: None)
-    record = Record(folder=tmp_path)
-    check_release(record, Server([], "http://nowhere", None), lambda: 0, least=0)
-    assert record.problems == ["sp, after resuming: answer 0, token 0: 3 instead of 2"]
+    @pytest.fixture(autouse=True)
+    def _made_up(self, monkeypatch):
+        def answer(token):
+            return Answer([token], [-0.1], [{token: -0.1}], [])
+
+        told = iter([[answer(1)], [answer(2)], [answer(1)], [answer(3)]])  # TP and SP before, TP and SP after
+        self.free, self.pool, self.weights, self.done = 0, 100, 50, []
+        monkeypatch.setattr(memory, "ask", lambda server, asked: next(told))
+        monkeypatch.setattr(memory, "call", self.call)
+        monkeypatch.setattr(memory, "set_threshold", lambda server, threshold: None)
+        monkeypatch.setattr(Server, "flush", lambda server: self.done.append("flush"))
+
+    def call(self, url, body, **how):
+        """Free and take memory as SGLang does: without tags, all of it."""
+        action = url.rpartition("/")[2]
+        self.done.append(action)
+        tags = body.get("tags") or ["weights", "kv_cache"]
+        size = self.weights * ("weights" in tags) + self.pool * ("kv_cache" in tags)
+        self.free += size if action == "release_memory_occupation" else -size
+
+    def found(self, tmp_path, least):
+        record = Record(folder=tmp_path)
+        check_release(record, Server([], "http://nowhere", None), lambda: self.free, least)
+        return record
+
+    def test_other_answers(self, tmp_path):
+        record = self.found(tmp_path, least=50)
+        assert record.problems == ["sp, after resuming: answer 0, token 0: 3 instead of 2"]
+        assert self.done == ["flush", "release_memory_occupation", "resume_memory_occupation"], "a busy one keeps all"
+
+    def test_weights_that_stay(self, tmp_path):
+        self.weights = 0
+        problem, _ = self.found(tmp_path, least=50).problems
+        assert problem == "0 bytes were freed and 0 taken again, less than the weights' 50"

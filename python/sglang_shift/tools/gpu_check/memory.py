@@ -18,6 +18,8 @@ from sglang_shift.tools.gpu_check.record import Record
 from sglang_shift.tools.servers import Server, call, serving
 
 SAVER = ["--enable-memory-saver", "--enable-weights-cpu-backup"]
+WEIGHTS = {"tags": ["weights"]}
+"""What is released and resumed. Without tags SGLang also frees the KV pool, which is larger than the weights."""
 TOLERANCE = 1e-3
 """The largest difference between two logprobs. It is small because the same server runs the same steps."""
 
@@ -44,7 +46,7 @@ def check(record: Record) -> None:
 
 
 def check_release(record: Record, server: Server, free: Callable[[], int], least: int) -> None:
-    """Ask in each mode, release the memory, resume, and ask again in each mode.
+    """Ask in each mode, release the weights, resume, and ask again in each mode.
 
     Args:
         record: The record for differences and figures.
@@ -57,10 +59,11 @@ def check_release(record: Record, server: Server, free: Callable[[], int], least
     for mode in ("tp", "sp"):
         set_threshold(server, THRESHOLDS[mode])
         before[mode] = ask(server, prompts)
+    server.flush()  # a busy server releases nothing, and this waits until it is idle
     free_before = free()
-    call(server.url + "/release_memory_occupation", body={}, text=True)
+    call(server.url + "/release_memory_occupation", body=WEIGHTS, text=True)
     freed = free() - free_before
-    call(server.url + "/resume_memory_occupation", body={}, text=True)
+    call(server.url + "/resume_memory_occupation", body=WEIGHTS, text=True)
     reallocated = free_before + freed - free()
     record.row(freed_bytes=freed, taken_bytes=reallocated, least_bytes=least)
     record.note(
