@@ -52,28 +52,34 @@ def steps_of(policy: ShiftPolicy, costs: CostModel, server: Server, most: int) -
     return steps[:: max(1, len(steps) // most)]
 
 
-def whole_choice(policy: ShiftPolicy) -> float:
+def whole_choice(policy: ShiftPolicy, repeats: int = 5000) -> float:
     """Return the median microseconds of ``choose_mode``, on a scheduler that has only what ``choose_mode`` reads."""
     import torch
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
     from sglang_shift.graphs.mode_graphs import PhaseGraphs
     from sglang_shift.policy.selector import ModeSelector
     from sglang_shift.runtime.agreement import StepWatch
+    from sglang_shift.runtime.chunk_sizer import ChunkSizer
     from sglang_shift.runtime.scheduler import ShiftScheduler
 
     scheduler = object.__new__(ShiftScheduler)
     scheduler.shift_selector = ModeSelector(policy)
     scheduler.shift_watch = StepWatch(1, None)
     scheduler._agree_on_drift = lambda: None  # one message in 512 steps
+    scheduler.is_mixed_chunk, scheduler.server_args = False, SimpleNamespace(enable_mixed_chunk=False)
+    scheduler.shift_config = SimpleNamespace(tbt_target=0.0)
+    scheduler.shift_chunks = ChunkSizer(scheduler)
+    scheduler.shift_width, scheduler.shift_tp_rules = 1, ()
     scheduler.running_batch = SimpleNamespace(batch_size=lambda: 64)
     scheduler.waiting_queue = [SimpleNamespace(seqlen=700) for _ in range(1000)]
     scheduler.chunked_req = None
     graphs = SimpleNamespace(for_phase=lambda prefill: PhaseGraphs())
     scheduler.tp_worker = SimpleNamespace(model_runner=SimpleNamespace(graphs=graphs))
     lengths = torch.full((64,), 900)
-    batch = SimpleNamespace(forward_mode=ForwardMode.DECODE, batch_size=lambda: 64, seq_lens_cpu=lengths)
+    reqs = [SimpleNamespace(beam_group=None)] * 64
+    batch = SimpleNamespace(forward_mode=ForwardMode.DECODE, batch_size=lambda: 64, seq_lens_cpu=lengths, reqs=reqs)
     times = []
-    for _ in range(5000):
+    for _ in range(repeats):
         start = perf_counter_ns()
         scheduler.choose_mode(batch)
         times.append(perf_counter_ns() - start)
