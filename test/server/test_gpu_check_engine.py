@@ -15,7 +15,7 @@ from sglang_shift.modes import Mode, StepState
 from sglang_shift.policy.builtin import TokenThreshold
 from sglang_shift.tools import servers as processes
 from sglang_shift.tools.gpu_check import comparison, engine, one_gpu
-from sglang_shift.tools.gpu_check.answers import make_prompts
+from sglang_shift.tools.gpu_check.answers import Answer, make_prompts
 from sglang_shift.tools.gpu_check.comparison import (
     EXPECTED,
     REQUESTS,
@@ -189,6 +189,42 @@ class TestReplays:
 
         plan = plan_graphs([1, 2, 4, 8, 16], ShiftConfig(2, 2, True, comparison.SHIFT[-1]))
         assert plan.sizes[Mode(EXPECTED[mode]["decode"])][-1] == REQUESTS
+
+
+class TestModes:
+    """Which steps the GPU check wants of a server, with graphs or without: a prompt of 1 token, and one of 700."""
+
+    prompts = ([7], [7] * 700)
+
+    def problems(self, mode: str, *steps: dict[str, int]) -> list[str]:
+        answers = [Answer(list(range(16)), [], [], [], each) for each in steps]
+        return comparison.mode_problems(answers, [*self.prompts], mode)
+
+    @pytest.mark.parametrize(
+        ("mode", "short", "long"),
+        [
+            ("tp", {"tp": 16, "sp": 0}, {"tp": 17, "sp": 0}),
+            ("sp", {"tp": 0, "sp": 16}, {"tp": 0, "sp": 17}),
+            ("shift", {"tp": 15, "sp": 1}, {"tp": 15, "sp": 2}),
+            ("shift", {"tp": 16, "sp": 0}, {"tp": 16, "sp": 1}),  # a prefill of at most 16 tokens
+        ],
+    )
+    def test_right(self, mode, short, long):
+        assert self.problems(mode, short, long, short, long) == []
+
+    def test_phases_in_the_modes_of_each_other(self):
+        problems = self.problems("shift", {"tp": 1, "sp": 15}, {"tp": 2, "sp": 15})
+        assert len(problems) == 2
+        assert problems[1] == (
+            "answer 1 took the steps {'tp': 2, 'sp': 15}, and at least {'tp': 15, 'sp': 1} were expected"
+        )
+
+    def test_a_long_prefill_in_the_wrong_mode(self):
+        assert len(self.problems("shift", {"tp": 16, "sp": 0}, {"tp": 17, "sp": 0})) == 1
+
+    def test_the_steps_are_read_from_an_answer(self):
+        meta = {"output_token_logprobs": [], "output_top_logprobs": [], "shift_steps": {"tp": 3, "sp": 1}}
+        assert Answer.of({"output_ids": [], "meta_info": meta}).steps == {"tp": 3, "sp": 1}
 
 
 @pytest.mark.parametrize("mode", THRESHOLDS)

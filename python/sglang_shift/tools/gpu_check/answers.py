@@ -6,6 +6,8 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
+from sglang_shift.observe.events import META_INFO_KEY
+
 NEW_TOKENS = 16
 ALTERNATIVES = 5
 """Number of alternatives that a server reports for each token."""
@@ -23,12 +25,14 @@ class Answer:
         logprobs: The logprob of each generated token.
         alternatives: The likeliest tokens at the place of each generated token, with their logprobs.
         prompt_logprobs: The logprobs of the prompt's tokens, if the request asked for them.
+        steps: Number of steps that computed tokens of the request, by mode. Stock SGLang does not say it.
     """
 
     tokens: list[int]
     logprobs: list[float]
     alternatives: list[dict[int, float]]
     prompt_logprobs: list[float]
+    steps: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, body: dict[str, Any]) -> Answer:
@@ -39,6 +43,7 @@ class Answer:
             [entry[0] for entry in meta["output_token_logprobs"]],
             [{entry[1]: entry[0] for entry in place} for place in meta["output_top_logprobs"]],
             [entry[0] for entry in meta.get("input_token_logprobs") or () if entry[0] is not None],
+            meta.get(META_INFO_KEY, {}),
         )
 
 

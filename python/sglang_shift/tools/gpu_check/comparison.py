@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -112,7 +113,8 @@ class ServerComparison:
     def _compare(self, setup: ServerSetup, server: Server, mode: str) -> None:
         set_threshold(server, THRESHOLDS[mode])
         before = state(server)
-        difference = compare(ask(server, self.prompts), self.reference, self.tolerance)
+        answers = ask(server, self.prompts)
+        difference = compare(answers, self.reference, self.tolerance)
         after = state(server)
         steps = {name: count - before["steps"][name] for name, count in after["steps"].items()}
         self.record.row(
@@ -130,7 +132,7 @@ class ServerComparison:
             f"{label}: {difference.compared} tokens, {difference.ties} ties, logprobs within {difference.worst:.2g}; "
             f"steps {steps}; exchange {after['exchange']}"
         )
-        for problem in difference.problems:
+        for problem in [*difference.problems, *mode_problems(answers, self.prompts, mode)]:
             self.record.problem(f"{label}: {problem}")
         if {name for name, count in steps.items() if count} != set(EXPECTED[mode].values()):
             self.record.problem(f"{label}: the steps ran as {steps}")
@@ -168,6 +170,26 @@ def set_threshold(server: Server, threshold: int) -> None:
     """Let steps of more than ``threshold`` tokens run in SP from now on, and all other steps in TP."""
     settings = {"shift_policy": "tokens", "shift_threshold": threshold}
     call(server.url + "/set_internal_state", body={"server_args": settings})
+
+
+def mode_problems(answers: list[Answer], prompts: list[list[int]], mode: str) -> list[str]:
+    """Find answers whose steps ran in other modes than expected.
+
+    A request decodes each token but the first, and all its other steps are prefills. A prompt of more than
+    :data:`REQUESTS` tokens has a step above the threshold of ``shift``.
+
+    Args:
+        answers: The answers of :func:`ask`.
+        prompts: The prompts that were asked.
+        mode: A key of :data:`EXPECTED`.
+    """
+    problems = []
+    for i, answer in enumerate(answers):
+        least = Counter({EXPECTED[mode]["decode"]: len(answer.tokens) - 1})
+        least[EXPECTED[mode]["prefill"]] += len(prompts[i % len(prompts)]) > REQUESTS
+        if any(answer.steps.get(name, 0) < count for name, count in least.items()):
+            problems.append(f"answer {i} took the steps {answer.steps}, and at least {dict(least)} were expected")
+    return problems
 
 
 def replay_problems(before: dict[str, Any], after: dict[str, Any], mode: str) -> list[str]:
