@@ -69,7 +69,7 @@ def test_two_ranks_answer_as_one(kept, tmp_path):
     # Answers that are another's are told apart, and that there are no graphs is one more problem.
     compared.reference = compared.reference[::-1]
     compared.tolerance = 0.1
-    compared.compare(ServerSetup("two", TWO.flags, graphs=True), kept["engine-cpu-two-ranks.log"])
+    compared.compare(ServerSetup("two", TWO.flags, graphs=comparison.PHASES), kept["engine-cpu-two-ranks.log"])
     assert record.problems and "two, tp: " in record.problems[0]
     assert "two, sp: there are no graphs of a decode in sp" in record.problems
 
@@ -176,6 +176,25 @@ class TestReplays:
     def test_none_in_the_mode(self):
         now = counters(decode_tp=9, decode_sp=5, prefill_sp=1)
         assert comparison.replay_problems(self.before, now, "sp") == ["no decode replayed a graph in sp"]
+
+    def test_only_the_phases_with_graphs(self):
+        now = counters(decode_tp=9, decode_sp=5)
+        now["prefill"]["sp"]["sizes"] = []
+        assert comparison.replay_problems(self.before, now, "shift", ("decode",)) == []
+        assert comparison.replay_problems(self.before, self.before, "shift", ("decode",)) == [
+            "no decode replayed a graph in tp"
+        ]
+
+    def test_decodes_of_token_shards_must_replay_graphs(self, monkeypatch, tmp_path):
+        """SGLang captures them, but no graphs of prefills."""
+        setups = []
+        monkeypatch.setattr(one_gpu, "environment", lambda backend, folder: {})
+        monkeypatch.setattr(engine, "model_flags", lambda folder, **fields: [])
+        memory = SimpleNamespace(total_memory=1)
+        monkeypatch.setattr(engine.torch.cuda, "get_device_properties", lambda index: memory)
+        monkeypatch.setattr(ServerComparison, "run", lambda self, one, others, at_once: setups.extend(others))
+        engine.check_token_shards(Record(folder=tmp_path))
+        assert [setup.graphs for setup in setups] == [("decode",)]
 
     def test_none_captured(self):
         now = counters(decode_tp=9, prefill_tp=2)

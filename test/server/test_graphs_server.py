@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from harness import SUPPORT
 from prompts import assert_same_answers
-from sglang_shift.tools.gpu_check.comparison import ServerComparison, ServerSetup
+from sglang_shift.tools.gpu_check.comparison import PHASES, ServerComparison, ServerSetup
 from sglang_shift.tools.gpu_check.record import Record
 from sglang_shift.tools.servers import Server
 
@@ -51,7 +51,7 @@ def test_the_gpu_check_sees_that_they_are_replayed(server, tmp_path):
     record = Record(folder=tmp_path)
     compared = ServerComparison(record, "recorded", [], vocabulary=4096, tolerance=1e-4)
     itself = Server([], server.url, None)
-    contender = ServerSetup("itself", [], graphs=True)
+    contender = ServerSetup("itself", [], graphs=PHASES)
     compared.take_reference(contender, itself)
     compared.compare(contender, itself)
     assert record.problems == []

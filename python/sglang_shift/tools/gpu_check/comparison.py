@@ -27,6 +27,8 @@ EXPECTED = {
 }
 """The mode in which steps run with each threshold, by phase."""
 
+PHASES = ("decode", "prefill")
+
 SHIFT = ["--enable-shift-parallel", "--shift-policy", "queue-depth"]
 """Flags of all servers except the reference.
 
@@ -46,13 +48,13 @@ class ServerSetup:
         label: Its name.
         flags: Its own flags, which are added to the flags of all servers.
         variables: Its own environment variables, which are added to the variables of this process.
-        graphs: Whether its steps must replay CUDA graphs, in both modes.
+        graphs: The phases whose steps must replay CUDA graphs, in both modes.
     """
 
     label: str
     flags: list[str]
     variables: dict[str, str] = field(default_factory=dict)
-    graphs: bool = False
+    graphs: Sequence[str] = ()
 
 
 class ServerComparison:
@@ -136,9 +138,8 @@ class ServerComparison:
             self.record.problem(f"{label}: {problem}")
         if {name for name, count in steps.items() if count} != set(EXPECTED[mode].values()):
             self.record.problem(f"{label}: the steps ran as {steps}")
-        if setup.graphs:
-            for problem in replay_problems(before["graphs"], after["graphs"], mode):
-                self.record.problem(f"{label}: {problem}")
+        for problem in replay_problems(before["graphs"], after["graphs"], mode, setup.graphs):
+            self.record.problem(f"{label}: {problem}")
 
     def _wait(self, setup: ServerSetup, server: Server) -> None:
         start = monotonic()
@@ -192,16 +193,20 @@ def mode_problems(answers: list[Answer], prompts: list[list[int]], mode: str) ->
     return problems
 
 
-def replay_problems(before: dict[str, Any], after: dict[str, Any], mode: str) -> list[str]:
+def replay_problems(
+    before: dict[str, Any], after: dict[str, Any], mode: str, phases: Sequence[str] = PHASES
+) -> list[str]:
     """Find the phases in which no step replayed a graph of the expected mode.
 
     Args:
         before: The counters ``graphs`` of :func:`state` before the steps.
         after: The same counters after the steps.
         mode: A key of :data:`EXPECTED`.
+        phases: The phases to look at.
     """
     problems = []
-    for phase, expected in EXPECTED[mode].items():
+    for phase in phases:
+        expected = EXPECTED[mode][phase]
         if not after[phase][expected]["sizes"]:
             problems.append(f"there are no graphs of a {phase} in {expected}")
         elif after[phase][expected]["replayed"] == before[phase][expected]["replayed"]:

@@ -17,7 +17,7 @@ import torch
 
 from sglang_shift.models.random_model import write_random_model
 from sglang_shift.tools.gpu_check import environment, one_gpu
-from sglang_shift.tools.gpu_check.comparison import REQUESTS, ServerComparison, ServerSetup
+from sglang_shift.tools.gpu_check.comparison import PHASES, REQUESTS, ServerComparison, ServerSetup
 from sglang_shift.tools.gpu_check.record import Record
 
 MODEL: dict[str, Any] = {
@@ -75,15 +75,15 @@ def check_one_gpu(record: Record, attention: str) -> None:
         folder = Path(name)
         flags = [*model_flags(folder), "--attention-backend", attention]
         others = []
-        for backend, graphs in (("gloo", False), ("nccl", True)):
+        for backend, phases in (("gloo", ()), ("nccl", PHASES)):
             label = f"two ranks over {backend}"
             try:
                 variables = one_gpu.environment(backend, folder / backend)
             except pytest.skip.Exception as reason:
                 record.note(f"{label}: skipped: {reason}")
                 continue
-            own_flags = ["--tp-size", "2", *SHARED_GPU_FLAGS, *(GRAPHS if graphs else EAGER)]
-            others.append(ServerSetup(label, own_flags, variables, graphs))
+            own_flags = ["--tp-size", "2", *SHARED_GPU_FLAGS, *(GRAPHS if phases else EAGER)]
+            others.append(ServerSetup(label, own_flags, variables, phases))
         at_once = torch.cuda.get_device_properties(0).total_memory >= PARALLEL_START_BYTES
         ServerComparison(record, attention, flags, VOCABULARY, TOLERANCE).run(ONE_RANK, others, at_once)
 
@@ -93,7 +93,7 @@ def check_several(record: Record) -> None:
     ranks = max(size for size in (2, 4, 8) if size <= environment.gpus())
     with TemporaryDirectory(prefix="sglang_shift_") as name:
         others = [
-            ServerSetup(f"P={ranks}, S={sp}", ["--tp-size", str(ranks), "--sp-size", str(sp), *GRAPHS], graphs=True)
+            ServerSetup(f"P={ranks}, S={sp}", ["--tp-size", str(ranks), "--sp-size", str(sp), *GRAPHS], graphs=PHASES)
             for sp in (2, 4, 8)
             if sp <= ranks
         ]
@@ -110,7 +110,7 @@ def check_token_shards(record: Record) -> None:
         variables = one_gpu.environment("nccl", folder / "nccl")
         flags = [*model_flags(folder, num_key_value_heads=1), "--attention-backend", "triton"]
         own_flags = ["--tp-size", "2", "--dcp-size", "2", *SHARED_GPU_FLAGS, *GRAPHS]
-        divided = ServerSetup("P=2, D=2 over nccl", own_flags, variables)
+        divided = ServerSetup("P=2, D=2 over nccl", own_flags, variables, graphs=("decode",))
         at_once = torch.cuda.get_device_properties(0).total_memory >= PARALLEL_START_BYTES
         ServerComparison(record, "token-shards", flags, VOCABULARY, TOLERANCE).run(ONE_RANK, [divided], at_once)
 
