@@ -206,7 +206,8 @@ def test_the_script(has_all, tmp_path):
     """It takes a Python that has what is needed, without a set-up, which takes a network; else the one of .venv."""
     script = tmp_path / "scripts" / "gpu_check.sh"
     found, made = tmp_path / "bin" / "python3", tmp_path / ".venv" / "bin" / "python"
-    says = '#!/bin/sh\n[ "$1" = -c ] && exit {code}\necho {name} "$PYTHONPATH" "$@"\n'
+    says = '#!/bin/sh\n[ "$1" = -c ] && {{ echo "Traceback\nNo pytest" >&2; exit {code}; }}\n'
+    says += 'echo {name} "$PYTHONPATH" "$@"\n'
     for path, text in {
         script: (REPO / "scripts" / "gpu_check.sh").read_text(),
         script.with_name("setup.sh"): "#!/bin/sh\necho set up\n",
@@ -222,6 +223,8 @@ def test_the_script(has_all, tmp_path):
     said = [f"found {ours}"] if has_all else ["set up", "made bundle"]
     said[-1] += " -m sglang_shift.gpu_check --list"
     assert done.stdout.splitlines() == said
+    why = "sglang_shift: python3 cannot run the checks (No pytest), so .venv runs them\n"
+    assert done.stderr == ("" if has_all else why)
 
 
 @pytest.mark.parametrize(("gpus", "words", "minutes"), [(1, [], 20), (4, [], 30), (4, ["--minutes", "3"], 3)])
