@@ -4,8 +4,8 @@
     ./scripts/chat_model.sh                        # once: installs the weights
     python benchmark/block_bounds.py
 
-The text is this repository's documents. For the last chunk of 512 tokens and seven of the layers, each head and each 64
-tokens leave out as many blocks of the prefix as possible, so that no query surely leaves out more than EPS. The rows
+The text is the beginning of docs/usage.md. For the last chunk of 512 tokens and seven of the layers, each head and each
+64 tokens leave out as many blocks of the prefix as possible, so that no query surely leaves out more than EPS. The rows
 are what is known of a block:
 
 - its exact mass, as in the server;
