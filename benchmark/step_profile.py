@@ -6,7 +6,8 @@
 
 Each contender has a name as in ``python -m sglang_shift.benchmark``. It is started, warmed up, timed without the
 profiler, and then profiled. A prefill is a prompt of ``--tokens``. With ``--decode``, a step is one token of a request
-that decodes alone. On a GPU, the figures are the figures of the host.
+that decodes alone. The profile then has 96 decodes of three requests, and also the three prefills of their 16 tokens.
+All of it is divided by 96. On a GPU, the figures are the figures of the host.
 """
 
 from __future__ import annotations
