@@ -19,11 +19,10 @@ case ${1:-} in
     *) exec .venv/bin/python -m pytest "$@" ;;
 esac
 ./scripts/lint.sh
-# Tests share the cores, a module in each process. The modules that take long come first, so that no core is idle at the
-# end. A server uses several cores, so at most two run at once.
+# Tests without a server share the cores, a module in each. The modules that take long come first, so that no core is
+# idle at the end. Tests of servers run one after the other.
 code=0
-files=(--dist loadfile --no-loadscope-reorder)
-run() { .venv/bin/python -m pytest --durations=25 -n logical "${files[@]}" "$@" || code=$?; }
-run --maxprocesses 4 "${only[@]}" "$@" test/ranks test/unit test/tools
-run --maxprocesses 2 "${only[@]}" "$@" test/server
+cores=(-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
+.venv/bin/python -m pytest --durations=25 "${cores[@]}" "${only[@]}" "$@" test/ranks test/unit test/tools || code=$?
+.venv/bin/python -m pytest --durations=25 "${only[@]}" "$@" test/server || code=$?
 exit "$code"

@@ -22,12 +22,8 @@ from sglang_shift.tools import servers as launches
 
 FLOAT32 = ("--dtype", "float32")
 POOL = ServerPool()
-# The modules that take longest. They begin first, so that no process waits for one of them at the end.
-LONG = (
-    "test_models.py", "test_instance_levels.py", "test_instance_faults.py", "test_instance_likelihoods.py",
-    "test_equivalence.py", "test_token_shards_server.py", "test_real_chat_model.py", "test_images.py",
-    "test_benchmark_smoke.py", "test_gpu_check_engine.py", "test_speculation.py",
-)  # fmt: skip
+# The modules without a server that take longest. They begin first, so that no process waits for one of them at the end.
+LONG = ("test_models.py", "test_instance_levels.py", "test_instance_faults.py", "test_instance_likelihoods.py")
 
 # The time (in seconds since 1970) from which no more tests of the full tier begin. CI sets it, because machines differ.
 DEADLINE = "SGLANG_SHIFT_TEST_DEADLINE"

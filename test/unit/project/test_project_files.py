@@ -122,13 +122,13 @@ def repository(tmp_path):
 
 
 def tier(arguments):
-    """The calls of a tier: lint, the tests without a server on all cores, and then the others on two."""
-    parts = [f"4 {arguments} test/ranks test/unit test/tools", f"2 {arguments} test/server"]
-    cores = "-n logical --dist loadfile --no-loadscope-reorder --maxprocesses"
+    """The calls of a tier: lint, the tests without a server on all cores, and then the others."""
+    cores = "-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "
+    parts = [f"{cores}{arguments} test/ranks test/unit test/tools", f"{arguments} test/server"]
     return [
         "setup.sh test",
         "lint.sh ",
-        *(f"python -m pytest --durations=25 {cores} {' '.join(part.split())}" for part in parts),
+        *(f"python -m pytest --durations=25 {' '.join(part.split())}" for part in parts),
     ]
 
 
