@@ -19,7 +19,7 @@ from prompts import assert_same_answers
 
 pytestmark = [pytest.mark.server, pytest.mark.full]
 
-NEW_TOKENS = 32
+NEW_TOKENS = 16
 LONG = 1300  # tokens of the text that is too long for one chunk
 QUESTION = "What is the capital of France?"
 CHATS = [
