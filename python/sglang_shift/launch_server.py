@@ -7,6 +7,7 @@ stock SGLang.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from sglang_shift.config import ShiftConfig
 
 logger = logging.getLogger(__name__)
+
+LAST_PORT = 65535
 
 
 def run_server(server_args: ShiftServerArgs, run_rank: Callable[..., None] | None = None) -> None:
@@ -119,18 +122,25 @@ def check_port(host: str, port: int, node_rank: int) -> None:
     """Check that the HTTP port is free, on the node that serves it.
 
     Raises:
-        ShiftError: the port is in use, or the host is not an address of this machine.
+        ShiftError: the port is none or in use, or the host is not an address of this machine.
     """
     if node_rank > 0:
         return
+    if not 0 <= port <= LAST_PORT:  # getaddrinfo would take 70000 for 4464
+        raise ShiftError(f"--port {port} is no port; give a number from 1 to {LAST_PORT}")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host or "127.0.0.1", port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:  # UnicodeError: a part of the name is empty or too long
+        reason = getattr(error, "strerror", None) or error
+        raise ShiftError(f"--host {host} has no address: {reason}; give an address of this machine") from error
+    try:
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
+        other = "--host, an address of this machine" if error.errno == errno.EADDRNOTAVAIL else "--port"
         raise ShiftError(
-            f"cannot listen on --host {host} --port {port}: {error.strerror or error}; choose another --port"
+            f"cannot listen on --host {host} --port {port}: {error.strerror or error}; choose another {other}"
         ) from error
 
 

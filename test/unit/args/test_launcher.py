@@ -16,6 +16,7 @@ import psutil
 import pytest
 from harness import session_members
 from sglang_shift import launch_server
+from sglang_shift.errors import ShiftError
 from sglang_shift.seams import digests
 
 SHIFT = ("--tp-size", "2", "--sp-size", "2")
@@ -106,6 +107,26 @@ def test_port_in_use(launch):
         taken.listen()
         port = str(taken.getsockname()[1])
         assert_one_sentence(launch(*SHIFT, "--port", port), f"--port {port}", "in use")
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "parts"),
+    [
+        ("127.0.0.1", 70000, ["--port 70000 is no port", "from 1 to 65535"]),
+        ("127.0.0.1", -1, ["--port -1 is no port"]),
+        ("a..b", 30000, ["--host a..b has no address", "empty", "give an address of this machine"]),
+        ("a" * 64, 30000, ["has no address", "label too long"]),
+        ("nosuch.invalid", 30000, ["--host nosuch.invalid has no address", "give an address of this machine"]),
+        ("192.0.2.1", 30000, ["--host 192.0.2.1", "choose another --host, an address of this machine"]),
+    ],
+)
+def test_where_no_server_can_listen(host, port, parts):
+    with pytest.raises(ShiftError) as error:
+        launch_server.check_port(host, port, node_rank=0)
+    assert "\n" not in str(error.value)
+    for part in parts:
+        assert part in str(error.value)
+    launch_server.check_port(host, port, node_rank=1)
 
 
 def test_wrong_sglang_version(launch, monkeypatch):
