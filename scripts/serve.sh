@@ -4,7 +4,8 @@
 #   scripts/serve.sh [flags of SGLang's server and of sglang_shift]
 #
 # It adds --tp-size 2 unless you give a size, and --enable-shift-parallel unless you give --sp-size.
-# It adds neither if you give --config. For stock SGLang, run python -m sglang_shift.launch_server.
+# It adds neither if you give --config, and then does not say when the server is ready: the file may have the address.
+# For stock SGLang, run python -m sglang_shift.launch_server.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -16,6 +17,7 @@ node=0
 auth=
 add_size=true
 add_shift=true
+announces=true
 previous=
 for arg in "$@"; do
     # A flag is `--flag value` or `--flag=value`. Look at the flag once its value is known.
@@ -34,8 +36,8 @@ for arg in "$@"; do
     case ${arg%%=*} in # also abbreviations, because the parser accepts them
         --tp | --tp-* | --te*) add_size=false ;;
         --sp-s | --sp-si* | --seq* | --enable-shi*) add_shift=false ;;
-        --conf*) add_size=false add_shift=false ;;
-        -h | --help) sed -n 's/^# \{0,1\}//; 2,7p' "${BASH_SOURCE[0]}"; echo; node=-1 ;;
+        --conf*) add_size=false add_shift=false announces=false ;;
+        -h | --help) sed -n 's/^# \{0,1\}//; 2,8p' "${BASH_SOURCE[0]}"; echo; announces=false ;;
     esac
 done
 if $add_shift; then set -- "$@" --enable-shift-parallel; fi
@@ -76,7 +78,7 @@ END
 }
 
 "$root/scripts/setup.sh"
-if [[ $node == 0 ]] && command -v curl >/dev/null; then
+if $announces && [[ $node == 0 ]] && command -v curl >/dev/null; then
     exec 3> >(announce <&0 &)
     wait "$!" 2>/dev/null || true # waits for the shell that started it, not for `announce`
 fi

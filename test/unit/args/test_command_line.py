@@ -331,3 +331,23 @@ def serve(tmp_path):
 )
 def test_what_the_script_adds(serve, flags, added):
     assert serve(flags) == f"{flags} {added}".strip()
+
+
+@pytest.mark.parametrize(
+    ("flags", "announced"),
+    [
+        ("--port 31000", True),
+        *((f"{config} --node-rank 0", False) for config in ("--config f.yaml", "--config=f.yaml", "--conf f.yaml")),
+        ("--node-rank 1", False),
+        ("--help", False),
+    ],
+)
+def test_where_the_server_is_ready(serve, tmp_path, monkeypatch, flags, announced):
+    """A file of --config may have the address, and the script does not read it."""
+    (tmp_path / "bin").mkdir()
+    for program, lines in (("bin/curl", ""), (".venv/bin/python", "sleep 2\n")):  # the script asks after one second
+        (tmp_path / program).write_text(f"#!/bin/sh\n{lines}")
+        (tmp_path / program).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    said = serve(flags)
+    assert ("ready at http://127.0.0.1:31000" in said) is announced and ("ready at" in said) is announced
