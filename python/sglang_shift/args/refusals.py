@@ -59,6 +59,8 @@ FEATURES = (
     Feature("--debug-cuda-graph", lambda a: a.debug_cuda_graph, "it runs a step's Python again inside the step"),
     Feature("--dllm-algorithm", lambda a: a.dllm_algorithm is not None, "diffusion models are not served"),
     Feature("--elastic-ep-backend", lambda a: a.elastic_ep_backend is not None, "ranks must not come and go"),
+    Feature("--enable-pd-role-switch", lambda a: a.enable_pd_role_switch,
+     "the CUDA graphs of SP steps are planned at start-up, for one role"),
     Feature("--use-ray", lambda a: a.use_ray, "its actors build SGLang's own scheduler"),
     Feature("--encoder-only", lambda a: a.encoder_only, "an encoder has no steps to shift"),
     Feature("gRPC serving", lambda a: a.smg_grpc_mode or a.grpc_mode, "it starts SGLang's own scheduler"),
