@@ -16,7 +16,13 @@ from typing import Any
 import msgspec
 from sglang.srt.beam_search.batch_tail import num_beam_member_rows
 from sglang.srt.managers import scheduler as sglang_scheduler
-from sglang.srt.managers.io_struct import AbortReq, TokenizedEmbeddingReqInput, TokenizedGenerateReqInput
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    AddExternalCorpusReqInput,
+    AddExternalCorpusReqOutput,
+    TokenizedEmbeddingReqInput,
+    TokenizedGenerateReqInput,
+)
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
@@ -350,6 +356,25 @@ class ShiftScheduler(Scheduler):
         """With ``--sleep-on-idle``, wait for a request, unless a calibration has more to measure."""
         if not self.shift_calibrator.measuring:
             super().maybe_sleep_on_idle()
+
+    @overrides("Our method returns when the corpus is loaded, so that all ranks draft from it from the same step on.")
+    @relies_on(
+        "sglang.srt.speculative.external_corpus_manager:ExternalCorpusManager.add",
+        "This method loads the corpus in a thread, and drafts come from it as soon as it is loaded.",
+    )
+    @relies_on(
+        "sglang.srt.speculative.external_corpus_manager:ExternalCorpusManager.check_pending_load",
+        "This method answers the request if the thread has ended.",
+    )
+    def add_external_corpus(self, recv_req: AddExternalCorpusReqInput) -> AddExternalCorpusReqOutput | None:
+        """Load a corpus of NGRAM before the next step. Threads of several ranks would not end in the same step."""
+        output: AddExternalCorpusReqOutput | None = super().add_external_corpus(recv_req)
+        manager = self.external_corpus_manager
+        if manager is not None and manager._pending_load is not None:
+            _, thread = manager._pending_load
+            thread.join()
+            manager.check_pending_load()
+        return output
 
     @overrides("Our streamer sends the steps of each request by mode to the tokenizer manager.")
     def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
