@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
+import torch
 from harness import MIXED_CHUNKS
+from safetensors.torch import load_file, save_file
+from sglang_shift.models.demo import demo_model_path
 
 pytestmark = pytest.mark.server(*MIXED_CHUNKS)
 
@@ -249,6 +253,10 @@ OPERATORS = {
     "memory that was not released": (("/resume_memory_occupation", {}), "on GPUs only"),
     "a step that never ends": (("/slow_down", {"forward_sleep_time": 1e300}), "at most 3600 seconds"),
     "weights of too few ranks": (("/update_weights_from_tensor", {"serialized_named_tensors": []}), "one for each of"),
+    "weights in a format of another loader": (
+        ("/update_weights_from_disk", {"model_path": "/nowhere", "load_format": "private"}),
+        "does not update weights",
+    ),
     "logging of no level": (("/configure_logging", {"log_requests_level": 99}), "between 0 and 3"),
 }
 
@@ -258,6 +266,16 @@ def test_a_request_of_an_operator_that_would_end_a_rank_is_an_error(server, name
     (path, body), reason = OPERATORS[name]
     response = send(server, path, body)
     assert response.status_code == 400 and reason in response.text, response.text
+
+
+def test_a_checkpoint_that_does_not_load(server, tmp_path):
+    """The ranks have loaded parts of it by then, and SGLang's rollback would read it once more."""
+    folder = shutil.copytree(demo_model_path(), tmp_path / "reshaped")
+    tensors = load_file(folder / "model.safetensors")
+    name = max(name for name in tensors if "layers" in name)
+    save_file({**tensors, name: torch.zeros(3)}, folder / "model.safetensors")
+    response = send(server, "/update_weights_from_disk", {"model_path": str(folder)})
+    assert response.status_code == 400 and "were loaded again" in response.text, response.text
 
 
 def test_sessions(server):
