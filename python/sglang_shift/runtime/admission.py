@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.embed_types import PositionalEmbeds
@@ -100,7 +101,7 @@ def check_labels(labels: Any) -> None:
 
 
 def convert_types(request: Any) -> None:
-    """Convert each value of a tokenized request to the type of its field: 4.0 becomes 4.
+    """Convert each value of a tokenized request to the type of its field: 4.0 becomes 4, and NumPy's 0.7 becomes 0.7.
 
     SGLang's ranks check types only with ``SGLANG_USE_PICKLE_IPC=0``. The route ``/generate`` checks types earlier. The
     Python API, ``/vertex_generate`` and Ollama's routes accept ``sampling_params`` with values of any type.
@@ -116,9 +117,31 @@ def _convert(struct: msgspec.Struct, unchecked: Collection[str]) -> None:
     for name, kind in _types(type(struct)).items():
         if name not in unchecked:
             try:
-                setattr(struct, name, msgspec.convert(getattr(struct, name), kind, strict=False))
+                setattr(struct, name, _converted(getattr(struct, name), kind))
             except msgspec.ValidationError as error:
                 raise ValueError(f"{name} has a value of another type than it must have: {error}") from error
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    try:
+        return msgspec.convert(value, kind, strict=False)
+    except msgspec.ValidationError:
+        return msgspec.convert(_as_json(value), kind, strict=False)
+
+
+def _as_json(value: Any) -> Any:
+    """Replace what JSON does not have by what means the same: numbers of NumPy, and numbers as keys."""
+    match value:
+        case np.generic() | np.ndarray():
+            return value.tolist()
+        case dict():
+            return {
+                str(int(key)) if isinstance(key, (int, np.integer)) else key: _as_json(each)
+                for key, each in value.items()
+            }
+        case list() | tuple():
+            return [_as_json(each) for each in value]
+    return value
 
 
 @cache

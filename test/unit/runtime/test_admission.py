@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from types import SimpleNamespace
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from sglang.srt.managers import io_struct
@@ -282,6 +284,7 @@ class Wanted(msgspec.Struct):
     sampling_params: SamplingParams
     return_logprob: bool = False
     custom_logit_processor: str | None = None
+    token_ids_logprob: list[int] | None = None
     input_ids: object = None
 
 
@@ -292,6 +295,7 @@ class Wanted(msgspec.Struct):
         ({"logit_bias": {"1": "x"}}, "logit_bias has .*Expected `float`, got `str`"),
         ({"logit_bias": {"1": None}}, "logit_bias has "),
         ({"logit_bias": [1]}, "logit_bias has "),
+        ({"logit_bias": {(1, 2): 2.0}}, "logit_bias has "),
         ({"skip_special_tokens": "x"}, "skip_special_tokens has .*Expected `bool`, got `str`"),
         ({"max_new_tokens": 4.5}, "max_new_tokens has "),
         ({"json_schema": {"type": "object"}}, "json_schema has "),
@@ -320,6 +324,33 @@ def test_values_that_only_look_different():
     assert (seen.max_new_tokens, seen.skip_special_tokens, seen.ignore_eos) == (4, True, False)
     assert type(seen.max_new_tokens) is int and seen.stop_token_ids == {5, 6} and seen.logit_bias == {"1": 2.0}
     assert seen.custom_params is deep and request.input_ids == array("q", [1])
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"logit_bias": {5: 2.0}}, {"logit_bias": {"5": 2.0}}),
+        ({"logit_bias": {np.int64(5): np.float32(0.5)}}, {"logit_bias": {"5": 0.5}}),
+        ({"temperature": np.float64(0.7), "top_p": np.float32(0.5)}, {"temperature": 0.7, "top_p": 0.5}),
+        ({"max_new_tokens": np.int64(4), "top_k": np.int32(3)}, {"max_new_tokens": 4, "top_k": 3}),
+        ({"ignore_eos": np.bool_(True)}, {"ignore_eos": True}),
+        ({"stop": ("a", np.str_("b"))}, {"stop": ["a", "b"]}),
+    ],
+)
+def test_values_of_python_and_numpy(values, expected):
+    """SGLang takes them from the Python API. What the ranks get has the types of JSON."""
+    request = Wanted(SamplingParams(**values))
+    admission.convert_types(request)
+    for name, value in expected.items():
+        seen = getattr(request.sampling_params, name)
+        assert seen == value and type(seen) is type(value)
+        assert json.dumps(seen) == json.dumps(value)
+
+
+def test_lists_of_numpy():
+    request = Wanted(SamplingParams(), token_ids_logprob=np.array([5, 6]))
+    admission.convert_types(request)
+    assert request.token_ids_logprob == [5, 6] and type(request.token_ids_logprob[0]) is int
 
 
 def test_all_fields_of_a_request_have_types_that_are_known():
