@@ -257,6 +257,20 @@ OPERATORS = {
         ("/update_weights_from_disk", {"model_path": "/nowhere", "load_format": "private"}),
         "does not update weights",
     ),
+    "a trainer's group without a name": (
+        (
+            "/init_weights_update_group",
+            {"master_address": "localhost", "master_port": 1, "rank_offset": 1, "world_size": 3, "group_name": ""},
+        ),
+        "group_name is empty",
+    ),
+    "export to a group of one port": (
+        (
+            "/init_weights_send_group_for_remote_instance",
+            {"master_address": "localhost", "ports": "1", "group_rank": 0, "world_size": 2},
+        ),
+        "cannot be exported shard by shard",
+    ),
     "logging of no level": (("/configure_logging", {"log_requests_level": 99}), "between 0 and 3"),
 }
 

@@ -95,6 +95,6 @@ def check_profile(request: Any) -> None:
     "This method takes the tensors of this rank by its number.",
 )
 def lacks_tensors(request: Any) -> str:
-    """Why the tensors of a weight update do not suffice for all ranks; empty if they do."""
+    """Why the tensors of a weight update or an adapter do not suffice for all ranks; empty if they do."""
     given, ranks = len(request.serialized_named_tensors), get_parallel().tp_size
     return f"serialized_named_tensors has {given} and must have one for each of {ranks} ranks" if given < ranks else ""

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from sglang.srt.entrypoints.engine import init_tokenizer_manager as init_stock
+from sglang.srt.managers.io_struct import LoRAUpdateOutput
 from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
@@ -125,6 +126,18 @@ class RequestChecks(TokenizerManager):
         if lack := lacks_tensors(obj):
             return False, lack
         return await super().update_weights_from_tensor(obj, request)
+
+    @overrides("Our method refuses an adapter without tensors for each rank.")
+    async def load_lora_adapter_from_tensors(self, obj: Any, _: Any = None) -> LoRAUpdateOutput:
+        if lack := lacks_tensors(obj):
+            return LoRAUpdateOutput(success=False, error_message=lack)
+        return await super().load_lora_adapter_from_tensors(obj, _)
+
+    @overrides("Our method refuses a group without a name.")
+    async def init_weights_update_group(self, obj: Any, request: Any = None) -> tuple[bool, str]:
+        if not obj.group_name:
+            return False, "group_name is empty; give the group a name"
+        return await super().init_weights_update_group(obj, request)
 
     @overrides("Our method refuses an unknown logging level.")
     def configure_logging(self, obj: Any) -> None:

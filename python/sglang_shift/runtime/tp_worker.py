@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+from sglang.srt.managers.io_struct import LoRAUpdateOutput
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.runtime_context import get_schedule
 
+from sglang_shift.runtime.agreement import from_all_ranks
 from sglang_shift.runtime.model_runner import ShiftModelRunner
 from sglang_shift.runtime.stopwatch import Lap, Stopwatch
 from sglang_shift.seams import overrides
+
+logger = logging.getLogger(__name__)
 
 # SGLang's exports write whole parameter buffers. Our parameters are views, and some have strides.
 EXPORT_REFUSED = (
@@ -42,6 +47,26 @@ class ShiftTpModelWorker(TpModelWorker):
     @overrides("Our method refuses the transfer, because SGLang's method would send views of the base weights.")
     def send_weights_to_remote_instance(self, recv_req: Any) -> tuple[bool, str]:
         return False, EXPORT_REFUSED
+
+    @overrides("Our method refuses the transfer before a rank waits for the others, or ends for a port too few.")
+    def init_weights_send_group_for_remote_instance(self, recv_req: Any) -> tuple[bool, str]:
+        return False, EXPORT_REFUSED
+
+    @overrides("Our method answers with an error where SGLang's would end the rank.")
+    def load_lora_adapter_from_tensors(self, recv_req: Any) -> LoRAUpdateOutput:
+        """Load an adapter on all ranks, or on none."""
+        try:
+            own = super().load_lora_adapter_from_tensors(recv_req)
+        except Exception as error:  # this rank cannot read its tensors, or they have other checksums
+            message = f"the tensors of adapter {recv_req.lora_name!r} do not load: {error!r}"
+            logger.error("sglang_shift: %s", message)
+            own = LoRAUpdateOutput(success=False, error_message=message)
+        loaded = [bool(number) for (number,) in from_all_ranks([own.success])]
+        if own.success and not all(loaded):
+            self.model_runner.unload_lora_adapter(recv_req.to_ref())
+            failed = f"rank {loaded.index(False)} could not load the adapter; its log has the reason"
+            return LoRAUpdateOutput(success=False, error_message=failed)
+        return own
 
     @overrides("Our method builds our model runner.")
     def _init_model_runner(self) -> None:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
 from sglang.srt.constants import GPU_MEMORY_ALL_TYPES
+from sglang.srt.managers import tp_worker as stock_worker
 from sglang.srt.managers.io_struct import (
+    InitWeightsSendGroupForRemoteInstanceReqInput,
+    InitWeightsUpdateGroupReqInput,
+    LoadLoRAAdapterFromTensorsReqInput,
+    LoRAUpdateOutput,
     ProfileReq,
     ReleaseMemoryOccupationReqInput,
     ReleaseMemoryOccupationReqOutput,
@@ -18,10 +24,12 @@ from sglang.srt.managers.io_struct import (
 )
 from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.utils import MultiprocessingSerializer
 from sglang_shift.errors import RequestRefused
-from sglang_shift.runtime import operator_requests
+from sglang_shift.runtime import operator_requests, tp_worker
 from sglang_shift.runtime.released_memory import ShiftWeightUpdaterManager
 from sglang_shift.runtime.tokenizer_manager import ShiftTokenizerManager, ShiftTokenizerWorker
+from sglang_shift.runtime.tp_worker import ShiftTpModelWorker
 
 RELEASE, RESUME = ReleaseMemoryOccupationReqInput, ResumeMemoryOccupationReqInput
 
@@ -96,6 +104,78 @@ def test_each_rank_needs_its_tensors(server, ask, given):
     request_ = UpdateWeightsFromTensorReqInput(serialized_named_tensors=[b""] * given)
     done, message = ask("update_weights_from_tensor", request_)
     assert not done and message == f"serialized_named_tensors has {given} and must have one for each of 2 ranks"
+
+
+def adapter(payloads):
+    return LoadLoRAAdapterFromTensorsReqInput(lora_name="a", config_dict={}, serialized_named_tensors=[b""] * payloads)
+
+
+def test_each_rank_needs_its_tensors_of_an_adapter(server, ask):
+    answer = ask("load_lora_adapter_from_tensors", adapter(1))
+    assert not answer.success
+    assert answer.error_message == "serialized_named_tensors has 1 and must have one for each of 2 ranks"
+    assert ask("load_lora_adapter_from_tensors", adapter(2)) == "sent"
+
+
+@pytest.mark.parametrize("name", ["", "mine"])
+def test_a_group_of_a_trainer_has_a_name(ask, name):
+    """SGLang's ranks assert it."""
+    where = {"master_address": "localhost", "master_port": 1, "rank_offset": 1, "world_size": 3}
+    answer = ask("init_weights_update_group", InitWeightsUpdateGroupReqInput(**where, group_name=name))
+    assert answer == ("sent" if name else (False, "group_name is empty; give the group a name"))
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    """The worker of one of two ranks. ``others`` is whether the other rank has loaded an adapter."""
+    mine = ShiftTpModelWorker.__new__(ShiftTpModelWorker)
+    mine.unloaded, mine.others = [], True
+    loads = LoRAUpdateOutput(success=True)
+    mine._model_runner = SimpleNamespace(
+        load_lora_adapter_from_tensors=lambda *_: loads, unload_lora_adapter=mine.unloaded.append
+    )
+    monkeypatch.setattr(tp_worker, "from_all_ranks", lambda own: [own, [mine.others]])
+    monkeypatch.setattr(stock_worker, "get_parallel", lambda: SimpleNamespace(tp_rank=0))
+    return mine
+
+
+def tensors_of_adapter(payload, **fields):
+    return LoadLoRAAdapterFromTensorsReqInput(
+        lora_name="a", lora_id="1", config_dict={}, serialized_named_tensors=[payload], **fields
+    )
+
+
+GOOD = MultiprocessingSerializer.serialize({})  # an adapter without tensors
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (adapter(0), "the tensors of adapter 'a' do not load: IndexError"),
+        (tensors_of_adapter(b"x"), "the tensors of adapter 'a' do not load: UnpicklingError"),
+        (tensors_of_adapter(GOOD, expected_checksums={"a": "x"}), "the tensors of adapter 'a' do not load: .*MISMATCH"),
+    ],
+)
+def test_an_adapter_that_a_rank_cannot_read(worker, caplog, request_, message):
+    answer = worker.load_lora_adapter_from_tensors(request_)
+    assert not answer.success and re.match(message, answer.error_message) and not worker.unloaded
+    assert answer.error_message in caplog.text
+
+
+def test_an_adapter_that_another_rank_cannot_read(worker):
+    request_ = tensors_of_adapter(GOOD)
+    assert worker.load_lora_adapter_from_tensors(request_).success and not worker.unloaded
+    worker.others = False
+    answer = worker.load_lora_adapter_from_tensors(request_)
+    assert not answer.success and answer.error_message.startswith("rank 1 could not load the adapter")
+    assert [ref.lora_id for ref in worker.unloaded] == ["1"]
+
+
+def test_no_rank_joins_a_group_for_an_export(worker):
+    """SGLang's ranks assert that there is a port for each of them, and then wait for a receiver."""
+    where = {"master_address": "localhost", "ports": "1", "group_rank": 0, "world_size": 2}
+    request_ = InitWeightsSendGroupForRemoteInstanceReqInput(**where, group_name="")
+    assert worker.init_weights_send_group_for_remote_instance(request_) == (False, tp_worker.EXPORT_REFUSED)
 
 
 @pytest.mark.parametrize("what", ["start", "stop", "dump"])
