@@ -63,6 +63,8 @@ FEATURES = (
      "the CUDA graphs of SP steps are planned at start-up, for one role"),
     Feature("--use-ray", lambda a: a.use_ray, "its actors build SGLang's own scheduler"),
     Feature("--encoder-only", lambda a: a.encoder_only, "an encoder has no steps to shift"),
+    Feature("--language-only", lambda a: a.language_only,
+     "requests with images that an encoder server computes have not been tested with SP steps"),
     Feature("gRPC serving", lambda a: a.smg_grpc_mode or a.grpc_mode, "it starts SGLang's own scheduler"),
     Feature("SGLANG_RUST_SERVER", lambda a: envs.SGLANG_RUST_SERVER.get(),
      "its server checks no requests for us, and has no page"),

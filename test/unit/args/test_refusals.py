@@ -189,7 +189,7 @@ ASKING = {
     "speculative_use_rejection_sampling": True, "enable_torch_compile": True,
     "cuda_graph_config": SimpleNamespace(prefill=SimpleNamespace(backend="full")),
     "dllm_algorithm": "x", "elastic_ep_backend": "mooncake", "use_ray": True, "encoder_only": True,
-    "grpc_mode": True, "weight_cache_mode": "on", "startup_weight_load_mode": "overlap",
+    "language_only": True, "grpc_mode": True, "weight_cache_mode": "on", "startup_weight_load_mode": "overlap",
     "enable_pd_role_switch": True,
     "debug_cuda_graph": True, "remote_instance_weight_loader_start_seed_via_transfer_engine": True,
     "load_format": "sharded_state", "enable_memory_saver": True, "cpu_offload_gb": 1,
