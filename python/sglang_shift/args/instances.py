@@ -89,6 +89,8 @@ FEATURES = (
     Feature("--shift-tbt-target", lambda a: a.shift_tbt_target, "the step times of other levels are not known"),
     Feature("--shift-sparse-prefill", lambda a: a.shift_sparse_prefill,
      "what a request has left out is not sent to the ranks that go on with it"),
+    Feature("--strip-thinking-cache", lambda a: a.strip_thinking_cache,
+     "the tokens that a request has generated move as cached prefixes"),
 )  # fmt: skip
 FEATURE_CONFLICT = Refusal(
     "{feature} cannot be combined with --instances {N}: {reason}; leave one of them out",

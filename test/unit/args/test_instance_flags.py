@@ -107,7 +107,7 @@ ASKING = [
     {"disaggregation_mode": "decode"}, {"enable_streaming_session": True}, {"enable_memory_saver": True},
     {"enable_prefill_delayer": True}, {"kv_events_config": "{}"}, {"skip_tokenizer_init": True},
     {"shift_tbt_target": 10.0},
-    {"shift_sparse_prefill": 0.01},
+    {"shift_sparse_prefill": 0.01}, {"strip_thinking_cache": True},
 ]  # fmt: skip
 
 
