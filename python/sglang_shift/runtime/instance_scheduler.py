@@ -23,6 +23,7 @@ from sglang_shift.runtime.agreement import StepWatch
 from sglang_shift.runtime.calibrator import Calibrator
 from sglang_shift.runtime.instance_cache import BACKEND, InstanceCache
 from sglang_shift.runtime.instance_channels import InstanceChannels
+from sglang_shift.runtime.instance_queue import GOES_FIRST, RunningFirstPolicy
 from sglang_shift.runtime.level_change import LevelChange
 from sglang_shift.runtime.level_costs import LevelMeasurements
 from sglang_shift.runtime.level_switch import LevelSwitch
@@ -98,6 +99,14 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
         """The levels of the world, as the flags say."""
         config = self.shift_config
         return Levels.of_flags(config.world_size, config.instances, config.merge_levels)
+
+    @overrides("Our order of the queue lets requests go first that ran before a change of the level.")
+    def init_schedule_policy(self) -> None:
+        super().init_schedule_policy()
+        self.policy = RunningFirstPolicy(
+            self.schedule_policy, self.tree_cache, self.enable_hierarchical_cache, self.enable_priority_scheduling,
+            self.schedule_low_priority_values_first,
+        )  # fmt: skip
 
     @overrides("The tokenizer manager must accept what the largest instance holds.")
     def get_init_info(self) -> dict[str, Any]:
@@ -243,6 +252,7 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
     @overrides("A request that is made again gets its place in the queue later.")
     def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
         if self._made is None:
+            setattr(req, GOES_FIRST, False)
             super()._add_request_to_queue(req, is_retracted)
         else:
             self._made.append(req)

@@ -12,6 +12,7 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.mem_cache.common import release_kv_cache
 
+from sglang_shift.runtime.instance_queue import GOES_FIRST
 from sglang_shift.seams import relies_on
 
 
@@ -84,6 +85,7 @@ def retract(scheduler: Any) -> list[Retracted]:
         req.reset_for_retract()
         req.retraction_count = count  # memory did not run short, and SGLang reports this number
         req.time_stats.set_wait_queue_entry_time()  # the seconds for which it ran are not waiting
+        setattr(req, GOES_FIRST, True)
         skip_known_logprobs(req)
         retracted.append(Retracted(req, computed))
     scheduler.waiting_queue = [each.req for each in retracted] + scheduler.waiting_queue

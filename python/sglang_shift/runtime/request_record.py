@@ -15,6 +15,7 @@ from typing import Any
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.managers.schedule_batch import Req
 
+from sglang_shift.runtime.instance_queue import GOES_FIRST
 from sglang_shift.seams import relies_on
 
 STATE = (
@@ -24,7 +25,7 @@ STATE = (
     "is_retracted", "retracted_stain", "retraction_count", "priority", "to_finish", "arrival_processed_tokens",
     "cached_tokens", "cached_tokens_device", "_cache_breakdown_computed", "weight_version_events", "hidden_states",
     "_is_reasoning_over", "reasoning_tokens", "_think_end_match_len", "_think_start_match_len", "customized_info",
-    "shift_steps", "shift_last_token",
+    "shift_steps", "shift_last_token", GOES_FIRST,
 )  # fmt: skip
 """The attributes of SGLang's request that change while it runs, and that steps and answers depend on."""
 

@@ -55,6 +55,7 @@ MODULES = (
     "sglang_shift.runtime.detokenizer",
     "sglang_shift.runtime.instance_cache",
     "sglang_shift.runtime.instance_channels",
+    "sglang_shift.runtime.instance_queue",
     "sglang_shift.runtime.instance_requests",
     "sglang_shift.runtime.instance_scheduler",
     "sglang_shift.runtime.internal_state",

@@ -11,8 +11,10 @@ from sglang.srt.environ import envs
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang_shift.runtime.instance_queue import RunningFirstPolicy
+from sglang_shift.runtime.instance_scheduler import InstanceScheduler
 from sglang_shift.runtime.quiesce import retract
-from sglang_shift.runtime.request_record import keep_request, record, restore_times
+from sglang_shift.runtime.request_record import keep_request, record, restore, restore_times
 
 HOUR = 3600
 
@@ -53,3 +55,29 @@ def test_a_second_change_keeps_the_order_of_arrival(emptied):
     """Between two changes there may be no step, so the request still waits that ran before the first one."""
     records = [record(req, running=False, computed=0) for req in emptied.waiting_queue]
     assert [each.rid for each in sorted(records, key=lambda each: each.arrival)] == ["old", "running", "new"]
+
+
+def test_with_priorities_a_request_that_ran_goes_first_among_its_equals(emptied):
+    cache = SimpleNamespace(supports_fast_match_prefix=lambda: False)
+    policy = RunningFirstPolicy("fcfs", cache, False, True, False)
+    queue = [*reversed(emptied.waiting_queue), received("urgent", 0)]
+    for req in queue:
+        req.priority = int(req.rid == "urgent")
+    with envs.SGLANG_ENABLE_WAITING_PREFIX_REFRESH.override(False):
+        policy.calc_priority(queue)
+        assert [req.rid for req in queue] == ["urgent", "running", "old", "new"]
+        again = [received(req.rid, 0) for req in queue]  # as another rank makes them again
+        for req, each in zip(queue, again, strict=True):
+            travels = record(req, running=False, computed=0)
+            restore(each, travels)
+            restore_times(each, travels)
+        policy.calc_priority(again)
+        assert [req.rid for req in again] == ["urgent", "running", "old", "new"]
+
+
+def test_a_request_that_sglang_retracts_later_goes_last(emptied, monkeypatch):
+    monkeypatch.setattr(Scheduler, "_add_request_to_queue", lambda *_: None)
+    running = emptied.waiting_queue[0]
+    assert running.shift_goes_first
+    InstanceScheduler._add_request_to_queue(InstanceScheduler.__new__(InstanceScheduler), running, is_retracted=True)
+    assert not running.shift_goes_first
