@@ -388,7 +388,7 @@ def place(
 ) -> Layout | None:
     """Return ``layout`` with its largest instance where the fewest tokens must move.
 
-    If there is an instance of this size already, it stays one.
+    If there are instances of this size already, the one with the most tokens stays, because the others split.
 
     Args:
         layout: A layout of equal instances, or of one larger instance and equal others.
@@ -400,7 +400,7 @@ def place(
     if big == small:
         return None if layout in denied else layout
     total = sum(layout)
-    kept = [at for at, k in zip(starts(current), current, strict=True) if k == big]
+    sized = [at for at, k in zip(starts(current), current, strict=True) if k == big]
     used = dict(zip(starts(current), (s.used + s.queued for s in states), strict=True))
 
     def cost(first: int) -> int:
@@ -409,5 +409,5 @@ def place(
     def placed(first: int) -> Layout:
         return (*(small,) * (first // small), big, *(small,) * ((total - first - big) // small))
 
-    places = sorted(kept or range(0, total, big), key=cost)
+    places = sorted(sized, key=cost, reverse=True) or sorted(range(0, total, big), key=cost)
     return next((placed(first) for first in places if placed(first) not in denied), None)

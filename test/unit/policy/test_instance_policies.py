@@ -121,6 +121,10 @@ def test_the_largest_instance_stays_where_it_is():
     assert place((4, 1, 1, 1, 1), (8,), [state(8)]) == (4, 1, 1, 1, 1)
     assert place((4, 1, 1, 1, 1), (8,), [state(8)], frozenset({(4, 1, 1, 1, 1)})) == (1, 1, 1, 1, 4)
     assert place((1, 1), (2,), [state(2)], frozenset({(1, 1)})) is None
+    twos = [state(4, 5000, largest=3000), state(4)]
+    assert place((4, 1, 1, 1, 1), (4, 4), twos) == (4, 1, 1, 1, 1), "the idle one splits"
+    assert place((4, 1, 1, 1, 1), (4, 4), twos[::-1]) == (1, 1, 1, 1, 4)
+    assert place((4, 1, 1, 1, 1), (4, 4), [state(4), state(4)]) == (4, 1, 1, 1, 1), "of equal ones, the last one splits"
     four = [state(4), *(state(1) for _ in range(4))]
     assert place((4, 2, 2), (4, 1, 1, 1, 1), four) == (4, 2, 2)
     assert place((4, 2, 2), (4, 1, 1, 1, 1), four, frozenset({(4, 2, 2)})) is None, "the large one is not split"
