@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -9,7 +10,23 @@ from sglang_shift.cost.deployment import Deployment, InstancePolicy, InstanceSta
 from sglang_shift.instances.ledger import Ledger, Load
 
 MEMORY = 0.99
-"""The weight of what was known, when a request ends. So about the last 100 requests count."""
+"""The weight of what was known, when a request ends. So about the last 100 requests that are alike count."""
+
+
+@dataclass
+class _Share:
+    """The share of the allowed tokens that some requests have generated. The last ones count most."""
+
+    generated: float = 0.0
+    allowed: float = 0.0
+
+    def add(self, generated: int, allowed: int) -> None:
+        self.generated = MEMORY * self.generated + generated
+        self.allowed = MEMORY * self.allowed + allowed
+
+    @property
+    def value(self) -> float:
+        return self.generated / self.allowed if self.allowed else 1.0
 
 
 @dataclass
@@ -17,7 +34,8 @@ class PolicyFeed:
     """What a policy must be told beside the ledger.
 
     A request says how many tokens it may generate, and most end earlier. So the policy gets the share of it that
-    requests have generated lately.
+    requests have generated lately which were allowed about as many. Requests without a limit are allowed the most, and
+    would hide what the others generate.
 
     Attributes:
         waiting: How many requests wait at each instance, by its leader.
@@ -25,8 +43,7 @@ class PolicyFeed:
 
     waiting: dict[int, int] = field(default_factory=dict)
     _allowed: dict[str, int] = field(default_factory=dict)
-    _generated_sum: float = 0.0
-    _allowed_sum: float = 0.0
+    _shares: defaultdict[int, _Share] = field(default_factory=lambda: defaultdict(_Share))
 
     def arrived(self, policy: InstancePolicy, now: float, rid: str, prompt: int, allowed: int, need: int) -> None:
         """Tell the policy of a request.
@@ -40,7 +57,7 @@ class PolicyFeed:
             need: The tokens that an instance must be able to hold for it.
         """
         self._allowed[rid] = allowed
-        policy.arrived(now, prompt, max(1, round(allowed * self.share)), need)
+        policy.arrived(now, prompt, max(1, round(allowed * self.share(allowed))), need)
 
     def ended(self, rids: Sequence[str], outputs: Sequence[int]) -> None:
         """Learn which requests have ended, and how many tokens they generated, if that is known."""
@@ -48,13 +65,11 @@ class PolicyFeed:
         for rid, generated in zip(rids, known, strict=True):
             allowed = self._allowed.pop(rid, None)
             if allowed is not None and generated is not None:
-                self._generated_sum = MEMORY * self._generated_sum + min(generated, allowed)
-                self._allowed_sum = MEMORY * self._allowed_sum + allowed
+                self._shares[allowed.bit_length()].add(min(generated, allowed), allowed)
 
-    @property
-    def share(self) -> float:
-        """The share of the allowed tokens that requests have generated; 1 before any has ended."""
-        return self._generated_sum / self._allowed_sum if self._allowed_sum else 1.0
+    def share(self, allowed: int) -> float:
+        """The share of about so many allowed tokens that requests have generated; 1 before such a request has ended."""
+        return self._shares[allowed.bit_length()].value
 
     def moved(self, ranks: Iterable[int]) -> None:
         """Forget the queues of ranks whose instances have changed. Their leaders report again."""

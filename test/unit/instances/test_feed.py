@@ -26,10 +26,10 @@ def test_the_output_is_a_share_of_what_a_request_may_generate():
     feed.arrived(policy, 1.0, "a", 10, 100, 112)
     assert policy.told == [(1.0, 10, 100, 112)]
     feed.ended(["a", "unknown"], [20, 7])
-    feed.arrived(policy, 2.0, "b", 10, 50, 62)
-    assert policy.told[-1] == (2.0, 10, 10, 62)
+    feed.arrived(policy, 2.0, "b", 10, 80, 92)
+    assert policy.told[-1] == (2.0, 10, 16, 92)
     feed.ended(["b"], [])  # an aborted request tells nothing
-    assert feed.share == pytest.approx(0.2)
+    assert feed.share(100) == pytest.approx(0.2)
 
 
 def test_the_share_follows_the_last_requests():
@@ -37,7 +37,16 @@ def test_the_share_follows_the_last_requests():
     for number in range(1000):
         feed.arrived(policy, 0.0, str(number), 10, 100, 112)
         feed.ended([str(number)], [100 if number < 500 else 10])
-    assert 0.1 < feed.share < 0.12
+    assert 0.1 < feed.share(100) < 0.12
+
+
+def test_requests_without_a_limit_do_not_hide_what_the_others_generate():
+    feed, policy = PolicyFeed(), Recorder()
+    for number in range(200):
+        for rid, allowed, generated in ((f"free-{number}", 100_000, 200), (f"limited-{number}", 500, 500)):
+            feed.arrived(policy, 0.0, rid, 10, allowed, 12)
+            feed.ended([rid], [generated])
+    assert [output for _, _, output, _ in policy.told[-2:]] == [200, 500]
 
 
 def test_the_requests_that_came_last_wait():
