@@ -29,6 +29,10 @@ KEPT_BESIDE_PROMPT = 7
     "sglang.srt.managers.schedule_policy:PrefillAdder.add_one_req",
     "This method counts one page besides the tokens that a request needs.",
 )
+@relies_on(
+    "sglang.srt.managers.scheduler:Scheduler.init_req_max_new_tokens",
+    "This method cuts the limit of the output to what the context leaves.",
+)
 @dataclass(frozen=True)
 class RoomRule:
     """The rule of one server.
@@ -54,8 +58,9 @@ class RoomRule:
     def need(self, prompt: int, output: int | None, largest: int, generated: int = 0) -> int:
         """The tokens that the KV cache of an instance must have for a request.
 
-        A request without a limit, or with one that cannot be reached, gets as many tokens as its instance has room
-        for. So only the tokens that it has must fit, and one more.
+        A request without a limit, or with one that no instance could serve, gets as many tokens as its instance has
+        room for. So only the tokens that it has must fit, and one more. Like SGLang, the rule first cuts a limit to
+        what the context leaves.
 
         Args:
             prompt: The tokens of its prompt.
@@ -63,10 +68,9 @@ class RoomRule:
             largest: The tokens of the largest KV cache that it could get.
             generated: The tokens that it has generated so far.
         """
-        if output is not None and output > generated and prompt + output + KEPT_OF_CONTEXT <= self.context:
-            whole = self.room(prompt, output)
-            if whole <= largest:
-                return whole
+        reachable = min(output or 0, self.context - prompt - KEPT_OF_CONTEXT)
+        if reachable > generated and (whole := self.room(prompt, reachable)) <= largest:
+            return whole
         return self.room(prompt, generated + 1)
 
     def longest_prompt(self, tokens: int) -> int:

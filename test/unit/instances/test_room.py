@@ -75,7 +75,10 @@ def test_the_need_of_a_request(prompt, output, need):
 def test_the_context_bounds_what_a_request_can_reach():
     rule = RoomRule(1, 100)
     assert rule.need(60, 38, largest=1000) == 100
-    assert rule.need(60, 39, largest=1000) == 67
+    assert rule.need(60, 40, largest=1000) == 100, "the tokenizer manager accepts it, and SGLang cuts it to 38 tokens"
+    assert rule.need(60, 40, largest=99) == 67
+    assert rule.need(60, 40, largest=1000, generated=37) == 100
+    assert rule.need(97, 3, largest=1000) == 104, "only the prompt must fit"
 
 
 def test_a_request_that_runs_needs_its_tokens_and_one_more():
