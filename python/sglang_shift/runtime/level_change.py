@@ -81,7 +81,10 @@ class PlannedSplit:
 OBSERVED = ("shift_steps", "shift_last_token")
 """What only a leader notes of its requests."""
 
-COUNTERS = ("forward_ct", "processed_tokens_counter")
+PROCESSED = "processed_tokens_counter"
+"""SGLang's counter of tokens of prompts, by which it knows for how long requests have waited."""
+
+COUNTERS = ("forward_ct", PROCESSED)
 """SGLang's counters that decide something on each rank."""
 
 
@@ -206,6 +209,7 @@ class LevelChange:
         self._requeue(queue)
         for name in COUNTERS:
             setattr(scheduler, name, max(int(part.counters[name]) for part in parts))
+        _keep_waited_tokens(queue, parts, scheduler.processed_tokens_counter)
         scheduler.new_token_ratio_tracker.current = max(part.counters["new_token_ratio"] for part in parts)
         set_random_state(scheduler.device, parts[0].random_state)
         scheduler.grammar_manager.clear()  # a rank that misses a grammar waits for the others, so all must miss it
@@ -393,6 +397,17 @@ class LevelChange:
             yield
         finally:
             self.phases[name] = time.perf_counter() - begin
+
+
+@relies_on(
+    "sglang.srt.managers.schedule_policy:SchedulePolicy._sort_by_hrrn",
+    "This method compares the counter of processed tokens with what it was when a request came.",
+)
+def _keep_waited_tokens(queue: list[Req], parts: list[Part], counter: int) -> None:
+    """Let the counter of a merged instance say of each request for how many tokens it has waited in its part."""
+    ahead = {each.rid: counter - int(part.counters[PROCESSED]) for part in parts for each in part.records}
+    for req in queue:
+        req.arrival_processed_tokens += ahead[req.rid]
 
 
 def _renamed(tree: PrefixTree, part: int, factor: int) -> PrefixTree:

@@ -71,6 +71,7 @@ DIGESTS = {
     "sglang.srt.managers.schedule_policy:PrefillAdder.add_chunked_req": "af3ae7db76b5e8d2",
     "sglang.srt.managers.schedule_policy:PrefillAdder.add_one_req": "11ea292b16f33cb6",
     "sglang.srt.managers.schedule_policy:PrefillAdder.preempt_to_schedule": "eb66e8c3768fa1a8",
+    "sglang.srt.managers.schedule_policy:SchedulePolicy._sort_by_hrrn": "79b7d434a83a5f4d",
     "sglang.srt.managers.schedule_policy:SchedulePolicy._sort_by_priority_and_fcfs": "0e8f8ac2fa23a7e2",
     "sglang.srt.managers.schedule_policy:SchedulePolicy._touch_waiting_prefixes": "c16fdd2f7400f921",
     "sglang.srt.managers.schedule_policy:SchedulePolicy.calc_priority": "7584774bd710d20e",
