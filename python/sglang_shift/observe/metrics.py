@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -101,6 +102,9 @@ METRICS = {
 LABELS = frozenset(("replica", "le", *(label for metric in METRICS.values() for label in metric.labels)))
 """Labels that a user cannot give to the metrics, because they have them. Prometheus adds ``le`` to histograms."""
 
+NOT_PREDICTED = {"seconds": math.nan, "loss": math.nan}
+"""The values of a layout of which there is no prediction any more."""
+
 
 class Metrics:
     """Updates the metrics, as a listener of the hub.
@@ -117,6 +121,7 @@ class Metrics:
         self._gaps = Gaps()
         self._cumulative: dict[tuple[str, int], int] = {}
         self._replicas: set[int] = set()
+        self._predicted: set[str] = set()  # the layouts that have had a prediction
         self._epoch = 0  # of the last change of instances that was counted
 
     def __call__(self, event: Event) -> None:
@@ -221,7 +226,10 @@ class Metrics:
         for level in event.levels:
             count = sum(each["level"] == level for each in event.instances)
             self._metric("instances", replica, level=str(level)).set(count)
-        for layout, predicted in event.policy.get("predictions", {}).items():
+        predictions = event.policy.get("predictions", {})
+        self._predicted.update(predictions)
+        for layout in self._predicted:  # in several processes, Prometheus's client cannot remove labels
+            predicted = predictions.get(layout, NOT_PREDICTED)
             self._metric("instance_predicted_seconds", replica, layout=layout).set(predicted["seconds"])
             self._metric("instance_predicted_loss", replica, layout=layout).set(predicted["loss"])
         for change in event.last:

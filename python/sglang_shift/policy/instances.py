@@ -272,7 +272,7 @@ class AutoPolicy(InstancePolicy):
     def _decide(self, deployment: Deployment) -> None:
         classes = self._demand = self._classes(deployment)
         if not classes:
-            self._target = None
+            self._target, self._outlooks, self.reason = None, {}, ""
             return
         self._speeds = {k: self._speed(k, classes) for k in self.levels}
         largest = max(s.largest for s in deployment.instances)

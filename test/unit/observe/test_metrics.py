@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -52,7 +53,8 @@ for count in (1, 2, 2):  # the last changes come again with each event
     last = [{**change, "epoch": 1}, {**change, "epoch": 2, "ok": False, "bytes_sent": 0}][:count]
     metrics(InstancesEvent(time=1.0, levels=[1, 2], epoch=count, instances=[{"level": 2}, {"level": 1}, {"level": 1}],
                            last=last, replica=4,
-                           policy={"predictions": {"2+1+1": {"loss": 0.25, "seconds": 1.5 * count}}}))
+                           policy={"predictions": {"2+1+1": {"loss": 0.25, "seconds": 1.5 * count},
+                                                   **({"2+2": {"loss": 0.0, "seconds": 1.0}} if count == 1 else {})}}))
 """
 
 SCRAPE = """
@@ -175,6 +177,8 @@ def test_instances(value):
     assert value("instance_change_seconds_total", "4", phase="exchange") == 1.0
     assert value("instance_predicted_seconds", "4", layout="2+1+1") == 3.0
     assert value("instance_predicted_loss", "4", layout="2+1+1") == 0.25
+    for gauge in ("instance_predicted_seconds", "instance_predicted_loss"):
+        assert math.isnan(value(gauge, "4", layout="2+2")), "it is not predicted any more"
     assert value("instance_change_bytes_total", "4") == 1000 and value("instance_recomputed_tokens_total", "4") == 6
 
 

@@ -275,6 +275,9 @@ def test_the_reason_and_the_report_have_the_predictions():
     report = policy.report()
     assert set(report["predictions"]) == {"1+1+1+1", "2+2", "4", "2+1+1"}
     assert report["demand"][0]["prompt"] == pytest.approx(50) and report["dwell"] == 10.0
+    assert policy.wanted(Deployment(3000.0, (state(4),))) == (4,)
+    report = policy.report()
+    assert (report["reason"], report["demand"], report["predictions"]) == ("", [], {}), "the demand is forgotten"
 
 
 def test_a_rare_class_is_remembered_longer():
