@@ -170,6 +170,10 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
         "This method copies the group over which ranks wait for new weights.",
     )
     @relies_on(
+        "sglang.srt.managers.scheduler:Scheduler.emit_metrics_constants",
+        "This method sets the gauges that SGLang sets once, such as the size of the KV cache.",
+    )
+    @relies_on(
         "sglang.srt.managers.schedule_policy:SchedulePolicy._touch_waiting_prefixes",
         "This method counts steps with a queue. Each 32nd one decides which cached prefixes are evicted later.",
     )
@@ -205,6 +209,7 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
         self._prefill_decode_interval_remaining = 0
         self.init_request_receiver()
         self.lead(place.leads)
+        self.emit_metrics_constants()
         self._renew_modes(epoch)
 
     def _sizes(self, tokens: int) -> tuple[int, int, int]:

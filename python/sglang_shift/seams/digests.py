@@ -84,6 +84,7 @@ DIGESTS = {
     "sglang.srt.managers.scheduler:Scheduler._should_defer_prefill": "fbdbb2ae5a7e7086",
     "sglang.srt.managers.scheduler:Scheduler.add_external_corpus": "5119410f7452f826",
     "sglang.srt.managers.scheduler:Scheduler.can_schedule_lora_req": "2d821a0bbdae91c0",
+    "sglang.srt.managers.scheduler:Scheduler.emit_metrics_constants": "77381f6c0820b4b4",
     "sglang.srt.managers.scheduler:Scheduler.event_loop_overlap": "c093eb14e50c1ac6",
     "sglang.srt.managers.scheduler:Scheduler.get_init_info": "0e69b8b6bf4cb3ac",
     "sglang.srt.managers.scheduler:Scheduler.get_output_streamer_class": "ec7f2f93f3a97f1c",
