@@ -125,6 +125,7 @@ class LevelChange:
                 self._split(level)
         except GivenUp as error:
             reason = str(error)
+            self.recomputed = sum(self._gather(self._lost_in_place()))
         sent = sum(self._gather(self.volume.sent_bytes))
         return LevelChanged(
             epoch=self.request.epoch,
@@ -373,6 +374,17 @@ class LevelChange:
     def _count_recomputed(self, tree: PrefixTree, records: list[RequestRecord]) -> None:
         computed = {each.rid: each.computed for each in records}
         self.recomputed = sum(_lost_tokens(tree, req, computed[req.rid]) for req in self.scheduler.waiting_queue)
+
+    def _lost_in_place(self) -> int:
+        """The tokens that this instance computes again because it has emptied its batches in vain."""
+        if not self.retracted or not self.scheduler.shift_switch.place.leads:
+            return 0
+
+        def lost() -> int:
+            tree = self.scheduler.tree_cache.read()
+            return sum(_lost_tokens(tree, each.req, each.computed) for each in self.retracted)
+
+        return self._try(lost)[0] or 0
 
     def _vote(self, problem: str | None, digest: int = 0) -> None:
         """Go on only if no rank has a problem, and all ranks made the same plan."""

@@ -10,9 +10,10 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.schedule_policy import SchedulePolicy
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang_shift.instances.messages import ChangeLevelReq
-from sglang_shift.instances.prefix_tree import PrefixTree
+from sglang_shift.instances.prefix_tree import CachedPage, PrefixTree
 from sglang_shift.runtime import level_change as module
-from sglang_shift.runtime.level_change import LevelChange, Part
+from sglang_shift.runtime.level_change import GivenUp, LevelChange, Part
+from sglang_shift.runtime.quiesce import Retracted
 from sglang_shift.runtime.request_record import keep_request, record, restore
 
 REQUEST = ChangeLevelReq(1, 0, 2, 2, "")
@@ -55,3 +56,33 @@ def test_a_merge_keeps_for_how_many_tokens_requests_have_waited(monkeypatch, min
     monkeypatch.setattr(SchedulePolicy, "_uncached_len", lambda req: 100)
     SchedulePolicy._sort_by_hrrn(queue, set(), counter)
     assert [req.rid for req in queue] == ["long", "new", "short"]
+
+
+@pytest.fixture
+def given_up(monkeypatch):
+    """A merge of an instance and another one, which is given up. The test says what happens before."""
+    pages = [CachedPage(n, n - 1, tuple(range(16 * n - 16, 16 * n)), (None, None)) for n in range(1, 7)]
+    place, group = SimpleNamespace(leads=True, rank=0), SimpleNamespace(cpu_group=None)
+    switch = SimpleNamespace(level=1, place=place, places={2: SimpleNamespace(group=group)})
+    cache = SimpleNamespace(read=lambda: PrefixTree(pages))
+    change = LevelChange(SimpleNamespace(running_batch=None, tree_cache=cache, shift_switch=switch), REQUEST, [])
+
+    def merge(level: int) -> None:
+        raise GivenUp("there is no memory")
+
+    monkeypatch.setattr(change, "_merge", merge)
+    monkeypatch.setattr(LevelChange, "_gather", lambda self, value: [value, 5 * bool(value)])
+    return change
+
+
+def test_a_change_that_is_given_up_early_costs_nothing(given_up):
+    told = given_up.run()
+    assert (told.ok, told.tokens_recomputed) == (False, 0)
+
+
+def test_a_change_that_is_given_up_late_says_what_must_be_computed_again(given_up):
+    """The batches were emptied, and the prefix cache has kept 96 of the tokens of a request."""
+    given_up.retracted = [Retracted(waiting("a", 0), computed=99)]
+    assert given_up.run().tokens_recomputed == 3 + 5, "of this instance, and of the other one"
+    given_up.scheduler.shift_switch.place.leads = False
+    assert given_up.run().tokens_recomputed == 0, "the leader counts for its instance"
