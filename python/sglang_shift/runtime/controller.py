@@ -20,6 +20,8 @@ from typing import Any
 import psutil
 import setproctitle
 import zmq
+from sglang.srt.arg_groups.overrides import resolution_result
+from sglang.srt.environ import envs
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.data_parallel_controller import DataParallelController
 from sglang.srt.managers.io_struct import PickleWrapper, sock_recv, sock_send, wrap_as_pickle
@@ -105,6 +107,12 @@ TOO_LONG = (
     "the request needs {need} tokens of KV cache, and the largest instance holds {largest}; ask for fewer tokens, or "
     "let instances merge to {level} ranks (POST /shift/instances)"
 )
+FULL = "The request queue is full."
+"""SGLang's words for a request beyond ``--max-queued-requests``."""
+
+LATE = "Request waiting timeout reached."
+"""SGLang's words for a request that has waited for longer than ``SGLANG_REQ_WAITING_TIMEOUT``."""
+
 ABORTED = "the request was aborted before an instance had it"
 BUSY = "instances merge or split already; try again when they are done"
 ANSWERING = "the ranks still work on a {kind}; try again when it is answered"
@@ -177,6 +185,8 @@ class InstanceController(DataParallelController):
         self.feed = PolicyFeed()
         self.room = RoomRule(page_size=1, context=0)
         self.held: deque[Any] = deque()
+        self.held_since: dict[str, float] = {}
+        self.most_held: int | None = resolution_result(server_args, "max_queued_requests")
         self.aborts: list[Any] = []
         self.gatherings: list[Gathering] = []
         self.updates = WeightUpdates()
@@ -241,6 +251,7 @@ class InstanceController(DataParallelController):
             for socket, handle in handlers.items():
                 if socket in ready:
                     handle(sock_recv(socket))
+            self.end_late()
             if time.monotonic() >= self.event_due:
                 self.publish()
             if self.policy.changes_layout:
@@ -267,21 +278,51 @@ class InstanceController(DataParallelController):
             self.refuse(req, NO_SESSIONS)
             return
         if not self.ledger.capacities:
-            self.held.append(req)
+            self.hold(req)
             return
         need = self.need(req)
         index = self.policy.route(self.deployment(), need)
         if index is not None:
             instance = self.ledger.layout[index]
             self.ledger.place(req.rid, instance, need)
+            self.held_since.pop(req.rid, None)
             if not isinstance(req.time_stats, PickleWrapper):
                 req.time_stats = wrap_as_pickle(req.time_stats)  # SGLang leaves it open in a request that was held
             sock_send(self.workers[instance.leader], req)
         elif self.operation is not None or self.policy.changes_layout:
-            self.held.append(req)
+            self.hold(req)
         else:
             level = self.ledger.level_for(need)
             self.refuse(req, TOO_LONG.format(need=need, largest=self.ledger.largest, level=level))
+
+    @relies_on(
+        "sglang.srt.managers.scheduler:Scheduler._abort_on_queued_limit",
+        "With --max-queued-requests, this method aborts a request that would make the queue of a rank longer.",
+    )
+    def hold(self, req: Any) -> None:
+        """Let a request wait here for an instance, unless as many wait here as may wait on a rank."""
+        if self.most_held is not None and sum(map(_is_served, self.held)) >= self.most_held:
+            self.refuse(req, FULL, HTTPStatus.SERVICE_UNAVAILABLE)
+            return
+        self.held.append(req)
+        self.held_since.setdefault(req.rid, time.monotonic())
+
+    @relies_on(
+        "sglang.srt.managers.scheduler:Scheduler._poll_timeout_aborts",
+        "With SGLANG_REQ_WAITING_TIMEOUT, this method aborts requests that have waited on a rank for longer.",
+    )
+    def end_late(self) -> None:
+        """Answer held requests with an error if they have waited for longer than they may wait on a rank."""
+        timeout, now = envs.SGLANG_REQ_WAITING_TIMEOUT.get(), time.monotonic()
+        late = {rid for rid, since in self.held_since.items() if 0 < timeout < now - since}
+        if not late:
+            return
+        held, self.held = self.held, deque()
+        for each in held:
+            if _is_served(each) and each.rid in late:
+                self.refuse(each, LATE, HTTPStatus.SERVICE_UNAVAILABLE)
+            else:
+                self.held.append(each)
 
     def need(self, req: Any) -> int:
         """The tokens that the KV cache of an instance must have for a request.
@@ -312,11 +353,12 @@ class InstanceController(DataParallelController):
         self.health_round_robin_counter += 1
         sock_send(self.workers[leaders[self.health_round_robin_counter % len(leaders)]], req)
 
-    def refuse(self, req: Any, why: str) -> None:
+    def refuse(self, req: Any, why: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> None:
         """Answer a request with an error. No rank gets it."""
-        self._finish(req, FINISH_ABORT(why, HTTPStatus.BAD_REQUEST).to_json())
+        self._finish(req, FINISH_ABORT(why, status).to_json())
 
     def _finish(self, req: Any, reason: Any) -> None:
+        self.held_since.pop(req.rid, None)
         self.feed.ended([req.rid], [])
         answer = io_struct.AbortReq(rid=req.rid, finished_reason=reason, http_worker_ipc=req.http_worker_ipc)
         sock_send(self.to_tokenizer, answer)

@@ -76,6 +76,7 @@ DIGESTS = {
     "sglang.srt.managers.schedule_policy:SchedulePolicy._touch_waiting_prefixes": "c16fdd2f7400f921",
     "sglang.srt.managers.schedule_policy:SchedulePolicy.calc_priority": "7584774bd710d20e",
     "sglang.srt.managers.scheduler:Scheduler.__init__": "a4a5297acc175a1e",
+    "sglang.srt.managers.scheduler:Scheduler._abort_on_queued_limit": "db38038b19a5990b",
     "sglang.srt.managers.scheduler:Scheduler._add_request_to_queue": "056a60799b02ac47",
     "sglang.srt.managers.scheduler:Scheduler._create_generation_req": "9f867d91dee9725a",
     "sglang.srt.managers.scheduler:Scheduler._get_new_batch_prefill_raw": "09e8cf03a4d0c1bb",

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import zmq
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+from sglang.srt.environ import envs
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.data_parallel_controller import DataParallelController
 from sglang.srt.managers.io_struct import sock_recv, sock_send, wrap_as_pickle
@@ -61,6 +62,7 @@ class Bench:
 
         config = ShiftConfig(RANKS, RANKS, switching=False, policy="tp", instances=RANKS, instance_policy=policy)
         monkeypatch.setattr(module, "shift_config_of", lambda _: config)
+        monkeypatch.setattr(module, "resolution_result", lambda *_: None)
         monkeypatch.setattr(DataParallelController, "__init__", init)
         self.controller = InstanceController(None, None)
 
@@ -514,6 +516,55 @@ def test_the_rules_of_the_paper_merge_for_a_request_and_split_after_it(monkeypat
     controller.consult()
     assert [each.level for each in bench.received()[2]] == [1]
     bench.close()
+
+
+def test_a_request_that_no_merge_helps_waits_no_longer_than_on_a_rank(paper, monkeypatch):
+    """The ranks give each merge up, as long as a request lives that cannot travel."""
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    paper.ask(request("long", prompt=120, http_worker_ipc="worker"))
+    with envs.SGLANG_REQ_WAITING_TIMEOUT.override(60):
+        for _ in range(7):
+            if got := consult(paper):
+                message = next(iter(got.values()))[0]
+                paper.tell(changed(message, ok=False, reason="request a has its own embeddings"))
+            assert paper.controller.held_since == {"long": 100.0}, "also after each attempt"
+            now[0] += 8.5
+            paper.controller.end_late()
+            assert not paper.answers()
+        now[0] += 1.0
+        paper.controller.end_late()
+    [answer] = paper.answers()
+    assert (answer.rid, answer.http_worker_ipc) == ("long", "worker")
+    reason = answer.finished_reason
+    assert (reason["message"], reason["status_code"]) == ("Request waiting timeout reached.", 503)
+    assert not paper.controller.held and not paper.controller.held_since
+    assert not paper.controller.deployment().unplaced, "no merge is tried for it any more"
+
+
+def test_a_held_request_may_wait_for_ever_if_it_may_on_a_rank(paper, monkeypatch):
+    paper.ask(request("long", prompt=120))
+    paper.controller.held_since["long"] = float("-inf")
+    paper.controller.end_late()
+    assert not paper.answers() and len(paper.controller.held) == 1
+
+
+def test_as_many_requests_are_held_as_may_wait_on_a_rank(paper):
+    paper.controller.most_held = 2
+    for rid in "abc":
+        paper.ask(request(rid, prompt=120))
+    [answer] = paper.answers()
+    reason = answer.finished_reason
+    assert (answer.rid, reason["message"], reason["status_code"]) == ("c", "The request queue is full.", 503)
+    paper.controller.release()
+    assert [each.rid for each in paper.controller.held] == ["a", "b"] and not paper.answers()
+    paper.ask(io_struct.AbortReq(rid="a"))
+    assert set(paper.controller.held_since) == {"b"}
+    paper.received()
+    [message] = consult(paper)[0]
+    paper.tell(changed(message))
+    assert [each.rid for each in paper.received()[0] if isinstance(each, io_struct.TokenizedGenerateReqInput)] == ["b"]
+    assert not paper.controller.held_since
 
 
 def test_a_split_that_ranks_give_up_is_tried_again_later_and_later(monkeypatch):
