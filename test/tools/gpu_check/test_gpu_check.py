@@ -128,9 +128,9 @@ def test_what_a_crash_leaves_behind_is_ended(tmp_path):
 def test_a_check_that_the_time_for_all_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "GRACE_SECONDS", 1.0)
     monkeypatch.setattr(isolation, "MIN_START_SECONDS", 1.0)
-    cut, late = run(tmp_path, "hangs-long", "passes-too", seconds=8)
+    cut, late = run(tmp_path, "hangs-long", "passes-too", seconds=16)
     assert cut.status == "failed"
-    assert cut.reason == "the 8 s for all checks ended it; give more --minutes, or --only hangs-long"
+    assert cut.reason == "the 16 s for all checks ended it; give more --minutes, or --only hangs-long"
     assert cut.record.rows and late.status == "skipped"
 
 

@@ -463,7 +463,7 @@ def test_weights_in_a_format_that_does_not_exist():
 
     updater = ShiftWeightUpdater.__new__(ShiftWeightUpdater)  # without a runner: nothing may be asked of it
     done, message = updater.update_weights_from_disk("/nowhere", "x", recapture_cuda_graph=False)
-    assert not done and message.startswith("load_format 'x' is unknown; give one of auto, pt, safetensors")
+    assert not done and message.startswith("load_format 'x' does not update weights; give one of auto, pt, safetensors")
 
 
 @pytest.mark.parametrize(("shards", "width", "served"), [(1, 4, True), (2, 1, True), (2, 2, False)])
