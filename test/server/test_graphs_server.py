@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from harness import SUPPORT
 from prompts import assert_same_answers
-from sglang_shift.tools.gpu_check.comparison import PHASES, ServerComparison, ServerSetup
+from sglang_shift.cost.model import PHASES
+from sglang_shift.tools.gpu_check.comparison import ServerComparison, ServerSetup
 from sglang_shift.tools.gpu_check.record import Record
 from sglang_shift.tools.servers import Server
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-from sglang_shift.cost.model import Measurement, fit
+from sglang_shift.cost.model import PHASES, CostModel, Curve, Measurement, fit
 from sglang_shift.modes import Mode
 
 PREFILL_TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -45,6 +45,15 @@ SERVERS: dict[str, dict[tuple[str, Mode], Callable[[int], float]]] = {
         ("decode", Mode.SP): line(10.12, 25),
     },
 }
+
+LINE = Curve((1, 10_001), (1.0, 10_001.0))
+SECOND_A_TOKEN = CostModel(
+    {phase: dict.fromkeys(Mode, LINE) for phase in PHASES},
+    dict.fromkeys(PHASES, Curve((1,), (1e9,))),
+    dict.fromkeys(PHASES, 0.0),
+    0.0,
+)
+"""A step takes a second for each token, in both modes, and attention takes no time."""
 
 
 def kv_reads(phase: str, tokens: int, context: int) -> int:

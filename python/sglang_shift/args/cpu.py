@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_shift.errors import Refusal
+from sglang_shift.platforms.cpu import DRAFT_MODELS
 
 DETERMINISTIC = Refusal(
     "--enable-deterministic-inference needs a GPU, and the device is cpu; leave it out",
@@ -30,5 +31,5 @@ def check_cpu(settings: Any) -> None:
     if settings.enable_deterministic_inference:
         raise DETERMINISTIC()
     topk = settings.speculative_eagle_topk or 1
-    if settings.speculative_algorithm not in (None, "NGRAM") and topk > 1:
+    if topk > 1 and (settings.speculative_algorithm or "").upper() in DRAFT_MODELS:
         raise TREES(N=topk)

@@ -15,9 +15,10 @@ from sglang_shift.config import ShiftConfig
 from sglang_shift.errors import Refusal
 from sglang_shift.flags import BY_NAME, FLAGS, LIVE_NUMBERS, POLICIES, Need
 from sglang_shift.observe.metrics import LABELS
+from sglang_shift.platforms.cpu import DRAFT_MODELS
 from sglang_shift.policy.builtin import load_policy
 
-SPECULATION = ("NGRAM", "EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
+SPECULATION = ("NGRAM", *DRAFT_MODELS)
 """The algorithms of speculative decoding that are served. SGLang resolves NEXTN to one of the others."""
 
 FEATURES = (

@@ -114,9 +114,30 @@ def accept_by_chance(
                 path.append(child)
             chosen.append(tokens[child] if child != -1 else _draw(probs, last_coin))
         numbers = retrive_index[request, path]
-        accept_index[request, : len(path)] = numbers.to(accept_index.dtype)
-        accept_token_num[request] = len(path) - 1
-        predicts[numbers] = torch.tensor(chosen, dtype=predicts.dtype)
+        write_accepted(request, numbers, torch.tensor(chosen), predicts, accept_index, accept_token_num)
+
+
+def write_accepted(
+    request: int,
+    numbers: torch.Tensor,
+    chosen: torch.Tensor,
+    predicts: torch.Tensor,
+    accept_index: torch.Tensor,
+    accept_token_num: torch.Tensor,
+) -> None:
+    """Write which drafts of a request are accepted, where SGLang reads it.
+
+    Args:
+        request: The row of the request.
+        numbers: ``[nodes]``, the numbers of the root and of the accepted nodes among all requests.
+        chosen: ``[nodes]``, the token after each of them.
+        predicts: As in :func:`accept_by_chance`, and so are the others.
+        accept_index: Gets ``numbers``.
+        accept_token_num: Gets how many there are beside the root.
+    """
+    accept_index[request, : len(numbers)] = numbers.to(accept_index.dtype)
+    accept_token_num[request] = len(numbers) - 1
+    predicts[numbers] = chosen.to(predicts.dtype)
 
 
 def _draw(weights: torch.Tensor, coin: float) -> int:

@@ -145,10 +145,8 @@ def accept_greedily(
             if child == -1:
                 break
             path.append(node := child)
-        numbers = retrieve_index[request, path]
-        accept_index[request, : len(path)] = numbers.to(accept_index.dtype)
-        accept_token_num[request] = len(path) - 1
-        predicts[numbers] = target_predict[request, path].to(predicts.dtype)
+        numbers, chosen = retrieve_index[request, path], target_predict[request, path]
+        draft_sampling.write_accepted(request, numbers, chosen, predicts, accept_index, accept_token_num)
     return predicts, accept_index, accept_token_num
 
 

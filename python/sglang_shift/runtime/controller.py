@@ -314,7 +314,9 @@ class InstanceController(DataParallelController):
     def end_late(self) -> None:
         """Answer held requests with an error if they have waited for longer than they may wait on a rank."""
         timeout, now = envs.SGLANG_REQ_WAITING_TIMEOUT.get(), time.monotonic()
-        late = {rid for rid, since in self.held_since.items() if 0 < timeout < now - since}
+        if timeout <= 0:
+            return
+        late = {rid for rid, since in self.held_since.items() if timeout < now - since}
         if not late:
             return
         held, self.held = self.held, deque()

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
+from calibrations import LINE, SECOND_A_TOKEN
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 from sglang_shift.cost.chunk_budget import ChunkBudget, Decodes, Prompts
 from sglang_shift.cost.chunk_share import ChunkShare
@@ -14,13 +15,6 @@ from sglang_shift.modes import Mode
 from sglang_shift.runtime import prefill_adder
 from sglang_shift.runtime.prefill_adder import ShiftPrefillAdder
 
-LINE = Curve((1, 10_001), (1.0, 10_001.0))  # a second for each token
-COSTS = CostModel(
-    {phase: dict.fromkeys(Mode, LINE) for phase in ("prefill", "decode")},
-    dict.fromkeys(("prefill", "decode"), Curve((1,), (1e9,))),
-    {"prefill": 0.0, "decode": 0.0},
-    0.0,
-)
 PAGE = 4
 
 
@@ -81,7 +75,7 @@ def any_adapter(prompt, adapters):
 
 
 def adder(
-    target, decodes, waiting=(), share=None, chunk=1000, floor=8, needs_tp=lambda prompt: False, costs=COSTS,
+    target, decodes, waiting=(), share=None, chunk=1000, floor=8, needs_tp=lambda prompt: False, costs=SECOND_A_TOKEN,
     most=None, adapter_fits=any_adapter,
 ):  # fmt: skip
     made = object.__new__(ShiftPrefillAdder)
@@ -210,7 +204,7 @@ def test_without_credit_nothing_passes_a_long_prompt():
 def test_a_prompt_that_needs_tp_counts_in_tp():
     slow = Curve((1, 10_001), (2.0, 20_002.0))
     curves = {Mode.TP: slow, Mode.SP: LINE}
-    costs = CostModel({**COSTS.curves, "prefill": curves}, COSTS.usual, COSTS.attention, 0.0)
+    costs = CostModel({**SECOND_A_TOKEN.curves, "prefill": curves}, SECOND_A_TOKEN.usual, SECOND_A_TOKEN.attention, 0.0)
     image, plain = Prompt(500), Prompt(20)
     made = adder(110.0, Decodes(10, mixed=True), costs=costs, needs_tp=lambda prompt: prompt is image)
     add(made, plain, image)

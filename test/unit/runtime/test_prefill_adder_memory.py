@@ -6,22 +6,14 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
+from calibrations import SECOND_A_TOKEN
 from sglang.srt.managers import schedule_policy
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 from sglang_shift.cost.chunk_budget import ChunkBudget, Decodes
 from sglang_shift.cost.chunk_share import ChunkShare
-from sglang_shift.cost.model import CostModel, Curve
-from sglang_shift.modes import Mode
 from sglang_shift.runtime.prefill_adder import ShiftPrefillAdder
 
-LINE = Curve((1, 10_001), (1.0, 10_001.0))  # a second for each token
-COSTS = CostModel(
-    {phase: dict.fromkeys(Mode, LINE) for phase in ("prefill", "decode")},
-    dict.fromkeys(("prefill", "decode"), Curve((1,), (1e9,))),
-    {"prefill": 0.0, "decode": 0.0},
-    0.0,
-)
 ROOM, OUTPUT = 500, 64
 
 
@@ -64,7 +56,7 @@ def adder(free, waiting=(), running=(), ratio=1.0, mixed=0, chunk=1024):
     made = ShiftPrefillAdder(1, tree, allocator, batch, ratio, 16_384, chunk, mixed)
     share = ChunkShare()
     share.continue_long(chunk, chunk)
-    budget, decodes = ChunkBudget(COSTS, ROOM + 1.0, floor=8), Decodes(1, mixed=True)
+    budget, decodes = ChunkBudget(SECOND_A_TOKEN, ROOM + 1.0, floor=8), Decodes(1, mixed=True)
     made.start(budget, decodes, share, waiting, lambda req: False, lambda req, adapters: True)
     return made
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
 
+from sglang_shift.cost.model import PHASES
 from sglang_shift.errors import ShiftError
 from sglang_shift.tools.gpu_check.answers import Answer, compare, make_prompts, requests
 from sglang_shift.tools.gpu_check.record import Record
@@ -26,8 +27,6 @@ EXPECTED = {
     "shift": {"decode": "tp", "prefill": "sp"},
 }
 """The mode in which steps run with each threshold, by phase."""
-
-PHASES = ("decode", "prefill")
 
 SHIFT = ["--enable-shift-parallel", "--shift-policy", "queue-depth"]
 """Flags of all servers except the reference.
@@ -205,8 +204,9 @@ def replay_problems(
         phases: The phases to look at.
     """
     problems = []
-    for phase in phases:
-        expected = EXPECTED[mode][phase]
+    for phase, expected in EXPECTED[mode].items():
+        if phase not in phases:
+            continue
         if not after[phase][expected]["sizes"]:
             problems.append(f"there are no graphs of a {phase} in {expected}")
         elif after[phase][expected]["replayed"] == before[phase][expected]["replayed"]:

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_shift.cost.model import PHASES
 from sglang_shift.models.random_model import write_random_model
 from sglang_shift.tools.gpu_check import environment, one_gpu
-from sglang_shift.tools.gpu_check.comparison import PHASES, REQUESTS, ServerComparison, ServerSetup
+from sglang_shift.tools.gpu_check.comparison import REQUESTS, ServerComparison, ServerSetup
 from sglang_shift.tools.gpu_check.record import Record
 
 MODEL: dict[str, Any] = {
