@@ -187,12 +187,24 @@ class Ranks:
         return Outcome({name: torch.from_numpy(array) for name, array in arrays.items()}, *facts)
 
     def _stacks(self, ranks: dict[int, Any]) -> str:
-        """Let ranks that hang write their stacks into the log."""
+        """Let ranks that hang write their stacks into the log, one after the other, so that lines do not mix."""
         for rank in ranks:
+            size = self.log.stat().st_size
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.processes[rank].pid, signal.SIGUSR1)
-        time.sleep(1)
+            self._wait_for_growth(size)
         return self._tail()
+
+    def _wait_for_growth(self, size: int) -> None:
+        """Wait until the log is longer than ``size`` bytes and grows no more, or for ``GRACE`` seconds."""
+        end = time.monotonic() + GRACE
+        before = size
+        while time.monotonic() < end:
+            time.sleep(0.3)
+            now = self.log.stat().st_size
+            if now == before > size:
+                return
+            before = now
 
     def _tail(self) -> str:
         return self.log.read_text(errors="replace")[-6000:]
