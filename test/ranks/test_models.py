@@ -56,8 +56,9 @@ def checkpoints():
 
 
 def check(outcome: Outcome, expected: torch.Tensor | None) -> None:
-    """Check all patterns of modes against transformers, and against TP on the same ranks."""
-    tp = outcome.logits["tp"]
+    """Check all patterns of modes against transformers, and against TP on the same ranks, if they ran it."""
+    tp = outcome.logits.get("tp", expected)
+    assert tp is not None, "there is nothing to compare with"
     expected = tp if expected is None else expected
     assert expected.std() > 0.5, "these logits are too close to each other"
     for pattern, logits in outcome.logits.items():
@@ -87,7 +88,8 @@ FOUR_RANKS = [(name, sp_size) for name in IN_SP for sp_size in (2, 4) if sp_size
 @pytest.mark.parametrize(("name", "sp_size"), FOUR_RANKS)
 def test_every_mode_of_four_ranks_equals_transformers(name, sp_size, checkpoints):
     folder, expected = checkpoints.get(name)
-    patterns = ("tp", "sp", "mixed")
+    # What other models compute in TP alone on two ranks, four ranks compute by the same layers.
+    patterns = ("tp", "sp", "mixed") if name in FAST or expected is None else ("sp", "mixed")
     check(trial(folder, tp_size=4, sp_size=sp_size, patterns=patterns, flags=MODELS[name].flags), expected)
 
 

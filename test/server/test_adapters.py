@@ -9,15 +9,15 @@ import torch
 from adapters import EMBEDDING, merge_adapter, write_adapter
 from harness import TWO_RANKS, Answer, Server
 from prompts import assert_same_answers
-from sglang_shift.models.demo import demo_model_path
 from transformers import AutoModelForCausalLM
+from two_layers import two_layer_model
 
 TOKENS = 8
 FEW = ("q_proj", "v_proj", "down_proj", EMBEDDING)  # SGLang asks for both projections of q and v
 
 
 def base_model() -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(two_layer_model(), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,8 @@ from __future__ import annotations
 import statistics
 
 import pytest
+from prompts import prompts
+from sglang_shift.models.demo import demo_model_path
 
 pytestmark = [pytest.mark.server, pytest.mark.full]
 
@@ -17,35 +19,46 @@ SENT = 4 * 33 * (192 + 16 + 128 + 16)
 of this rank, and 16 for each row's scale."""
 
 
+PROMPTS = prompts()[20::2]
+MODEL = ("--dtype", "float32", "--model-path", demo_model_path())
+
+
+def logprobs(server):
+    """Return the logprobs of the tokens of all prompts, but the first ones."""
+    server.flush_cache()
+    answers = [server.generate(ids, 1, logprob_start_len=0) for ids in PROMPTS]
+    return [entry[0] for answer in answers for entry in answer.meta["input_token_logprobs"][1:]]
+
+
 @pytest.fixture(scope="module")
-def server(reference, servers):
+def expected(servers):
+    return logprobs(servers.get(*MODEL, "--tp-size", "1"))
+
+
+@pytest.fixture
+def server(expected, servers):
     return servers.get(
-        "--dtype", "float32", "--tp-size", "2", "--enable-shift-parallel", "--shift-policy", "tokens",
+        *MODEL, "--tp-size", "2", "--enable-shift-parallel", "--shift-policy", "tokens",
         "--shift-exchange-dtype", "fp8",
     )  # fmt: skip
 
 
-def test_what_is_sent(server, reference):
+def test_what_is_sent(server):
     server.flush_cache()
     with server.policy("sp") as steps:
         before = server.state
-        server.generate(reference.prompts[-1][:TOKENS], 1)
+        server.generate(PROMPTS[-1][:TOKENS], 1)
         after = server.state
     assert steps == {"tp": 0, "sp": 1}
     assert after["exchange"] == "collective, fp8"
     assert after["exchanged_bytes"] - before["exchanged_bytes"] == SENT
 
 
-def test_what_it_does_to_logprobs(server, reference):
-    expected = [logprob for logprobs in reference.input_logprobs for logprob in logprobs]
+def test_what_it_does_to_logprobs(server, expected):
     error = {}
     for mode in ("tp", "sp"):
-        server.flush_cache()
-        got = []
         with server.policy(mode) as steps:
-            for ids in reference.prompts[20::2]:
-                entries = server.generate(ids, 1, logprob_start_len=0).meta["input_token_logprobs"]
-                got += [entry[0] for entry in entries[1:]]
+            got = logprobs(server)
         assert steps[mode] == sum(steps.values()) > 0
         error[mode] = statistics.fmean(abs(a - b) for a, b in zip(got, expected, strict=True))
         print(

@@ -16,7 +16,7 @@ from tiny_images import ImageModel, encoded, picture
 
 pytestmark = [pytest.mark.server, pytest.mark.full]
 
-NEW_TOKENS = 8
+NEW_TOKENS = 4
 CHUNKS = ("--chunked-prefill-size", "64")  # less than the tokens of some pictures
 SWITCHING = {
     "qwen2_vl": (*shift_flags(2, 2), *CHUNKS),

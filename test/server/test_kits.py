@@ -20,7 +20,7 @@ SHIFT = ("--tp-size", "2", "--enable-shift-parallel", "--shift-threshold", "8", 
 @pytest.fixture(scope="class")
 def attach(request, servers):
     """Give the kits their `base_url` and `process`."""
-    server = servers.get(*request.cls.flags, env=getattr(request.cls, "env", {}))
+    server = servers.get("--model-path", demo_model_path(), *request.cls.flags, env=getattr(request.cls, "env", {}))
     server.set_policy("tokens", 8)
     request.cls.base_url = server.url
     request.cls.process = SimpleNamespace(poll=server.process.poll)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from harness import SUPPORT
 from prompts import assert_same_answers
-from sglang_shift.models.demo import demo_model_path
 from sglang_shift.tools.gpu_check import memory
 from sglang_shift.tools.gpu_check.answers import Answer
 from sglang_shift.tools.gpu_check.memory import check_release
 from sglang_shift.tools.gpu_check.record import Record
 from sglang_shift.tools.servers import Server
+from two_layers import two_layer_model
 
 pytestmark = [pytest.mark.server, pytest.mark.full]
 
@@ -51,7 +51,7 @@ def test_released_and_resumed(server, reference):
     if "--enable-weights-cpu-backup" not in server.flags:
         lost = server.generate(reference.prompts[20], 1, return_logprob=False)
         assert lost.tokens != reference.answers[1][20].tokens[:1], "the weights were not released"
-        body = {"model_path": demo_model_path(), "load_format": "auto", "abort_all_requests": False}
+        body = {"model_path": two_layer_model(), "load_format": "auto", "abort_all_requests": False}
         assert server.post("/update_weights_from_disk", body)["success"]
     assert_same_answers(answers(server, reference), expected(reference))
 

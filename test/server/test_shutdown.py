@@ -23,7 +23,7 @@ def test_sglang_serve_and_nodes_started_differently(servers):
     common = ["--tp-size", "2", "--nnodes", "2", "--dist-init-addr", rendezvous, "--enable-shift-parallel"]
     module = [str(Path(sys.executable).parent / "sglang"), "serve"]
     nodes = [
-        Server([*common, "--node-rank", str(rank), "--shift-threshold", str(100 + rank)], module=module)
+        Server([*common, "--node-rank", str(rank), "--shift-threshold", str(100 + rank)], module=module, forked=True)
         for rank in (0, 1)
     ]
     try:

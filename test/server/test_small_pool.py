@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 from prompts import assert_same_answers
-from sglang_shift.models.demo import demo_model_path
 
 pytestmark = [pytest.mark.server, pytest.mark.full]
 
-NEW_TOKENS = 200  # six requests of about 60 + 200 tokens do not fit a pool of 1,200
+NEW_TOKENS = 120  # six requests of about 60 + 120 tokens do not fit a pool of 800
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +20,8 @@ def server(reference, servers):
     """Started as `sglang serve`: SGLang's command finds our flags."""
     return servers.get(
         "--dtype", "float32", "--tp-size", "2", "--enable-shift-parallel", "--shift-threshold", "6",
-        "--max-total-tokens", "1200", "--max-running-requests", "16", "--schedule-conservativeness", "0.01",
-        "--model-path", demo_model_path(),
+        "--max-total-tokens", "800", "--max-running-requests", "16", "--schedule-conservativeness", "0.01",
         module=[str(Path(sys.executable).parent / "sglang"), "serve"],
-        forked=False,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import pytest
 import requests
 from harness import TWO_RANKS
 from prompts import assert_same_answers
-from sglang_shift.models.demo import demo_model_path
+from two_layers import two_layer_model
 
 DRAFTS = 4
 NGRAM = ("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", str(DRAFTS))
@@ -164,11 +164,13 @@ def draft_flags(request, tmp_path_factory):
     algorithm = request.param
     flags = ("--speculative-algorithm", algorithm, *STEPS)
     if algorithm == "STANDALONE":
-        return (*flags, "--speculative-draft-model-path", demo_model_path())
+        return (*flags, "--speculative-draft-model-path", two_layer_model())
     folder = tmp_path_factory.mktemp(algorithm)
-    config = json.loads(Path(demo_model_path(), "config.json").read_text())
+    config = json.loads(Path(two_layer_model(), "config.json").read_text())
     changes = {"architectures": [DRAFT_MODELS[algorithm]], "num_hidden_layers": 1, "draft_vocab_size": None}
-    changes["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}  # EAGLE3 reads these layers
+    changes["eagle_config"] = {
+        "eagle_aux_hidden_state_layer_ids": [-1, 0]
+    }  # EAGLE3 reads the embeddings and this layer
     Path(folder, "config.json").write_text(json.dumps({**config, **changes, "tie_word_embeddings": False}))
     return (*flags, "--speculative-draft-model-path", str(folder), "--speculative-draft-load-format", "dummy")
 

@@ -16,8 +16,8 @@ from prompts import assert_same_answers, text_ids
 from safetensors.torch import load_file
 from sglang_shift.cost.chunk_budget import FLOOR, ChunkBudget, Decodes, Prompts
 from sglang_shift.cost.model import CostModel
-from sglang_shift.models.demo import demo_model_path
 from sglang_shift.observe.events import StepEvent, Subscriber
+from two_layers import two_layer_model
 
 CHUNK = 1024
 FLAGS = (
@@ -239,7 +239,7 @@ def test_the_page_and_the_metrics_show_the_bound(server, prompts):
 
 def test_input_embeddings(servers, folder, prompts):
     server = servers.get(*FLAGS, "--disable-radix-cache", env={"SGLANG_SHIFT_CACHE_DIR": str(folder)})
-    (file,) = Path(demo_model_path()).glob("*.safetensors")
+    (file,) = Path(two_layer_model()).glob("*.safetensors")
     rows = load_file(file)["model.embed_tokens.weight"].float()
     streams, long = prompts
     server.set(shift_tbt_target=0)

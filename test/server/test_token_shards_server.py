@@ -11,6 +11,7 @@ import requests
 from crowd import CROWDED
 from harness import SUPPORT, shift_flags
 from prompts import assert_same_answers
+from two_layers import LAYERS
 
 ROWS = 4096  # of each rank's pool
 LAYOUTS = [
@@ -86,7 +87,7 @@ def test_capacity(server):
     state = server.state
     assert info["max_total_num_tokens"] == state["kv_tokens"] == 2 * ROWS
     assert state["kv_shards"] == info["dcp_size"] == 2
-    layers, width, element = 4, 32, 4  # a KV head of the demo model in float32; SGLang adds a row for padding
+    layers, width, element = LAYERS, 32, 4  # a KV head of the demo model in float32; SGLang adds a row for padding
     assert state["kv_bytes"] == (ROWS + 1) * layers * 2 * width * element
 
 
@@ -130,7 +131,7 @@ def test_retraction(reference, servers):
     prompts = [ids for ids in reference.prompts if 40 < len(ids) < 80]
 
     def ask(ids):
-        return server.generate(ids, 200, sampling_params={"ignore_eos": False})
+        return server.generate(ids, 120, sampling_params={"ignore_eos": False})
 
     server.flush_cache()
     with ThreadPoolExecutor(2) as pool:  # two fit

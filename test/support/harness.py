@@ -19,6 +19,7 @@ import psutil
 import requests
 from forked_server import ForkedProcess
 from sglang_shift.tools.servers import free_port
+from two_layers import two_layer_model
 
 SUPPORT = Path(__file__).resolve().parent
 REPO = SUPPORT.parent.parent
@@ -82,13 +83,17 @@ class Server:
 
     def _spawn(self) -> subprocess.Popen[bytes] | ForkedProcess:
         env = {**os.environ, "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1", "HF_HUB_OFFLINE": "1", **self.env}
-        arguments = [*self.module, "--port", str(self.port), "--host", "127.0.0.1", *self.flags]
+        arguments = [*self.module, "--port", str(self.port), "--host", "127.0.0.1", *self._model(), *self.flags]
         if self.forked:
             return ForkedProcess(arguments, env, self.log)
         with self.log.open("wb") as log:
             return subprocess.Popen(
                 [sys.executable, *arguments], stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
             )
+
+    def _model(self) -> Sequence[str]:
+        """Return the flags of the model that servers share, if this one has none of its own."""
+        return () if "--model-path" in self.flags else ("--model-path", two_layer_model())
 
     def wait_ready(self) -> Server:
         begin = time.monotonic()
