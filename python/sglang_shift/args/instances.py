@@ -61,7 +61,7 @@ FEATURES = (
     Feature("--enable-hierarchical-cache", lambda a: a.enable_hierarchical_cache,
      "its copies on the host belong to one level"),
     Feature("--device other than cpu", lambda a: a.device != "cpu",
-     "attention backends of GPUs keep the number of heads of one level"),
+     "merges and splits have never run on a GPU"),
     Feature("--enable-deterministic-inference", lambda a: a.enable_deterministic_inference,
      "sums are ordered differently at each level, so sampling with a seed would give other tokens after a change"),
     Feature("--disable-radix-cache", lambda a: a.disable_radix_cache,

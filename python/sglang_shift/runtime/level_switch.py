@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from sglang.srt.model_loader.loader import _initialize_model
 from sglang.srt.model_loader.utils import set_default_torch_dtype
-from sglang.srt.runtime_context import get_lora, get_parallel
+from sglang.srt.runtime_context import get_lora, get_observability, get_parallel
 
 from sglang_shift.errors import InstanceRefused
 from sglang_shift.instances.levels import Levels
@@ -21,6 +21,7 @@ from sglang_shift.layers.skins import Skin, WholeWeights
 from sglang_shift.parallel.exchange.choose import Operands, make_exchange
 from sglang_shift.parallel.level import Level, build_levels
 from sglang_shift.resolution import shift_config_of
+from sglang_shift.runtime.level_execution import Execution, captures_graphs, settings_at
 from sglang_shift.runtime.model_runner import ShiftModelRunner, most_tokens
 from sglang_shift.runtime.moving_pages import MovingPages, device_of
 from sglang_shift.seams import relies_on
@@ -41,6 +42,7 @@ class LevelSwitch:
         places: This rank's place at each level.
         weights: The weights that all levels share.
         skins: The model at each level.
+        executions: The attention backends and the CUDA graphs of each level.
         pool: The KV cache.
         pages: The pages that weights and KV cache share if merged instances free weights; else None.
 
@@ -62,6 +64,10 @@ class LevelSwitch:
         self.skins = {size: self._skin(place) for size, place in self.places.items()}
         for size in levels.sizes:
             self.places[size] = self._with_exchange(size)
+        self.executions: dict[int, Execution] = {}
+        for size in levels.sizes:
+            self.enter(size)
+            self.executions[size] = self._execution()
 
     @property
     def level(self) -> int:
@@ -137,6 +143,8 @@ class LevelSwitch:
         runner.sp_model = skin.sp_model or self.weights.sp_model  # at level 1, no step runs it
         if skin.sp_model is not None:
             runner.exchange_volume = skin.sp_model.exchange_volume(runner.topology.exchange, runner.dtype)
+        if (execution := self.executions.get(self.level)) is not None:
+            execution.install(runner)
         runner.sampler.tp_sync_group = self.place.group.device_group
         runner.max_total_num_tokens = self.pool.size
 
@@ -154,6 +162,14 @@ class LevelSwitch:
             model: torch.nn.Module = _initialize_model(runner.model_config, runner.load_config, None)
         return model
 
+    def _execution(self) -> Execution:
+        """Build the attention backends and the graphs of the level that this rank is at. Collective."""
+        runner, config = self.runner, shift_config_of(self.runner.server_args)
+        assert config is not None
+        if self.level < self.levels.world_size or captures_graphs(runner):
+            return Execution.build(runner, settings_at(config, self.level, self.tp_only))
+        return Execution.of(runner)  # those of the runner, which has no graphs
+
     def _with_exchange(self, size: int) -> Level:
         """The place of this rank at a level, with the exchange that the settings ask for. Collective."""
         place, sp_model = self.places[size], self.skins[size].sp_model
@@ -168,8 +184,9 @@ class LevelSwitch:
 
 def _check(runner: ShiftModelRunner) -> None:
     """Refuse what has copied groups or shapes of one level and cannot be switched yet."""
-    if any(graphs.sizes for phase in runner.graphs.phases.values() for graphs in phase.sets.values()):
-        raise InstanceRefused("instances have no CUDA graphs yet; give --disable-cuda-graph")
+    if captures_graphs(runner) and get_observability().forward_hooks:
+        # SGLang would register those of the largest instance twice.
+        raise InstanceRefused("instances with CUDA graphs cannot have forward hooks; leave out --forward-hooks")
     if get_lora().enable_lora:
         raise InstanceRefused(
             "instances cannot share LoRA adapters, which have the shapes of one level; leave out --enable-lora"

@@ -21,7 +21,7 @@ from sglang.srt.utils import get_available_gpu_memory, rank_consensus_checker
 from sglang_shift_kernels.operations import ExchangeShape, warm_up
 
 from sglang_shift.config import ShiftConfig
-from sglang_shift.graphs.mode_graphs import ModeGraphs
+from sglang_shift.graphs.mode_graphs import ModeGraphs, limit_sizes
 from sglang_shift.graphs.runners import SpDecodeGraphRunner
 from sglang_shift.layers.adapters import pass_over_adapters
 from sglang_shift.layers.embedding import let_rows_replace
@@ -180,6 +180,18 @@ class ShiftModelRunner(ModelRunner):
     def init_cuda_graphs(self, *args: Any, **kwargs: Any) -> None:
         config = shift_config_of(self.server_args)
         assert config is not None
+        if config.instances:  # each level captures its own graphs later
+            with limit_sizes(dict.fromkeys(Phase.ALL, ())):
+                self.capture_graphs(config)
+        else:
+            self.capture_graphs(config, *args, **kwargs)
+
+    def capture_graphs(self, config: ShiftConfig, *args: Any, **kwargs: Any) -> None:
+        """Capture the graphs of both modes with SGLang's arguments, and forget others.
+
+        Args:
+            config: It has the policy, S, and the largest number of graphs in SP.
+        """
         self.graphs = ModeGraphs(self, config)
         self.graphs.capture(partial(super().init_cuda_graphs, *args, **kwargs))
 

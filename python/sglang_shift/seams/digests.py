@@ -180,6 +180,7 @@ DIGESTS = {
     "sglang.srt.model_executor.model_runner:ModelRunner._extend_forward_kwargs": "2fb8dbbf8d795a06",
     "sglang.srt.model_executor.model_runner:ModelRunner.check_weights": "da21f8b1879fd5ba",
     "sglang.srt.model_executor.model_runner:ModelRunner.forward": "19034759e5d5ec51",
+    "sglang.srt.model_executor.model_runner:ModelRunner.init_attention_backends": "77b269db50813162",
     "sglang.srt.model_executor.model_runner:ModelRunner.init_cuda_graphs": "2aa82ac4d99b47a5",
     "sglang.srt.model_executor.model_runner:ModelRunner.init_decode_cuda_graph": "1183476bd362018d",
     "sglang.srt.model_executor.model_runner:ModelRunner.init_lora_manager": "745180af25767bc8",

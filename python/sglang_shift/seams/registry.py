@@ -61,6 +61,7 @@ MODULES = (
     "sglang_shift.runtime.internal_state",
     "sglang_shift.runtime.layernorm_sp",
     "sglang_shift.runtime.level_change",
+    "sglang_shift.runtime.level_execution",
     "sglang_shift.runtime.level_switch",
     "sglang_shift.runtime.model_runner",
     "sglang_shift.runtime.operator_requests",
