@@ -14,7 +14,6 @@ PROGRAM = """
 import json, sys
 from transformers import AutoModelForCausalLM
 import sglang_shift
-from sglang_shift.models.demo import demo_model_path
 
 def ask(engine, prompts):
     outputs = engine.generate(input_ids=prompts, sampling_params={"temperature": 0, "max_new_tokens": 8,
@@ -28,8 +27,8 @@ def refused(engine, **request):
         return str(error)
 
 def main():
-    prompts, other_model = json.loads(sys.stdin.readline()), sys.argv[1]
-    engine = sglang_shift.Engine(tp_size=2, sp_size=2, dtype="float32", log_level="warning")
+    prompts, (first_model, other_model) = json.loads(sys.stdin.readline()), sys.argv[1:]
+    engine = sglang_shift.Engine(model_path=first_model, tp_size=2, sp_size=2, dtype="float32", log_level="warning")
     first = ask(engine, prompts)
     state = engine.get_server_info()["internal_states"][0]["shift"]
     assert state["steps"]["tp"] == 0 < state["steps"]["sp"], state
@@ -41,7 +40,7 @@ def main():
     assert updated[0] if isinstance(updated, tuple) else updated, updated
     second = ask(engine, prompts)
     # Tensor by tensor, back to the first model.
-    model = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(first_model, dtype="float32")
     assert engine.begin_weight_update()[0]
     for name, tensor in model.named_parameters():
         assert engine.update_weights_from_tensor([(name, tensor.data)])[0], name
@@ -61,24 +60,24 @@ def test_engine_and_weight_update(reference, servers, tmp_path):
     import torch
     from harness import Answer
     from prompts import assert_same_answers
-    from sglang_shift.models.demo import demo_model_path
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from two_layers import two_layer_model
 
     servers.stop()
     chosen = list(range(8, 48, 8))
     prompts = [reference.prompts[i] for i in chosen]
-    model = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(two_layer_model(), dtype=torch.float32)
     torch.manual_seed(1)
     for parameter in model.parameters():
         parameter.data.mul_(1 + 0.05 * torch.randn_like(parameter))
     other = tmp_path / "other"
     model.save_pretrained(other)
-    AutoTokenizer.from_pretrained(demo_model_path()).save_pretrained(other)
+    AutoTokenizer.from_pretrained(two_layer_model()).save_pretrained(other)
 
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)
     done = subprocess.run(
-        [sys.executable, str(script), str(other)],
+        [sys.executable, str(script), two_layer_model(), str(other)],
         input=json.dumps(prompts) + "\n", capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

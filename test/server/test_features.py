@@ -95,11 +95,13 @@ def test_abort_in_mid_flight(server, reference):
 
 def test_stop_string(server):
     server.flush_cache()
-    text = "def read(self, path):\n    with open(path) as f:\n" * 3 + "        return"  # decodes before the line ends
-    body = {"text": text, "sampling_params": {"temperature": 0, "max_new_tokens": 200, "stop": ["\n"]}}
-    answer = server.post("/generate", body)
-    assert "\n" not in answer["text"]
-    assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": "\n"}
+    text = "def read(self, path):\n    with open(path) as f:\n" * 3 + "        return"
+    sampling = {"temperature": 0, "max_new_tokens": 48, "ignore_eos": True}
+    whole = server.post("/generate", {"text": text, "sampling_params": sampling})["text"]
+    stop = whole[len(whole) // 2 :][:3]
+    answer = server.post("/generate", {"text": text, "sampling_params": {**sampling, "stop": [stop]}})
+    assert answer["text"] == whole[: whole.index(stop)]
+    assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
 
 
 def test_regex_grammar(server):
