@@ -13,7 +13,7 @@ import requests
 import torch
 from harness import MIXED_CHUNKS
 from safetensors.torch import load_file, save_file
-from sglang_shift.models.demo import demo_model_path
+from two_layers import two_layer_model
 
 pytestmark = pytest.mark.server(*MIXED_CHUNKS)
 
@@ -284,7 +284,7 @@ def test_a_request_of_an_operator_that_would_end_a_rank_is_an_error(server, name
 
 def test_a_checkpoint_that_does_not_load(server, tmp_path):
     """The ranks have loaded parts of it by then, and SGLang's rollback would read it once more."""
-    folder = shutil.copytree(demo_model_path(), tmp_path / "reshaped")
+    folder = shutil.copytree(two_layer_model(), tmp_path / "reshaped")
     tensors = load_file(folder / "model.safetensors")
     name = max(name for name in tensors if "layers" in name)
     save_file({**tensors, name: torch.zeros(3)}, folder / "model.safetensors")
