@@ -10,8 +10,10 @@ import pytest
 from harness import SMALL_CHUNKS
 from prompts import assert_same_answers
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
+from sglang_shift.models.demo import demo_model_path
 
 FLAGS = (
+    "--model-path", demo_model_path(),  # all of its layers end the JSON of a tool call in time
     *SMALL_CHUNKS, "--enable-return-hidden-states", "--enable-custom-logit-processor", "--enable-priority-scheduling",
     "--tool-call-parser", "qwen25", "--reasoning-parser", "qwen3",
 )  # fmt: skip
