@@ -32,7 +32,7 @@ class Node(Server):
     def _spawn(self) -> subprocess.Popen[bytes]:
         assert self.link is not None
         self.url = f"http://{self.link.server_address}:{self.port}"
-        launch = [sys.executable, str(SUPPORT / "forked_server.py"), *self.module, *self.flags]
+        launch = [sys.executable, str(SUPPORT / "forked_server.py"), *self.module, *self._model(), *self.flags]
         launch += ["--nnodes", str(NODES), "--node-rank", str(self.rank), "--dist-init-addr", self.link.rendezvous]
         command = self.link.command(self.rank, [*launch, "--host", "0.0.0.0", "--port", str(self.port)])
         env = {**os.environ, **self.link.environment(self.rank), "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1"}
