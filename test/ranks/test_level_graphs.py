@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import WIDE, Family, make_model
 from level_trial import check_groups
+from recorded_graphs import run_model_ranks
 from sglang_shift.instances.levels import Levels
 from sglang_shift.modes import Mode
 from sglang_shift.runtime.level_switch import LevelSwitch
@@ -67,6 +68,4 @@ def model(tmp_path, weights) -> str:
 
 @pytest.mark.parametrize("weights", ["keep", "free"])
 def test_graphs_of_all_levels_give_the_eager_results(weights, model):
-    from recorded_graphs import run_model_ranks
-
     run_model_ranks(4, check_levels, ["--model-path", model, *FLAGS, "--merge-weights", weights], weights == "free")

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 from harness import SUPPORT
-from two_layers import LAYERS, two_layer_model
+from two_layers import two_layer_model
 
 pytestmark = [pytest.mark.server, pytest.mark.full]
 
 FLOAT = 4  # bytes
 CONFIG = json.loads(Path(two_layer_model(), "config.json").read_text())
-HIDDEN, HEAD = CONFIG["hidden_size"], CONFIG["head_dim"]
+LAYERS, HIDDEN, HEAD = CONFIG["num_hidden_layers"], CONFIG["hidden_size"], CONFIG["head_dim"]
 HEADS, KV_HEADS = CONFIG["num_attention_heads"], CONFIG["num_key_value_heads"]
 
 

@@ -168,9 +168,7 @@ def draft_flags(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(algorithm)
     config = json.loads(Path(two_layer_model(), "config.json").read_text())
     changes = {"architectures": [DRAFT_MODELS[algorithm]], "num_hidden_layers": 1, "draft_vocab_size": None}
-    changes["eagle_config"] = {
-        "eagle_aux_hidden_state_layer_ids": [-1, 0]
-    }  # EAGLE3 reads the embeddings and this layer
+    changes["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [-1, 0]}  # EAGLE3 reads embeddings and layer 0
     Path(folder, "config.json").write_text(json.dumps({**config, **changes, "tie_word_embeddings": False}))
     return (*flags, "--speculative-draft-model-path", str(folder), "--speculative-draft-load-format", "dummy")
 

@@ -187,24 +187,14 @@ class Ranks:
         return Outcome({name: torch.from_numpy(array) for name, array in arrays.items()}, *facts)
 
     def _stacks(self, ranks: dict[int, Any]) -> str:
-        """Let ranks that hang write their stacks into the log, one after the other, so that lines do not mix."""
-        for rank in ranks:
-            size = self.log.stat().st_size
+        """Let ranks that hang write their stacks, and return them after the end of the log."""
+        processes = [self.processes[rank] for rank in ranks]
+        for process in processes:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.processes[rank].pid, signal.SIGUSR1)
-            self._wait_for_growth(size)
-        return self._tail()
-
-    def _wait_for_growth(self, size: int) -> None:
-        """Wait until the log is longer than ``size`` bytes and grows no more, or for ``GRACE`` seconds."""
-        end = time.monotonic() + GRACE
-        before = size
-        while time.monotonic() < end:
-            time.sleep(0.3)
-            now = self.log.stat().st_size
-            if now == before > size:
-                return
-            before = now
+                os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(GRACE)
+        files = [stack_file(str(self.log), process.pid) for process in processes]
+        return "\n".join([self._tail(), *(file.read_text() for file in files if file.is_file())])
 
     def _tail(self) -> str:
         return self.log.read_text(errors="replace")[-6000:]
@@ -250,13 +240,18 @@ def rank_main(rank: int, task: Task, pipe: Any, log: str) -> None:
 
 
 def prepare_process(log: str) -> None:
-    """Write to the log, show the stacks at SIGUSR1, and end with the process that runs the trial."""
+    """Write to the log, write the stacks at SIGUSR1, and end with the process that runs the trial."""
     with open(log, "ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    faulthandler.register(signal.SIGUSR1)
+    faulthandler.register(signal.SIGUSR1, stack_file(log, os.getpid()).open("wb"))
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ.update(ENVIRONMENT)
+
+
+def stack_file(log: str, pid: int) -> Path:
+    """Where a rank writes its stacks. In the log, the lines of several ranks would mix."""
+    return Path(f"{log}.{pid}")
 
 
 def end_with_parent() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -180,17 +180,16 @@ class ShiftModelRunner(ModelRunner):
     def init_cuda_graphs(self, *args: Any, **kwargs: Any) -> None:
         config = shift_config_of(self.server_args)
         assert config is not None
-        if config.instances:  # each level captures its own graphs later
-            with limit_sizes(dict.fromkeys(Phase.ALL, ())):
-                self.capture_graphs(config)
-        else:
+        # With instances, each level captures its own graphs later.
+        with limit_sizes(dict.fromkeys(Phase.ALL, ())) if config.instances else nullcontext():
             self.capture_graphs(config, *args, **kwargs)
 
     def capture_graphs(self, config: ShiftConfig, *args: Any, **kwargs: Any) -> None:
-        """Capture the graphs of both modes with SGLang's arguments, and forget others.
+        """Capture the graphs of both modes, in place of those that there are.
 
         Args:
             config: It has the policy, S, and the largest number of graphs in SP.
+            *args: Arguments of SGLang's ``init_cuda_graphs``, and so are ``kwargs``.
         """
         self.graphs = ModeGraphs(self, config)
         self.graphs.capture(partial(super().init_cuda_graphs, *args, **kwargs))
