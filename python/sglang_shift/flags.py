@@ -304,7 +304,7 @@ FLAGS = (
         int,
         "The number of instances that the server starts with. Each has P/N ranks and serves requests of its own. "
         "Neighbours can merge into a larger instance, and split again, while they serve. P and N are powers of two. "
-        "Without --enable-shift-parallel, all steps run in TP, or with --sp-size P in SP.",
+        "Without --enable-shift-parallel, all steps run in TP, or with --sp-size S in SP.",
         more="instances.md#start-a-server",
     ),
     Flag(

@@ -70,7 +70,7 @@ def run(
     flags = ("--model-path", model, *LARGE, *flags)
     rng, sent = random.Random(seed), {}
     size = sum(layouts[0])
-    with started(size, (*flags, *ours), instances=size) as world:
+    with started(size, (*flags, *ours), instances=len(layouts[0])) as world:
         walk, traffic = Walk(world), requests(seed, OPTIONS + PENALTIES * (NORMAL in flags))
         for levels in layouts[1:]:
             fresh = {}
@@ -122,6 +122,15 @@ def test_a_long_walk(model, schedule, changes):
         layouts.append(rng.choice([each for each in kinds if each != layouts[-1]]))
     walk = run(model, layouts, schedule, seed=3)
     assert walk.changes >= changes
+    assert walk.recomputed == 0
+
+
+@pytest.mark.parametrize("merge", ["keep", pytest.param("free", marks=pytest.mark.full)])
+def test_weights_that_two_ranks_divide(wide_model, merge):
+    """The smallest instances have two ranks, which hold the weights together."""
+    ours = ("--sp-size", "2", "--merge-weights", merge)
+    walk = run(wide_model, [(2, 2), (4,)] * 5, seed=6, ours=ours)
+    assert walk.changes >= 9
     assert walk.recomputed == 0
 
 

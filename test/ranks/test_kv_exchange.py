@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
-from kv_pools import KV_HEADS, LAYERS, Kind, build, check, make_levels, occupancy, tokens_of, write
+from kv_pools import KV_HEADS, LAYERS, Kind, build, check, heads_of, make_levels, occupancy, tokens_of, write
 from sglang_shift.errors import Refused
 from sglang_shift.instances.levels import Levels
 from sglang_shift.kv.layout import home_of, merged_pages, token_slots
@@ -34,15 +34,18 @@ def check_pair(rank: int, pool: LevelPool, places: dict[int, Level], low: int, h
     factor, first = high // low, large.instance.leader // low
     part = small.instance.index - first
     pages = occupancy(factor, pool.layout.last_page(low), seed=17 * low + high + first)
-    write(pool, token_slots(pages[part], kind.page_size), tokens_of(part, pages[part], kind), small.place, kind)
+    write(
+        pool, token_slots(pages[part], kind.page_size), tokens_of(part, pages[part], kind), heads_of(places, low), kind
+    )
 
     volume = pool.merge(large, pages, SCRATCH)
     assert pool.level == high and pool.pool.head_num == KV_HEADS // high
     for number, each in enumerate(pages):
         slots = token_slots(merged_pages(each, number, factor), kind.page_size)
-        check(pool, slots, tokens_of(number, each, kind), large.place, kind)
+        check(pool, slots, tokens_of(number, each, kind), heads_of(places, high), kind)
     page_bytes = kind.page_size * KV_HEADS // low * sum(kind.widths) * kind.dtype.itemsize * LAYERS
-    peers = [small.place * factor + g for g in range(factor) if small.place * factor + g != large.place]
+    ranks = range(small.topology.sp_index * factor, (small.topology.sp_index + 1) * factor)
+    peers = [each for each in ranks if each != large.topology.sp_index]
     assert volume.sent_bytes == len(pages[part]) * page_bytes * len(peers) // factor
     one_page = 2 * kind.page_size * KV_HEADS // low * max(kind.widths) * kind.dtype.itemsize
     assert volume.scratch_bytes <= max(SCRATCH, one_page)
@@ -50,12 +53,12 @@ def check_pair(rank: int, pool: LevelPool, places: dict[int, Level], low: int, h
     kept = [each[::2] for each in pages]
     pool.split(large, low, kept, SCRATCH)
     assert pool.level == low and pool.pool.head_num == KV_HEADS // low
-    check(pool, token_slots(kept[part], kind.page_size), tokens_of(part, kept[part], kind), small.place, kind)
+    check(pool, token_slots(kept[part], kind.page_size), tokens_of(part, kept[part], kind), heads_of(places, low), kind)
 
 
-def check_exchanges(rank: int, world: int, kind: Kind) -> None:
-    levels = Levels.between(1, world)
-    places = make_levels(levels, rank)
+def check_exchanges(rank: int, world: int, kind: Kind, width: int = 1) -> None:
+    levels = Levels.between(width, world)
+    places = make_levels(levels, rank, width)
     pool = build(kind, levels, pages=7)
     addresses = [memory.elements.data_ptr() for memory in pool.memories]
     for low in levels.sizes:
@@ -70,9 +73,10 @@ def check_stairs(rank: int, pool: LevelPool, places: dict[int, Level], levels: L
     """Merge level by level, use free pages of the allocator at the top, and split directly to the lowest level."""
     pool.enter(levels.lowest)
     last = pool.layout.last_page(levels.lowest)
-    held = [(each, tokens_of(owner, each, kind)) for owner, each in enumerate(occupancy(levels.world_size, last, 5))]
-    own = [held[rank]]  # what this rank's instance holds: pages and their tokens
-    write(pool, token_slots(own[0][0], kind.page_size), own[0][1], 0, kind)
+    count, number_of_instance = levels.world_size // levels.lowest, levels.instance_of(rank, levels.lowest).index
+    held = [(each, tokens_of(owner, each, kind)) for owner, each in enumerate(occupancy(count, last, 5))]
+    own = [held[number_of_instance]]  # what this rank's instance holds: pages and their tokens
+    write(pool, token_slots(own[0][0], kind.page_size), own[0][1], heads_of(places, levels.lowest), kind)
     for low, high in zip(levels.sizes, levels.sizes[1:], strict=False):
         members = levels.instance_of(rank, high).parts(low)
         everyone = gather([(rank, own)])
@@ -86,18 +90,19 @@ def check_stairs(rank: int, pool: LevelPool, places: dict[int, Level], levels: L
     assert pool.allocator.available_size() == len(free) * kind.page_size
     new = free[:3]
     own.append((new, tokens_of(99, new, kind)))
-    write(pool, token_slots(new, kind.page_size), own[-1][1], rank, kind)
+    write(pool, token_slots(new, kind.page_size), own[-1][1], heads_of(places, levels.world_size), kind)
 
-    kept: list[list[torch.Tensor]] = [[] for _ in range(levels.world_size)]
+    kept: list[list[torch.Tensor]] = [[] for _ in range(count)]
     mine = []
     for pages, tokens in own:
-        homes, numbers = home_of(pages, levels.world_size)
+        homes, numbers = home_of(pages, count)
         for part, each in enumerate(kept):
             each.append(numbers[homes == part])
-        mine.append((numbers[homes == rank], tokens.view(len(pages), kind.page_size)[homes == rank].flatten()))
+        here = homes == number_of_instance
+        mine.append((numbers[here], tokens.view(len(pages), kind.page_size)[here].flatten()))
     pool.split(places[levels.world_size], levels.lowest, [torch.cat(each) for each in kept], SCRATCH)
     for pages, tokens in mine:
-        check(pool, token_slots(pages, kind.page_size), tokens, 0, kind)
+        check(pool, token_slots(pages, kind.page_size), tokens, heads_of(places, levels.lowest), kind)
 
 
 def gather(items: list[Any]) -> list[Any]:
@@ -115,6 +120,14 @@ def test_every_pair_of_levels(kind):
 @pytest.mark.parametrize("kind", [Kind(1), Kind(16, hnd=True)], ids=str)
 def test_every_pair_of_levels_of_eight_ranks(kind):
     run_ranks(8, check_exchanges, kind)
+
+
+@pytest.mark.parametrize("kind", [Kind(1), Kind(4, widths=(8, 4)), Kind(16, hnd=True)], ids=str)
+@pytest.mark.parametrize(
+    ("ranks", "width"), [(4, 2), pytest.param(8, 2, marks=pytest.mark.full), pytest.param(8, 4, marks=pytest.mark.full)]
+)
+def test_every_pair_of_levels_with_weights_that_ranks_divide(ranks, width, kind):
+    run_ranks(ranks, check_exchanges, kind, width)
 
 
 def check_wrong_pages(rank: int, world: int) -> None:

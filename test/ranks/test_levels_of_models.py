@@ -31,22 +31,29 @@ def models(names: list[str]) -> list[Any]:
     return [pytest.param(name, marks=[] if name in FAST else pytest.mark.full) for name in names]
 
 
-def check(model: TinyModel, levels: tuple[int, ...]) -> None:
+def check(model: TinyModel, levels: tuple[int, ...], sp_size: int | None = None) -> None:
+    ranks, sp_size = levels[-1], sp_size or levels[-1]
+    width = ranks // sp_size
     with TemporaryDirectory(prefix="sglang_shift_levels_") as folder:
         expected = write(model, str(Path(folder)))
         assert expected is not None and expected.std() > 0.5
         flags = (*model.flags, *FLAGS)
         stock = {size: trial(folder, tp_size=size, stock=True, flags=flags) for size in levels}
-        outcome = trial(folder, tp_size=levels[-1], levels=levels, patterns=("tp", "sp", "mixed"), flags=flags)
-    names = {f"{level} {name}" for level in levels if level > 1 for name in ("tp", "sp", "mixed")}
-    assert set(outcome.logits) == names | {"1 tp", "walk"}
+        patterns = ("tp", "sp", "mixed")
+        outcome = trial(folder, tp_size=ranks, sp_size=sp_size, levels=levels, patterns=patterns, flags=flags)
+    names = {f"{level} {name}" for level in levels if level > width for name in patterns}
+    assert set(outcome.logits) == names | {f"{level} tp" for level in levels if level <= width} | {"walk"}
     for pattern, logits in outcome.logits.items():
-        level = 1 if pattern == "walk" else int(pattern.split()[0])
+        level = levels[0] if pattern == "walk" else int(pattern.split()[0])
         reference = stock[level].logits["tp"]
         assert difference(logits, reference) < TOLERANCE, f"{pattern} differs from stock TP"
         assert difference(logits, expected) < TOLERANCE, f"{pattern} differs from transformers"
         assert torch.equal(logits.argmax(-1), reference.argmax(-1)), f"{pattern} would choose other tokens"
-    assert outcome.weight_bytes == stock[1].weight_bytes, "all levels must share exactly one copy of the weights"
+    if width == 1:
+        assert outcome.weight_bytes == stock[1].weight_bytes, "all levels must share exactly one copy of the weights"
+    else:
+        # A rank has its part of the linears, and the whole tables: less than all, and more than its part of all.
+        assert stock[levels[0]].weight_bytes < outcome.weight_bytes < levels[0] * stock[levels[0]].weight_bytes
 
 
 @pytest.mark.parametrize("name", models(OF_TWO))
@@ -57,6 +64,34 @@ def test_two_levels(name):
 @pytest.mark.parametrize("name", models(OF_FOUR))
 def test_three_levels(name):
     check(of_four_ranks(name), (1, 2, 4))
+
+
+def of_eight_ranks(name: str) -> TinyModel:
+    """A model whose heads eight ranks can divide."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    return replace(MODELS[name], fields={**MODELS[name].fields, **heads})
+
+
+@pytest.mark.parametrize("name", models(["llama"]))
+def test_weights_that_two_ranks_divide(name):
+    check(of_four_ranks(name), (2, 4), sp_size=2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "levels", "sp_size"), [("qwen3", (2, 4, 8), 4), ("llama", (4, 8), 2)])
+def test_weights_that_several_ranks_of_eight_divide(name, levels, sp_size):
+    """At the levels between, a rank has heads that are not neighbours in the model."""
+    check(of_eight_ranks(name), levels, sp_size)
+
+
+@pytest.mark.full
+def test_norms_of_all_heads_need_their_order(tmp_path):
+    model = of_four_ranks("olmo2")
+    write(model, str(tmp_path))
+    with pytest.raises(
+        TrialError, match=r"_norm has weights for all heads together, but with --sp-size 2 .*; give --sp-size 4"
+    ):
+        trial(str(tmp_path), tp_size=4, sp_size=2, levels=(2, 4), flags=(*FLAGS, *model.flags))
 
 
 @pytest.mark.full

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from harness import run_ranks
-from kv_pools import KV_HEADS, Kind, build, check, make_levels, occupancy, tokens_of, write
+from kv_pools import KV_HEADS, Kind, build, check, heads_of, make_levels, occupancy, tokens_of, write
 from sglang.srt.layers.linear import ColumnParallelLinear
 from sglang_shift.errors import Refused
 from sglang_shift.instances.levels import Levels
 from sglang_shift.kv.layout import merged_pages, token_slots
 from sglang_shift.kv.pool import LevelPool
 from sglang_shift.memory.host import HostDevice
+from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.parallel.level import Level
 from sglang_shift.runtime.moving_pages import MovingPages, device_of
 from sglang_shift.weights.base_weights import BaseWeight
@@ -33,30 +34,31 @@ class Column(ColumnParallelLinear):
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
-def make_bases(rank: int, world: int) -> list[BaseWeight]:
-    """Base weights of both kinds. Their values are the same on all ranks."""
+def make_bases(index: int, blocks: int, seed: int = 3) -> list[BaseWeight]:
+    """Base weights of both kinds, with the shards of ``blocks`` ranks. Ranks with the same seed have the same ones."""
     bases = []
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     for rows in ROWS:
         for dim in (0, 1):
-            weight = torch.randn(world * rows, HIDDEN, generator=generator)
+            weight = torch.randn(blocks * rows, HIDDEN, generator=generator)
             weight = weight if dim == 0 else weight.t().contiguous()
-            shard = weight.narrow(dim, rank * rows, rows)
+            shard = weight.narrow(dim, index * rows, rows)
             row = SimpleNamespace(weight=torch.nn.Parameter(shard, requires_grad=False))
             linear = Column(shard) if dim == 0 else row
-            bases.append(BaseWeight(linear, SimpleNamespace(sp_index=rank), weight, None))  # type: ignore[arg-type]
+            bases.append(BaseWeight(linear, SimpleNamespace(sp_index=index), weight, None))  # type: ignore[arg-type]
     return bases
 
 
 class Rank:
     """A rank of the world with its weights and its cache."""
 
-    def __init__(self, rank: int, world: int, levels: Levels, kind: Kind) -> None:
+    def __init__(self, rank: int, world: int, levels: Levels, kind: Kind, width: int) -> None:
         self.rank, self.world, self.levels, self.kind = rank, world, levels, kind
-        self.places: dict[int, Level] = make_levels(levels, rank)
+        self.width, self.blocks = width, world // width
+        self.places: dict[int, Level] = make_levels(levels, rank, width)
         self.pool: LevelPool = build(kind, levels, pages=7)
         self.common = {level: self.pool.layout.last_page(level) for level in levels.sizes}
-        bases = make_bases(rank, world)
+        bases = make_bases(rank // width, self.blocks, seed=3 + rank % width)
         self.expected = [base.weight.clone() for base in bases]
         self.device = HostDevice(PAGE)
         self.moving = MovingPages(self.device, bases, self.pool, self.places, levels)
@@ -73,10 +75,10 @@ class Rank:
     def check_weights(self) -> None:
         """The blocks of this rank are as they were, its other pages are gone, and the number of pages is the same."""
         level = self.pool.level
-        own = slice(0, self.world) if level == self.levels.lowest else self.own(self.rank, level)
+        own = slice(0, self.blocks) if level == self.levels.lowest else self.own(self.rank, level)
         for base, whole, paged in zip(self.bases, self.expected, self.moving.weights.weights, strict=True):
             rows, expected = (base.weight, whole) if isinstance(base.linear, Column) else (base.weight.t(), whole.t())
-            block = len(rows) // self.world
+            block = len(rows) // self.blocks
             held = slice(own.start * block, own.stop * block)
             assert torch.equal(rows[held], expected[held])
             assert level != self.world or torch.equal(base.linear.weight, self.shard(whole, base))
@@ -86,13 +88,14 @@ class Rank:
         assert self.facts() == self.before
 
     def own(self, rank: int, level: int) -> slice:
-        """The blocks of a rank at a level."""
+        """The blocks of a rank at a merged level, of those of the base weight."""
         count = self.world // level
-        return slice(rank % level * count, (rank % level + 1) * count)
+        place = rank % level // self.width
+        return slice(place * count, (place + 1) * count)
 
     def shard(self, whole: torch.Tensor, base: BaseWeight) -> torch.Tensor:
-        size = whole.shape[base.shard_dim] // self.world
-        return whole.narrow(base.shard_dim, self.rank * size, size)
+        size = whole.shape[base.shard_dim] // self.blocks
+        return whole.narrow(base.shard_dim, self.rank // self.width * size, size)
 
     def check_capacity(self) -> None:
         """Each level has as many pages as fit into the memory that all its ranks can free, and the lowest has none."""
@@ -115,7 +118,7 @@ class Rank:
         pages, own = 0, self.own(rank, level)
         for rows in ROWS:
             block = rows * HIDDEN * 4
-            for number in range(-(-self.world * block // PAGE)):
+            for number in range(-(-self.blocks * block // PAGE)):
                 begin, end = number * PAGE, (number + 1) * PAGE
                 pages += 2 * (end <= own.start * block or begin >= own.stop * block)
         return pages
@@ -135,20 +138,20 @@ class Rank:
 
         parts = {low: [part], high: list(range(factor))}
         for number in parts[level]:
-            write(self.pool, *at(level, number), self.places[level].place, kind)
+            write(self.pool, *at(level, number), heads_of(self.places, level), kind)
         if to > level:
             self.pool.merge(large, pages)
         else:
             self.pool.split(large, low, pages)
         self.moving.enter(to)
         for number in parts[to]:
-            check(self.pool, *at(to, number), self.places[to].place, kind)
+            check(self.pool, *at(to, number), heads_of(self.places, to), kind)
         self.pool.keep(torch.arange(1, self.pool.layout.last_page(to)))
         assert len(self.pool.allocator.get_all_free_pages()) == 1, "the allocator counts all pages"
 
 
-def check_walk(rank: int, world: int, levels: Levels, walk: tuple[int, ...], kind: Kind) -> None:
-    mine = Rank(rank, world, levels, kind)
+def check_walk(rank: int, world: int, levels: Levels, walk: tuple[int, ...], kind: Kind, width: int = 1) -> None:
+    mine = Rank(rank, world, levels, kind, width)
     mine.check_capacity()
     mine.check_weights()
     for number, level in enumerate(walk):
@@ -170,9 +173,21 @@ def test_pages_move_between_weights_and_cache(sizes, walk, kind):
     run_ranks(4, check_walk, Levels(sizes), walk, kind)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "sizes", "walk"),
+    [
+        (4, (2, 4), (4, 2, 4, 2)),
+        pytest.param(8, (2, 4, 8), (4, 8, 4, 8, 2, 8, 4, 2, 4, 2), marks=pytest.mark.full),
+        pytest.param(8, (4, 8), (8, 4, 8, 4), marks=pytest.mark.full),
+    ],
+)
+def test_pages_move_with_weights_that_ranks_divide(ranks, sizes, walk):
+    run_ranks(ranks, check_walk, Levels(sizes), walk, Kind(2), 2)
+
+
 def test_what_the_log_says():
     levels = Levels((1, 2))
-    place = SimpleNamespace(rank=0)
+    place = SimpleNamespace(rank=0, topology=SimpleNamespace(layout=RankLayout(2, 2)))
     pool = build(Kind(1), levels, pages=7)
     places: Any = {1: place, 2: place}
     moving = MovingPages(HostDevice(PAGE), make_bases(0, 2), pool, places, levels)

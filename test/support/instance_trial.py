@@ -98,7 +98,6 @@ class World:
 
         context = zmq.Context()
         self.receipts = ReceiptWriter()
-        self.leaders = list(range(self.size))
         ports = ports_in(self.folder)
         shared = (ports.scheduler_input_ipc_name, ports.tokenizer_ipc_name)
         inputs, answers = shared if self.stock else (None, answers_of(ports))
@@ -352,6 +351,7 @@ def started(
         own = (*SHIFT_FLAGS, *modes, "--instances", str(instances)) if instances else ()
         world = World(folder, size, stock=not instances)
         world.open()
+        world.leaders = list(range(0, size, size // (instances or size)))
         try:
             for rank in range(size):
                 receiver, sender = CONTEXT.Pipe(duplex=False)

@@ -18,7 +18,8 @@ class Walk:
     """The instances of a world, and the changes so far."""
 
     def __init__(self, world: World) -> None:
-        self.world, self.layout = world, Levels.between(1, world.size).instances(1)
+        lowest = world.size // len(world.leaders)
+        self.world, self.layout = world, Levels.between(lowest, world.size).instances(lowest)
         self.recomputed = self.dropped = self.changes = 0
 
     def go(self, levels: Sequence[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,9 @@ import torch.distributed as dist
 from sglang_shift.instances.levels import Levels
 from sglang_shift.kv.layout import token_slots
 from sglang_shift.kv.pool import LevelPool
+from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.parallel.level import Level
+from sglang_shift.parallel.topology import Topology
 
 LAYERS, KV_HEADS = 2, 8
 
@@ -49,14 +52,28 @@ def build(kind: Kind, levels: Levels, pages: int) -> LevelPool:
     return LevelPool(pool, allocator, levels, KV_HEADS)
 
 
-def make_levels(levels: Levels, rank: int) -> dict[int, Level]:
-    """Make the groups of all levels. All ranks call it."""
+def make_levels(levels: Levels, rank: int, width: int = 1) -> dict[int, Level]:
+    """Make the groups of all levels, with ``width`` ranks that divide the base weights. All ranks call it."""
     places = {}
     for size in levels.sizes:
-        groups = {each: dist.new_group(list(each.ranks)) for each in levels.instances(size)}
-        instance = levels.instance_of(rank, size)
-        places[size] = Level(instance, rank, SimpleNamespace(device_group=groups[instance]), None)  # type: ignore[arg-type]
+        layout, mine = RankLayout(size, size // width), levels.instance_of(rank, size)
+        for instance in levels.instances(size):
+            for members in layout.sp_groups():
+                ranks = [instance.leader + member for member in members]
+                group: Any = SimpleNamespace(device_group=dist.new_group(ranks))
+                if rank in ranks:
+                    topology = Topology(layout, mine.place(rank), group, None, None)  # type: ignore[arg-type]
+                    places[size] = Level(mine, rank, group, topology)
     return places
+
+
+def heads_of(places: Mapping[int, Level], level: int) -> list[int]:
+    """The KV heads of a rank at a level. With t > 1, they are not neighbours."""
+    world = max(places)
+    topology, count, block = places[level].topology, world // level, KV_HEADS // world
+    width = topology.layout.base_tp_size
+    first, j = topology.sp_index * count, topology.layout.base_tp_index(topology.rank)
+    return [(j + width * m) * block + head for m in range(first, first + count) for head in range(block)]
 
 
 def tokens_of(owner: int, pages: torch.Tensor, kind: Kind) -> torch.Tensor:
@@ -64,7 +81,7 @@ def tokens_of(owner: int, pages: torch.Tensor, kind: Kind) -> torch.Tensor:
     return owner * 10_000 + token_slots(pages, kind.page_size)
 
 
-def values(tokens: torch.Tensor, heads: range, layer: int, which: int, kind: Kind) -> torch.Tensor:
+def values(tokens: torch.Tensor, heads: Sequence[int], layer: int, which: int, kind: Kind) -> torch.Tensor:
     """The keys (``which`` 0) or values of tokens: ``[tokens, heads, width]``, in the bytes of the pool's type."""
     width = kind.widths[which]
     head, column = torch.tensor(heads)[:, None], torch.arange(width)
@@ -77,10 +94,9 @@ def view_of(pool: Any, layer: int, which: int) -> torch.Tensor:
     return buffer
 
 
-def write(level_pool: LevelPool, slots: torch.Tensor, tokens: torch.Tensor, place: int, kind: Kind) -> None:
-    """Store tokens in slots as a step of this rank would."""
+def write(level_pool: LevelPool, slots: torch.Tensor, tokens: torch.Tensor, heads: Sequence[int], kind: Kind) -> None:
+    """Store tokens in slots as a step of a rank with these heads would."""
     pool = level_pool.pool
-    heads = range(place * pool.head_num, (place + 1) * pool.head_num)
     for layer in range(LAYERS):
         for which in (0, 1):
             stored, buffer = values(tokens, heads, layer, which, kind), view_of(pool, layer, which)
@@ -91,10 +107,9 @@ def write(level_pool: LevelPool, slots: torch.Tensor, tokens: torch.Tensor, plac
                 buffer[slots] = stored
 
 
-def check(level_pool: LevelPool, slots: torch.Tensor, tokens: torch.Tensor, place: int, kind: Kind) -> None:
+def check(level_pool: LevelPool, slots: torch.Tensor, tokens: torch.Tensor, heads: Sequence[int], kind: Kind) -> None:
     """Check that slots hold tokens, for the heads that this rank has now."""
     pool = level_pool.pool
-    heads = range(place * pool.head_num, (place + 1) * pool.head_num)
     for layer in range(LAYERS):
         for which in (0, 1):
             buffer = view_of(pool, layer, which)

@@ -13,7 +13,7 @@ from trial_script import PATTERNS
 
 # The level of each step of the walk, as exponents of 2, up to the highest level. It has every pair of levels.
 WALK = (0, 1, 2, 1, 0, 2, 0, 1, 2)
-WALK_MODES = "tstststts"  # at level 1 there is only TP
+WALK_MODES = "tstststts"  # at the lowest level there is only TP
 
 
 def run(runner: Any, levels: tuple[int, ...], patterns: tuple[str, ...]) -> tuple[dict[str, torch.Tensor], str, int]:
@@ -30,7 +30,7 @@ def run(runner: Any, levels: tuple[int, ...], patterns: tuple[str, ...]) -> tupl
     for level in (*levels, levels[0]):  # the lowest level again, after all others
         switch.enter(level)
         check_groups(runner, switch)
-        for name in patterns if level > 1 else ("tp",):
+        for name in patterns if switch.place.has_sp else ("tp",):
             logits[f"{level} {name}"] = run_pattern(runner, PATTERNS[name], stock=False)
     logits["walk"] = walk(switch)
     skins = switch.skins.values()
@@ -128,8 +128,9 @@ def check_groups(runner: Any, switch: Any) -> None:
     stale = {}
     for size, place in switch.places.items():
         if size != switch.level:
-            for group in (place.group, place.group.device_group, place.group.cpu_group):
-                stale[id(group)] = f"the group of level {size}"
+            for each in (place.group, place.topology.sp_group):
+                for group in (each, each.device_group, each.cpu_group):
+                    stale[id(group)] = f"a group of level {size}"
     found = list(reachable(runner, stale, {id(each) for each in kept}))
     assert not found, f"at level {switch.level}: {found}"
 

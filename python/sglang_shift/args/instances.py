@@ -24,8 +24,9 @@ MERGE_LEVELS = Refusal(
     "Merged instances have a power of two of ranks, more than at the start and at most P.",
 )
 SP_SIZE = Refusal(
-    "--sp-size {S} cannot be combined with --instances, which need --sp-size {P}; leave --sp-size out",
-    "Each rank must hold the whole weights.",
+    "--sp-size {S} cannot be combined with --instances {N}, because each of them must hold the whole weights; give "
+    "--sp-size {N} or more, a power of two, or leave it out",
+    "P/S ranks hold the whole weights together. The smallest instances have P/N ranks.",
 )
 AUTO_NEEDS_TIMES = Refusal(
     "--instance-policy auto needs step times, and --shift-policy {policy} has none; give --enable-shift-parallel with "
@@ -117,8 +118,8 @@ def check_instances(settings: Any, config: ShiftConfig) -> None:
         Levels.of_flags(world_size, count, config.merge_levels)
     except ValueError as error:
         raise MERGE_LEVELS(value=config.merge_levels, reason=error, example=world_size) from None
-    if config.sp_size not in (world_size, AUTO):
-        raise SP_SIZE(S=config.sp_size, P=world_size)
+    if config.sp_size < count or not _is_power(config.sp_size):
+        raise SP_SIZE(S=config.sp_size, N=count)
     if config.instance_policy == AUTO and config.calibration == "off":
         raise AUTO_NEEDS_TIMES(policy=config.policy)
     if config.merge_weights == "free":

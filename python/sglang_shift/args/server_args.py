@@ -160,9 +160,7 @@ def resolve_shift(server_args: Any, previous: Any) -> None:
 
 
 def chooses_sp_size(settings: Any) -> bool:
-    """Whether S follows from the model and the memory. With instances it does not, because S is P."""
-    if settings.instances is not None:
-        return False
+    """Whether S follows from the model and the memory."""
     # With S = P every rank would hold whole layers, and might fail only after it loads them.
     return settings.sp_size == AUTO or (
         settings.sp_size is None and settings.enable_shift_parallel and settings.device != "cpu"

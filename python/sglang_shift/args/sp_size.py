@@ -166,7 +166,8 @@ def weight_bytes(settings: Any, model_config: Any, candidates: Iterable[int]) ->
     """
     sizes, element_bytes = model_sizes(settings, model_config), model_config.dtype.itemsize
     experts = getattr(settings, "shift_experts", None) or SHARDED
-    return {s: sizes.weight_bytes(settings.tp_size, s, element_bytes, experts) for s in candidates}
+    whole = getattr(settings, "instances", None) is not None
+    return {s: sizes.weight_bytes(settings.tp_size, s, element_bytes, experts, whole_tables=whole) for s in candidates}
 
 
 def model_sizes(settings: Any, model_config: Any) -> ModelSizes:
@@ -265,6 +266,7 @@ def auto_sp_size(server_args: Any) -> SpSizeDecision:
     """
     settings, model_config = resolving_view(server_args), model_config_of(server_args)
     world_size, memory = settings.tp_size, rank_memory_bytes(settings)
-    candidates = [s for s in range(2, world_size + 1) if world_size % s == 0]
+    smallest = settings.instances or 2  # each instance must hold the whole weights
+    candidates = [s for s in range(smallest, world_size + 1) if world_size % s == 0]
     weights = weight_bytes(settings, model_config, candidates)
     return choose_sp_size(weights, memory, pool_of(settings, model_config, memory))

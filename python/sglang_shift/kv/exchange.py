@@ -79,8 +79,10 @@ class KvExchange:
         layout: The KV cache of a rank.
         low: The lower level.
         high: The higher level.
-        group: The ranks of the instance of the higher level.
+        group: The ranks of the instance of the higher level that have parts of the same heads. If S is P, these are all
+            its ranks.
         place: This rank in the group.
+        width: t, the number of such groups in an instance.
         scratch_bytes: The memory that the exchange may use beside the cache. A range has at least one page.
     """
 
@@ -91,11 +93,12 @@ class KvExchange:
         high: int,
         group: dist.ProcessGroup,
         place: int,
+        width: int = 1,
         scratch_bytes: int = SCRATCH_BYTES,
     ) -> None:
         self.layout, self.low, self.high = layout, low, high
         self.group, self.place, self.scratch_bytes = group, place, scratch_bytes
-        self.factor = high // low
+        self.factor, self.ranks = high // low, low // width
 
     def merge(self, memories: Sequence[Memory], pages: Sequence[torch.Tensor]) -> Volume:
         """Turn the layout of the lower level into that of the higher one. All ranks of the group call it.
@@ -165,15 +168,15 @@ class KvExchange:
     def _blocks(self, memory: Memory, *, merges: bool) -> tuple[list[Block], list[Block]]:
         """What this rank sends, and what it receives.
 
-        At the lower level, this rank is rank ``t`` of instance ``i``. Part g of its heads belongs to rank
-        ``t * f + g`` of the higher level. The heads that this rank has at the higher level, ``place``, are a part of
-        those that rank ``place // f`` of each instance has at the lower level.
+        Ranks are numbered in the group. At the lower level, this rank is rank ``r`` of instance ``i``. Part g of its
+        heads belongs to rank ``r * f + g`` of the higher level. The heads that this rank has at the higher level,
+        ``place``, are a part of those that rank ``place // f`` of each instance has at the lower level.
         """
         local, merged = self.layout.parts(memory.elements, memory.width, self.low, self.high)
-        i, t = divmod(self.place, self.low)
+        i, r = divmod(self.place, self.ranks)
         factor = self.factor
-        mine = [Block(t * factor + g, i, g, local) for g in range(factor)]
-        all_tokens = [Block(s * self.low + self.place // factor, s, s, merged) for s in range(factor)]
+        mine = [Block(r * factor + g, i, g, local) for g in range(factor)]
+        all_tokens = [Block(s * self.ranks + self.place // factor, s, s, merged) for s in range(factor)]
         return (mine, all_tokens) if merges else (all_tokens, mine)
 
     def _exchange(self, sent: list[Block], received: list[Block], pages: list[torch.Tensor]) -> Volume:

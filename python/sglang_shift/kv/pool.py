@@ -116,8 +116,7 @@ class LevelPool:
         Returns:
             What was moved. All pages are free: call :meth:`keep` with those that are not.
         """
-        exchange = KvExchange(self.layout, self.level, level.size, level.group.device_group, level.place, scratch_bytes)
-        volume = exchange.merge(self.memories, pages)
+        volume = self._exchange(level, self.level, scratch_bytes).merge(self.memories, pages)
         self.enter(level.size)
         return volume
 
@@ -133,10 +132,17 @@ class LevelPool:
         Returns:
             What was moved. All pages are free: call :meth:`keep` with those that are not.
         """
-        exchange = KvExchange(self.layout, low, self.level, level.group.device_group, level.place, scratch_bytes)
-        volume = exchange.split(self.memories, pages)
+        volume = self._exchange(level, low, scratch_bytes).split(self.memories, pages)
         self.enter(low)
         return volume
+
+    def _exchange(self, high: Level, low: int, scratch_bytes: int) -> KvExchange:
+        """The exchange between the instance of a higher level and those of a lower one."""
+        topology = high.topology
+        return KvExchange(
+            self.layout, low, high.size, topology.sp_group.device_group, topology.sp_index,
+            topology.layout.base_tp_size, scratch_bytes,
+        )  # fmt: skip
 
     def copy(self, moves: list[tuple[int, int]]) -> None:
         """Copy pages of this rank to other pages of it.

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.runtime_context import get_flags
 
@@ -22,7 +23,7 @@ from sglang_shift.layers.sp_model import SpModel
 from sglang_shift.layers.structure import Structure
 from sglang_shift.parallel.forwards import Forwards
 from sglang_shift.parallel.level import Level
-from sglang_shift.parallel.topology import Topology
+from sglang_shift.parallel.topology import Topology, whole_world
 from sglang_shift.seams import relies_on
 from sglang_shift.weights.base_weights import BaseWeight
 from sglang_shift.weights.level_weights import BlockOrder, BlockRows, Blocks, JoinBlocks, LevelWeights
@@ -34,7 +35,7 @@ class Skin:
 
     Attributes:
         model: SGLang's model.
-        sp_model: The model as SP steps of the level run it; None at level 1, at which all steps are alike.
+        sp_model: The model as SP steps of the level run it; None at a level that has no SP.
     """
 
     model: torch.nn.Module
@@ -55,7 +56,7 @@ class WholeWeights:
     Args:
         model: The model that SGLang has loaded at the highest level.
         sp_model: The same model as SP steps run it.
-        topology: How SP steps of the whole world divide tokens, with S = P.
+        topology: How SP steps of the whole world divide tokens.
 
     Attributes:
         bases: The base weights by the names of their linears.
@@ -82,8 +83,9 @@ class WholeWeights:
         for name, table in self.tables.items():
             if table.num_added_embeddings:
                 raise self.refusal(name, "has rows for adapters")
+        everyone = whole_world(self.topology)
         for parameter in self._table_parameters():
-            self.sp_model.weights.gather_table(parameter)
+            self.sp_model.weights.gather_table(parameter, everyone)
 
     def _check(self) -> None:
         for name in self.structure.experts:
@@ -94,11 +96,10 @@ class WholeWeights:
             ):
                 raise self.refusal(name, "is quantized, or is outside of the layers that SP steps run")
 
-    def refusal(self, layer: str, problem: str) -> Exception:
+    def refusal(self, layer: str, problem: str, remedy: str = "serve this model without instances") -> Exception:
         """The error for a layer that instances cannot share."""
         return InstanceRefused(
-            f"{type(self.model).__name__} has a layer that instances cannot share: {layer} {problem}; serve this model "
-            f"without instances"
+            f"{type(self.model).__name__} has a layer that instances cannot share: {layer} {problem}; {remedy}"
         )
 
     @property
@@ -125,14 +126,17 @@ class WholeWeights:
         Raises:
             InstanceRefused: a parameter of the model depends on the level in a way that is not known.
         """
-        world = self.topology.layout.world_size
-        if level.size == world:
+        topology, world = level.topology, self.topology.layout
+        if level.size == world.world_size:
             return Skin(self.model, self.sp_model)
-        with level.scope(), get_flags().sp.override(enabled=level.size > 1):
+        with level.scope(), get_flags().sp.override(enabled=level.has_sp):
             model = make().eval()
             let_rows_replace(model)
-            _Binding(self, model, Blocks.of(world, level.size, level.place)).bind()
-            if level.size == 1:
+            blocks = Blocks.of(world.sp_size, topology.layout.sp_size, topology.sp_index)
+            rows = Blocks.of(world.world_size, level.size, level.place)
+            strided = blocks.count > 1 and world.base_tp_size > 1
+            _Binding(self, model, blocks, rows, strided).bind()
+            if not level.has_sp:
                 return Skin(model, None)
             tensors = {name: (base.weight, base.bias) for name, base in self.bases.items()}
             weights = LevelWeights(model, level.topology, tensors)
@@ -141,11 +145,21 @@ class WholeWeights:
 
 @dataclass(frozen=True)
 class _Binding:
-    """Gives a model of a level the weights of this rank."""
+    """Gives a model of a level the weights of this rank.
+
+    Attributes:
+        whole: The weights.
+        model: The model of the level.
+        blocks: This rank's part of the linears.
+        rows: This rank's part of the tables, as SGLang divides them.
+        strided: Whether the blocks are not neighbours in the model. Then nothing may depend on the order of the ranks.
+    """
 
     whole: WholeWeights
     model: torch.nn.Module
     blocks: Blocks
+    rows: Blocks
+    strided: bool
 
     def bind(self) -> None:
         originals = dict(self.whole.model.named_modules())
@@ -162,6 +176,8 @@ class _Binding:
             self._share_tensors(name, module, original)
 
     def _bind_linear(self, name: str, linear: Any, original: Any) -> None:
+        if self.strided and (getattr(linear, "gather_output", False) or not getattr(linear, "input_is_parallel", True)):
+            raise self._order_refusal(name, "puts the parts of all ranks side by side")
         base, dim = self.whole.bases[name], 0 if isinstance(linear, ColumnParallelLinear) else 1
         tensors = {"weight": self.blocks.of_tensor(base.weight, dim)}
         if base.bias is not None:
@@ -195,7 +211,7 @@ class _Binding:
 
     def _bind_table(self, name: str, table: Any, original: Any) -> None:
         parameters = dict(original.named_parameters(recurse=False))
-        self._set(name, table, {key: self.blocks.of_tensor(p.shift_base, 0) for key, p in parameters.items()})
+        self._set(name, table, {key: self.rows.of_tensor(p.shift_base, 0) for key, p in parameters.items()})
 
     def _set(self, name: str, module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         """Replace all parameters of a module by views."""
@@ -207,12 +223,25 @@ class _Binding:
             module._parameters[key] = torch.nn.Parameter(tensor, requires_grad=False)
 
     def _share(self, name: str, module: torch.nn.Module, original: torch.nn.Module) -> None:
-        """Let both modules have the same parameters: those that every rank has whole."""
+        """Let both modules have the same parameters: those that every rank has whole.
+
+        A norm of all heads gathers them in the order of the ranks, and its weight has the order of the model.
+        """
+        if self.strided and (attention := self.whole.structure.attention.get(name.rpartition(".")[0])) is not None:
+            head = max(each.head_dim for each in attention.children() if isinstance(each, RadixAttention))
+            if any(each is not None and each.numel() > head for each in module._parameters.values()):
+                raise self._order_refusal(name, "has weights for all heads together")
         for key, parameter in module._parameters.items():
             whole = original._parameters[key]
             if (parameter is None) != (whole is None) or (whole is not None and parameter.shape != whole.shape):
                 raise self.whole.refusal(name, f"divides its parameter {key!r} among the ranks")
             module._parameters[key] = whole
+
+    def _order_refusal(self, name: str, problem: str) -> Exception:
+        """The error for a layer that needs the blocks of the ranks in the order of the model."""
+        layout = self.whole.topology.layout
+        order = f"but with --sp-size {layout.sp_size} the ranks do not have them in the order of the model"
+        return self.whole.refusal(name, f"{problem}, {order}", f"give --sp-size {layout.world_size}")
 
     def _share_tensors(self, name: str, module: torch.nn.Module, original: torch.nn.Module) -> None:
         """Let both modules have the same tensors besides their parameters."""

@@ -102,7 +102,9 @@ class ModelSizes:
         """The KV cache."""
         return KvCache.of(self.decoder)
 
-    def weight_bytes(self, ranks: int, sp_size: int, element_bytes: int, experts: str = SHARDED) -> int:
+    def weight_bytes(
+        self, ranks: int, sp_size: int, element_bytes: int, experts: str = SHARDED, *, whole_tables: bool = False
+    ) -> int:
         """Return the bytes of the base weights on one rank; each storage counts once. The TP weights are views of them.
 
         Args:
@@ -110,13 +112,14 @@ class ModelSizes:
             sp_size: S. With S = 1, these are the weights of stock TP.
             element_bytes: Bytes of one weight in the model's dtype.
             experts: ``sharded`` or ``replicated``.
+            whole_tables: Whether each rank has the whole embedding and LM head, as with instances.
         """
-        return ceil(
-            sum(
-                self._share(part.division, ranks, sp_size, experts) * (part.elements * element_bytes + part.stored)
-                for part in self.parts
-            )
-        )
+
+        def share(division: Division) -> Fraction:
+            whole = whole_tables and division is Division.VOCABULARY
+            return self._share(division, ranks, sp_size, experts) * (ranks if whole else 1)
+
+        return ceil(sum(share(part.division) * (part.elements * element_bytes + part.stored) for part in self.parts))
 
     def kv_bytes_per_token(self, ranks: int, element_bytes: int) -> int:
         """Return the bytes of the KV cache of one token on one rank. They depend on neither mode nor S."""

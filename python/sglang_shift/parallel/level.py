@@ -36,7 +36,7 @@ class Level:
         instance: The instance that this rank is a part of.
         rank: This rank in the world, 0 to P - 1.
         group: The group of the ranks of the instance.
-        topology: How SP steps of the instance divide tokens. At level 1, this rank has all tokens of a step.
+        topology: How SP steps of the instance divide tokens. Its base-TP groups are those of the whole world.
     """
 
     instance: Instance
@@ -53,6 +53,11 @@ class Level:
     def place(self) -> int:
         """This rank's TP rank in the instance."""
         return self.instance.place(self.rank)
+
+    @property
+    def has_sp(self) -> bool:
+        """Whether ranks of the instance can share the tokens of a step. If not, S is 1, and all steps run in TP."""
+        return self.topology.layout.sp_size > 1
 
     @property
     def leads(self) -> bool:
@@ -92,13 +97,15 @@ def build_levels(levels: Levels, topology: Topology) -> dict[int, Level]:
 
     Args:
         levels: The levels that the world uses.
-        topology: How SP steps of the whole world divide tokens, with S = P. The level of the whole world uses it.
+        topology: How SP steps of the whole world divide tokens. The level of the whole world uses it.
 
     Returns:
-        This rank's place at each level. The group of the whole world is SGLang's own TP group.
+        This rank's place at each level. The group of the whole world is SGLang's own TP group. The t ranks that divide
+        the base weights are the same at each level, so S is k / t in an instance of k ranks.
 
     Raises:
-        InstanceRefused: SGLang also divides the work in another way than by tensor parallelism, or S is not P.
+        InstanceRefused: SGLang also divides the work in another way than by tensor parallelism, or the smallest
+            instances have less than t ranks, so that they have not all weights.
     """
     parallel = get_parallel()
     world: GroupCoordinator = parallel.tp_group
@@ -111,23 +118,29 @@ def build_levels(levels: Levels, topology: Topology) -> dict[int, Level]:
         else:
             ranks = [list(each.ranks) for each in levels.instances(size)]
             group = new_group(ranks, world, f"shift_level_{size}", fast_all_reduce=None)
-            places[size] = Level(instance, topology.rank, group, _topology(instance, topology.rank, group))
+            places[size] = Level(instance, topology.rank, group, _topology(levels, instance, group, topology))
     return places
 
 
-def _topology(instance: Instance, rank: int, group: GroupCoordinator) -> Topology:
-    """How SP steps of an instance divide tokens: all its ranks share them."""
-    layout = RankLayout(instance.level, instance.level)
-    return Topology(layout, instance.place(rank), group, None, CollectiveExchange(group))
+def _topology(levels: Levels, instance: Instance, group: GroupCoordinator, whole: Topology) -> Topology:
+    """How SP steps of an instance divide tokens. All ranks of the world call it at the same point."""
+    width = whole.layout.base_tp_size
+    layout = RankLayout(instance.level, instance.level // width)
+    sp_group = group
+    if width > 1:
+        leaders = [each.leader for each in levels.instances(instance.level)]
+        ranks = [[leader + rank for rank in members] for leader in leaders for members in layout.sp_groups()]
+        sp_group = new_group(ranks, get_parallel().tp_group, f"shift_sp_{instance.level}", fast_all_reduce=False)
+    return Topology(layout, instance.place(whole.rank), sp_group, whole.base_tp_group, CollectiveExchange(sp_group))
 
 
 def _check_parallelism(world: GroupCoordinator, levels: Levels, topology: Topology) -> None:
     if world.world_size != levels.world_size:
         raise ValueError(f"the levels are those of {levels.world_size} ranks, but SGLang has {world.world_size}")
-    if topology.layout.base_tp_size != 1:
+    if levels.lowest % (width := topology.layout.base_tp_size):
         raise InstanceRefused(
-            f"instances need --sp-size equal to --tp-size, which is {levels.world_size}, but --sp-size is "
-            f"{topology.layout.sp_size}: each rank must hold the whole weights; leave out --sp-size"
+            f"with --sp-size {topology.layout.sp_size}, {width} ranks hold the weights together, but an instance of "
+            f"{levels.lowest} must hold all of them; give fewer --instances, or a larger --sp-size"
         )
     for name in OTHER_SIZES:
         if (size := getattr(get_parallel(), name)) != 1:

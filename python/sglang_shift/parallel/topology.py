@@ -117,6 +117,14 @@ def build_topology(layout: RankLayout) -> Topology:
     return Topology(layout, rank, sp_group, base_tp_group, CollectiveExchange(sp_group))
 
 
+def whole_world(topology: Topology) -> Topology:
+    """A topology in which all P ranks are one SP group: SGLang's TP group. It is ``topology`` itself if S = P."""
+    size, group = topology.layout.world_size, get_parallel().tp_group
+    if topology.layout.base_tp_size == 1:
+        return topology
+    return Topology(RankLayout(size, size), topology.rank, group, None, CollectiveExchange(group))
+
+
 def new_group(
     groups: list[list[int]], tp_group: GroupCoordinator, name: str, *, fast_all_reduce: bool | None
 ) -> GroupCoordinator:

@@ -35,8 +35,8 @@ from sglang_shift.seams import overrides, relies_on
 
 logger = logging.getLogger(__name__)
 
-ALONE = "the instance has one rank"
-"""The reason for which all steps at level 1 run in TP."""
+ALONE = "the instance has only the ranks that divide the weights"
+"""The reason for which all steps run in TP in an instance whose S is 1: of one rank, unless S is less than P."""
 
 FREED = "the instance has freed the weights that SP needs"
 """The reason for which all steps of a merged instance run in TP with ``--merge-weights free``."""
@@ -240,11 +240,11 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
             self.shift_reporter.on_calibration()
 
     def step_state(self, batch: ScheduleBatch) -> StepState:
-        """The state that the policy gets. If a rank is alone, or has freed weights, each step needs TP."""
+        """The state that the policy gets. If S is 1, or weights are freed, each step needs TP."""
         state, switch = super().step_state(batch), self.shift_switch
         if switch.tp_only:
             return replace(state, needs_tp=FREED)
-        return state if switch.level > 1 else replace(state, needs_tp=ALONE)
+        return state if switch.place.has_sp else replace(state, needs_tp=ALONE)
 
     # Requests
 

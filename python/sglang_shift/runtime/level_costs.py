@@ -38,8 +38,8 @@ class LevelBench(SchedulerBench):
     """Runs steps at the level that the scheduler has now. All ranks of the world run them together."""
 
     def run(self, mode: Mode, after: Mode | None = None) -> float:
-        """Run one step. One rank alone exchanges nothing, so its step in SP is a step in TP."""
-        if self.scheduler.shift_switch.level == 1:
+        """Run one step. If S is 1, nothing is exchanged, so a step in SP is a step in TP."""
+        if not self.scheduler.shift_switch.place.has_sp:
             mode, after = Mode.TP, after and Mode.TP
         return super().run(mode, after)
 
@@ -95,7 +95,7 @@ class LevelMeasurements:
                 level,
                 calibrator.calibration.costs,
                 layout.tokens(level),
-                modes=tuple(MODES) if level > 1 else (Mode.TP,),
+                modes=tuple(MODES) if scheduler.shift_switch.places[level].has_sp else (Mode.TP,),
                 chunk=scheduler.shift_chunk,
                 max_running=scheduler.max_running_requests,
             )

@@ -11,6 +11,7 @@ from typing import Any
 from sglang_shift.config import ShiftConfig
 from sglang_shift.graphs.mode_graphs import RUNNERS, sglang_sizes_by_phase
 from sglang_shift.modes import Mode
+from sglang_shift.parallel.level import Level
 from sglang_shift.runtime.model_runner import ShiftModelRunner
 from sglang_shift.seams import relies_on
 
@@ -61,16 +62,16 @@ class Execution:
             setattr(runner, name, value)
 
 
-def settings_at(config: ShiftConfig, level: int, tp_only: bool) -> ShiftConfig:
+def settings_at(config: ShiftConfig, place: Level, tp_only: bool) -> ShiftConfig:
     """The settings of one instance, which decide what graphs a level needs.
 
     Args:
         config: The settings of the world.
-        level: The ranks of the instance.
-        tp_only: Whether the ranks lack the weights of SP steps. At level 1, all steps run in TP anyway.
+        place: The place of a rank at the level.
+        tp_only: Whether the ranks lack the weights of SP steps.
     """
-    settings = replace(config, world_size=level, sp_size=level)
-    return replace(settings, policy=Mode.TP.value) if tp_only or level == 1 else settings
+    settings = replace(config, world_size=place.size, sp_size=place.topology.layout.sp_size)
+    return settings if place.has_sp and not tp_only else replace(settings, policy=Mode.TP.value)
 
 
 def captures_graphs(runner: ShiftModelRunner) -> bool:

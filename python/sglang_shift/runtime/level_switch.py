@@ -140,7 +140,7 @@ class LevelSwitch:
             runner.base_weights.refresh()
         self.place.enter()
         runner.model, runner.forwards, runner.topology = skin.model, skin.forwards, self.place.topology
-        runner.sp_model = skin.sp_model or self.weights.sp_model  # at level 1, no step runs it
+        runner.sp_model = skin.sp_model or self.weights.sp_model  # at a level without SP, no step runs it
         if skin.sp_model is not None:
             runner.exchange_volume = skin.sp_model.exchange_volume(runner.topology.exchange, runner.dtype)
         if (execution := self.executions.get(self.level)) is not None:
@@ -167,18 +167,19 @@ class LevelSwitch:
         runner, config = self.runner, shift_config_of(self.runner.server_args)
         assert config is not None
         if self.level < self.levels.world_size or captures_graphs(runner):
-            return Execution.build(runner, settings_at(config, self.level, self.tp_only))
+            return Execution.build(runner, settings_at(config, self.place, self.tp_only))
         return Execution.of(runner)  # those of the runner, which has no graphs
 
     def _with_exchange(self, size: int) -> Level:
         """The place of this rank at a level, with the exchange that the settings ask for. Collective."""
         place, sp_model = self.places[size], self.skins[size].sp_model
         if sp_model is None or size == self.levels.world_size:
-            return place  # one rank exchanges nothing, and the whole world has its exchange already
+            return place  # without SP nothing is exchanged, and the whole world has its exchange already
         config = shift_config_of(self.runner.server_args)
         assert config is not None
-        operands = Operands(most_tokens(), size * max(sp_model.exchange_columns), self.runner.dtype)
-        exchange = make_exchange(config, place.group, self.runner.device, get_parallel().nnodes, operands)
+        ranks = place.topology.layout.sp_size
+        operands = Operands(most_tokens(), ranks * max(sp_model.exchange_columns), self.runner.dtype)
+        exchange = make_exchange(config, place.topology.sp_group, self.runner.device, get_parallel().nnodes, operands)
         return replace(place, topology=replace(place.topology, exchange=exchange))
 
 

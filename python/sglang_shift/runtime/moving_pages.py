@@ -66,8 +66,10 @@ class MovingPages:
             raise InstanceRefused("the model has no FFNs that ranks divide, so --merge-weights free would free nothing")
         self.device, self.places, self.levels = device, places, levels
         self.level = levels.lowest
+        layout = places[levels.world_size].topology.layout
+        self.total, self.width = layout.sp_size, layout.base_tp_size
         self.rank = places[levels.lowest].rank
-        self.weights = FfnPages(device, bases, levels.world_size)
+        self.weights = FfnPages(device, bases, self.total)
         self.room = {level: self._room(level) for level in levels.sizes[1:]}
         device.take(self._spare())
         tokens = {level: pool.layout.tokens(level) for level in levels.sizes}
@@ -84,7 +86,7 @@ class MovingPages:
         """
         low = min(level, self.level)
         self.tail.enter(low)
-        group = self.places[self.level].group.device_group
+        group = self.places[self.level].topology.sp_group.device_group
         sent = self.weights.move(self._holding(self.level), self._holding(level), group)
         self.tail.enter(level)
         self.level = level
@@ -98,7 +100,7 @@ class MovingPages:
             f"to whole pages would take {weights.padding_bytes / MIB:.0f} MiB more"
         ]
         for level, pages in self.room.items():
-            others = weights.nbytes - weights.nbytes // level
+            others = weights.nbytes - weights.nbytes // (level // self.width)
             parts.append(
                 f"a merge to {level} ranks frees {pages * size / MIB:.0f} MiB on each rank, "
                 f"{100 * pages * size / others:.1f} % of the other ranks' shards, for {self.gained[level]} more tokens"
@@ -107,13 +109,16 @@ class MovingPages:
 
     def _blocks(self, rank: int, level: int) -> Blocks:
         """The blocks of each FFN that a rank holds at a level."""
-        total = self.levels.world_size
-        return Blocks(total, 0, total) if level == self.levels.lowest else Blocks.of(total, level, rank % level)
+        if level == self.levels.lowest:
+            return Blocks(self.total, 0, self.total)
+        ranks = level // self.width
+        return Blocks.of(self.total, ranks, rank // self.width % ranks)
 
     def _holding(self, level: int) -> Holding:
-        """What the ranks of the instance that this rank is a part of now hold at a level."""
-        instance = self.places[self.level].instance
-        return Holding([self._blocks(rank, level) for rank in instance.ranks], instance.place(self.rank))
+        """What the ranks that share blocks with this one, in the instance that it is a part of now, hold at a level."""
+        place = self.places[self.level]
+        ranks = place.instance.ranks[self.rank % self.width :: self.width]
+        return Holding([self._blocks(rank, level) for rank in ranks], place.topology.sp_index)
 
     def _room(self, level: int) -> int:
         """How many pages each rank of an instance can free at least."""

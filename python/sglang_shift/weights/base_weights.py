@@ -146,7 +146,8 @@ class BaseWeights:
     Attributes:
         bases: The base weights so far, by linear.
         experts: The stacked experts so far, by layer.
-        tables: The parameters of embeddings and LM heads whose rows of all ranks are gathered. Only instances do so.
+        tables: The parameters of embeddings and LM heads whose rows are gathered, each with the ranks that have parts.
+            Only instances do so.
         stale: Whether SGLang may have written shards since they were gathered.
     """
 
@@ -155,7 +156,7 @@ class BaseWeights:
         self.topology = topology
         self.bases: dict[torch.nn.Module, Base] = {}
         self.experts: dict[torch.nn.Module, StackedShards] = {}
-        self.tables: list[torch.nn.Parameter] = []
+        self.tables: list[tuple[torch.nn.Parameter, Topology]] = []
         self.stale = False
 
     def assemble(self, linear: Any, name: str = "") -> Base:
@@ -189,14 +190,15 @@ class BaseWeights:
         shards = self.experts[experts] = stack_shards(experts, self.topology, name)
         return shards
 
-    def gather_table(self, param: torch.nn.Parameter) -> None:
+    def gather_table(self, param: torch.nn.Parameter, topology: Topology) -> None:
         """Gather all rows of an embedding or LM head, as ``param.shift_base``. ``param`` becomes a view. Collective.
 
         Args:
-            param: Its parameter, of which each rank of an SP group has a part of the rows.
+            param: Its parameter.
+            topology: Each rank of its SP group has a part of the rows, in the order of the ranks.
         """
-        _gather_base(param, self.topology, 0)
-        self.tables.append(param)
+        _gather_base(param, topology, 0)
+        self.tables.append((param, topology))
 
     @property
     def text(self) -> str:
@@ -215,8 +217,8 @@ class BaseWeights:
             base.refresh()
         for shards in self.experts.values():
             shards.refresh()
-        for param in self.tables:
-            _gather_base(param, self.topology, 0)
+        for param, topology in self.tables:
+            _gather_base(param, topology, 0)
 
     def release_unused(self) -> None:
         """Free the base weights that were reserved for linears that need none. Their shards keep their values."""

@@ -1,9 +1,12 @@
 """The weights of a model at a level: views of the base weights, so that all levels share one copy.
 
-A base weight is the shards of all P ranks, side by side: ``[q0 k0 v0 | q1 k1 v1 | ...]``. One of these shards is a
-*block*. A rank of a level of k ranks has ``P / k`` blocks, and they follow each other. So its weight at any level is a
-slice of the base weight. If it has several blocks, the columns of its product are ordered by blocks, and SGLang expects
-all q first, then all k, then all v. :class:`BlockOrder` and :class:`BlockRows` take care of that.
+A base weight is the shards of the S ranks of an SP group, side by side: ``[q0 k0 v0 | q1 k1 v1 | ...]``. One of these
+shards is a *block*. A rank of a level of k ranks has ``P / k`` blocks, and they follow each other. So its weight at any
+level is a slice of the base weight. If t = P/S is not 1, these blocks are t apart in the model. But each block of the
+model is on one rank of the instance, and that is all that counts.
+
+If a rank has several blocks, the columns of its product are ordered by blocks, and SGLang expects all q first, then all
+k, then all v. :class:`BlockOrder` and :class:`BlockRows` take care of that.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ class Blocks:
     """The blocks of a rank at a level.
 
     Attributes:
-        total: P, the number of blocks of a base weight.
+        total: S, the number of blocks of a base weight.
         first: The first block of this rank.
         count: How many blocks this rank has.
     """
@@ -32,9 +35,9 @@ class Blocks:
     count: int
 
     @classmethod
-    def of(cls, total: int, level: int, place: int) -> Blocks:
-        """The blocks of the TP rank ``place`` at a level of ``level`` ranks. The level divides the total."""
-        count = total // level
+    def of(cls, total: int, ranks: int, place: int) -> Blocks:
+        """The blocks of rank ``place`` of those ranks of an instance that divide a base weight of ``total`` blocks."""
+        count = total // ranks
         return cls(total, place * count, count)
 
     def of_tensor(self, base: torch.Tensor, dim: int) -> torch.Tensor:

@@ -35,6 +35,12 @@ def test_the_configuration(fields, policy):
     assert shift_config_of(args) == config, "the resolution does not change what follows from it"
 
 
+def test_ranks_can_hold_the_weights_together():
+    """The check of S comes before that of the KV heads, of which the demo model has 2."""
+    with pytest.raises(Refused, match="at least one KV head for each of the 8 ranks"):
+        resolved(tp_size=8, instances=2, sp_size=4)
+
+
 def test_the_kv_cache_can_be_divided():
     assert resolution_result(resolved(**TWO, max_total_tokens=1024), "max_total_tokens") == 1023
     args = resolved(**TWO)
@@ -58,7 +64,10 @@ def test_divisible_tokens(tokens, page, instances):
         ({"tp_size": 6, "instances": 2}, "with --tp-size a power of two"),
         ({**TWO, "merge_levels": "3"}, "--merge-levels 3 is not possible: 3 is not one of 1, 2; give numbers"),
         ({**TWO, "merge_levels": "two"}, "--merge-levels two is not possible: 'two' is not a list of numbers"),
-        ({"tp_size": 8, "instances": 4, "sp_size": 4}, "--sp-size 4 cannot be combined with --instances"),
+        (
+            {"tp_size": 8, "instances": 4, "sp_size": 2},
+            "--sp-size 2 cannot be combined with --instances 4, because each",
+        ),
         ({**TWO, "instance_policy": "auto"}, "--instance-policy auto needs step times, and --shift-policy tp has none"),
         (
             {**TWO, "instance_policy": "auto", "enable_shift_parallel": True, "shift_calibration": "off"},

@@ -68,6 +68,12 @@ def test_weights_of_the_demo_model(world, sp):
     assert ModelSizes.of(SimpleNamespace(**DEMO)).weight_bytes(world, sp, 4) == 4 * (base + embedding + replicated)
 
 
+def test_ranks_of_instances_have_whole_tables():
+    sizes, embedding = ModelSizes.of(SimpleNamespace(**DEMO)), DEMO["vocab_size"] * DEMO["hidden_size"]
+    more = sizes.weight_bytes(2, 2, 4, whole_tables=True) - sizes.weight_bytes(2, 2, 4)
+    assert more == 4 * embedding // 2
+
+
 def test_weights_that_a_server_logged():
     assert ModelSizes.of(SimpleNamespace(**DEMO)).weight_bytes(2, 2, 2) == 7082496  # docs/usage.md, Memory
 
@@ -386,6 +392,27 @@ def test_auto_takes_what_fits(monkeypatch, mib, expected):
     free_memory(monkeypatch, mib)
     args = resolved(tp_size=4, sp_size="auto", max_total_tokens=2048)
     assert resolution_result(args, "sp_size") == expected
+
+
+def write_config(folder):
+    """Write the configuration of a demo model that four ranks can divide."""
+    (folder / "config.json").write_text(json.dumps({**DEMO, "num_key_value_heads": 4}))
+
+
+@pytest.mark.parametrize(("mib", "instances", "expected"), [(80, 2, 4), (40, 2, 2), (80, 4, 4)])
+def test_auto_with_instances(monkeypatch, tmp_path, mib, instances, expected):
+    """S is not smaller than the number of instances, because each of them needs the whole weights."""
+    free_memory(monkeypatch, mib)
+    write_config(tmp_path)
+    args = resolved(model_path=str(tmp_path), tp_size=4, sp_size="auto", instances=instances, max_total_tokens=1023)
+    assert resolution_result(args, "sp_size") == expected
+
+
+def test_auto_with_instances_is_refused_where_each_fits_none(monkeypatch, tmp_path):
+    free_memory(monkeypatch, 40)
+    write_config(tmp_path)
+    with pytest.raises(Refused, match="weights a rank: S=4"):
+        resolved(model_path=str(tmp_path), tp_size=4, sp_size="auto", instances=4, max_total_tokens=1023)
 
 
 def test_auto_is_refused_where_nothing_fits(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -53,7 +54,27 @@ def test_each_level_has_its_groups(parallel):
     ]  # fmt: skip
     assert places[8].group is parallel.world and places[8].topology is whole
     assert places[1].topology.layout == RankLayout(1, 1) and places[1].topology.rank == 0
+    assert [places[size].has_sp for size in (1, 2, 4, 8)] == [False, True, True, True]
     assert places[2].topology.layout == RankLayout(2, 2) and places[2].topology.rank == 1
+
+
+def test_ranks_that_divide_the_weights_stay_together(parallel):
+    whole = replace(topology(8, 4, 5), base_tp_group=group([4, 5], 5))
+    places = build_levels(Levels.between(2, 8), whole)
+    assert parallel.made == [
+        ("shift_level_2", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ("shift_sp_2", [[0], [1], [2], [3], [4], [5], [6], [7]]),
+        ("shift_level_4", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("shift_sp_4", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+    ]
+    assert [places[size].topology.layout for size in (2, 4, 8)] == [
+        RankLayout(2, 1),
+        RankLayout(4, 2),
+        RankLayout(8, 4),
+    ]
+    assert [places[size].has_sp for size in (2, 4, 8)] == [False, True, True]
+    assert places[4].topology.sp_index == 0 and places[4].topology.sp_group.ranks == [5, 7]
+    assert {id(place.topology.base_tp_group) for place in places.values()} == {id(whole.base_tp_group)}
 
 
 def test_a_level_replaces_the_values_that_sglang_reads(parallel):
@@ -69,8 +90,10 @@ def test_a_level_replaces_the_values_that_sglang_reads(parallel):
 
 
 def test_only_tensor_parallelism_with_whole_weights(parallel):
-    with pytest.raises(Refused, match=r"which is 8, but --sp-size is 4: each rank must hold the whole weights"):
-        build_levels(Levels.between(1, 8), topology(8, 4, 5))
+    with pytest.raises(
+        Refused, match=r"with --sp-size 2, 4 ranks hold the weights together, but an instance of 2 must"
+    ):
+        build_levels(Levels.between(2, 8), topology(8, 2, 5))
     with pytest.raises(ValueError, match="the levels are those of 4 ranks, but SGLang has 8"):
         build_levels(Levels.between(1, 4), topology(4, 4, 3))
     for name in OTHER_SIZES:
