@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-from instance_trial import World, prompt, started, tokens_of_batches
+from instance_trial import World, outputs_of_stock, prompt, started, tokens_of_batches
 from sglang_shift.instances.messages import ChangeLevelReq, InstancesReady
 from sglang_shift.models.demo import demo_model_path
 from sglang_shift.modes import MODES, Mode
 
 FLAGS = (
     "--model-path", demo_model_path(), "--max-total-tokens", "1023", "--max-running-requests", "4",
-    "--chunked-prefill-size", "16", "--instance-policy", "auto",
+    "--chunked-prefill-size", "16", "--instance-policy", "auto", "--enable-mixed-chunk",
 )  # fmt: skip
 
 
@@ -74,6 +74,34 @@ def test_modes_are_chosen_by_the_times_of_the_level(file):
             world.submit(0, f"at {level}", prompt(level, 30), 12)
             assert len(world.wait_end([f"at {level}"])[f"at {level}"]) == 12
         assert world.problems() == []
+
+
+def chunks(scheduler):
+    """The level, and the steps with prompts that were chosen under the bound on gaps."""
+    return scheduler.shift_switch.level, scheduler.shift_chunks.report()
+
+
+def test_a_bound_on_gaps_holds_at_each_level(file):
+    """Prompts of several chunks and running requests go from level to level. They get what they get on stock SGLang."""
+    flags = (*FLAGS, "--shift-calibration", str(file), "--shift-tbt-target", "150")
+    sent, seen = {}, []
+    with started(2, flags, instances=2, modes=()) as world:
+        for number, level in enumerate((1, 2, 1, 2)):
+            for leader in world.leaders:
+                for name, tokens, output in (("long", 120, 30), ("short", 9, 30), ("other", 20, 20)):
+                    rid = f"{name} {number} {leader}"
+                    sent[rid] = prompt(len(sent), tokens), output, {}
+                    world.submit(leader, rid, sent[rid][0], output)
+            world.wait_tokens({rid: 5 for rid in sent if rid.startswith(f"short {number}")})
+            seen += world.call(chunks)
+            assert world.change(0, 2, 3 - level).ok
+        world.wait_end()
+        assert world.problems() == []
+    for level, report in seen:
+        assert report["target_ms"] == 150 and sum(report["steps"].values()), f"nothing was bounded at level {level}"
+    stock = outputs_of_stock(("--model-path", demo_model_path(), "--disable-overlap-schedule"), sent)
+    for rid, expected in stock.items():
+        assert world.outputs[rid].tokens == expected.tokens, rid
 
 
 def test_a_part_of_a_split_that_splits_further_gets_no_large_request(file):

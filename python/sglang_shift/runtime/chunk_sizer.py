@@ -17,8 +17,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang_shift.cost.chunk_budget import FLOOR, ChunkBudget, Decodes
 from sglang_shift.cost.chunk_share import ChunkShare
 from sglang_shift.cost.measure import kv_reads
-from sglang_shift.modes import MODES, Mode
-from sglang_shift.policy.builtin import FixedMode
+from sglang_shift.modes import Mode
 from sglang_shift.runtime.prefill_adder import TP_ONLY, ShiftPrefillAdder
 from sglang_shift.runtime.tp_only import reason_for_tp
 
@@ -86,6 +85,10 @@ class ChunkSizer:
         """Whether there is a bound, and step times to keep it."""
         return self.target > 0 and self.scheduler.shift_selector.calibration is not None
 
+    def restart(self) -> None:
+        """Forget what was learned from steps so far, because other ranks have seen other steps. No step has begun."""
+        self.margin, self.share, self._adder, self._decode_is_due = 1.0, ChunkShare(), None, False
+
     def must_agree(self, steps: int) -> bool:
         """Whether all ranks must agree on the margin now, after a number of steps."""
         return self.active and steps % AGREE_STEPS == 0
@@ -95,8 +98,7 @@ class ChunkSizer:
         scheduler = self.scheduler
         selector = scheduler.shift_selector
         floor = max(FLOOR, scheduler.page_size, scheduler.truncation_align_size or 0)
-        policy = selector.policy
-        modes = (policy.mode,) if isinstance(policy, FixedMode) else MODES
+        modes = scheduler.shift_modes()
         return ChunkBudget(selector.calibration.costs, self.target, self.margin, floor, modes, self._padded)
 
     def _padded(self, has_prompts: bool, tokens: int) -> dict[Mode, int]:

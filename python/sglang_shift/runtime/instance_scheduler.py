@@ -18,7 +18,7 @@ from sglang_shift.flags import AUTO
 from sglang_shift.instances.levels import Levels
 from sglang_shift.instances.messages import ChangeLevelReq, InstancesReady, LevelChanged, QueueLength, RequestsHeld
 from sglang_shift.instances.room import RoomRule
-from sglang_shift.modes import StepState
+from sglang_shift.modes import Mode, StepState
 from sglang_shift.runtime.agreement import StepWatch
 from sglang_shift.runtime.calibrator import Calibrator
 from sglang_shift.runtime.instance_cache import BACKEND, InstanceCache
@@ -236,8 +236,13 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
         self.shift_selector.calibration = self.shift_calibrator.calibration
         self.set_policy(self.shift_config)
         self.shift_selector.restart()
+        self.shift_chunks.restart()
         if self.shift_reporter is not None:
             self.shift_reporter.on_calibration()
+
+    def shift_modes(self) -> tuple[Mode, ...]:
+        """The modes of this level. If S is 1, all steps run in TP."""
+        return super().shift_modes() if self.shift_switch.place.has_sp else (Mode.TP,)
 
     def step_state(self, batch: ScheduleBatch) -> StepState:
         """The state that the policy gets. If S is 1, or weights are freed, each step needs TP."""

@@ -96,10 +96,10 @@ class ShiftInternalState(SchedulerInternalStateController):
     def _validate_target(self, key: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise internal_state.UpdateRejected(f"{key} must be 0 or more milliseconds, got {value!r}.")
-        if value and self.scheduler.shift_config.instances:
+        if value and self.scheduler.shift_config.merge_weights == "free":
             raise internal_state.UpdateRejected(
-                f"{key} cannot be combined with --instances, because the step times of other levels are not known; "
-                f"set it to 0."
+                f"{key} cannot be combined with --merge-weights free, because the step times of merged instances are "
+                f"not measured; set it to 0."
             )
         if value and self.scheduler.disaggregation_mode is not DisaggregationMode.NULL:
             raise internal_state.UpdateRejected(

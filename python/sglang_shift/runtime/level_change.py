@@ -25,6 +25,7 @@ from sglang_shift.instances.shares import share_out
 from sglang_shift.kv.exchange import SCRATCH_BYTES, Volume
 from sglang_shift.kv.layout import merged_pages
 from sglang_shift.kv.split_plan import Claim, SplitPlan, plan_split
+from sglang_shift.runtime.prefill_adder import forget_look_up
 from sglang_shift.runtime.profiles import profile_is_open
 from sglang_shift.runtime.quiesce import Retracted, drain, live_requests, retract
 from sglang_shift.runtime.request_record import RequestRecord, reason_to_stay, record, restore_times
@@ -370,6 +371,7 @@ class LevelChange:
         self.scheduler.waiting_queue = queue
         for req in queue:
             self.scheduler.renew_limits(req)
+            forget_look_up(req)  # ranks that have made it again know nothing of it
 
     def _count_recomputed(self, tree: PrefixTree, records: list[RequestRecord]) -> None:
         computed = {each.rid: each.computed for each in records}

@@ -22,6 +22,9 @@ from sglang_shift.seams import overrides, relies_on
 
 TP_ONLY = (Mode.TP,)
 
+LOOKED_UP = "shift_looked_up"
+"""The attribute of a request whose cached prefix was looked up while it waited."""
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -160,8 +163,8 @@ class ShiftPrefillAdder(PrefillAdder):
 
         SGLang looks a prompt up when it adds it, and some of its queue policies do so earlier. So we look once.
         """
-        if not hasattr(req, "shift_looked_up"):
-            req.shift_looked_up = True
+        if not hasattr(req, LOOKED_UP):
+            setattr(req, LOOKED_UP, True)
             if not req.num_matched_prefix_tokens:
                 match_kv_cache(req, self.tree_cache)
         cached: int = req.num_matched_prefix_tokens
@@ -231,6 +234,12 @@ class ShiftPrefillAdder(PrefillAdder):
         self.prompts = self.prompts.plus(req.prefix_len, req.extend_len)
         tokens: int = req.extend_len
         return tokens
+
+
+def forget_look_up(req: Req) -> None:
+    """Forget how many tokens of a waiting prompt are cached, because it now waits for another KV cache."""
+    vars(req).pop(LOOKED_UP, None)
+    req.num_matched_prefix_tokens = 0
 
 
 def shares_step(req: Req) -> bool:

@@ -235,6 +235,11 @@ class ShiftScheduler(Scheduler):
         self.shift_selector.set_doubts({doubt: share for doubt, share in zip(DOUBTS, shared, strict=True) if share})
         self.shift_chunks.margin = margin
 
+    def shift_modes(self) -> tuple[Mode, ...]:
+        """The modes that the policy may choose for steps with nothing that needs TP."""
+        policy = self.shift_selector.policy
+        return (policy.mode,) if isinstance(policy, FixedMode) else tuple(MODES)
+
     def step_state(self, batch: ScheduleBatch) -> StepState:
         """The state that the policy gets. It may only hold values that are equal on every rank."""
         mode = batch.forward_mode

@@ -115,7 +115,7 @@ ASKING = [
     {"kv_cache_dtype": "fp8_e4m3"}, {"enable_lora": True}, {"speculative_algorithm": "NGRAM"},
     {"disaggregation_mode": "decode"}, {"enable_streaming_session": True}, {"enable_memory_saver": True},
     {"enable_prefill_delayer": True}, {"kv_events_config": "{}"}, {"skip_tokenizer_init": True},
-    {"shift_tbt_target": 10.0},
+    {"shift_tbt_target": 10.0, "merge_weights": "free"},
     {"shift_sparse_prefill": 0.01}, {"strip_thinking_cache": True},
 ]  # fmt: skip
 

@@ -14,21 +14,21 @@ from sglang_shift.flags import POLICIES
 from sglang_shift.runtime.internal_state import ShiftInternalState
 
 
-@pytest.mark.parametrize(("value", "taken"), [(80, False), (0, True)])
-def test_instances_take_no_bound_on_gaps(monkeypatch, caplog, value, taken):
-    """Their leaders measure different step times, so the ranks of a merged instance would fill steps differently."""
+@pytest.mark.parametrize(("value", "weights", "taken"), [(80, "free", False), (0, "free", True), (80, "keep", True)])
+def test_instances_that_free_weights_take_no_bound_on_gaps(monkeypatch, caplog, value, weights, taken):
+    """Only the steps of the smallest instances are measured then."""
     monkeypatch.setattr(stock, "get_context", lambda: SimpleNamespace(override=lambda **_: None))
-    config = ShiftConfig(2, 2, switching=True, policy="calibrated", instances=2)
+    config = ShiftConfig(2, 2, switching=True, policy="calibrated", instances=2, merge_weights=weights)
     taken_configs = []
     scheduler = SimpleNamespace(
         shift_config=config, shift_selector=SimpleNamespace(calibration=object()), chunked_prefill_size=64,
-        shift_reporter=None, set_policy=taken_configs.append,
+        shift_reporter=None, set_policy=taken_configs.append, disaggregation_mode=DisaggregationMode.NULL,
     )  # fmt: skip
     state = ShiftInternalState(scheduler, record_step_time=False)
     with caplog.at_level(logging.WARNING):
         output = state.set_internal_state(SetInternalStateReq(server_args={"shift_tbt_target": value}))
     assert output.updated == taken == bool(taken_configs)
-    assert ("shift_tbt_target cannot be combined with --instances" in caplog.text) == (not taken)
+    assert ("shift_tbt_target cannot be combined with --merge-weights free" in caplog.text) == (not taken)
 
 
 @pytest.fixture
