@@ -29,7 +29,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.plugins import load_plugins
 from sglang.srt.runtime_context import publish
-from sglang.srt.utils.common import configure_logger, kill_itself_when_parent_died
+from sglang.srt.utils.common import configure_logger
 from sglang.srt.utils.network import get_zmq_socket
 from sglang.utils import TypeBasedDispatcher
 
@@ -58,6 +58,7 @@ from sglang_shift.runtime.instance_requests import (
     ChangeInstancesReqOutput,
     carry_messages,
 )
+from sglang_shift.runtime.process_watch import end_with_parent
 from sglang_shift.runtime.reporter import STATE_S
 from sglang_shift.runtime.weight_updates import UPDATING, WeightUpdates
 from sglang_shift.seams import overrides, relies_on
@@ -626,7 +627,7 @@ def run_controller_process(server_args: Any, port_args: Any) -> None:
     """Run the controller in a process of its own, until the server is stopped."""
     setproctitle.setproctitle("sglang::instance_controller")
     faulthandler.enable()
-    kill_itself_when_parent_died()
+    end_with_parent()
     parent = psutil.Process().parent()
     load_plugins()
     publish(server_args, role="dp_controller")

@@ -8,6 +8,7 @@ from sglang.srt.managers.detokenizer_manager import DetokenizerManager
 from sglang.srt.managers.detokenizer_manager import run_detokenizer_process as run_stock
 from sglang.utils import TypeBasedDispatcher
 
+from sglang_shift.runtime.process_watch import end_with_parent
 from sglang_shift.runtime.read_receipts import ReceiptReq, ReceiptWriter
 from sglang_shift.seams import extends, overrides, relies_on
 
@@ -31,4 +32,5 @@ class InstanceDetokenizer(DetokenizerManager):
 )
 def run_detokenizer_process(server_args: Any, port_args: Any) -> None:
     """Run the detokenizer in a process of its own, until the server is stopped."""
+    end_with_parent()
     run_stock(server_args, port_args, InstanceDetokenizer)

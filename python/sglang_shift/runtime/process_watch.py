@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from multiprocessing import connection
 
+from sglang.srt.utils.common import kill_itself_when_parent_died
 from sglang.srt.utils.watchdog import SubprocessWatchdog
 
 from sglang_shift.seams import overrides, relies_on, substitutes_for
@@ -28,3 +30,18 @@ class ProcessWatch(SubprocessWatchdog):
             if self._check_processes():
                 return
             connection.wait(running, self._interval)
+
+
+@relies_on(
+    "sglang.srt.utils.common:kill_itself_when_parent_died",
+    "This function asks the system to end this process with its parent. It is too late if the parent has ended.",
+)
+def end_with_parent() -> None:
+    """End this process when the process that started it ends, also if that has happened already.
+
+    To import SGLang takes many seconds. A launcher that is killed meanwhile would leave this process behind.
+    """
+    kill_itself_when_parent_died()
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        raise SystemExit("sglang_shift: the process that started this one has ended")

@@ -243,6 +243,7 @@ DIGESTS = {
     "sglang.srt.speculative.external_corpus_manager:ExternalCorpusManager.check_pending_load": "d0afd30f06f5e115",
     "sglang.srt.speculative.spec_utils:fill_accept_out_cache_loc_func": "f2d2ccad169e141b",
     "sglang.srt.speculative.spec_utils:fill_front_out_cache_loc_func": "219d8596532f4b96",
+    "sglang.srt.utils.common:kill_itself_when_parent_died": "4162b8e4f8a1a144",
     "sglang.srt.utils.cuda_vmm_utils:VmmReservation.map_existing": "27ec58f485d49189",
     "sglang.srt.utils.profile_utils:_StageBasedTrigger": "6265ce10c0ccdd1f",
     "sglang.srt.utils.rank_consensus_checker:_all_reduce_min_int": "84f741ad3e0881b2",

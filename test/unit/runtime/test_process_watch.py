@@ -7,7 +7,7 @@ import os
 import threading
 import time
 
-from sglang_shift.runtime.process_watch import ProcessWatch
+from sglang_shift.runtime.process_watch import ProcessWatch, end_with_parent
 
 FORK = multiprocessing.get_context("fork")
 HOUR = 3600.0
@@ -49,3 +49,33 @@ def test_a_process_that_ends_between_two_looks_is_noticed(monkeypatch):
     monkeypatch.setattr(os, "kill", lambda pid, number: ended.set())
     ProcessWatch([EndsBetweenLooks()], interval=HOUR).start()
     assert ended.wait(60)
+
+
+def left_behind(begins, ends) -> None:
+    """Start a process that waits until its parent, this process, has ended."""
+
+    def wait() -> None:
+        begins.wait()
+        end_with_parent()
+        ends.set()
+
+    child = FORK.Process(target=wait)
+    child.start()
+    os._exit(0)
+
+
+def test_a_process_whose_parent_has_ended_before_it_began_ends():
+    begins, ends = FORK.Event(), FORK.Event()
+    parent = FORK.Process(target=left_behind, args=(begins, ends))
+    parent.start()
+    parent.join()
+    begins.set()
+    assert not ends.wait(1), "it goes on without a parent"
+
+
+def test_a_process_goes_on_with_its_parent():
+    ends = FORK.Event()
+    child = FORK.Process(target=lambda: (end_with_parent(), ends.set()))
+    child.start()
+    child.join()
+    assert ends.is_set() and child.exitcode == 0
