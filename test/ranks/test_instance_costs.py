@@ -145,7 +145,7 @@ class Drifting:
         """Run steps until the instance measures."""
         for _ in range(6):
             self.ask(leader, 200)
-            self.world.poll(0.2)
+            time.sleep(0.3)
             if self.world.call(state)[leader][0]:
                 return
         raise AssertionError(f"no calibration began:\n{self.world.tail()}")
@@ -157,7 +157,7 @@ class Drifting:
         while not (found := [each for each in self.world.messages if isinstance(each, StepsMeasured)]):
             assert time.monotonic() < end, self.world.tail()
             self.ask(leader)
-            self.world.poll(0.5)
+            time.sleep(0.5)
         return found[0]
 
 

@@ -129,7 +129,7 @@ class StepReporter:
         else:
             reason = self._explain(decision) if decision.switched else ""
         seconds = in_flight.lap.seconds if in_flight.lap is not None else None
-        # Another step computes more.
+        # Other steps compute more than those that the calibration timed.
         if seconds is not None and in_flight.predicted and step.needs_tp in self.timed_reasons:
             if not in_flight.sparse:  # the calibration timed exact chunks
                 self.drift.add(mode, in_flight.predicted[mode], seconds, step.phase)
