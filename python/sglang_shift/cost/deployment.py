@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sglang_shift.cost.layouts import Layout
+from sglang_shift.cost.layouts import InstanceCosts, Layout
 
 
 class Capacity(Protocol):
@@ -113,6 +113,9 @@ class InstancePolicy:
 
     def changed(self, seconds: float) -> None:
         """Learn how long a change took."""
+
+    def measured(self, costs: InstanceCosts) -> None:
+        """Learn new step times of a level."""
 
     def report(self) -> dict[str, Any]:
         """What the policy knows and predicts, as JSON values."""

@@ -96,6 +96,17 @@ class InstancesReady:
 
 
 @dataclass(frozen=True)
+class StepsMeasured:
+    """A leader tells the controller that its instance has measured its steps again, because their times have drifted.
+
+    Attributes:
+        costs: What an instance of this level can do by the new times.
+    """
+
+    costs: InstanceCosts
+
+
+@dataclass(frozen=True)
 class RequestsEnded:
     """A leader tells the controller which requests have ended.
 

@@ -23,6 +23,7 @@ from sglang_shift.cost.deployment import (
 )
 from sglang_shift.cost.layouts import (
     CostsByLevel,
+    InstanceCosts,
     Layout,
     Load,
     Outlook,
@@ -299,6 +300,10 @@ class AutoPolicy(InstancePolicy):
     def changed(self, seconds: float) -> None:
         """Learn how long a change took. Half of what was known before counts."""
         self.change_seconds = (self.change_seconds + seconds) / 2
+
+    def measured(self, costs: InstanceCosts) -> None:
+        """Decide by new step times of a level from now on. They are those of the instance that measured last."""
+        self.levels = {**self.levels, costs.ranks: costs}
 
     def report(self) -> dict[str, Any]:
         """The reason of the last choice, the demand, and the predictions for each layout that serves it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import partial
@@ -12,7 +11,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from sglang.srt.runtime_context import get_parallel
 from tqdm import tqdm
 
 from sglang_shift.config import ShiftConfig
@@ -41,7 +39,8 @@ class Calibrator:
         scheduler: A :class:`sglang_shift.runtime.scheduler.ShiftScheduler` that is built.
         config: The settings.
         chunk: Prompt tokens of the largest step.
-        group: The ranks that calibrate together; by default those of the replica. The first one fits the curves.
+        group: The ranks that calibrate together at the start; by default those of the replica or of the instance. The
+            first one fits the curves.
         bench: Runs the steps; by default the scheduler's worker.
         level: With instances, the ranks of an instance whose steps are measured; by default all ranks of the world.
 
@@ -67,11 +66,10 @@ class Calibrator:
         self.text = "off"
         self.failed_mode: Mode | None = None
         self._calibration: Calibration | None = None
-        self._is_rank_0 = (get_parallel().tp_rank if group is None else group.rank_in_group) == 0
         self._path: Path | None = None
         self._measurement_run: Generator[None, None, None] | None = None
         self._interval = 2 * DRIFT_STEPS
-        self._next_check: float = self._interval
+        self._next_check = self._interval
         self._results = Results()
         self._exchange_gains: tuple[ExchangeGain, ...] = ()
 
@@ -92,6 +90,7 @@ class Calibrator:
         self._shapes = self._agreed_grid()
         self._places = self._ranks.all_gather_object(host_and_links())
         self._calibration, self.text, measure_now = self._from_rank_0(self._load)
+        self._path = self._ranks.broadcast_object(self._path, src=0)  # each rank may lead an instance
         if self._calibration is not None:
             self._log("sglang_shift: %s", self.text)
         elif self.text:
@@ -109,7 +108,8 @@ class Calibrator:
         for small laps of :data:`TURN_SECONDS` together.
 
         Args:
-            steps: Steps so far. They tell every rank at the same point when to check for drift; a clock would not.
+            steps: Steps so far; with instances, those since this level was entered. They tell every rank at the same
+                point when to check for drift; a clock would not.
             drifted: Whether this rank has found drift. Only rank 0 measures drift.
         """
         if self._measurement_run is None:
@@ -136,9 +136,27 @@ class Calibrator:
             self._log("sglang_shift: the new calibration failed, the old one stays: %s", error)
             return None
 
-    def end(self) -> None:
-        """Calibrate no more. The ranks of instances are not at the same point when they are idle."""
-        self._measurement_run, self._next_check = None, math.inf
+    def measure_in_instance(self) -> None:
+        """From now on, the ranks of an instance calibrate together, and not all ranks of the world as at the start.
+
+        The ranks of an instance are always the same ones at this level. So they have the same calibration, and count
+        alike when to check for drift, whatever other instances do.
+        """
+        self._group = self.bench.cpu_group = None
+
+    def leave(self, steps: int) -> None:
+        """Stop a calibration that is running, because this rank goes to another level.
+
+        When it comes back, steps count from 0 again. A calibration that was stopped begins anew if times still differ.
+
+        Args:
+            steps: Steps since this level was entered.
+        """
+        self._next_check = max(0, self._next_check - steps)
+        if self.measuring:
+            self._stop("the instance merges or splits")
+            self._interval //= 2  # it says nothing about the drift
+            self._next_check = 0
 
     def _run_turn(self, measurement_run: Iterator[None]) -> Calibration | None:
         """Run some laps. Return the calibration if they were the last laps. At the end all slots are free again."""
@@ -203,6 +221,10 @@ class Calibrator:
     def _ranks(self) -> Any:
         """The ranks that calibrate together."""
         return self._group or self.scheduler.tp_group
+
+    @property
+    def _is_rank_0(self) -> bool:
+        return bool(self._ranks.rank_in_group == 0)
 
     @property
     def _own_path(self) -> Path:

@@ -47,6 +47,7 @@ from sglang_shift.instances.messages import (
     QueueLength,
     RequestsEnded,
     RequestsHeld,
+    StepsMeasured,
 )
 from sglang_shift.instances.room import RoomRule
 from sglang_shift.observe.events import InstancesEvent, Publisher
@@ -231,6 +232,7 @@ class InstanceController(DataParallelController):
                 (RequestsEnded, self.take_ends),
                 (QueueLength, lambda message: self.feed.waiting.update({message.first: message.waiting})),
                 (RequestsHeld, lambda message: self.ledger.held_by(message.first, message.rids)),
+                (StepsMeasured, lambda message: self.policy.measured(message.costs)),
                 (LevelChanged, self.take_change),
             ]
         )

@@ -23,12 +23,19 @@ from sglang.srt.observability.metrics_collector import QueueCount, SchedulerStat
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.server_args import PortArgs
 
-from sglang_shift.instances.messages import InstancesReady, LevelChanged, QueueLength, RequestsEnded, RequestsHeld
+from sglang_shift.instances.messages import (
+    InstancesReady,
+    LevelChanged,
+    QueueLength,
+    RequestsEnded,
+    RequestsHeld,
+    StepsMeasured,
+)
 from sglang_shift.runtime.read_receipts import ReceiptReader
 from sglang_shift.runtime.reporter import StepReporter
 from sglang_shift.seams import overrides, relies_on
 
-Message = InstancesReady | LevelChanged | QueueLength | RequestsEnded | RequestsHeld
+Message = InstancesReady | LevelChanged | QueueLength | RequestsEnded | RequestsHeld | StepsMeasured
 
 
 def input_of(port_args: PortArgs, rank: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
+from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +14,22 @@ from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.scheduler_components.recv_skipper import SchedulerRecvSkipper
 from sglang.srt.runtime_context import get_context
+from sglang.srt.utils import rank_consensus_checker
 
 from sglang_shift.flags import AUTO
 from sglang_shift.instances.levels import Levels
-from sglang_shift.instances.messages import ChangeLevelReq, InstancesReady, LevelChanged, QueueLength, RequestsHeld
+from sglang_shift.instances.messages import (
+    ChangeLevelReq,
+    InstancesReady,
+    LevelChanged,
+    LevelCosts,
+    QueueLength,
+    RequestsHeld,
+    StepsMeasured,
+)
 from sglang_shift.instances.room import RoomRule
 from sglang_shift.modes import Mode, StepState
+from sglang_shift.policy.selector import Drift
 from sglang_shift.runtime.agreement import StepWatch
 from sglang_shift.runtime.calibrator import Calibrator
 from sglang_shift.runtime.instance_cache import BACKEND, InstanceCache
@@ -29,6 +40,7 @@ from sglang_shift.runtime.level_costs import LevelMeasurements
 from sglang_shift.runtime.level_switch import LevelSwitch
 from sglang_shift.runtime.penalties import seed_penalties
 from sglang_shift.runtime.rank_consensus import compare_in, groups_of_levels
+from sglang_shift.runtime.reporter import StepReporter
 from sglang_shift.runtime.request_record import RequestRecord, keep_request, restore, restore_grammar
 from sglang_shift.runtime.scheduler import ShiftScheduler
 from sglang_shift.seams import overrides, relies_on
@@ -65,11 +77,13 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
     _made: list[Req] | None = None  # collects requests that are made again, instead of the queue
     _change: ChangeLevelReq | None = None
     _backlog: tuple[Any, ...] = ()
+    _costs: LevelCosts | None = None  # what the controller knows of the levels, if its policy needs it
     _told_waiting: int | None = None
     _queue_due = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         get_context().override("sglang_shift.instances", radix_cache_backend=BACKEND)
+        self._drifts: dict[int, Drift] = defaultdict(Drift)
         super().__init__(*args, **kwargs)
         levels, frees = self.shift_levels(), self.shift_config.merge_weights == "free"
         self.shift_switch = switch = LevelSwitch(self.tp_worker.model_runner, levels, frees=frees)
@@ -83,11 +97,9 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
         switch.enter(levels.lowest)
         self.enter_instance(0)
         self.tree_cache.reset()
-        if self.shift_config.calibration == "off":
-            self.shift_calibrator.end()
-        else:
+        if self.shift_config.calibration != "off":
             measurements.calibrate()
-        costs = measurements.costs() if self.shift_config.instance_policy == AUTO else None
+        self._costs = costs = measurements.costs() if self.shift_config.instance_policy == AUTO else None
         layout = self.shift_switch.pool.layout
         if self.shift_switch.place.rank == 0:
             if switch.pages is not None:
@@ -187,6 +199,7 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
         Args:
             epoch: The number of the change, equal on all ranks of the instance.
         """
+        self.shift_calibrator.leave(self.shift_selector.count)
         place = self.shift_switch.place
         compare_in(self.shift_consensus[place.size])
         group = place.group
@@ -232,13 +245,41 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
         if place.size > 1:
             self.shift_watch.start()
         self.shift_exchange_counter.volume = self.tp_worker.model_runner.exchange_volume
-        self.shift_calibrator = self.shift_calibrators.get(place.size, self.shift_calibrator)
-        self.shift_selector.calibration = self.shift_calibrator.calibration
+        # Instances without the weights for SP have no times of their own, and nothing to choose.
+        calibrators = self.shift_calibrators
+        self.shift_calibrator = calibrators.get(place.size, calibrators[max(calibrators)])
+        self.shift_selector.calibration = calibration = self.shift_calibrator.calibration
+        if calibration is not None:
+            rank_consensus_checker.assert_same(
+                "sglang_shift uses times of %s, %s s", calibration.made, calibration.took
+            )
         self.set_policy(self.shift_config)
         self.shift_selector.restart()
         self.shift_chunks.restart()
         if self.shift_reporter is not None:
-            self.shift_reporter.on_calibration()
+            self.shift_reporter.on_level(self._drifts[place.size])
+
+    def renew_calibration(self) -> bool:
+        """As without instances, for the level of this instance. The controller learns the new times."""
+        switch, costs = self.shift_switch, self._costs
+        if switch.tp_only or not self._decides_by_times or not super().renew_calibration():
+            return False
+        calibration = self.shift_calibrator.calibration
+        if costs is not None and calibration is not None and switch.place.leads:
+            self.tell_controller(StepsMeasured(replace(costs.levels[switch.level], costs=calibration.costs)))
+        return True
+
+    @property
+    def _decides_by_times(self) -> bool:
+        """Whether something is chosen by the step times of this level: the mode, the layout, or the chunk."""
+        auto = self.shift_config.instance_policy == AUTO
+        return self.shift_switch.place.has_sp or auto or self.shift_chunks.active
+
+    def make_reporter(self) -> StepReporter:
+        """A reporter that also compares the times of steps that need TP only because S is 1."""
+        reporter = super().make_reporter()
+        reporter.timed_reasons |= {ALONE}
+        return reporter
 
     def shift_modes(self) -> tuple[Mode, ...]:
         """The modes of this level. If S is 1, all steps run in TP."""
@@ -249,7 +290,7 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
         state, switch = super().step_state(batch), self.shift_switch
         if switch.tp_only:
             return replace(state, needs_tp=FREED)
-        return state if switch.place.has_sp else replace(state, needs_tp=ALONE)
+        return state if switch.place.has_sp else replace(state, needs_tp=state.needs_tp or ALONE)
 
     # Requests
 

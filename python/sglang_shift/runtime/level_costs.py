@@ -1,7 +1,8 @@
 """Measures what each level of instances costs: the times of its steps, and of the changes to other levels.
 
 All ranks of the world measure together, before the server takes requests. The instances of a level run the same steps
-at the same time, as they do under load, and the slowest rank counts. So each level has one calibration.
+at the same time, as they do under load, and the slowest rank counts. So each level has one calibration at the start.
+Later, an instance whose step times drift measures the steps of its level again, on its own.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ NO_CHANGE = "--instance-policy auto cannot measure how long instances take to ch
 
 
 class LevelBench(SchedulerBench):
-    """Runs steps at the level that the scheduler has now. All ranks of the world run them together."""
+    """Runs steps at the level that the scheduler has now. At the start, all ranks of the world run them together."""
 
     def run(self, mode: Mode, after: Mode | None = None) -> float:
         """Run one step. If S is 1, nothing is exchanged, so a step in SP is a step in TP."""
@@ -60,7 +61,7 @@ class LevelMeasurements:
         self.scheduler, self.levels = scheduler, levels
         self.calibrators: dict[int, Calibrator] = {levels.world_size: scheduler.shift_calibrator}
         self._world = scheduler.shift_switch.places[levels.world_size].group
-        self._bench = LevelBench(scheduler, self._world.cpu_group)
+        self._bench = self._world_bench()
         self._epochs = count(-1, -1)  # those of real changes rise from 1
 
     def calibrate(self) -> None:
@@ -72,13 +73,15 @@ class LevelMeasurements:
             self._go_to(level)
             calibrator = Calibrator(
                 scheduler, scheduler.shift_config, scheduler.shift_chunk,
-                group=self._world, bench=self._bench, level=level,
+                group=self._world, bench=self._world_bench(), level=level,
             )  # fmt: skip
             calibrator.start()
+            calibrator.measure_in_instance()
             self.calibrators[level] = calibrator
-        for calibrator in self.calibrators.values():
-            calibrator.end()
         self._go_to(self.levels.lowest)
+
+    def _world_bench(self) -> LevelBench:
+        return LevelBench(self.scheduler, self._world.cpu_group)
 
     def costs(self) -> LevelCosts:
         """What a policy needs to compare layouts.

@@ -52,11 +52,16 @@ class StepReporter:
         publisher: Sends the events.
         state: Makes a state event.
         exchange: The exchange counter, with ``bytes_sent`` and ``calls``.
+
+    Attributes:
+        drift: How far times have moved from those of the calibration in use.
+        timed_reasons: Reasons for which a step needs TP although the calibration has timed such steps.
     """
 
     def __init__(self, selector: ModeSelector, publisher: Publisher, state: Any, exchange: Any) -> None:
         self.selector, self.publisher, self.state, self.exchange = selector, publisher, state, exchange
         self.drift = Drift()
+        self.timed_reasons: frozenset[str | None] = frozenset({None})
         self.gaps = TokenGaps()
         self.batch_lines = BatchLines()
         self._in_flight: dict[int, _StepInFlight] = {}
@@ -124,7 +129,8 @@ class StepReporter:
         else:
             reason = self._explain(decision) if decision.switched else ""
         seconds = in_flight.lap.seconds if in_flight.lap is not None else None
-        if seconds is not None and in_flight.predicted and step.needs_tp is None:  # such a step computes more
+        # Other steps compute more than those that the calibration timed.
+        if seconds is not None and in_flight.predicted and step.needs_tp in self.timed_reasons:
             if not in_flight.sparse:  # the calibration timed exact chunks
                 self.drift.add(mode, in_flight.predicted[mode], seconds, step.phase)
             chunk = in_flight.chunk
@@ -175,6 +181,11 @@ class StepReporter:
         """Forget the measured drift, because a new calibration makes the predictions."""
         self.drift.clear()
         self._drift_logged = False
+        self.publish_state()
+
+    def on_level(self, drift: Drift) -> None:
+        """Go on with the drift of another level, because its calibration makes the predictions."""
+        self.drift, self._drift_logged = drift, False
         self.publish_state()
 
     def publish_state(self) -> None:

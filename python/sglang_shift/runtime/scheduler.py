@@ -344,17 +344,28 @@ class ShiftScheduler(Scheduler):
     @overrides("Our method renews a calibration that has drifted.")
     def on_idle(self) -> None:
         """If step times have drifted, renew the calibration while the server is idle, a few laps at a time."""
-        reporter, selector = self.shift_reporter, self.shift_selector
         if not self.waiting_queue and self.running_batch.is_empty() and self.chunked_req is None:
-            drifted = reporter is not None and reporter.drift.drifted
-            if calibration := self.shift_calibrator.idle(sum(selector.steps.values()), drifted):
-                selector.calibration = calibration
-                self.set_policy(self.shift_config)
-                if reporter is not None:
-                    reporter.on_calibration()
-        if reporter is not None:
-            reporter.tick()
+            self.renew_calibration()
+        if self.shift_reporter is not None:
+            self.shift_reporter.tick()
         super().on_idle()
+
+    def renew_calibration(self) -> bool:
+        """Measure for a turn, if step times have drifted. All ranks call it; no request runs or waits.
+
+        Returns:
+            Whether there is a new calibration now.
+        """
+        reporter, selector = self.shift_reporter, self.shift_selector
+        drifted = reporter is not None and reporter.drift.drifted
+        calibration = self.shift_calibrator.idle(selector.count, drifted)
+        if calibration is None:
+            return False
+        selector.calibration = calibration
+        self.set_policy(self.shift_config)
+        if reporter is not None:
+            reporter.on_calibration()
+        return True
 
     @overrides("Our method does not sleep during a calibration, which would go on once a second.")
     def maybe_sleep_on_idle(self) -> None:

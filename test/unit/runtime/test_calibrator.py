@@ -214,7 +214,7 @@ class FakeScheduler:
     shift_width = 1
     server_args = SimpleNamespace(**dict.fromkeys(calibration_key.SERVER_ARGS))
     tp_group = SimpleNamespace(
-        broadcast_object=lambda value, src: value, all_gather_object=lambda value: [value, value]
+        rank_in_group=0, broadcast_object=lambda value, src: value, all_gather_object=lambda value: [value, value]
     )
     model_config = SimpleNamespace(
         context_len=4096,
@@ -241,7 +241,6 @@ class FakeScheduler:
 def make(monkeypatch, tmp_path):
     """A calibrator on a fake bench, whose cache is ``tmp_path``."""
     monkeypatch.setenv(calibration.CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(calibrator, "get_parallel", lambda: SimpleNamespace(tp_rank=0, nnodes=1))
     monkeypatch.setattr(calibration_key, "get_schedule", lambda: SimpleNamespace(page_size=1))
     monkeypatch.setattr(calibration_key, "resolution_result", getattr)
 
@@ -528,6 +527,54 @@ def test_a_lap_is_what_a_request_waits_for(make):
     assert max(seen) == 1
 
 
+def test_a_calibration_that_a_change_of_the_level_stops_begins_anew(make, caplog):
+    """The rank may be back at any number of steps. A calibration that was stopped makes the next one no later."""
+    caplog.set_level(logging.INFO)
+    mine = make()
+    old = mine.start()
+    mine.idle(2 * DRIFT_STEPS, drifted=True)
+    assert mine.measuring
+    mine.leave(2 * DRIFT_STEPS)
+    assert not mine.measuring and mine.calibration is old and mine.bench.prepared_shape is None
+    assert "stopped calibrating, because the instance merges or splits" in caplog.text
+    assert mine.idle(1, drifted=True) is None
+    assert mine.measuring, "steps count from 0 again"
+    while mine.measuring:
+        new = mine.idle(1, drifted=False)
+    assert new is mine.calibration is not old
+    assert mine.idle(4 * DRIFT_STEPS, drifted=True) is None and not mine.measuring
+    assert mine.idle(4 * DRIFT_STEPS + 1, drifted=True) is None and mine.measuring
+
+
+def test_steps_at_a_level_count_together_whatever_comes_between(make):
+    mine = make()
+    mine.start()
+    mine.leave(DRIFT_STEPS)
+    mine.idle(DRIFT_STEPS - 1, drifted=True)
+    assert not mine.measuring, "too early"
+    mine.idle(DRIFT_STEPS, drifted=True)
+    assert mine.measuring
+
+
+def test_the_first_rank_of_an_instance_fits_and_saves_its_calibration(make, tmp_path):
+    """At the start, this rank was the second one of the world."""
+    mine = make()
+    measured = make().start()
+    world = SimpleNamespace(
+        rank_in_group=1,
+        broadcast_object=lambda value, src: value if value is not None else answers.pop(),
+        all_gather_object=lambda value: [value, value],
+    )
+    [file] = tmp_path.iterdir()
+    answers = [file, (measured, "text", False)]
+    mine._group = world
+    assert mine.start() is measured
+    mine.measure_in_instance()
+    new = renewed(mine)
+    assert new.made >= measured.made and new is not measured
+    assert msgspec.json.decode(file.read_bytes(), type=Calibration) == new
+
+
 def test_a_change_of_mode_is_timed(make):
     assert make().start().costs.switch_seconds == pytest.approx(SWITCH)
 
@@ -550,7 +597,7 @@ def test_what_changes_step_times_has_a_calibration_of_its_own(make, monkeypatch,
     elif name == "topology":
         ranks = ["a 18", "b 18"]
         mine.scheduler.tp_group = SimpleNamespace(
-            broadcast_object=lambda value, src: value, all_gather_object=lambda value: ranks
+            rank_in_group=0, broadcast_object=lambda value, src: value, all_gather_object=lambda value: ranks
         )
     elif name == "max_running":
         mine.scheduler.max_running_requests = 32

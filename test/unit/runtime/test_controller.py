@@ -25,6 +25,7 @@ from sglang_shift.instances.messages import (
     QueueLength,
     RequestsEnded,
     RequestsHeld,
+    StepsMeasured,
 )
 from sglang_shift.modes import MODES
 from sglang_shift.policy.instances import AutoPolicy
@@ -631,6 +632,26 @@ def test_auto_gets_the_tables_of_the_ranks(auto):
     assert isinstance(policy, AutoPolicy) and policy.dwell == 2.0
     assert {k: level.costs for k, level in policy.levels.items()} == {k: level.costs for k, level in LEVELS.items()}
     assert auto.controller.report()["policy"]["name"] == "auto"
+
+
+def test_auto_decides_by_the_times_that_an_instance_has_measured_again(auto):
+    """One request alone was faster on all ranks. Now it is slower there, so they do not merge."""
+    auto.tell(StepsMeasured(costs(4, 0.08, 0.02)))
+    policy = auto.controller.policy
+    assert policy.levels[4].step_seconds(1, 0, 0) == pytest.approx(0.08, rel=0.3)
+    assert [policy.levels[k].costs for k in (1, 2)] == [LEVELS[k].costs for k in (1, 2)], "others stay"
+    auto.ask(request("a"))
+    auto.received()
+    auto.now += 16.0
+    auto.controller.consult()
+    assert auto.received() == {}
+    predictions = auto.controller.report()["policy"]["predictions"]
+    assert predictions["4"]["seconds"] > predictions["1+1+1+1"]["seconds"]
+
+
+def test_another_policy_needs_no_times(paper):
+    paper.tell(StepsMeasured(costs(4, 0.08, 0.02)))
+    assert paper.received() == {}
 
 
 def test_auto_merges_when_requests_are_few_and_splits_when_they_are_many(auto):

@@ -12,7 +12,7 @@ from sglang_shift.cost.chunk_budget import Decodes
 from sglang_shift.cost.model import Measurement
 from sglang_shift.modes import Mode, StepState
 from sglang_shift.policy.builtin import FixedMode
-from sglang_shift.policy.selector import DRIFT_STEPS, ModeSelector
+from sglang_shift.policy.selector import DRIFT_STEPS, Drift, ModeSelector
 from sglang_shift.runtime.chunk_sizer import Chunk
 from sglang_shift.runtime.reporter import StepReporter, finished_requests
 
@@ -68,6 +68,30 @@ def test_a_step_that_needs_tp_has_its_reason_and_is_no_drift():
     expected = [("sp", "", False), ("tp", "an adapter", False)] * 2
     assert [(step.mode, step.reason, step.switched) for step in steps[:4]] == expected
     assert reporter.drift.ratio(Mode.SP) is not None and reporter.drift.ratio(Mode.TP) is None
+
+
+def test_steps_of_one_rank_are_drift_if_they_were_timed():
+    reporter, selector, _ = reporter_of(FixedMode(Mode.SP))
+    reporter.timed_reasons |= {"alone"}
+    for number in range(DRIFT_STEPS):
+        decision = selector.choose(StepState(num_tokens=1, needs_tp="alone"))
+        reporter.on_launch(number, decision, SimpleNamespace(seconds=0.2), None)
+        reporter.after_result(SimpleNamespace(forward_iter=number, reqs=[]))
+    assert reporter.drift.ratio(Mode.TP) == pytest.approx(2) and reporter.drift.drifted
+
+
+def test_each_level_has_a_drift_of_its_own():
+    """A merged instance may be too short-lived to find drift at once. Its ratios stay until it is back."""
+    reporter, _, published = reporter_of(FixedMode(Mode.SP))
+    first, other = reporter.drift, Drift()
+    first.add_chunk(1.0, 2.0)
+    for drift in (other, first):
+        published.events.clear()
+        reporter.on_level(drift)
+        assert reporter.drift is drift and len(published.events) == 1
+    assert len(first._chunk_ratios) == 1
+    reporter.on_calibration()
+    assert not first._chunk_ratios
 
 
 def test_a_step_with_sparse_chunks_is_no_drift():
