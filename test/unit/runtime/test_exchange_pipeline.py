@@ -138,7 +138,6 @@ CONFIG = ShiftConfig(2, 2, True, "calibrated", calibration="auto", exchange_pipe
 def make(monkeypatch, tmp_path):
     """A calibrator on a machine with a pipeline, whose cache is ``tmp_path``."""
     monkeypatch.setenv(calibration.CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(calibrator, "get_parallel", lambda: SimpleNamespace(tp_rank=0, nnodes=1))
     monkeypatch.setattr(calibration_key, "get_schedule", lambda: SimpleNamespace(page_size=1))
     monkeypatch.setattr(
         calibration_key, "resolution_result", lambda args, name, default=None: vars(args).get(name, default)
