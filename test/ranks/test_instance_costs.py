@@ -87,21 +87,25 @@ def chunks(scheduler):
 def test_a_bound_on_gaps_holds_at_each_level(file):
     """Prompts of several chunks and running requests go from level to level. They get what they get on stock SGLang."""
     flags = (*FLAGS, "--shift-calibration", str(file), "--shift-tbt-target", "150")
-    sent, seen = {}, []
+    sent = {}
+    start = prompt(99, 40)
     with started(2, flags, instances=2, modes=()) as world:
+        world.submit(1, "start", start, 1)  # only this rank has it cached
+        world.wait_end(["start"])
         for number, level in enumerate((1, 2, 1, 2)):
+            before = world.call(chunks)
             for leader in world.leaders:
-                for name, tokens, output in (("long", 120, 30), ("short", 9, 30), ("other", 20, 20)):
+                for name, tokens, output in (("long", 90 + 40 * leader, 30), ("short", 9, 30), ("other", 20, 20)):
                     rid = f"{name} {number} {leader}"
-                    sent[rid] = prompt(len(sent), tokens), output, {}
+                    sent[rid] = start * (name == "other") + prompt(len(sent), tokens), output, {}
                     world.submit(leader, rid, sent[rid][0], output)
             world.wait_tokens({rid: 5 for rid in sent if rid.startswith(f"short {number}")})
-            seen += world.call(chunks)
+            for old, (now, report) in zip(before, world.call(chunks), strict=True):
+                assert now == old[0] == level and report["target_ms"] == 150
+                assert sum(report["steps"].values()) > sum(old[1]["steps"].values()), f"no bound at level {level}"
             assert world.change(0, 2, 3 - level).ok
         world.wait_end()
         assert world.problems() == []
-    for level, report in seen:
-        assert report["target_ms"] == 150 and sum(report["steps"].values()), f"nothing was bounded at level {level}"
     stock = outputs_of_stock(("--model-path", demo_model_path(), "--disable-overlap-schedule"), sent)
     for rid, expected in stock.items():
         assert world.outputs[rid].tokens == expected.tokens, rid

@@ -43,6 +43,9 @@ def check_levels(runner, frees):
     switch = LevelSwitch(runner, Levels((1, 2, 4)), frees=frees)
     parts = [(e.attributes["attn_backend"], e.attributes["graphs"]) for e in switch.executions.values()]
     assert len({id(part) for pair in parts for part in pair}) == 6, "no level has what another level has"
+    before = runner.decode_cuda_graph_runner
+    runner.init_decode_cuda_graph()
+    assert runner.decode_cuda_graph_runner is before, "a weight update moves no weights, so no graph is captured again"
     switch.enter(1)
     reference = [run(runner, eager(runner, Mode.TP), lengths, decodes=1)[0] for lengths in BATCHES]
     for level in WALK:

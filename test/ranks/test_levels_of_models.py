@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from model_trial import TOLERANCE, TrialError, difference, trial
-from tiny_models import MODELS, TinyModel, write
+from sglang_shift.models.sizes import padded_vocab
+from tiny_models import MODELS, TinyModel, configuration, write
 
 FOUR_KV_HEADS = {"num_key_value_heads": 4}
 FLAGS = ("--max-total-tokens", "1023")  # with the slot that holds no token, a multiple of the ranks
@@ -31,6 +32,13 @@ def models(names: list[str]) -> list[Any]:
     return [pytest.param(name, marks=[] if name in FAST else pytest.mark.full) for name in names]
 
 
+def table_bytes(model: TinyModel) -> int:
+    """The bytes of the embedding and the LM head, with the rows that pad the vocabulary."""
+    fields = configuration(model).to_dict()
+    tables = 1 if fields["tie_word_embeddings"] else 2
+    return 4 * tables * padded_vocab(fields["vocab_size"], 1) * fields["hidden_size"]
+
+
 def check(model: TinyModel, levels: tuple[int, ...], sp_size: int | None = None) -> None:
     ranks, sp_size = levels[-1], sp_size or levels[-1]
     width = ranks // sp_size
@@ -38,7 +46,7 @@ def check(model: TinyModel, levels: tuple[int, ...], sp_size: int | None = None)
         expected = write(model, str(Path(folder)))
         assert expected is not None and expected.std() > 0.5
         flags = (*model.flags, *FLAGS)
-        stock = {size: trial(folder, tp_size=size, stock=True, flags=flags) for size in levels}
+        stock = {size: trial(folder, tp_size=size, stock=True, flags=flags) for size in {*levels, width}}
         patterns = ("tp", "sp", "mixed")
         outcome = trial(folder, tp_size=ranks, sp_size=sp_size, levels=levels, patterns=patterns, flags=flags)
     names = {f"{level} {name}" for level in levels if level > width for name in patterns}
@@ -52,8 +60,9 @@ def check(model: TinyModel, levels: tuple[int, ...], sp_size: int | None = None)
     if width == 1:
         assert outcome.weight_bytes == stock[1].weight_bytes, "all levels must share exactly one copy of the weights"
     else:
-        # A rank has its part of the linears, and the whole tables: less than all, and more than its part of all.
-        assert stock[levels[0]].weight_bytes < outcome.weight_bytes < levels[0] * stock[levels[0]].weight_bytes
+        tables = table_bytes(model)
+        expected_bytes = stock[width].weight_bytes + tables - tables // width
+        assert outcome.weight_bytes == expected_bytes, "a rank has its part of the linears, and the whole tables"
 
 
 @pytest.mark.parametrize("name", models(OF_TWO))

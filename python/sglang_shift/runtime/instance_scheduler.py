@@ -262,7 +262,8 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
     def renew_calibration(self) -> bool:
         """As without instances, for the level of this instance. The controller learns the new times."""
         switch, costs = self.shift_switch, self._costs
-        if switch.tp_only or not self._decides_by_times or not super().renew_calibration():
+        matters = self._decides_by_times or self.shift_calibrator.measuring  # what has begun must end
+        if switch.tp_only or not matters or not super().renew_calibration():
             return False
         calibration = self.shift_calibrator.calibration
         if costs is not None and calibration is not None and switch.place.leads:
@@ -280,6 +281,11 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
         reporter = super().make_reporter()
         reporter.timed_reasons |= {ALONE}
         return reporter
+
+    @property
+    def shift_calibrated(self) -> bool:
+        """Whether each level has step times. Instances of different levels must give an operator the same answer."""
+        return all(each.calibration is not None for each in self.shift_calibrators.values())
 
     def shift_modes(self) -> tuple[Mode, ...]:
         """The modes of this level. If S is 1, all steps run in TP."""

@@ -76,7 +76,7 @@ class ShiftInternalState(SchedulerInternalStateController):
             raise internal_state.UpdateRejected(
                 f"{key} cannot change with --enable-deterministic-inference, because each mode orders sums differently."
             )
-        if POLICIES[int(value)] == "calibrated" and self.scheduler.shift_selector.calibration is None:
+        if POLICIES[int(value)] == "calibrated" and not self.scheduler.shift_calibrated:
             raise internal_state.UpdateRejected(
                 f"{key} cannot be calibrated: this server has no calibration; start it with --shift-policy calibrated."
             )
@@ -106,7 +106,7 @@ class ShiftInternalState(SchedulerInternalStateController):
                 f"{key} has no meaning with --disaggregation-mode, because such a server has prompts or decodes, but "
                 f"not both; set it to 0."
             )
-        if value and self.scheduler.shift_selector.calibration is None:
+        if value and not self.scheduler.shift_calibrated:
             raise internal_state.UpdateRejected(
                 f"{key} needs step times: this server has none; start it with --shift-policy calibrated."
             )

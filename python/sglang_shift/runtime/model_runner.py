@@ -196,7 +196,14 @@ class ShiftModelRunner(ModelRunner):
 
     @overrides("After a weight update, our method captures the decode graphs of both modes again.")
     def init_decode_cuda_graph(self) -> None:
-        """Capture the graphs of decode steps again, in both modes. A weight update may ask for it."""
+        """Capture the graphs of decode steps again, in both modes. A weight update may ask for it.
+
+        With instances, the graphs of all levels stay, because weights keep their addresses.
+        """
+        config = shift_config_of(self.server_args)
+        assert config is not None
+        if config.instances:
+            return
         self.graphs.capture(super().init_decode_cuda_graph, (Phase.DECODE,))
 
     @overrides("SGLang makes its decode graph runner from the class that this method returns.")

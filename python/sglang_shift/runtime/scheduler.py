@@ -235,6 +235,11 @@ class ShiftScheduler(Scheduler):
         self.shift_selector.set_doubts({doubt: share for doubt, share in zip(DOUBTS, shared, strict=True) if share})
         self.shift_chunks.margin = margin
 
+    @property
+    def shift_calibrated(self) -> bool:
+        """Whether there are step times to decide by."""
+        return self.shift_selector.calibration is not None
+
     def shift_modes(self) -> tuple[Mode, ...]:
         """The modes that the policy may choose for steps with nothing that needs TP."""
         policy = self.shift_selector.policy

@@ -32,6 +32,7 @@ class FakeCalibrator:
     """Its calibration is new at each look."""
 
     calibration = OLD
+    measuring = False
     looks = 0
 
     def idle(self, steps, drifted):
@@ -96,6 +97,23 @@ def test_an_instance_without_sp_measures_if_something_is_chosen_by_its_times(sch
     scheduler.shift_config.instance_policy = policy
     assert scheduler.renew_calibration() is measures
     assert bool(scheduler.shift_calibrator.looks) is measures
+
+
+def test_a_measurement_that_has_begun_ends_although_nothing_is_chosen_by_it_now(scheduler):
+    """With --sleep-on-idle, a leader does not sleep before its end."""
+    scheduler.shift_switch.place.has_sp, scheduler.shift_config.instance_policy = False, "fixed"
+    scheduler.shift_calibrator.measuring = True
+    assert scheduler.renew_calibration()
+
+
+@pytest.mark.parametrize(("of_level_2", "calibrated"), [(OLD, True), (None, False)])
+def test_all_levels_have_step_times_or_no_instance_decides_by_them(scheduler, of_level_2, calibrated):
+    """Otherwise some instances would take a bound on gaps from an operator, and others would refuse it."""
+    scheduler.shift_calibrators = {
+        1: SimpleNamespace(calibration=OLD), 2: SimpleNamespace(calibration=of_level_2)
+    }  # fmt: skip
+    scheduler.shift_selector.calibration = OLD
+    assert scheduler.shift_calibrated is calibrated
 
 
 def test_steps_of_one_rank_are_compared_with_their_predictions(scheduler, monkeypatch):

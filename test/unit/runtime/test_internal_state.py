@@ -21,7 +21,7 @@ def test_instances_that_free_weights_take_no_bound_on_gaps(monkeypatch, caplog, 
     config = ShiftConfig(2, 2, switching=True, policy="calibrated", instances=2, merge_weights=weights)
     taken_configs = []
     scheduler = SimpleNamespace(
-        shift_config=config, shift_selector=SimpleNamespace(calibration=object()), chunked_prefill_size=64,
+        shift_config=config, shift_calibrated=True, chunked_prefill_size=64,
         shift_reporter=None, set_policy=taken_configs.append, disaggregation_mode=DisaggregationMode.NULL,
     )  # fmt: skip
     state = ShiftInternalState(scheduler, record_step_time=False)
@@ -40,7 +40,7 @@ def make_state(monkeypatch):
         configs = []
         scheduler = SimpleNamespace(
             shift_config=ShiftConfig(2, 2, switching=True, policy=policy), shift_reporter=None,
-            shift_selector=SimpleNamespace(calibration=object()), chunked_prefill_size=64, set_policy=configs.append,
+            shift_calibrated=True, chunked_prefill_size=64, set_policy=configs.append,
             server_args=SimpleNamespace(enable_shift_parallel=True, enable_deterministic_inference=deterministic),
             **fields,
         )  # fmt: skip
