@@ -8,8 +8,10 @@ ask for one layout instead of another. Whoever runs the instances merges and spl
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sglang_shift.cost.deployment import (
@@ -134,10 +136,13 @@ class Demand:
     def add(self, now: float, prompt: int, output: int, need: int | None = None) -> None:
         """Count a request. ``need`` is what an instance must hold for it, by default its prompt and its output."""
         need = prompt + output if need is None else need
-        i = next((i for i, limit in enumerate(self.limits) if need <= limit), len(self.limits) - 1)
         for average in self._averages:
             average.begin(now)
-        self._averages[i].add(now, prompt, output, need)
+        self._averages[self.index(need)].add(now, prompt, output, need)
+
+    def index(self, need: int) -> int:
+        """Return the number of the class of a request that needs so many tokens."""
+        return min(bisect_left(self.limits, need), len(self.limits) - 1)
 
     def classes(self, now: float) -> list[RequestClass]:
         """Return the classes of which a request came in the last windows."""
@@ -218,7 +223,7 @@ class AutoPolicy(InstancePolicy):
     horizon: float = 10.0
     window: float = 30.0
     longer: float = 4.0
-    patience: float = 10.0
+    patience: float = 2.0
     loss_seconds: float = 60.0
     changes_layout = True
 
@@ -320,11 +325,11 @@ class AutoPolicy(InstancePolicy):
         return found.latency + (self.loss_seconds * found.loss / served if served > 0 else math.inf)
 
     def _classes(self, deployment: Deployment) -> list[RequestClass]:
-        """Return the demand. The requests in queues count as arriving within the horizon."""
-        waiting = sum(s.waiting for s in deployment.instances)
+        """Return the demand. The requests in queues count as arriving within the horizon, each in its class."""
+        index = self.demand.index
+        waiting = Counter(index(need) for state in deployment.instances for need in state.queue)
         classes = self.demand.classes(deployment.now)
-        rate = sum(c.rate for c in classes)
-        return [c.share(1 + waiting / self.horizon / rate) for c in classes]
+        return [replace(c, rate=c.rate + waiting[index(c.need)] / self.horizon) for c in classes]
 
     def _speed(self, ranks: int, classes: Sequence[RequestClass]) -> float:
         """Return the tokens a second of a busy instance, for the requests that it holds."""
