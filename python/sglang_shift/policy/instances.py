@@ -213,6 +213,7 @@ class AutoPolicy(InstancePolicy):
         window: Seconds over which the demand is averaged.
         longer: How many times as long the demand of rare classes is averaged as well.
         patience: Seconds for which requests are watched before the first change that no request needs.
+        haste: The same, if the waiting requests need more tokens than the running ones.
         loss_seconds: Seconds that demand counts as waiting if as much of it is served as is not.
     """
 
@@ -223,7 +224,8 @@ class AutoPolicy(InstancePolicy):
     horizon: float = 10.0
     window: float = 30.0
     longer: float = 4.0
-    patience: float = 2.0
+    patience: float = 10.0
+    haste: float = 2.0
     loss_seconds: float = 60.0
     changes_layout = True
 
@@ -233,6 +235,7 @@ class AutoPolicy(InstancePolicy):
         self.layouts = layouts(self.ranks, sorted(self.levels))
         self.reason = ""
         self._begin: float | None = None
+        self._has_chosen = False
         self._due = float("-inf")
         self._target: Layout | None = None
         self._speeds = {k: float(k) for k in self.levels}
@@ -264,7 +267,10 @@ class AutoPolicy(InstancePolicy):
             self.reason = f"a request needs {max(deployment.unplaced)} tokens"
             return merged_for_unplaced(deployment, self.levels)
         began = now if self._begin is None else self._begin
-        if now < max(deployment.changed + self.dwell, began + self.patience):
+        due = max(deployment.changed + self.dwell, began + self.patience)
+        if not self._has_chosen and _is_late(deployment):
+            due = min(due, began + self.haste)  # a merge that a request needed is no choice
+        if now < due:
             return current
         largest = max(s.largest for s in deployment.instances)
         if now >= self._due or (self._target is not None and not self._holds(self._target, largest)):
@@ -272,7 +278,9 @@ class AutoPolicy(InstancePolicy):
             self._decide(deployment)
         if self._target is None:
             return current
-        return place(self._target, current, deployment.instances, deployment.denied) or current
+        wanted = place(self._target, current, deployment.instances, deployment.denied) or current
+        self._has_chosen = self._has_chosen or wanted != current
+        return wanted
 
     def _decide(self, deployment: Deployment) -> None:
         classes = self._demand = self._classes(deployment)
@@ -382,6 +390,10 @@ def simplified(layout: Layout) -> Layout:
     big, small = max(layout), min(layout)
     rest = sum(k for k in layout if k != big)
     return (big,) * layout.count(big) + (small,) * (rest // small)
+
+
+def _is_late(deployment: Deployment) -> bool:
+    return sum(s.queued for s in deployment.instances) > sum(s.used for s in deployment.instances)
 
 
 def _has_place(layout: Layout, deployment: Deployment) -> bool:

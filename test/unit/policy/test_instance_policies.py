@@ -197,7 +197,7 @@ def test_auto_splits_under_load_but_not_within_the_dwell_time_and_not_while_a_lo
     for i in range(300):
         policy.arrived(i / (6 * capacity), 50, 50)
     now = 300 / (6 * capacity)
-    busy = state(4, 3900, running=39, queue=(100,) * 50, largest=100)
+    busy = state(4, 3900, running=39, queue=(100,) * 30, largest=100)
     assert policy.wanted(Deployment(now, (busy,), changed=now - 9.0)) == (4,)
     assert policy.wanted(Deployment(now, (busy,), changed=now - 11.0)) == (1, 1, 1, 1)
     long = state(4, 3900, running=30, queue=(100,) * 50, largest=3000)
@@ -252,9 +252,21 @@ def test_auto_watches_before_its_first_choice():
     capacity = Load(LEVELS[1], [RequestClass(1.0, 50, 50, 100)]).capacity
     for i in range(300):
         policy.arrived(i / (6 * capacity), 50, 50)
-    busy = (state(4, 3900, running=39, queue=(100,) * 50, largest=100),)
-    assert policy.wanted(Deployment(1.9, busy)) == (4,)
-    assert policy.wanted(Deployment(2.0, busy)) == (1, 1, 1, 1)
+    busy = (state(4, 3900, running=39, queue=(100,) * 30, largest=100),)
+    assert policy.wanted(Deployment(9.0, busy)) == (4,)
+    assert policy.wanted(Deployment(10.0, busy)) == (1, 1, 1, 1)
+
+
+def test_auto_makes_its_first_choice_sooner_if_more_waits_than_runs():
+    """A merge that a request needed is no choice, so that it delays none."""
+    policy = AutoPolicy(4, LEVELS, change_seconds=0.5)
+    capacity = Load(LEVELS[1], [RequestClass(1.0, 50, 50, 100)]).capacity
+    for i in range(300):
+        policy.arrived(i / (150 * capacity), 50, 50)
+    late = (state(4, 3900, running=39, queue=(100,) * 50, largest=100),)
+    assert policy.wanted(Deployment(1.9, late, changed=1.0)) == (4,)
+    assert policy.wanted(Deployment(2.0, late, changed=1.0)) == (1, 1, 1, 1)
+    assert policy.wanted(Deployment(3.5, late, changed=2.0)) == (4,), "the second choice waits for the dwell time"
 
 
 def test_waiting_requests_are_demand_of_their_own_class():
