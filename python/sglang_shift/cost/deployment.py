@@ -41,20 +41,28 @@ class InstanceState:
     Attributes:
         ranks: Number of its ranks.
         running: Number of its running requests.
-        waiting: Number of requests in its queue.
-        used: Tokens of its running requests, prompt and whole output.
-        queued: Tokens of the requests in its queue.
+        queue: Tokens of each request in its queue, prompt and whole output.
+        used: Tokens of its running requests.
         capacity: Tokens that its KV cache holds.
         largest: Tokens of its largest request; 0 if it has none.
     """
 
     ranks: int
     running: int = 0
-    waiting: int = 0
+    queue: tuple[int, ...] = ()
     used: int = 0
-    queued: int = 0
     capacity: int = 0
     largest: int = 0
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests in its queue."""
+        return len(self.queue)
+
+    @property
+    def queued(self) -> int:
+        """Tokens of the requests in its queue."""
+        return sum(self.queue)
 
     @property
     def load(self) -> float:

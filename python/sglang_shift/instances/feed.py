@@ -88,6 +88,5 @@ class PolicyFeed:
 
 
 def _queued(state: InstanceState, load: Load, waiting: int) -> InstanceState:
-    waiting = min(waiting, load.requests)
-    queued = load.newest(waiting)
-    return replace(state, running=load.requests - waiting, waiting=waiting, used=load.tokens - queued, queued=queued)
+    queue = load.newest(waiting)
+    return replace(state, running=load.requests - len(queue), queue=queue, used=load.tokens - sum(queue))

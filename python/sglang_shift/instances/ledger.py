@@ -60,9 +60,9 @@ class Load:
             if need == self.largest:
                 self.largest = max(self._sizes, default=0)
 
-    def newest(self, count: int) -> int:
-        """The tokens that the last requests need together."""
-        return sum(islice(reversed(self._needs.values()), count))
+    def newest(self, count: int) -> tuple[int, ...]:
+        """The tokens that each of the last requests needs."""
+        return tuple(islice(reversed(self._needs.values()), count))
 
 
 @dataclass

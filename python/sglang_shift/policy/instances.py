@@ -8,8 +8,10 @@ ask for one layout instead of another. Whoever runs the instances merges and spl
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sglang_shift.cost.deployment import (
@@ -135,10 +137,13 @@ class Demand:
     def add(self, now: float, prompt: int, output: int, need: int | None = None) -> None:
         """Count a request. ``need`` is what an instance must hold for it, by default its prompt and its output."""
         need = prompt + output if need is None else need
-        i = next((i for i, limit in enumerate(self.limits) if need <= limit), len(self.limits) - 1)
         for average in self._averages:
             average.begin(now)
-        self._averages[i].add(now, prompt, output, need)
+        self._averages[self.index(need)].add(now, prompt, output, need)
+
+    def index(self, need: int) -> int:
+        """Return the number of the class of a request that needs so many tokens."""
+        return min(bisect_left(self.limits, need), len(self.limits) - 1)
 
     def classes(self, now: float) -> list[RequestClass]:
         """Return the classes of which a request came in the last windows."""
@@ -209,6 +214,7 @@ class AutoPolicy(InstancePolicy):
         window: Seconds over which the demand is averaged.
         longer: How many times as long the demand of rare classes is averaged as well.
         patience: Seconds for which requests are watched before the first change that no request needs.
+        haste: The same, if the waiting requests need more tokens than the running ones.
         loss_seconds: Seconds that demand counts as waiting if as much of it is served as is not.
     """
 
@@ -220,6 +226,7 @@ class AutoPolicy(InstancePolicy):
     window: float = 30.0
     longer: float = 4.0
     patience: float = 10.0
+    haste: float = 2.0
     loss_seconds: float = 60.0
     changes_layout = True
 
@@ -229,6 +236,7 @@ class AutoPolicy(InstancePolicy):
         self.layouts = layouts(self.ranks, sorted(self.levels))
         self.reason = ""
         self._begin: float | None = None
+        self._has_chosen = False
         self._due = float("-inf")
         self._target: Layout | None = None
         self._speeds = {k: float(k) for k in self.levels}
@@ -260,7 +268,10 @@ class AutoPolicy(InstancePolicy):
             self.reason = f"a request needs {max(deployment.unplaced)} tokens"
             return merged_for_unplaced(deployment, self.levels)
         began = now if self._begin is None else self._begin
-        if now < max(deployment.changed + self.dwell, began + self.patience):
+        due = max(deployment.changed + self.dwell, began + self.patience)
+        if not self._has_chosen and _is_late(deployment):
+            due = min(due, began + self.haste)  # a merge that a request needed is no choice
+        if now < due:
             return current
         largest = max(s.largest for s in deployment.instances)
         if now >= self._due or (self._target is not None and not self._holds(self._target, largest)):
@@ -268,7 +279,9 @@ class AutoPolicy(InstancePolicy):
             self._decide(deployment)
         if self._target is None:
             return current
-        return place(self._target, current, deployment.instances, deployment.denied) or current
+        wanted = place(self._target, current, deployment.instances, deployment.denied) or current
+        self._has_chosen = self._has_chosen or wanted != current
+        return wanted
 
     def _decide(self, deployment: Deployment) -> None:
         classes = self._demand = self._classes(deployment)
@@ -325,11 +338,11 @@ class AutoPolicy(InstancePolicy):
         return found.latency + (self.loss_seconds * found.loss / served if served > 0 else math.inf)
 
     def _classes(self, deployment: Deployment) -> list[RequestClass]:
-        """Return the demand. The requests in queues count as arriving within the horizon."""
-        waiting = sum(s.waiting for s in deployment.instances)
+        """Return the demand. The requests in queues count as arriving within the horizon, each in its class."""
+        index = self.demand.index
+        waiting = Counter(index(need) for state in deployment.instances for need in state.queue)
         classes = self.demand.classes(deployment.now)
-        rate = sum(c.rate for c in classes)
-        return [c.share(1 + waiting / self.horizon / rate) for c in classes]
+        return [replace(c, rate=c.rate + waiting[index(c.need)] / self.horizon) for c in classes]
 
     def _speed(self, ranks: int, classes: Sequence[RequestClass]) -> float:
         """Return the tokens a second of a busy instance, for the requests that it holds."""
@@ -382,6 +395,10 @@ def simplified(layout: Layout) -> Layout:
     big, small = max(layout), min(layout)
     rest = sum(k for k in layout if k != big)
     return (big,) * layout.count(big) + (small,) * (rest // small)
+
+
+def _is_late(deployment: Deployment) -> bool:
+    return sum(s.queued for s in deployment.instances) > sum(s.used for s in deployment.instances)
 
 
 def _has_place(layout: Layout, deployment: Deployment) -> bool:

@@ -228,9 +228,8 @@ class SimulatedInstance:
     def state(self) -> InstanceState:
         """Return what a policy sees of it."""
         running = len(self.running) + (self.chunked is not None)
-        return InstanceState(
-            self.level.ranks, running, len(self.waiting), self.used, self.queued, self.level.tokens, self.largest
-        )
+        queue = tuple(live.need for live in self.waiting)
+        return InstanceState(self.level.ranks, running, queue, self.used, self.level.tokens, self.largest)
 
 
 def simulate(

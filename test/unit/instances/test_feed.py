@@ -58,7 +58,8 @@ def test_the_requests_that_came_last_wait():
     assert feed.view(ledger, ledger.deployment(0.0)) == ledger.deployment(0.0)
     feed.waiting = {0: 2, 1: 5}
     first, second = feed.view(ledger, ledger.deployment(0.0)).instances
-    assert (first.running, first.waiting, first.used, first.queued, first.largest) == (1, 2, 1, 6, 4)
-    assert (second.running, second.waiting, second.used, second.queued) == (0, 1, 0, 30)
+    assert (first.running, first.queue, first.used, first.largest) == (1, (4, 2), 1, 4)
+    assert (first.waiting, first.queued) == (2, 6)
+    assert (second.running, second.queue, second.used) == (0, (30,), 0)
     feed.moved(range(0, 1))
     assert feed.waiting == {1: 5}

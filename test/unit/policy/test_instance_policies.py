@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from sglang_shift.cost.deployment import Deployment, InstancePolicy, InstanceState, smallest_level, starts
@@ -30,7 +31,7 @@ def with_reads(level: InstanceCosts, seconds: float) -> InstanceCosts:
 LEVELS = {1: constant(1, 1000), 2: constant(2, 2000), 4: constant(4, 4000)}
 
 
-def state(ranks: int, used: int = 0, **other: int) -> InstanceState:
+def state(ranks: int, used: int = 0, **other: Any) -> InstanceState:
     return InstanceState(ranks, used=used, capacity=1000 * ranks, **other)
 
 
@@ -196,10 +197,10 @@ def test_auto_splits_under_load_but_not_within_the_dwell_time_and_not_while_a_lo
     for i in range(300):
         policy.arrived(i / (6 * capacity), 50, 50)
     now = 300 / (6 * capacity)
-    busy = state(4, 3900, running=39, waiting=50, queued=5000, largest=100)
+    busy = state(4, 3900, running=39, queue=(100,) * 30, largest=100)
     assert policy.wanted(Deployment(now, (busy,), changed=now - 9.0)) == (4,)
     assert policy.wanted(Deployment(now, (busy,), changed=now - 11.0)) == (1, 1, 1, 1)
-    long = state(4, 3900, running=30, waiting=50, queued=5000, largest=3000)
+    long = state(4, 3900, running=30, queue=(100,) * 50, largest=3000)
     assert policy.wanted(Deployment(now, (long,), changed=now - 11.0)) == (4,)
 
 
@@ -209,7 +210,7 @@ def test_auto_counts_what_is_served_when_nearly_all_of_the_demand_waits():
     capacity = Load(LEVELS[1], [RequestClass(1.0, 50, 50, 100)]).capacity
     for i in range(300):
         policy.arrived(i / (300 * capacity), 50, 50)
-    busy = state(4, 4000, running=40, waiting=30_000, queued=3_000_000, largest=100)
+    busy = state(4, 4000, running=40, queue=(100,) * 30_000, largest=100)
     assert policy.wanted(Deployment(20.0, (busy,), changed=0.0)) == (1, 1, 1, 1)
     losses = [each["loss"] for each in policy.report()["predictions"].values()]
     assert min(losses) > 0.98 and max(losses) - min(losses) < 0.01
@@ -237,7 +238,7 @@ def test_auto_takes_its_next_choice_for_what_the_ranks_have_given_up():
     capacity = Load(LEVELS[1], [RequestClass(1.0, 50, 50, 100)]).capacity
     for i in range(300):
         policy.arrived(i / (6 * capacity), 50, 50)
-    busy, now = (state(4, 3900, running=39, waiting=50, queued=5000, largest=100),), 300 / (6 * capacity)
+    busy, now = (state(4, 3900, running=39, queue=(100,) * 50, largest=100),), 300 / (6 * capacity)
     tried: list[tuple[int, ...]] = []
     while (wanted := policy.wanted(Deployment(now, busy, denied=frozenset(tried)))) != (4,):
         assert wanted not in tried
@@ -247,13 +248,39 @@ def test_auto_takes_its_next_choice_for_what_the_ranks_have_given_up():
 
 
 def test_auto_watches_before_its_first_choice():
-    policy = AutoPolicy(4, LEVELS, patience=10.0)
+    policy = AutoPolicy(4, LEVELS)
     capacity = Load(LEVELS[1], [RequestClass(1.0, 50, 50, 100)]).capacity
     for i in range(300):
         policy.arrived(i / (6 * capacity), 50, 50)
-    busy = (state(4, 3900, running=39, waiting=50, queued=5000, largest=100),)
+    busy = (state(4, 3900, running=39, queue=(100,) * 30, largest=100),)
     assert policy.wanted(Deployment(9.0, busy)) == (4,)
     assert policy.wanted(Deployment(10.0, busy)) == (1, 1, 1, 1)
+
+
+def test_auto_makes_its_first_choice_sooner_if_more_waits_than_runs():
+    """A merge that a request needed is no choice, so that it delays none."""
+    policy = AutoPolicy(4, LEVELS, change_seconds=0.5)
+    capacity = Load(LEVELS[1], [RequestClass(1.0, 50, 50, 100)]).capacity
+    for i in range(300):
+        policy.arrived(i / (150 * capacity), 50, 50)
+    late = (state(4, 3900, running=39, queue=(100,) * 50, largest=100),)
+    assert policy.wanted(Deployment(1.9, late, changed=1.0)) == (4,)
+    assert policy.wanted(Deployment(2.0, late, changed=1.0)) == (1, 1, 1, 1)
+    assert policy.wanted(Deployment(3.5, late, changed=2.0)) == (4,), "the second choice waits for the dwell time"
+
+
+def test_waiting_requests_are_demand_of_their_own_class():
+    """Short requests have come as often as long ones, but only long ones wait."""
+    policy = auto()
+    for i in range(20):
+        policy.arrived(i / 10, 50, 50)
+        policy.arrived(i / 10, 1450, 50)
+    full = state(2, 1500, running=1, queue=(1500,) * 30, largest=1500)
+    policy.wanted(Deployment(2.0, (full, state(1), state(1)), changed=-9.0))
+    short, long = policy.report()["demand"]
+    arrived = policy.demand.classes(2.0)
+    assert short["rate"] == arrived[0].rate, "no short one waits"
+    assert long["rate"] == pytest.approx(arrived[1].rate + 30 / policy.horizon)
 
 
 def test_the_dwell_time_follows_the_measured_changes():
@@ -269,7 +296,7 @@ def test_the_reason_and_the_report_have_the_predictions():
     capacity = Load(LEVELS[1], [RequestClass(1.0, 50, 50, 100)]).capacity
     for i in range(300):
         policy.arrived(i / (6 * capacity), 50, 50)
-    busy = (state(4, 3900, running=39, waiting=50, queued=5000, largest=100),)
+    busy = (state(4, 3900, running=39, queue=(100,) * 50, largest=100),)
     assert policy.wanted(Deployment(3.0, busy)) == (1, 1, 1, 1)
     assert policy.reason.startswith("1+1+1+1 takes ") and "; 4 takes" in policy.reason
     report = policy.report()

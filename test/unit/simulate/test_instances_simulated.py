@@ -135,6 +135,17 @@ def test_auto_is_never_far_below_the_best_static_layout():
         assert auto.tokens_per_second(*window) > 0.95 * best
 
 
+def test_auto_is_soon_one_instance_if_long_requests_come_first():
+    """Two ranks merge at once for the first long one. The others wait for these, while two ranks have no requests."""
+    sizes = levels(1, 2, 4)
+    sent = [*requests(20, rate=20.0), *(Request(0.5 + i / 10, 1500, 50) for i in range(10))]
+    shift = simulate(sent, InstancePolicy(), sizes, (4,))
+    auto = simulate(sent, AutoPolicy(4, sizes, 0.1), sizes, (1, 1, 1, 1), Transformation(0.1))
+    (_, first), (merged, second), *_ = auto.changes
+    assert first == (1, 1, 2) and second == (4,) and merged < 9.0
+    assert max(s.end for s in auto.served) < 1.17 * max(s.end for s in shift.served)
+
+
 def test_blocks_are_what_changes_together():
     assert blocks([0, 1, 2, 3], [0], 4) == [(0, 4)]
     assert blocks([0, 2], [0, 1, 2], 4) == [(0, 2), (2, 4)]
