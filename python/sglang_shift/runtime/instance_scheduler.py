@@ -73,6 +73,7 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
     shift_room: RoomRule
     shift_calibrators: dict[int, Calibrator]
     tree_cache: InstanceCache
+    tp_size: int
 
     _made: list[Req] | None = None  # collects requests that are made again, instead of the queue
     _change: ChangeLevelReq | None = None
@@ -199,7 +200,8 @@ class InstanceScheduler(InstanceChannels, ShiftScheduler):
         Args:
             epoch: The number of the change, equal on all ranks of the instance.
         """
-        self.shift_calibrator.leave(self.shift_selector.count)
+        if self.shift_calibrator.level == self.tp_size:  # a level without a calibrator has that of all ranks
+            self.shift_calibrator.leave(self.shift_selector.count)
         place = self.shift_switch.place
         compare_in(self.shift_consensus[place.size])
         group = place.group
