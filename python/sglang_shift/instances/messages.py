@@ -143,3 +143,7 @@ class RequestsHeld:
 
     first: int
     rids: list[str]
+
+
+ToController = InstancesReady | LevelChanged | QueueLength | RequestsEnded | RequestsHeld | StepsMeasured
+"""What ranks tell the controller."""

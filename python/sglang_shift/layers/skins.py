@@ -20,7 +20,7 @@ from sglang.srt.runtime_context import get_flags
 from sglang_shift.errors import InstanceRefused
 from sglang_shift.layers.embedding import let_rows_replace
 from sglang_shift.layers.sp_model import SpModel
-from sglang_shift.layers.structure import Structure
+from sglang_shift.layers.structure import Structure, needs_order_of_ranks
 from sglang_shift.parallel.forwards import Forwards
 from sglang_shift.parallel.level import Level
 from sglang_shift.parallel.topology import Topology, whole_world
@@ -176,7 +176,7 @@ class _Binding:
             self._share_tensors(name, module, original)
 
     def _bind_linear(self, name: str, linear: Any, original: Any) -> None:
-        if self.strided and (getattr(linear, "gather_output", False) or not getattr(linear, "input_is_parallel", True)):
+        if self.strided and needs_order_of_ranks(linear):
             raise self._order_refusal(name, "puts the parts of all ranks side by side")
         base, dim = self.whole.bases[name], 0 if isinstance(linear, ColumnParallelLinear) else 1
         tensors = {"weight": self.blocks.of_tensor(base.weight, dim)}

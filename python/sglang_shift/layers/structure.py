@@ -161,6 +161,11 @@ def is_parallel_linear(module: torch.nn.Module) -> bool:
     return isinstance(module, ColumnParallelLinear | RowParallelLinear) and get_group_rank_size(module.tp_group)[1] > 1
 
 
+def needs_order_of_ranks(linear: Any) -> bool:
+    """Whether a linear puts the outputs of all TP ranks side by side, or takes this rank's part of a whole input."""
+    return getattr(linear, "gather_output", False) or not getattr(linear, "input_is_parallel", True)
+
+
 def returns_shard_of_bias(linear: Any) -> bool:
     """Whether a linear returns this TP rank's part of a bias, so that the model adds it."""
     return isinstance(linear, ColumnParallelLinear) and linear.skip_bias_add and linear.bias is not None
@@ -190,6 +195,6 @@ def _is_recurrent(module: torch.nn.Module) -> bool:
 
 
 def _problem_in_attention(linear: Any) -> str | None:
-    if getattr(linear, "gather_output", False) or not getattr(linear, "input_is_parallel", True):
+    if needs_order_of_ranks(linear):
         return "gathers its output or splits its input"
     return "returns its bias instead of adding it" if returns_shard_of_bias(linear) else None

@@ -23,19 +23,10 @@ from sglang.srt.observability.metrics_collector import QueueCount, SchedulerStat
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.server_args import PortArgs
 
-from sglang_shift.instances.messages import (
-    InstancesReady,
-    LevelChanged,
-    QueueLength,
-    RequestsEnded,
-    RequestsHeld,
-    StepsMeasured,
-)
+from sglang_shift.instances.messages import RequestsEnded, ToController
 from sglang_shift.runtime.read_receipts import ReceiptReader
 from sglang_shift.runtime.reporter import StepReporter
 from sglang_shift.seams import overrides, relies_on
-
-Message = InstancesReady | LevelChanged | QueueLength | RequestsEnded | RequestsHeld | StepsMeasured
 
 
 def input_of(port_args: PortArgs, rank: int) -> str:
@@ -161,7 +152,7 @@ class InstanceChannels(Scheduler):
         assert reporter is not None
         reporter.publisher.send(msgspec.structs.replace(reporter.state(), running=0, waiting=0))
 
-    def tell_controller(self, message: Message) -> None:
+    def tell_controller(self, message: ToController) -> None:
         """Send a message to the controller, also while this rank follows."""
         sock_send(self.shift_answers, wrap_as_pickle(message))
 
