@@ -241,8 +241,9 @@ FLAGS = (
         "shift_exchange_pipeline",
         "exchange_pipeline",
         str,
-        "Whether the heads of a layer are exchanged group by group, so that messages overlap with attention. This is "
-        "for CPUs only. auto: prefills for which the calibration finds it faster. on: all prefills in SP. off: none.",
+        "Whether the heads of a layer are exchanged group by group, so that messages overlap with attention. auto: "
+        "prefills for which the calibration finds it faster. on: all prefills in SP. off: none. It has never run on a "
+        "GPU.",
         default="off",
         need=Need.SP,
         without="nothing is exchanged",

@@ -15,10 +15,11 @@ from sglang_shift.tools.gpu_check.record import Record
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 
-def test_an_exchange_is_held_against_what_was_sent():
-    rows = run_ranks(exchange.compare, ["cpu", "cpu"], "gloo", "collective")
+@pytest.mark.parametrize(("name", "text"), [("collective", "collective"), ("pipelined", "pipelined, 4 groups")])
+def test_an_exchange_is_held_against_what_was_sent(name, text):
+    rows = run_ranks(exchange.compare, ["cpu", "cpu"], "gloo", name)
     assert [row["rows"] for row in rows] == list(exchange.ROWS)
-    assert all(row["eager_right"] and row["ranks"] == 2 and row["exchange"] == "collective" for row in rows)
+    assert all(row["eager_right"] and row["ranks"] == 2 and row["exchange"] == text for row in rows)
 
 
 ROW = {"rows": 1024, "eager_right": True, "graph_right": False, "eager_us": 5.0}
@@ -41,12 +42,15 @@ class TestExchanges:
     def test_an_exception(self, record):
         exchange.check_several(record)
         assert [(row["group"], row["exchange"]) for row in record.rows] == [
-            ("2 GPUs", "collective"), ("4 GPUs", "collective"), ("4 GPUs", "flashinfer"),
+            ("2 GPUs", "collective"), ("2 GPUs", "pipelined"),
+            ("4 GPUs", "collective"), ("4 GPUs", "pipelined"), ("4 GPUs", "flashinfer"),
         ]  # fmt: skip
         assert record.problems == [
             "2 GPUs, collective, 1024 rows: wrong (graph)",
+            "2 GPUs, pipelined, 1024 rows: wrong (graph)",
             "2 GPUs, flashinfer: OSError: no NVML",
             "4 GPUs, collective, 1024 rows: wrong (graph)",
+            "4 GPUs, pipelined, 1024 rows: wrong (graph)",
             "4 GPUs, flashinfer, 1024 rows: wrong (graph)",
         ]
 
@@ -55,7 +59,7 @@ class TestExchanges:
         exchange.check_several(record)
         (skipped,) = [note for note in record.notes if "skipped" in note]
         assert skipped.startswith("flashinfer: skipped: ModuleNotFoundError")
-        assert {row["exchange"] for row in record.rows} == {"collective"}
+        assert {row["exchange"] for row in record.rows} == {"collective", "pipelined"}
 
 
 def test_links_of_which_one_fails(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,10 +58,19 @@ def check_equal(rank: int, world: int, dtype: torch.dtype, part_bytes: int) -> N
         o = torch.randn(world * groups.query_columns, HIDDEN, generator=weights).to(dtype)
         for local in (1, 3, 40):
             x = torch.randn(local, HIDDEN, generator=torch.Generator().manual_seed(rank)).to(dtype)
-            check_one(GlooExchange(group), HeadPipeline(group, groups), x, qkv, o)
+            for in_parts in (True, False):
+                piped = HeadPipeline(group, groups, in_parts=in_parts)
+                check_one(GlooExchange(group), piped, x, qkv, o, exact=in_parts)
 
 
-def check_one(ordinary: GlooExchange, piped: HeadPipeline, x: torch.Tensor, qkv: torch.Tensor, o: torch.Tensor) -> None:
+def check_one(
+    ordinary: GlooExchange, piped: HeadPipeline, x: torch.Tensor, qkv: torch.Tensor, o: torch.Tensor, *, exact: bool
+) -> None:
+    """Compare them. Products of other numbers of rows are rounded in another way."""
+    tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 0.02, "atol": 0.02 * HIDDEN**0.5}
+    if x.dtype == torch.float32 and not exact:
+        tolerance = {"rtol": 1e-5, "atol": 1e-4}
+    equal = partial(torch.testing.assert_close, **tolerance)
     groups = piped.groups
     whole = ordinary.scatter_heads(x, lambda rows: rows @ qkv, qkv.shape[1])
     piped.scatter(x, lambda rows: rows @ qkv, qkv.shape[1])
@@ -69,13 +79,13 @@ def check_one(ordinary: GlooExchange, piped: HeadPipeline, x: torch.Tensor, qkv:
     for group in range(groups.count):
         arrived = piped.arrived(group)
         mine = groups.width * groups.query_heads(group)
-        assert torch.equal(arrived[:, :mine], queries_of(group, groups, whole))
+        equal(arrived[:, :mine], queries_of(group, groups, whole))
         rest = whole[:, groups.query_columns :] if group == 0 else whole[:, :0]
-        assert torch.equal(arrived[:, mine:], rest), "keys and values travel with the first group"
+        equal(arrived[:, mine:], rest)  # keys and values travel with the first group
         outputs.append(arrived[:tokens, :mine] * 2)
         piped.send_back(group, outputs[-1])
     expected = ordinary.gather_heads(whole[:tokens, : groups.query_columns] * 2, lambda rows: rows @ o)
-    assert torch.equal(piped.gather(lambda rows: rows @ o), expected)
+    equal(piped.gather(lambda rows: rows @ o), expected)
 
 
 @pytest.mark.parametrize("part_bytes", [1, gloo.PART_BYTES])

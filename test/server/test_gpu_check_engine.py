@@ -196,6 +196,12 @@ class TestReplays:
         engine.check_token_shards(Record(folder=tmp_path))
         assert [setup.graphs for setup in setups] == [("decode",)]
 
+    def test_prefills_in_sp_and_no_others_exchange_group_by_group(self):
+        before, after = ({"exchange_pipeline": {"steps": steps}} for steps in (3, 5))
+        for mode, prefill in (("tp", False), ("sp", True), ("shift", True)):
+            assert comparison.pipelined_as_expected(before, after, mode) is prefill
+            assert comparison.pipelined_as_expected(after, after, mode) is not prefill
+
     def test_none_captured(self):
         now = counters(decode_tp=9, prefill_tp=2)
         now["decode"]["tp"]["sizes"] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sglang.srt.arg_groups.overrides import attention_backends_of
+from sglang.srt.model_executor.cuda_graph_config import Backend
 
 from sglang_shift.args.feature import Feature, first_requested, uses_lora
 from sglang_shift.args.sp_size import uses_shift_cpu_platform
@@ -18,9 +19,11 @@ from sglang_shift.platforms.cpu import ATTENTION
 
 NOT_POSSIBLE = Refusal(
     "--shift-exchange-pipeline on is not possible, because {reason}; give auto or off",
-    "The pipelined exchange is tested for dense models on CPUs, and for no feature that changes attention. With auto, "
-    "such a server uses the ordinary exchange.",
+    "The pipelined exchange is tested for dense models on CPUs, and for no feature that changes attention. On GPUs it "
+    "has never run. With auto, such a server uses the ordinary exchange.",
 )
+GPU_BACKENDS = ("triton", "fa3")
+"""Attention backends of GPUs whose prefills take any number of query heads. FlashInfer plans a step for one number."""
 
 FEATURES = (
     Feature("--shift-exchange-dtype fp8", lambda a: a.shift_exchange_dtype == "fp8",
@@ -61,12 +64,8 @@ def resolved_exchange_pipeline(settings: Any, model_config: Any, config: ShiftCo
 
 def why_not(settings: Any, model_config: Any) -> str | None:
     """Why this server cannot exchange heads group by group, as a clause, or None."""
-    backends = sorted(set(map(str, attention_backends_of(settings))))
-    if not uses_shift_cpu_platform() or backends != [ATTENTION]:
-        return (
-            f"it needs the CPU platform's attention backend, and this server has {' and '.join(backends)} on "
-            f"{settings.device}"
-        )
+    if reason := why_not_here(settings):
+        return reason
     if feature := first_requested(FEATURES, settings):
         return f"it does not combine with {feature.name}: {feature.why}"
     name = architecture_of(model_config.hf_config) or "this model"
@@ -75,4 +74,19 @@ def why_not(settings: Any, model_config: Any) -> str | None:
     heads = Heads(model_config.num_attention_heads, model_config.get_total_num_kv_heads()).of_rank(settings.tp_size)
     if heads.query < 2 * heads.kv:
         return f"a rank has {heads.query} query heads for {heads.kv} KV heads, and it takes two for each KV head"
+    return None
+
+
+def why_not_here(settings: Any) -> str | None:
+    """Why this server's device or attention backends have no pipelined exchange, as a clause, or None."""
+    backends = sorted(set(map(str, attention_backends_of(settings))))
+    if uses_shift_cpu_platform() and backends == [ATTENTION]:
+        return None
+    if settings.device != "cuda" or not set(backends) <= set(GPU_BACKENDS):
+        return (
+            f"it needs the CPU platform's attention backend, or {' or '.join(GPU_BACKENDS)} on a GPU, and this server "
+            f"has {' and '.join(backends)} on {settings.device}"
+        )
+    if settings.cuda_graph_config.prefill.backend != Backend.DISABLED:
+        return "CUDA graphs of prefills have the ordinary exchange, and --cuda-graph-backend-prefill is not disabled"
     return None

@@ -53,7 +53,8 @@ class PipelinedAttention:
             out: torch.Tensor = type(self.attention).forward(self.attention, positions, hidden_states, forward_batch)
             return out
         step.in_attention, step.gathered = True, None
-        exchange = HeadPipeline(step.topology.sp_group, self.groups)
+        # Matrix products of few rows are slow on GPUs.
+        exchange = HeadPipeline(step.topology.sp_group, self.groups, in_parts=hidden_states.is_cpu)
         exchange.scatter(hidden_states, self.qkv.base.columns, self.qkv.base.outputs)
         for group in range(self.groups.count):
             arrived = exchange.arrived(group)[: step.num_tokens]

@@ -50,7 +50,8 @@ def test_the_value_that_takes_effect(value, policy, effective, caplog):
         ({**SHIFT, "shift_exchange_dtype": "fp8"}, "it does not combine with --shift-exchange-dtype fp8: a row would"),
         (
             {**SHIFT, "attention_backend": "torch_native"},
-            "it needs the CPU platform's attention backend, and this server has torch_native on cpu; give auto or off",
+            "it needs the CPU platform's attention backend, or triton or fa3 on a GPU, and this server has "
+            "torch_native on cpu; give auto or off",
         ),
         ({**SHIFT, "tp_size": 4, "dcp_size": 2}, "it does not combine with --dcp-size above 1"),
         ({**SHIFT, "lora_paths": ["a=/x"]}, "it does not combine with --enable-lora: it has not been tested"),
@@ -130,8 +131,24 @@ def test_other_models(model_config, reason):
             resolved_exchange_pipeline(SimpleNamespace(**PLAIN), model_config, CONFIG)
 
 
-def test_a_gpu_has_none(monkeypatch):
+@pytest.mark.parametrize(
+    ("backends", "graphs", "reason"),
+    [
+        (("triton", None), "disabled", None),
+        (("fa3", None), "disabled", None),
+        (("fa3", "triton"), "disabled", None),
+        (("flashinfer", None), "disabled", "or triton or fa3 on a GPU, and this server has flashinfer on cuda"),
+        (("fa3", "flashinfer"), "disabled", "this server has fa3 and flashinfer on cuda"),
+        (("fa3", None), "breakable", "CUDA graphs of prefills have the ordinary exchange"),
+    ],
+)
+def test_on_a_gpu(backends, graphs, reason, monkeypatch):
     monkeypatch.setattr(exchange_pipeline, "uses_shift_cpu_platform", lambda: False)
-    settings = SimpleNamespace(**PLAIN | {"device": "cuda", "attention_backend": "fa3"})
-    with pytest.raises(Refused, match="needs the CPU platform's attention backend, and this server has fa3 on cuda"):
-        resolved_exchange_pipeline(settings, model(), CONFIG)
+    config = SimpleNamespace(prefill=SimpleNamespace(backend=graphs))
+    gpu = {"device": "cuda", "attention_backend": backends[0], "decode_attention_backend": backends[1]}
+    settings = SimpleNamespace(**PLAIN | gpu, cuda_graph_config=config)
+    if reason is None:
+        assert resolved_exchange_pipeline(settings, model(), CONFIG) == ("on", "")
+    else:
+        with pytest.raises(Refused, match=reason):
+            resolved_exchange_pipeline(settings, model(), CONFIG)

@@ -1,4 +1,4 @@
-"""Exchanges the heads of one layer group by group over gloo, so that messages overlap with attention.
+"""Exchanges the heads of one layer group by group, so that messages overlap with attention.
 
 The messages of all groups start before the attention of the first group. While attention of a group runs, the queries
 of the next groups arrive. The output of a group returns while attention of the next group runs:
@@ -7,8 +7,11 @@ of the next groups arrive. The output of a group returns while attention of the 
     K, V, group 0  | group 1, group 2 ... | output of group 0    | ...        | output of the last group
 
 The first group also overlaps with the QKV projection, and the output of the last group with the output projection, in
-parts by rows. The parts have the same rows as in :class:`~sglang_shift.parallel.exchange.gloo.GlooExchange`. So both
-ways compute the same matrix products.
+parts by rows. On CPUs the parts have the same rows as in :class:`~sglang_shift.parallel.exchange.gloo.GlooExchange`. So
+both ways compute the same matrix products. On GPUs there is one part, as in the ordinary exchange there.
+
+PyTorch sends the messages of NCCL on a stream of their own. They start after the work before them in the step's stream,
+and to wait for them means that the step's stream waits: the CPU does not.
 """
 
 from __future__ import annotations
@@ -45,10 +48,11 @@ class _Blocks:
         """Send these rows of each block, and receive as many."""
         me, group = self.group.rank_in_group, self.group.device_group
         others = [rank for rank in range(self.group.world_size) if rank != me]
-        works = [dist.irecv(self.received[rank, rows], group=group, group_src=rank) for rank in others]
-        works += [dist.isend(self.sent[rank, rows], group=group, group_dst=rank) for rank in others]
+        messages = [dist.P2POp(dist.irecv, self.received[rank, rows], group=group, group_peer=rank) for rank in others]
+        messages += [dist.P2POp(dist.isend, self.sent[rank, rows], group=group, group_peer=rank) for rank in others]
+        # NCCL runs them at once: one after the other, sends and receives of different ranks would wait for each other.
+        self.works.append(dist.batch_isend_irecv(messages))
         self.received[me, rows] = self.sent[me, rows]
-        self.works.append(works)
 
     def wait(self, part: int) -> None:
         """Wait for the messages of a part."""
@@ -65,10 +69,11 @@ class HeadPipeline:
     Args:
         group: The SP group.
         groups: The groups of heads.
+        in_parts: Whether the first group and the last output overlap with the projections, in parts by rows.
     """
 
-    def __init__(self, group: Group, groups: HeadGroups) -> None:
-        self.group, self.groups = group, groups
+    def __init__(self, group: Group, groups: HeadGroups, *, in_parts: bool) -> None:
+        self.group, self.groups, self.in_parts = group, groups, in_parts
         self._arriving: list[_Blocks] = []
         self._returning: list[_Blocks] = []
 
@@ -139,7 +144,7 @@ class HeadPipeline:
 
     def _parts(self, rows: int, row_bytes: int) -> list[slice]:
         """The rows of each part, if a row of all heads of all ranks has ``row_bytes``. They are equal on every rank."""
-        count = min(rows, number_of_parts(rows * row_bytes, self.group.world_size))
+        count = min(rows, number_of_parts(rows * row_bytes, self.group.world_size)) if self.in_parts else 1
         each, more = divmod(rows, count)
         ends = list(accumulate(each + (part < more) for part in range(count)))
         return [slice(start, end) for start, end in pairwise([0, *ends])]

@@ -72,6 +72,14 @@ def test_engine_token_shards(record: Record) -> None:
 
 
 @pytest.mark.timeout(600)
+def test_engine_exchange_pipeline(record: Record) -> None:
+    """SGLang with two ranks that exchange heads group by group: tp, sp and shift equal TP=1."""
+    from sglang_shift.tools.gpu_check import engine
+
+    engine.check_exchange_pipeline(record)
+
+
+@pytest.mark.timeout(600)
 def test_engine_triton(record: Record) -> None:
     """SGLang with Triton's attention: tp, sp and shift equal TP=1."""
     from sglang_shift.tools.gpu_check import engine

@@ -48,12 +48,14 @@ class ServerSetup:
         flags: Its own flags, which are added to the flags of all servers.
         variables: Its own environment variables, which are added to the variables of this process.
         graphs: The phases whose steps must replay CUDA graphs, in both modes.
+        pipelined: Whether prefills in SP must exchange their heads group by group.
     """
 
     label: str
     flags: list[str]
     variables: dict[str, str] = field(default_factory=dict)
     graphs: Sequence[str] = ()
+    pipelined: bool = False
 
 
 class ServerComparison:
@@ -137,6 +139,8 @@ class ServerComparison:
             self.record.problem(f"{label}: {problem}")
         if {name for name, count in steps.items() if count} != set(EXPECTED[mode].values()):
             self.record.problem(f"{label}: the steps ran as {steps}")
+        if setup.pipelined and not pipelined_as_expected(before, after, mode):
+            self.record.problem(f"{label}: {after['exchange_pipeline']} says which steps exchanged group by group")
         for problem in replay_problems(before["graphs"], after["graphs"], mode, setup.graphs):
             self.record.problem(f"{label}: {problem}")
 
@@ -212,6 +216,12 @@ def replay_problems(
         elif after[phase][expected]["replayed"] == before[phase][expected]["replayed"]:
             problems.append(f"no {phase} replayed a graph in {expected}")
     return problems
+
+
+def pipelined_as_expected(before: dict[str, Any], after: dict[str, Any], mode: str) -> bool:
+    """Whether prefills in SP, and no others, exchanged their heads group by group between two :func:`state`."""
+    steps = after["exchange_pipeline"]["steps"] - before["exchange_pipeline"]["steps"]
+    return (steps > 0) is (EXPECTED[mode]["prefill"] == "sp")
 
 
 def state(server: Server) -> dict[str, Any]:

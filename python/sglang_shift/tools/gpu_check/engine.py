@@ -116,6 +116,21 @@ def check_token_shards(record: Record) -> None:
         ServerComparison(record, "token-shards", flags, VOCABULARY, TOLERANCE).run(ONE_RANK, [divided], at_once)
 
 
+def check_exchange_pipeline(record: Record) -> None:
+    """Compare two ranks on one GPU that exchange their heads group by group with TP=1, over NCCL.
+
+    Gloo has no single messages between GPUs.
+    """
+    with TemporaryDirectory(prefix="sglang_shift_") as name:
+        folder = Path(name)
+        variables = one_gpu.environment("nccl", folder / "nccl")
+        flags = [*model_flags(folder, num_key_value_heads=2), "--attention-backend", "triton"]
+        own_flags = ["--tp-size", "2", "--shift-exchange-pipeline", "on", *SHARED_GPU_FLAGS, *EAGER]
+        pipelined = ServerSetup("pipelined, two ranks over nccl", own_flags, variables, pipelined=True)
+        at_once = torch.cuda.get_device_properties(0).total_memory >= PARALLEL_START_BYTES
+        ServerComparison(record, "exchange-pipeline", flags, VOCABULARY, TOLERANCE).run(ONE_RANK, [pipelined], at_once)
+
+
 def model_flags(folder: Path, **fields: Any) -> list[str]:
     """Write the model into ``folder``, with other ``fields``. Return the flags of every server of this model."""
     write_random_model(folder / "model", **{**MODEL, **fields})

@@ -1,4 +1,4 @@
-"""Checks and times the exchange around attention: FlashInfer's exchange and the collective exchange.
+"""Checks and times the exchange around attention: FlashInfer's exchange, the collective one, and that by head groups.
 
 On one GPU, FlashInfer's exchange runs with one rank and only passes its input through. If NCCL accepts two ranks on
 one GPU, FlashInfer's NCCL path runs as well. Its NVLink kernel needs several GPUs.
@@ -14,9 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sglang_shift.parallel.exchange.base import SequenceExchange
+from sglang_shift.models.heads import Heads
+from sglang_shift.parallel.exchange.base import Matmul, SequenceExchange
 from sglang_shift.parallel.exchange.collective import CollectiveExchange
 from sglang_shift.parallel.exchange.flashinfer import WORLD_SIZES, FlashInferExchange
+from sglang_shift.parallel.exchange.head_groups import HeadGroups
+from sglang_shift.parallel.exchange.pipeline import HeadPipeline
 from sglang_shift.tools.gpu_check import environment, one_gpu
 from sglang_shift.tools.gpu_check.attempts import run_or_record_problem
 from sglang_shift.tools.gpu_check.ranks import RankGroup
@@ -26,8 +29,11 @@ from sglang_shift.tools.gpu_check.timing import capture_graph, collective_second
 ROWS = (1, 5, 128, 1024)
 """Numbers of tokens of a rank."""
 
-QKV, OUT = 1280, 1024
-"""QKV and O columns of a rank, for Llama-70B on 8 ranks."""
+HEADS, WIDTH = Heads(8, 1), 128
+"""The heads of a rank, and the elements of each, for Llama-70B on 8 ranks."""
+
+QKV, OUT = WIDTH * HEADS.qkv, WIDTH * HEADS.query
+"""QKV and O columns of a rank."""
 
 
 def check(record: Record) -> None:
@@ -66,8 +72,8 @@ def exchanges(record: Record) -> list[str]:
         importlib.import_module("flashinfer.comm.ulysses")
     except ImportError as error:
         record.note(f"flashinfer: skipped: {one_line(error)}")
-        return ["collective"]
-    return ["collective", "flashinfer"]
+        return ["collective", "pipelined"]
+    return ["collective", "pipelined", "flashinfer"]
 
 
 def compare(device: torch.device, name: str, dtype: torch.dtype = torch.bfloat16) -> list[Row]:
@@ -75,21 +81,21 @@ def compare(device: torch.device, name: str, dtype: torch.dtype = torch.bfloat16
 
     Args:
         device: The device of this rank.
-        name: ``collective`` or ``flashinfer``.
+        name: ``collective``, ``pipelined`` or ``flashinfer``.
         dtype: The dtype of the rows.
     """
     group: Any = RankGroup()
     size, rows = group.world_size, []
     exchange = (
-        CollectiveExchange(group)
-        if name == "collective"
-        else FlashInferExchange(group, size * ROWS[-1], size * QKV, dtype)
+        FlashInferExchange(group, size * ROWS[-1], size * QKV, dtype)
+        if name == "flashinfer"
+        else {"collective": CollectiveExchange, "pipelined": ByHeadGroups}[name](group)
     )
     for local in ROWS:
         trip = Trip(exchange, local, dtype, device)
         row: Row = {"ranks": size, "exchange": exchange.text, "rows": local, "eager_right": trip.run_and_check()}
         row["eager_us"] = round(1e6 * collective_seconds(trip.run, device), 1)
-        if device.type == "cuda":
+        if device.type == "cuda" and name != "pipelined":  # servers capture no graph of it
             graph, _ = capture_graph(trip.run)
             trip.fill(seed=1)
             graph.replay()
@@ -98,6 +104,32 @@ def compare(device: torch.device, name: str, dtype: torch.dtype = torch.bfloat16
         rows.append(row)
     exchange.close()
     return rows
+
+
+class ByHeadGroups(CollectiveExchange):
+    """The exchange group by group, without attention between its groups, as an ordinary exchange."""
+
+    def __init__(self, group: Any) -> None:
+        super().__init__(group)
+        self.groups = HeadGroups.of(HEADS, WIDTH)
+
+    @property
+    def text(self) -> str:
+        return f"pipelined, {self.groups.count} groups"
+
+    def scatter_heads(self, x: torch.Tensor, project: Matmul, width: int) -> torch.Tensor:
+        self.pipeline = HeadPipeline(self.group, self.groups, in_parts=False)
+        self.pipeline.scatter(x, project, width)
+        first, *others = [self.pipeline.arrived(group) for group in range(self.groups.count)]
+        mine = WIDTH * self.groups.query_heads(0)
+        # With one KV head, the groups are neighbours in the order of heads.
+        return torch.cat([first[:, :mine], *others, first[:, mine:]], 1)
+
+    def gather_heads(self, x: torch.Tensor, project: Matmul) -> torch.Tensor:
+        widths = [WIDTH * self.groups.query_heads(group) for group in range(self.groups.count)]
+        for group, output in enumerate(x.split(widths, 1)):
+            self.pipeline.send_back(group, output)
+        return self.pipeline.gather(project)
 
 
 class Trip:
