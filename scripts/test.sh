@@ -2,7 +2,7 @@
 # Run the tests, and set up what is missing.
 #
 #   scripts/test.sh              runs lint, types and the fast tier, in at most 15 minutes on two cores
-#   scripts/test.sh --all        runs lint, types and every test, in about an hour on two cores, or more if they are slow
+#   scripts/test.sh --all        runs lint, types and every test, in about 75 minutes on two cores, or more if they are slow
 #   scripts/test.sh ARGUMENTS    runs pytest with these arguments, for example: scripts/test.sh test/unit -k refusal
 #
 # Arguments of pytest may also follow --all.
