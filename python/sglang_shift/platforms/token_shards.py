@@ -31,9 +31,10 @@ from sglang_shift.platforms.attention_backend import CpuAttentionBackend, Extens
 from sglang_shift.platforms.cpu import ATTENTION, is_active
 from sglang_shift.platforms.kv_move import Move
 from sglang_shift.platforms.shards import DividedPrefixes, Moving, TokenShards, refuse_layer, rows_of
-from sglang_shift.seams import put_in_place, relies_on, replaces
+from sglang_shift.seams import extends, put_in_place, relies_on, replaces
 
 
+@extends("sglang.srt.layers.attention.base_attn_backend:AttentionBackend", "attention over parts of requests on a CPU")
 class TokenShardedBackend(DividedPrefixes, CpuAttentionBackend):
     """Attention over a KV cache that ``shards`` divide by token.
 
