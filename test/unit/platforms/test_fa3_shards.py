@@ -18,6 +18,7 @@ from sglang_shift.platforms.attention import Part
 from sglang_shift.platforms.fa3 import FlashAttention3, Pages, Spans, attend_stored
 from sglang_shift.platforms.fa3_shards import Fa3ShardedBackend
 from sglang_shift.platforms.shards import TokenShards
+from sglang_shift.runtime import scheduler
 from torch_attention import TorchKernels
 
 
@@ -189,6 +190,18 @@ class TestRegistration:
     def two(self, monkeypatch):
         group = SimpleNamespace(world_size=2, rank_in_group=1)
         monkeypatch.setattr(fa3_shards, "get_dcp_group_no_assert", lambda: group)
+
+    def test_a_rank_registers_it_before_its_worker(self, monkeypatch):
+        """The worker makes the backends."""
+        monkeypatch.setitem(ATTENTION_BACKENDS, "fa3", None)
+        for module, name in (("seams", "verify"), ("cpu", "verify"), ("agreement", "check")):
+            monkeypatch.setattr(getattr(scheduler, module), name, lambda *_: None)
+        monkeypatch.setattr(scheduler, "shift_config_of", lambda _: object())
+        monkeypatch.setattr(scheduler, "get_device", lambda: SimpleNamespace(gpu_id=0))
+        monkeypatch.setattr(scheduler, "ShiftTpModelWorker", lambda **_: ATTENTION_BACKENDS["fa3"])
+        rank = SimpleNamespace(server_args=None, nccl_port=0)
+        scheduler.ShiftScheduler.init_tp_model_worker(rank)
+        assert rank.tp_worker is fa3_shards.make_backend
 
     def test_one_rank_alone_has_sglangs_own(self, runner):
         assert ATTENTION_BACKENDS["fa3"](runner) == "SGLang's"
