@@ -185,16 +185,35 @@ class TestReplays:
             "no decode replayed a graph in tp"
         ]
 
-    def test_decodes_of_token_shards_must_replay_graphs(self, monkeypatch, tmp_path):
-        """SGLang captures them, but no graphs of prefills."""
+    @pytest.mark.parametrize(
+        ("check", "backend", "graphs"),
+        [("check_token_shards", "triton", [("decode",)]), ("check_token_shards_fa3", "fa3", [(), ("decode",)])],
+    )
+    def test_decodes_of_token_shards_must_replay_graphs(self, check, backend, graphs, monkeypatch, tmp_path):
+        """SGLang captures them, but no graphs of prefills. Over gloo there are none at all."""
         setups = []
         monkeypatch.setattr(one_gpu, "environment", lambda backend, folder: {})
         monkeypatch.setattr(engine, "model_flags", lambda folder, **fields: [])
+        monkeypatch.setattr(engine, "need_fa3", lambda: None)
         memory = SimpleNamespace(total_memory=1)
         monkeypatch.setattr(engine.torch.cuda, "get_device_properties", lambda index: memory)
-        monkeypatch.setattr(ServerComparison, "run", lambda self, one, others, at_once: setups.extend(others))
-        engine.check_token_shards(Record(folder=tmp_path))
-        assert [setup.graphs for setup in setups] == [("decode",)]
+        monkeypatch.setattr(ServerComparison, "run", lambda self, one, others, at_once: setups.append((self, *others)))
+        getattr(engine, check)(Record(folder=tmp_path))
+        (server, *others) = setups[0]
+        assert [setup.graphs for setup in others] == graphs
+        assert server.flags[-2:] == ["--attention-backend", backend]
+        assert all(" ".join(setup.flags).startswith("--tp-size 2 --dcp-size 2 ") for setup in others)
+
+    def test_no_backend_for_two_ranks(self, monkeypatch, tmp_path):
+        """The check says why it did not run."""
+
+        def skip(backend, folder):
+            pytest.skip("NCCL is too old")
+
+        monkeypatch.setattr(one_gpu, "environment", skip)
+        monkeypatch.setattr(engine, "model_flags", lambda folder, **fields: [])
+        with pytest.raises(pytest.skip.Exception, match="two ranks over nccl: skipped: NCCL is too old"):
+            engine.check_token_shards(Record(folder=tmp_path))
 
     def test_prefills_in_sp_and_no_others_exchange_group_by_group(self):
         before, after = ({"exchange_pipeline": {"steps": steps}} for steps in (3, 5))

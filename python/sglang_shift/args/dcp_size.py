@@ -7,6 +7,7 @@ from typing import Any
 
 from sglang.srt.arg_groups.overrides import attention_backends_of, declare_resolution, model_config_of, resolving_view
 from sglang.srt.configs.model_config import AttentionArch
+from sglang.srt.utils import is_cuda
 
 from sglang_shift.args.feature import Feature, first_requested
 from sglang_shift.args.sp_size import uses_shift_cpu_platform
@@ -19,8 +20,12 @@ from sglang_shift.models.whole_prefixes import other_layers
 
 logger = logging.getLogger(__name__)
 
-BACKEND = "triton"
-"""The attention backend that has token shards: SGLang's on a GPU, and ours on a CPU, where it has the same name."""
+BACKENDS = ("triton", "fa3")
+"""The attention backends that have token shards: SGLang's Triton backend on a GPU, ours on a CPU, where it has the same
+name, and ours with FlashAttention 3 on GPUs of NVIDIA."""
+
+OWN_DTYPES = ("auto", "bf16", "bfloat16")
+"""The values of --kv-cache-dtype that leave keys as the model computes them."""
 
 NOT_A_COUNT = Refusal(
     "--dcp-size {value} is neither a whole number of ranks nor 'auto'",
@@ -31,9 +36,15 @@ NEEDS_SP = Refusal(
     "Without our flags all is stock SGLang, and SGLang takes numbers only.",
 )
 OTHER_BACKEND = Refusal(
-    "--dcp-size {D} needs --attention-backend triton, and the attention backend is {backend}; give both, or leave "
-    "--dcp-size out",
-    "Other backends write each token on all ranks, at places that other tokens have, and SGLang does not refuse it.",
+    "--dcp-size {D} needs --attention-backend triton, or fa3 on GPUs of NVIDIA, for prefills and decodes alike, and "
+    "the attention backend is {backend}; give one of them, or leave --dcp-size out",
+    "Other backends write each token on all ranks, at places that other tokens have, and SGLang does not refuse it. "
+    "Two backends over one divided cache have not been tested.",
+)
+OTHER_CACHE = Refusal(
+    "--kv-cache-dtype {dtype} is not served with --dcp-size {D} and --attention-backend fa3; leave it out, or give "
+    "--attention-backend triton",
+    "FlashAttention 3 wants queries of 8 bits for a cache of 8 bits, and these are not scaled here.",
 )
 LATENTS = Refusal(
     "--dcp-size {D} is not served with latent attention (MLA) on GPUs, as in {name}; leave it out",
@@ -129,5 +140,13 @@ def check_dcp_size(settings: Any, model_config: Any) -> None:
         raise LATENTS(D=count, name=name)
     if reason := other_layers(model_config, name):
         raise OTHER_LAYERS(D=count, name=name, reason=reason)
-    if others := sorted({str(backend) for backend in attention_backends_of(settings)} - {BACKEND}):
-        raise OTHER_BACKEND(D=count, backend=" and ".join(others))
+    backends = sorted({str(backend) for backend in attention_backends_of(settings)})
+    if len(backends) > 1 or backends[0] not in backends_here():
+        raise OTHER_BACKEND(D=count, backend=" and ".join(backends))
+    if backends == ["fa3"] and settings.kv_cache_dtype not in OWN_DTYPES:
+        raise OTHER_CACHE(dtype=settings.kv_cache_dtype, D=count)
+
+
+def backends_here() -> tuple[str, ...]:
+    """The attention backends that have token shards on this device."""
+    return BACKENDS if is_cuda() else BACKENDS[:1]

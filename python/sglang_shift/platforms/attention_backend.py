@@ -416,8 +416,16 @@ def window_of(layer: Any) -> int | None:
     return None if layer.is_cross_attention or size is None or size < 0 else size
 
 
-def refuse_unknown(layer: Any, others: dict[str, Any]) -> None:
+CPU_LACKS = "which the CPU platform's attention backend does not have; serve this model on a GPU"
+
+
+def refuse_unknown(layer: Any, others: dict[str, Any], reason: str = CPU_LACKS) -> None:
     """Refuse what would silently be left out.
+
+    Args:
+        layer: SGLang's attention layer.
+        others: The arguments of its call that the backend does not know.
+        reason: The end of the message: why it is refused, and what to do.
 
     Raises:
         NotImplementedError: the layer or its call needs something that this backend does not have.
@@ -430,7 +438,4 @@ def refuse_unknown(layer: Any, others: dict[str, Any]) -> None:
     if layer.logit_cap > 0 and layer.logit_capping_method != "tanh":
         missing.append(f"logit_capping_method {layer.logit_capping_method}")
     if missing:
-        raise NotImplementedError(
-            f"attention layer {layer.layer_id} needs {', '.join(missing)}, which the CPU platform's attention backend "
-            "does not have; serve this model on a GPU"
-        )
+        raise NotImplementedError(f"attention layer {layer.layer_id} needs {', '.join(missing)}, {reason}")

@@ -38,7 +38,7 @@ from sglang_shift.flags import POLICIES
 from sglang_shift.modes import MODES, PENDING_REQUESTS, Mode, StepState
 from sglang_shift.observe.events import Publisher, StateEvent
 from sglang_shift.parallel.exchange.base import ExchangeCounter
-from sglang_shift.platforms import cpu
+from sglang_shift.platforms import cpu, fa3_shards
 from sglang_shift.policy.builtin import FixedMode, RankZeroPolicy
 from sglang_shift.policy.selector import DOUBTS, Decision, ModeSelector, make_policy
 from sglang_shift.resolution import shift_config_of
@@ -125,6 +125,7 @@ class ShiftScheduler(Scheduler):
         seams.verify()
         cpu.verify()
         agreement.check(config)
+        fa3_shards.register()
         self.shift_config = config
         # This policy stays until everything is built. SGLang runs no step before that.
         self.shift_selector = ModeSelector(FixedMode(Mode.TP))

@@ -4,6 +4,8 @@
 # ruff: noqa: E501
 SGLANG_VERSION = "0.5.23"
 DIGESTS = {
+    "sglang.kernels.ops.attention.flash_attention:flash_attn_varlen_func": "f43dc99bfe5f25da",
+    "sglang.kernels.ops.attention.flash_attention:flash_attn_with_kvcache": "0cf9b7afcc127b14",
     "sglang.kernels.ops.elementwise.elementwise:_launch_fused_gate_sigmoid_mul": "e12686b45b333b1a",
     "sglang.kernels.ops.speculative.cache_locs:assign_draft_cache_locs_contiguous_func": "fffc7b57bab54d17",
     "sglang.kernels.ops.speculative.eagle:fill_bonus_tokens_func": "0c0844c876f9992a",
@@ -19,6 +21,7 @@ DIGESTS = {
     "sglang.srt.entrypoints.engine:Engine._launch_detokenizer_subprocesses": "317ec6f7eeac7e8d",
     "sglang.srt.entrypoints.engine:Engine._launch_scheduler_processes": "b7b80a129761b6df",
     "sglang.srt.eplb.expert_distribution:ExpertDistributionRecorder._on_not_implemented": "67ed15a0f0f83fbc",
+    "sglang.srt.layers.attention.attention_registry:create_flashattention_v3_backend": "36ec0c7ada7d2549",
     "sglang.srt.layers.layer_boundary.factories:_active_variants": "887964bbd645149d",
     "sglang.srt.layers.layer_boundary.stage:StageBoundary._prepare": "545ac98ca1f6a032",
     "sglang.srt.layers.layer_boundary.stage:StageBoundary._select": "1f646f72b96e8db7",
@@ -225,6 +228,7 @@ DIGESTS = {
     "sglang.srt.models.qwen3:Qwen3Attention.forward": "51db2ef32c3cff34",
     "sglang.srt.models.qwen3:Qwen3Attention.forward_prepare_native": "8c0f404193760510",
     "sglang.srt.models.qwen3:Qwen3DecoderLayer.__init__": "ab092ad8604aea9f",
+    "sglang.srt.models.utils:enable_fused_set_kv_buffer": "c3aeda89e1a79960",
     "sglang.srt.runtime_context:ParallelContext._read": "d48a73ac8620e07d",
     "sglang.srt.runtime_context:ParallelContext.override_permanently": "06445b8f479ac386",
     "sglang.srt.runtime_context:_validate_parallel": "3d28f90fe038a3f3",

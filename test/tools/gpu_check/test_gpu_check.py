@@ -266,6 +266,7 @@ def test_the_list(capsys):
 def test_every_check_is_there(monkeypatch):
     """Each test runs a check of its own, all of which exist."""
     from sglang_shift.tools.gpu_check import (
+        attention,
         dispatch,
         engine,
         exchange,
@@ -279,7 +280,7 @@ def test_every_check_is_there(monkeypatch):
     )
 
     ran, record = [], Record()
-    for module in (dispatch, engine, exchange, gemms, graphs, kernels, links, memory, quantized, steps):
+    for module in (attention, dispatch, engine, exchange, gemms, graphs, kernels, links, memory, quantized, steps):
         for name in [name for name in vars(module) if name.startswith("check")]:
             monkeypatch.setattr(module, name, lambda given, at=(module, name): ran.append((at, given)))
     for check in CHECKS:

@@ -93,7 +93,8 @@ def test_values_that_are_not_a_count(text):
         ({"tp_size": 4, "dcp_size": "auto"}, "--dcp-size auto needs --sp-size or --enable-shift-parallel"),
         (
             {**SHIFT, "dcp_size": 2, "attention_backend": "torch_native"},
-            "--dcp-size 2 needs --attention-backend triton, and the attention backend is torch_native",
+            "--dcp-size 2 needs --attention-backend triton, or fa3 on GPUs of NVIDIA, for prefills and decodes alike, "
+            "and the attention backend is torch_native",
         ),
         (
             {**SHIFT, "dcp_size": "auto", "enable_hierarchical_cache": True},
@@ -134,7 +135,9 @@ def test_every_feature_is_asked_for_by_its_field():
 
 
 def settings(backend="triton", **others):
-    plain = {"prefill_attention_backend": None, "decode_attention_backend": None, "dcp_size": 2}
+    plain = {
+        "prefill_attention_backend": None, "decode_attention_backend": None, "dcp_size": 2, "kv_cache_dtype": "auto",
+    }  # fmt: skip
     return SimpleNamespace(tp_size=4, attention_backend=backend, **{**plain, **others})
 
 
@@ -145,15 +148,38 @@ def model(name="LlamaForCausalLM", arch=AttentionArch.MHA, *, windows=False, enc
     )  # fmt: skip
 
 
+@pytest.fixture
+def on_gpus(monkeypatch):
+    monkeypatch.setattr(dcp_size, "uses_shift_cpu_platform", lambda: False)
+
+
 @pytest.mark.parametrize("backend", ["fa3", "flashinfer", "torch_native", "flex_attention"])
 def test_backends_that_would_silently_be_wrong(backend):
     """SGLang's FA3 and FlashInfer write each token at its slot in the group, as if it were a row of the rank's pool."""
     check_dcp_size(settings(), model())
     for wrong in (settings(backend), settings(decode_attention_backend=backend)):
-        with pytest.raises(
-            Refused, match=f"needs --attention-backend triton, and the attention backend is.* {backend}"
-        ):
+        with pytest.raises(Refused, match=f"needs --attention-backend triton, or fa3 .*backend is.* {backend}"):
             check_dcp_size(wrong, model())
+
+
+def test_fa3_on_gpus_of_nvidia(on_gpus, monkeypatch):
+    check_dcp_size(settings(), model())
+    with pytest.raises(Refused, match="and the attention backend is fa3"):
+        check_dcp_size(settings("fa3"), model())
+    monkeypatch.setattr(dcp_size, "is_cuda", lambda: True)
+    check_dcp_size(settings("fa3"), model())
+    check_dcp_size(settings("fa3", kv_cache_dtype="bfloat16"), model())
+    check_dcp_size(settings(kv_cache_dtype="fp8_e4m3"), model())
+    for mixed in (settings("fa3", prefill_attention_backend="triton"), settings(decode_attention_backend="fa3")):
+        with pytest.raises(Refused, match="and the attention backend is fa3 and triton; give one of them"):
+            check_dcp_size(mixed, model())
+    for backend in ("fa4", "flashinfer"):
+        with pytest.raises(Refused, match=f"and the attention backend is {backend}"):
+            check_dcp_size(settings(backend), model())
+    with pytest.raises(Refused, match="--kv-cache-dtype fp8_e4m3 is not served with --dcp-size 2 and --attention-b"):
+        check_dcp_size(settings("fa3", kv_cache_dtype="fp8_e4m3"), model())
+    with pytest.raises(Refused, match=r"latent attention \(MLA\) on GPUs"):
+        check_dcp_size(settings("fa3"), latents())
 
 
 @pytest.mark.parametrize(
@@ -179,11 +205,6 @@ def test_models_that_are_not_served(config, message):
 
 def latents(**fields):
     return model("DeepseekV3ForCausalLM", AttentionArch.MLA, **fields)
-
-
-@pytest.fixture
-def on_gpus(monkeypatch):
-    monkeypatch.setattr(dcp_size, "uses_shift_cpu_platform", lambda: False)
 
 
 def test_all_ranks_hold_the_same_latents():

@@ -28,6 +28,14 @@ def test_graphs(record: Record) -> None:
     graphs.check(record)
 
 
+@pytest.mark.timeout(300)
+def test_fa3(record: Record) -> None:
+    """FlashAttention 3 is right on parts of requests, with its log-sum-exp."""
+    from sglang_shift.tools.gpu_check import attention
+
+    attention.check_fa3(record)
+
+
 @pytest.mark.timeout(120)
 def test_exchange(record: Record) -> None:
     """FlashInfer's exchange and the collective exchange deliver what was sent."""
@@ -69,6 +77,14 @@ def test_engine_token_shards(record: Record) -> None:
     from sglang_shift.tools.gpu_check import engine
 
     engine.check_token_shards(record)
+
+
+@pytest.mark.timeout(600)
+def test_engine_token_shards_fa3(record: Record) -> None:
+    """The same with our backend of FlashAttention 3."""
+    from sglang_shift.tools.gpu_check import engine
+
+    engine.check_token_shards_fa3(record)
 
 
 @pytest.mark.timeout(600)

@@ -18,6 +18,7 @@ import torch
 from sglang_shift.cost.model import PHASES
 from sglang_shift.models.random_model import write_random_model
 from sglang_shift.tools.gpu_check import environment, one_gpu
+from sglang_shift.tools.gpu_check.attention import need_fa3
 from sglang_shift.tools.gpu_check.comparison import REQUESTS, ServerComparison, ServerSetup
 from sglang_shift.tools.gpu_check.record import Record
 
@@ -50,6 +51,8 @@ EAGER = ["--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefil
 SHARED_GPU_FLAGS = ["--disable-custom-all-reduce"]
 """Ranks that share a GPU run without the custom all-reduce, because it maps memory between GPUs."""
 
+TWO_SHARDS = ("--dcp-size", "2")
+
 ONE_RANK = ServerSetup("TP=1", ["--tp-size", "1", *GRAPHS])
 PARALLEL_START_BYTES = 64 << 30
 """The least memory of a GPU on which all servers run at the same time.
@@ -72,21 +75,40 @@ def check_flashinfer(record: Record) -> None:
 
 def check_one_gpu(record: Record, attention: str) -> None:
     """Compare two ranks on one GPU with TP=1, over each backend that allows it."""
-    with TemporaryDirectory(prefix="sglang_shift_") as name:
-        folder = Path(name)
-        flags = [*model_flags(folder), "--attention-backend", attention]
-        others = []
-        for backend, phases in (("gloo", ()), ("nccl", PHASES)):
+    compare_two_ranks(record, attention, attention, {"gloo": (), "nccl": PHASES})
+
+
+def compare_two_ranks(
+    record: Record, name: str, attention: str, graphs: dict[str, tuple[str, ...]], *own_flags: str, **fields: Any
+) -> None:
+    """Compare two ranks on one GPU with TP=1, over each backend that allows it.
+
+    Args:
+        record: Takes the findings.
+        name: The name of the comparison.
+        attention: The attention backend of all servers.
+        graphs: The backends over which the ranks communicate, with the phases whose steps must replay graphs.
+        own_flags: More flags of the two ranks.
+        fields: Other fields of the model.
+    """
+    with TemporaryDirectory(prefix="sglang_shift_") as temporary:
+        folder = Path(temporary)
+        flags = [*model_flags(folder, **fields), "--attention-backend", attention]
+        others, skipped = [], ""
+        for backend, phases in graphs.items():
             label = f"two ranks over {backend}"
             try:
                 variables = one_gpu.environment(backend, folder / backend)
             except pytest.skip.Exception as reason:
-                record.note(f"{label}: skipped: {reason}")
+                skipped = f"{label}: skipped: {reason}"
+                record.note(skipped)
                 continue
-            own_flags = ["--tp-size", "2", *SHARED_GPU_FLAGS, *(GRAPHS if phases else EAGER)]
-            others.append(ServerSetup(label, own_flags, variables, phases))
+            two = ["--tp-size", "2", *own_flags, *SHARED_GPU_FLAGS, *(GRAPHS if phases else EAGER)]
+            others.append(ServerSetup(label, two, variables, phases))
+        if not others:
+            pytest.skip(skipped)
         at_once = torch.cuda.get_device_properties(0).total_memory >= PARALLEL_START_BYTES
-        ServerComparison(record, attention, flags, VOCABULARY, TOLERANCE).run(ONE_RANK, others, at_once)
+        ServerComparison(record, name, flags, VOCABULARY, TOLERANCE).run(ONE_RANK, others, at_once)
 
 
 def check_several(record: Record) -> None:
@@ -102,18 +124,18 @@ def check_several(record: Record) -> None:
 
 
 def check_token_shards(record: Record) -> None:
-    """Compare two ranks on one GPU that divide a KV cache by token with TP=1, over NCCL.
+    """Compare two ranks on one GPU that divide a KV cache by token with TP=1, with SGLang's Triton backend, over NCCL.
 
-    Gloo lacks the reduce-scatter of SGLang's decodes. SGLang captures no graphs of prefills for such a cache.
+    Gloo lacks the reduce-scatter of this backend's decodes. SGLang captures no graphs of prefills for such a cache.
     """
-    with TemporaryDirectory(prefix="sglang_shift_") as name:
-        folder = Path(name)
-        variables = one_gpu.environment("nccl", folder / "nccl")
-        flags = [*model_flags(folder, num_key_value_heads=1), "--attention-backend", "triton"]
-        own_flags = ["--tp-size", "2", "--dcp-size", "2", *SHARED_GPU_FLAGS, *GRAPHS]
-        divided = ServerSetup("P=2, D=2 over nccl", own_flags, variables, graphs=("decode",))
-        at_once = torch.cuda.get_device_properties(0).total_memory >= PARALLEL_START_BYTES
-        ServerComparison(record, "token-shards", flags, VOCABULARY, TOLERANCE).run(ONE_RANK, [divided], at_once)
+    compare_two_ranks(record, "token-shards", "triton", {"nccl": ("decode",)}, *TWO_SHARDS, num_key_value_heads=1)
+
+
+def check_token_shards_fa3(record: Record) -> None:
+    """The same with our FlashAttention 3 backend, also over gloo. The server of one rank has SGLang's backend."""
+    need_fa3()
+    graphs = {"gloo": (), "nccl": ("decode",)}
+    compare_two_ranks(record, "token-shards-fa3", "fa3", graphs, *TWO_SHARDS, num_key_value_heads=1)
 
 
 def check_exchange_pipeline(record: Record) -> None:
