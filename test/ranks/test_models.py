@@ -14,7 +14,6 @@ import torch
 from model_trial import TOLERANCE, Outcome, TrialError, difference, trial
 from sglang_shift.models.demo import demo_model_path
 from tiny_models import MODELS, write
-from trial_script import PATTERNS
 
 SERVED = [name for name, model in MODELS.items() if not model.stock]
 WITH_REFERENCE = [name for name in SERVED if not MODELS[name].dummy]

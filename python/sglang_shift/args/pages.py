@@ -24,7 +24,7 @@ from sglang_shift.flags import AUTO, EXCHANGE_DTYPES, EXCHANGES, FLAGS, POLICIES
 from sglang_shift.layers import structure
 from sglang_shift.models import families, fields, token_shards
 from sglang_shift.parallel.exchange import choose
-from sglang_shift.platforms import fa3_shards
+from sglang_shift.platforms import fa3_shards, shards
 from sglang_shift.policy import builtin
 from sglang_shift.runtime import mode_check
 from sglang_shift.weights import stacked
@@ -96,7 +96,7 @@ With `--shift-exchange-pipeline on`, these features are refused, too. With `auto
 REFUSAL_SECTIONS: dict[str, tuple[ModuleType, ...]] = {
     "Flags": (refusals, builtin, cpu),
     "`--sp-size auto`": (sp_size,),
-    "`--dcp-size`": (token_shards, dcp_size, fa3_shards),
+    "`--dcp-size`": (token_shards, dcp_size, fa3_shards, shards),
     "`--instances`": (instances,),
     "`--shift-sparse-prefill`": (sparse_prefill,),
     "The model": (model_check, fields, families, structure, stacked, mode_check),

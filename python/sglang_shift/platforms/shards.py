@@ -7,6 +7,7 @@ platform (:mod:`sglang_shift.platforms.token_shards`), and ours of FlashAttentio
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -15,10 +16,18 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from sglang_shift.errors import Refusal
 from sglang_shift.platforms.attention import Part, merge, merge_all
 from sglang_shift.platforms.attention_backend import Extension, no_lse
 from sglang_shift.platforms.kv_move import Move, MoveRule
 from sglang_shift.seams import relies_on
+
+FUSED_WRITES = Refusal(
+    "--dcp-size {D} is not served for {name} with --attention-backend {backend} on GPUs; give --attention-backend fa3, "
+    "or leave --dcp-size out",
+    "SGLang's code of this model rotates keys and writes them in one kernel, which does not divide them by token. Our "
+    "backend of FlashAttention 3 keeps it from that.",
+)
 
 
 class Group(Protocol):
@@ -270,3 +279,24 @@ def refuse_layer(layer: Any, k: Any, v: Any, save_kv_cache: bool) -> None:
         reason = "writes no keys of its own"
     if reason:
         raise NotImplementedError(f"attention layer {layer.layer_id} {reason}; serve this model without --dcp-size")
+
+
+@relies_on(
+    "sglang.srt.models.utils:enable_fused_set_kv_buffer",
+    "Code of models that writes keys itself asks this function by its name, and asks for no division by token.",
+)
+def refuse_fused_writes(model: torch.nn.Module, count: int, backend: str) -> None:
+    """Refuse a model whose own code writes keys, where SGLang's backend of GPUs divides them by token.
+
+    Args:
+        model: The model.
+        count: D.
+        backend: The attention backend.
+
+    Raises:
+        Refused: a module of the model can write keys itself.
+    """
+    if count == 1 or backend == "fa3":
+        return
+    if any(hasattr(sys.modules[type(module).__module__], "enable_fused_set_kv_buffer") for module in model.modules()):
+        raise FUSED_WRITES(D=count, name=type(model).__name__, backend=backend)

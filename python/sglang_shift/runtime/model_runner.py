@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
 from sglang.srt.constants import GPU_MEMORY_TYPE_WEIGHTS
 from sglang.srt.model_executor.cuda_graph_config import Phase
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -36,6 +37,7 @@ from sglang_shift.parallel.layout import RankLayout
 from sglang_shift.parallel.region import scatter_tokens
 from sglang_shift.parallel.step import Step, current, run_step
 from sglang_shift.parallel.topology import Topology, build_topology
+from sglang_shift.platforms.shards import refuse_fused_writes
 from sglang_shift.resolution import shift_config_of
 from sglang_shift.runtime.exchange_pipeline import ExchangePipeline
 from sglang_shift.runtime.weight_updater import ShiftWeightUpdater
@@ -94,6 +96,9 @@ class ShiftModelRunner(ModelRunner):
         finally:
             get_flags().sp.enabled = False  # a draft model has no such layers
         check_class(self.model, self.model_config.hf_config.architectures[0])
+        if self.device == "cuda":
+            (backend, *_) = attention_backends_of(resolved_view(self.server_args))
+            refuse_fused_writes(self.model, self.server_args.dcp_size, str(backend))
         before = self._free_gib() + self.weight_load_mem_usage
         backup = get_exec().features.enable_weights_cpu_backup
         with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=backup):

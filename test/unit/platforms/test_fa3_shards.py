@@ -17,7 +17,7 @@ from sglang_shift.platforms import fa3, fa3_shards
 from sglang_shift.platforms.attention import Part
 from sglang_shift.platforms.fa3 import FlashAttention3, Pages, Spans, attend_stored
 from sglang_shift.platforms.fa3_shards import Fa3ShardedBackend
-from sglang_shift.platforms.shards import TokenShards
+from sglang_shift.platforms.shards import TokenShards, refuse_fused_writes
 from sglang_shift.runtime import scheduler
 from torch_attention import TorchKernels
 
@@ -82,6 +82,19 @@ def test_models_then_write_no_keys_of_their_own(monkeypatch):
     assert utils.enable_fused_set_kv_buffer(batch)
     backend_of(table_of([[1, 2]], 2)).init_forward_metadata(batch)
     assert not utils.enable_fused_set_kv_buffer(batch)
+
+
+def test_models_that_write_keys_themselves_are_refused_with_sglangs_backend():
+    """SGLang's rotary kernel would write each key at its slot in the group, as if it were a row of the rank's pool."""
+    from sglang.srt.models import llama, qwen3_moe
+
+    model = torch.nn.Sequential(type("Layer", (torch.nn.Module,), {"__module__": llama.__name__})())
+    refuse_fused_writes(model, 2, "triton")
+    model.append(type("Layer", (torch.nn.Module,), {"__module__": qwen3_moe.__name__})())
+    refuse_fused_writes(model, 1, "triton")
+    refuse_fused_writes(model, 2, "fa3")
+    with pytest.raises(Refused, match=r"--dcp-size 2 is not served for Sequential with .* triton on GPUs"):
+        refuse_fused_writes(model, 2, "triton")
 
 
 def test_graphs_keep_their_tensors():
