@@ -15,11 +15,12 @@ from sglang_shift.tools.gpu_check.record import Record
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(("name", "text"), [("collective", "collective"), ("pipelined", "pipelined, 4 groups")])
-def test_an_exchange_is_held_against_what_was_sent(name, text):
-    rows = run_ranks(exchange.compare, ["cpu", "cpu"], "gloo", name)
+def test_an_exchange_is_held_against_what_was_sent(name, text, ranks):
+    rows = run_ranks(exchange.compare, ["cpu"] * ranks, "gloo", name)
     assert [row["rows"] for row in rows] == list(exchange.ROWS)
-    assert all(row["eager_right"] and row["ranks"] == 2 and row["exchange"] == text for row in rows)
+    assert all(row["eager_right"] and row["ranks"] == ranks and row["exchange"] == text for row in rows)
 
 
 ROW = {"rows": 1024, "eager_right": True, "graph_right": False, "eager_us": 5.0}

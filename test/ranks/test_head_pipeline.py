@@ -117,9 +117,9 @@ class Core:
 
     def __call__(self, q, k, v, batch, save_kv_cache=True):
         self.events.append(("attend", self.tp_q_head_num))
-        assert save_kv_cache == (k is not None)
         if save_kv_cache:
             self.cache.update(k=k.clone(), v=v.clone())
+        assert torch.equal(k, self.cache["k"]) and torch.equal(v, self.cache["v"]), "every group has the new keys"
         query, key, value = (x.view(len(q), -1, self.head_dim).transpose(0, 1) for x in (q, *self.cache.values()))
         attention = torch.nn.functional.scaled_dot_product_attention
         return attention(query, key, value, is_causal=True, enable_gqa=True).transpose(0, 1).flatten(1)

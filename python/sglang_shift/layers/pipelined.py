@@ -56,15 +56,26 @@ class PipelinedAttention:
         # Matrix products of few rows are slow on GPUs.
         exchange = HeadPipeline(step.topology.sp_group, self.groups, in_parts=hidden_states.is_cpu)
         exchange.scatter(hidden_states, self.qkv.base.columns, self.qkv.base.outputs)
+        new: list[torch.Tensor] = []
         for group in range(self.groups.count):
             arrived = exchange.arrived(group)[: step.num_tokens]
-            exchange.send_back(group, self._attend(group, arrived, positions, forward_batch))
+            exchange.send_back(group, self._attend(group, arrived, new, positions, forward_batch))
         step.in_attention = False
         rows = exchange.gather(partial(self.output.part_of_sum, step=step))
         return step.topology.base_all_reduce(rows)
 
-    def _attend(self, group: int, arrived: torch.Tensor, positions: torch.Tensor, batch: Any) -> torch.Tensor:
-        """Attention of a group, ``[T, columns]``. The first group writes the keys and values to the KV cache."""
+    @relies_on(
+        "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_extend",
+        "It takes the number of query heads from the layer, and writes no keys if save_kv_cache is False.",
+    )
+    def _attend(
+        self, group: int, arrived: torch.Tensor, new: list[torch.Tensor], positions: torch.Tensor, batch: Any
+    ) -> torch.Tensor:
+        """Attention of a group, ``[T, columns]``.
+
+        The first group writes the keys and values to the KV cache, and to ``new``. The other groups attend to these:
+        those of the cache may be rounded to 8 bits.
+        """
         width, heads = self.groups.width, self.groups.query_heads(group)
         core = copy.copy(self.core)
         core.tp_q_head_num = heads
@@ -72,11 +83,12 @@ class PipelinedAttention:
             # SGLang rotates queries and keys in one call. The keys of this call are not used.
             unused = arrived.new_zeros(arrived.shape[0], width)
             query, _ = self._rotate(positions, arrived, unused)
-            output: torch.Tensor = core(query, None, None, batch, save_kv_cache=False)
+            output: torch.Tensor = core(query, *new, batch, save_kv_cache=False)
             return output
         kv = width * self.groups.heads.kv
         query, key, value = arrived.split([width * heads, kv, kv], dim=-1)
         query, key = self._rotate(positions, query, key)
+        new += [key, value]
         output = core(query, key, value, batch)
         return output
 

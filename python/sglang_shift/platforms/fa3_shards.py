@@ -63,6 +63,10 @@ class Decode(NamedTuple):
     "No request gets the first page. So a rank writes there what other ranks store.",
 )
 @relies_on(
+    "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner.capture_one_shape",
+    "It calls init_forward_metadata_in_graph inside of the capture, with the batch that the model gets.",
+)
+@relies_on(
     "sglang.srt.models.utils:enable_fused_set_kv_buffer",
     "With a dcp_kv_mask, models leave it to the backend to write keys.",
 )
@@ -166,7 +170,8 @@ class Fa3ShardedBackend(DividedPrefixes, AttentionBackend):
             raise NotImplementedError(
                 f"attention layer {layer.layer_id} is not causal; serve this model without --dcp-size"
             )
-        self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(self.places), k, v)
+        assert self.places is not None
+        self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(self.places[: k.shape[0]]), k, v)
         return q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
 
     def _extensions(self, batch: Any) -> list[Extension]:

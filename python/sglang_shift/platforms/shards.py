@@ -7,10 +7,10 @@ platform (:mod:`sglang_shift.platforms.token_shards`), and ours of FlashAttentio
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
+from importlib import import_module
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -298,5 +298,6 @@ def refuse_fused_writes(model: torch.nn.Module, count: int, backend: str) -> Non
     """
     if count == 1 or backend == "fa3":
         return
-    if any(hasattr(sys.modules[type(module).__module__], "enable_fused_set_kv_buffer") for module in model.modules()):
+    modules = {base.__module__ for module in model.modules() for base in type(module).__mro__}
+    if any(hasattr(import_module(name), "enable_fused_set_kv_buffer") for name in modules):
         raise FUSED_WRITES(D=count, name=type(model).__name__, backend=backend)

@@ -97,8 +97,10 @@ class ShiftModelRunner(ModelRunner):
             get_flags().sp.enabled = False  # a draft model has no such layers
         check_class(self.model, self.model_config.hf_config.architectures[0])
         if self.device == "cuda":
-            (backend, *_) = attention_backends_of(resolved_view(self.server_args))
-            refuse_fused_writes(self.model, self.server_args.dcp_size, str(backend))
+            settings = resolved_view(self.server_args)
+            (backend, *_) = attention_backends_of(settings)
+            if not str(settings.kv_cache_dtype).startswith("fp8"):  # SGLang fuses no writes to such a cache
+                refuse_fused_writes(self.model, settings.dcp_size, str(backend))
         before = self._free_gib() + self.weight_load_mem_usage
         backup = get_exec().features.enable_weights_cpu_backup
         with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=backup):

@@ -22,6 +22,7 @@ DIGESTS = {
     "sglang.srt.entrypoints.engine:Engine._launch_scheduler_processes": "b7b80a129761b6df",
     "sglang.srt.eplb.expert_distribution:ExpertDistributionRecorder._on_not_implemented": "67ed15a0f0f83fbc",
     "sglang.srt.layers.attention.attention_registry:create_flashattention_v3_backend": "36ec0c7ada7d2549",
+    "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_extend": "f6f5f46fc397d1f5",
     "sglang.srt.layers.layer_boundary.factories:_active_variants": "887964bbd645149d",
     "sglang.srt.layers.layer_boundary.stage:StageBoundary._prepare": "545ac98ca1f6a032",
     "sglang.srt.layers.layer_boundary.stage:StageBoundary._select": "1f646f72b96e8db7",

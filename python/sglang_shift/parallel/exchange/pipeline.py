@@ -51,7 +51,7 @@ class _Blocks:
         messages = [dist.P2POp(dist.irecv, self.received[rank, rows], group=group, group_peer=rank) for rank in others]
         messages += [dist.P2POp(dist.isend, self.sent[rank, rows], group=group, group_peer=rank) for rank in others]
         # NCCL runs them at once: one after the other, sends and receives of different ranks would wait for each other.
-        self.works.append(dist.batch_isend_irecv(messages))
+        self.works.append(dist.batch_isend_irecv(messages) if messages else [])
         self.received[me, rows] = self.sent[me, rows]
 
     def wait(self, part: int) -> None:
