@@ -215,6 +215,17 @@ class TestReplays:
         with pytest.raises(pytest.skip.Exception, match="two ranks over nccl: skipped: NCCL is too old"):
             engine.check_token_shards(Record(folder=tmp_path))
 
+    @pytest.mark.parametrize(("check", "pipelined"), [("check_exchange_pipeline", True), ("check_token_shards", False)])
+    def test_which_servers_must_exchange_group_by_group(self, check, pipelined, monkeypatch, tmp_path):
+        setups = []
+        monkeypatch.setattr(one_gpu, "environment", lambda backend, folder: {})
+        monkeypatch.setattr(engine, "model_flags", lambda folder, **fields: [])
+        memory = SimpleNamespace(total_memory=1)
+        monkeypatch.setattr(engine.torch.cuda, "get_device_properties", lambda index: memory)
+        monkeypatch.setattr(ServerComparison, "run", lambda self, one, others, at_once: setups.extend(others))
+        getattr(engine, check)(Record(folder=tmp_path))
+        assert [setup.pipelined for setup in setups] == [pipelined]
+
     def test_prefills_in_sp_and_no_others_exchange_group_by_group(self):
         before, after = ({"exchange_pipeline": {"steps": steps}} for steps in (3, 5))
         for mode, prefill in (("tp", False), ("sp", True), ("shift", True)):

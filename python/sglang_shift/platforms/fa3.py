@@ -6,7 +6,8 @@ Rows of several requests are one after the other, and keys are in the same way, 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from sglang.kernels.ops.attention.flash_attention import flash_attn_varlen_func, flash_attn_with_kvcache
@@ -94,7 +95,8 @@ class FlashAttention3:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, queries: Spans, keys: Spans, *,
         scale: float, cap: float, causal: bool,
     ) -> Part:  # fmt: skip
-        output, lse, *_ = flash_attn_varlen_func(
+        return call(
+            flash_attn_varlen_func,
             q=query,
             k=key,
             v=value,
@@ -102,13 +104,10 @@ class FlashAttention3:
             cu_seqlens_k=keys.starts,
             max_seqlen_q=queries.most,
             max_seqlen_k=keys.most,
-            softmax_scale=scale,
+            scale=scale,
+            cap=cap,
             causal=causal,
-            softcap=cap,
-            return_softmax_lse=True,
-            ver=3,
         )
-        return Part(output, lse.T)
 
     @relies_on(
         "sglang.kernels.ops.attention.flash_attention:flash_attn_with_kvcache",
@@ -118,7 +117,8 @@ class FlashAttention3:
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, queries: Spans, pages: Pages, *,
         scale: float, cap: float,
     ) -> Part:  # fmt: skip
-        output, lse, *_ = flash_attn_with_kvcache(
+        return call(
+            flash_attn_with_kvcache,
             q=query,
             k_cache=keys,
             v_cache=values,
@@ -126,13 +126,17 @@ class FlashAttention3:
             cache_seqlens=pages.lengths,
             cu_seqlens_q=queries.starts,
             max_seqlen_q=queries.most,
-            softmax_scale=scale,
+            scale=scale,
+            cap=cap,
             causal=False,
-            softcap=cap,
-            return_softmax_lse=True,
-            ver=3,
         )
-        return Part(output, lse.T)
+
+
+def call(kernel: Callable[..., Any], *, scale: float, cap: float, causal: bool, **operands: Any) -> Part:
+    """Call one of SGLang's functions of FlashAttention 3."""
+    options = {"softmax_scale": scale, "softcap": cap, "causal": causal}
+    output, lse, *_ = kernel(**operands, **options, return_softmax_lse=True, ver=3)
+    return Part(output, lse.T)
 
 
 def attend_stored(

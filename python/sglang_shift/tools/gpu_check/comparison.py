@@ -48,14 +48,17 @@ class ServerSetup:
         flags: Its own flags, which are added to the flags of all servers.
         variables: Its own environment variables, which are added to the variables of this process.
         graphs: The phases whose steps must replay CUDA graphs, in both modes.
-        pipelined: Whether prefills in SP must exchange their heads group by group.
     """
 
     label: str
     flags: list[str]
     variables: dict[str, str] = field(default_factory=dict)
     graphs: Sequence[str] = ()
-    pipelined: bool = False
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether prefills in SP must exchange their heads group by group."""
+        return "--shift-exchange-pipeline" in self.flags
 
 
 class ServerComparison:

@@ -143,14 +143,8 @@ def check_exchange_pipeline(record: Record) -> None:
 
     Gloo has no single messages between GPUs.
     """
-    with TemporaryDirectory(prefix="sglang_shift_") as name:
-        folder = Path(name)
-        variables = one_gpu.environment("nccl", folder / "nccl")
-        flags = [*model_flags(folder, num_key_value_heads=2), "--attention-backend", "triton"]
-        own_flags = ["--tp-size", "2", "--shift-exchange-pipeline", "on", *SHARED_GPU_FLAGS, *EAGER]
-        pipelined = ServerSetup("pipelined, two ranks over nccl", own_flags, variables, pipelined=True)
-        at_once = torch.cuda.get_device_properties(0).total_memory >= PARALLEL_START_BYTES
-        ServerComparison(record, "exchange-pipeline", flags, VOCABULARY, TOLERANCE).run(ONE_RANK, [pipelined], at_once)
+    flags = ("--shift-exchange-pipeline", "on")
+    compare_two_ranks(record, "exchange-pipeline", "triton", {"nccl": ()}, *flags, num_key_value_heads=2)
 
 
 def model_flags(folder: Path, **fields: Any) -> list[str]:
